@@ -1,0 +1,63 @@
+"""Checks of arguments: each error names the argument, what came and what was expected."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGER_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    if value not in choices:
+        expected = ", ".join(repr(choice) for choice in choices)
+        raise ValueError(f"{name} must be one of {expected}: got {value!r}")
+
+
+def check_embeddings(name: str, x: object) -> None:
+    """A 2-d floating point tensor, one row per sample."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor: got {type(x).__name__}")
+    if x.ndim != 2:
+        raise ValueError(f"{name} must have shape [rows, features]: got {list(x.shape)}")
+    if x.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64: got {x.dtype}")
+
+
+def check_same_width(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+    """Two sets of embeddings that are multiplied with each other."""
+    if x.shape[1] != other.shape[1]:
+        raise ValueError(f"{name} must have as many features as {other_name}: got {x.shape[1]} for {other.shape[1]}")
+    check_same_device(name, x, other_name, other)
+
+
+def check_same_shape(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+    """Two sets of embeddings that are paired row by row."""
+    if x.shape != other.shape:
+        raise ValueError(f"{name} must have the shape of {other_name}: got {list(x.shape)} for {list(other.shape)}")
+    check_same_device(name, x, other_name, other)
+
+
+def check_same_device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+    if x.device != other.device:
+        raise ValueError(f"{name} must be on the device of {other_name}: got {x.device} for {other.device}")
+
+
+def as_integers(name: str, values: object, owner_name: str, owner: Tensor) -> Tensor:
+    """Labels or ids, one per row of `owner`, as int64."""
+    if not isinstance(values, Tensor):
+        raise TypeError(f"{name} must be an integer tensor: got {type(values).__name__}")
+    if values.dtype not in INTEGER_DTYPES:
+        raise TypeError(f"{name} must be an integer tensor: got {values.dtype}")
+    if values.ndim != 1:
+        raise ValueError(f"{name} must have shape [{owner.shape[0]}]: got {list(values.shape)}")
+    if values.shape[0] != owner.shape[0]:
+        raise ValueError(
+            f"{name} must have one entry per row of {owner_name}: "
+            f"got {values.shape[0]} {name} for {owner.shape[0]} rows"
+        )
+    check_same_device(name, values, owner_name, owner)
+    return values.long()

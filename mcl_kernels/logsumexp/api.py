@@ -1,0 +1,271 @@
+"""The public primitive: what is checked, what is assumed, and which implementation computes."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple, overload
+
+import torch
+from torch import Tensor
+
+from mcl_kernels._validate import as_integers, check_choice, check_embeddings, check_same_device, check_same_width
+from mcl_kernels.logsumexp import ops, reference
+from mcl_kernels.logsumexp.plan import NEGATIVES, count_kept
+
+IMPLS = ("auto", *ops.IMPLEMENTATIONS, "reference")
+
+
+class Pairs(NamedTuple):
+    """Who may be a negative of whom: the checked labels and ids of both sides, int64 or None on both."""
+
+    labels: Tensor | None  # [N]
+    key_labels: Tensor | None  # [M]
+    ids: Tensor | None  # [N]
+    key_ids: Tensor | None  # [M]
+    negatives: str
+
+    def repeated(self, times: int) -> Pairs:
+        """Of a batch that holds every row `times` times, one copy of the batch after the other."""
+        sides = [None if values is None else values.repeat(times) for values in self[:4]]
+        return Pairs(sides[0], sides[1], sides[2], sides[3], self.negatives)
+
+    def swapped(self) -> Pairs:
+        """With queries and keys exchanged."""
+        return Pairs(self.key_labels, self.labels, self.key_ids, self.ids, self.negatives)
+
+
+def capabilities() -> dict[str, dict[str, object]]:
+    """What can compute here: for each `impl`, whether it is available, for which devices, and why or why not.
+
+    Returns:
+        A dictionary from the name of each implementation, and "auto", to `available` (bool), `devices`
+        (list of device types of this machine it runs on) and `reason` (str).
+
+    Example:
+        >>> capabilities()["blockwise"]["available"]
+        True
+    """
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    return {
+        "reference": {
+            "available": True,
+            "devices": devices,
+            "reason": "dense PyTorch, differentiable to any order: the definition, stores the N x M matrix",
+        },
+        "blockwise": {
+            "available": True,
+            "devices": devices,
+            "reason": "PyTorch by tiles, in memory that grows with N + M; runs wherever torch does",
+        },
+        "auto": {"available": True, "devices": devices, "reason": "picks blockwise on every device"},
+    }
+
+
+def resolve_impl(impl: str) -> str:
+    """The implementation that `impl` names; an explicit name is never replaced by another."""
+    check_choice("impl", impl, IMPLS)
+    return "blockwise" if impl == "auto" else impl
+
+
+def as_pairs(
+    query: Tensor,
+    key: Tensor,
+    labels: Tensor | None,
+    key_labels: Tensor | None,
+    ids: Tensor | None,
+    key_ids: Tensor | None,
+    negatives: str,
+    *,
+    key_is_query: bool,
+) -> Pairs:
+    """Checks labels and ids. Where key i belongs to query i (`key_is_query`), one side's serve both."""
+    check_choice("negatives", negatives, NEGATIVES)
+    if negatives == "different" and labels is None and key_labels is None:
+        raise ValueError("negatives='different' needs labels: got labels=None")
+    sides = []
+    for name, values, key_values in (("labels", labels, key_labels), ("ids", ids, key_ids)):
+        if (values is None) != (key_values is None):
+            given, missing = (f"key_{name}", name) if values is None else (name, f"key_{name}")
+            if not key_is_query:
+                raise ValueError(f"{given} needs {missing} too, unless key i belongs to query i: got {missing}=None")
+            values = key_values = key_values if values is None else values
+        sides.append(None if values is None else as_integers(name, values, "query", query))
+        sides.append(None if key_values is None else as_integers(f"key_{name}", key_values, "key", key))
+    return Pairs(sides[0], sides[1], sides[2], sides[3], negatives)
+
+
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """Of logits, sums and losses: fp64 where an input is fp64, else fp32."""
+    return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
+
+
+def as_scale(name: str, value: float | Tensor, query: Tensor, dtype: torch.dtype) -> Tensor:
+    """A factor of the logits, or a temperature, as a tensor [] or [N] that keeps its graph."""
+    if not isinstance(value, Tensor):
+        return torch.full((), float(value), dtype=dtype, device=query.device)
+    if not value.dtype.is_floating_point:
+        raise TypeError(f"{name} must be a float or a floating point tensor: got {value.dtype}")
+    if value.ndim > 1 or (value.ndim == 1 and value.shape[0] != query.shape[0]):
+        raise ValueError(
+            f"{name} must be a float, a 0-d tensor or a vector [{query.shape[0]}]: got shape {list(value.shape)}"
+        )
+    if value.ndim == 1:
+        check_same_device(name, value, "query", query)
+    return value.to(device=query.device, dtype=dtype)
+
+
+@overload
+def masked_logsumexp(
+    query: Tensor,
+    key: Tensor | None = None,
+    labels: Tensor | None = None,
+    key_labels: Tensor | None = None,
+    *,
+    scale: float | Tensor = 1.0,
+    ids: Tensor | None = None,
+    key_ids: Tensor | None = None,
+    negatives: str = "same",
+    bidirectional: Literal[False] = False,
+    impl: str = "auto",
+) -> Tensor: ...
+@overload
+def masked_logsumexp(
+    query: Tensor,
+    key: Tensor | None = None,
+    labels: Tensor | None = None,
+    key_labels: Tensor | None = None,
+    *,
+    scale: float | Tensor = 1.0,
+    ids: Tensor | None = None,
+    key_ids: Tensor | None = None,
+    negatives: str = "same",
+    bidirectional: Literal[True],
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]: ...
+def masked_logsumexp(
+    query: Tensor,
+    key: Tensor | None = None,
+    labels: Tensor | None = None,
+    key_labels: Tensor | None = None,
+    *,
+    scale: float | Tensor = 1.0,
+    ids: Tensor | None = None,
+    key_ids: Tensor | None = None,
+    negatives: str = "same",
+    bidirectional: bool = False,
+    impl: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The log of the summed exponentials of each query's logits with its negatives.
+
+        s_ij   = scale_i * <q_i, k_j>
+        keep   = match(y_i, y_j) and u_i != u_j
+        b_i    = log sum_{j: keep_ij} exp(s_ij)          -inf where nothing is kept
+        c_j    = log sum_{i: keep_ij} exp(s_ij)          with bidirectional=True
+
+    The N x M matrix is never stored. Differentiable once in query, key and scale (`impl="reference"`: to any
+    order). Logits and sums are fp32, or fp64 where an input is fp64; gradients have the dtype of their input.
+
+    Args:
+        query: q, [N, D], float16, bfloat16, float32 or float64, any strides; used as it is, not normalised.
+        key: k, [M, D], on the device of query. None is the self form: the keys are the queries.
+        labels: pseudo labels y of the queries, integers [N]. None, on both sides: one cluster. **A negative
+            label matches nothing**, not even itself, under every `negatives`.
+        key_labels: pseudo labels of the keys, integers [M]. Only with key, and then together with labels.
+        scale: inverse temperature, a float, a 0-d tensor or a vector [N] (not with bidirectional=True).
+        ids: identity u of the queries' samples, integers [N]. Equal ids are never negatives of each other.
+            Default: row indices in the self form, else nothing is excluded.
+        key_ids: identity of the keys' samples, integers [M]. Only with key, and then together with ids.
+        negatives: "same" keeps y_i == y_j (Multistage Contrastive Learning), "different" keeps y_i != y_j
+            (needs labels), "all" keeps every valid label.
+        bidirectional: also return c, from the same pass. Needs a key: the self form is symmetric, c = b.
+        impl: "auto", or the name of an implementation (see `capabilities`), which is then never replaced.
+
+    Returns:
+        b, [N]; with bidirectional=True the pair (b, c), [N] and [M].
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: shapes, lengths, devices or options that do not fit; each message names the argument.
+
+    Source: the denominator of the loss of "Learning the Unlearned: Mitigating Feature Suppression in
+    Contrastive Learning" (ECCV 2024, arXiv 2402.11816).
+
+    Example:
+        >>> q = torch.eye(4)
+        >>> masked_logsumexp(q, labels=torch.tensor([0, 0, 0, 1]))
+        tensor([0.6931, 0.6931, 0.6931,   -inf])
+    """
+    check_embeddings("query", query)
+    key_is_query = key is None
+    keys = query if key is None else key
+    if key is None:
+        if key_labels is not None or key_ids is not None:
+            raise ValueError("key_labels and key_ids need a key: got key=None")
+        if bidirectional:
+            raise ValueError("bidirectional=True needs a key: without one the operation is symmetric, c = b")
+        if ids is None:
+            ids = torch.arange(len(query), device=query.device)
+    else:
+        check_embeddings("key", key)
+        check_same_width("key", key, "query", query)
+    pairs = as_pairs(query, keys, labels, key_labels, ids, key_ids, negatives, key_is_query=key_is_query)
+    scale = as_scale("scale", scale, query, compute_dtype(query, keys))
+    if bidirectional and scale.ndim:
+        raise ValueError(f"scale must be one number with bidirectional=True: got shape {list(scale.shape)}")
+
+    # With one scale per row, s is not symmetric: the self form becomes the rectangle with k = q.
+    symmetric = key is None and scale.ndim == 0
+    impl = resolve_impl(impl)
+    if impl == "reference":
+        return reference.masked_logsumexp(query, keys, scale, *pairs, bidirectional)
+    if symmetric:
+        key, pairs = None, pairs._replace(key_labels=None, key_ids=None)
+    else:
+        key = keys
+    row_lse, column_lse, *_ = ops.masked_logsumexp(query, key, scale, *pairs, bidirectional, impl)
+    return (row_lse, column_lse) if bidirectional else row_lse
+
+
+def count_negatives(
+    labels: Tensor,
+    key_labels: Tensor | None = None,
+    *,
+    ids: Tensor | None = None,
+    key_ids: Tensor | None = None,
+    negatives: str = "same",
+) -> Tensor:
+    """How many keys each query keeps as negatives.
+
+        n_i = #{j: match(y_i, y_j) and u_i != u_j}
+
+    Counted by sorting, O((N + M) log(N + M)); no N x M matrix.
+
+    Args:
+        labels: pseudo labels of the queries, integers [N]; a negative label keeps nothing.
+        key_labels: pseudo labels of the keys, integers [M]. None is the self form: the keys are the queries.
+        ids: identity of the queries' samples, integers [N]. Default: row indices in the self form, else
+            nothing is excluded.
+        key_ids: identity of the keys' samples, integers [M]. Only with key_labels, and then together with ids.
+        negatives: "same", "different" or "all", as in `masked_logsumexp`.
+
+    Returns:
+        int64 [N].
+
+    Raises:
+        TypeError, ValueError: as `masked_logsumexp`.
+
+    Example:
+        >>> count_negatives(torch.tensor([0, 0, 0, 1, -1]))
+        tensor([2, 2, 2, 0, 0])
+    """
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels must be an integer tensor: got {type(labels).__name__}")
+    if key_labels is None:
+        if key_ids is not None:
+            raise ValueError("key_ids needs key_labels: got key_labels=None")
+        if ids is None:
+            ids = torch.arange(len(labels), device=labels.device)
+    elif not isinstance(key_labels, Tensor):
+        raise TypeError(f"key_labels must be an integer tensor: got {type(key_labels).__name__}")
+    keys = labels if key_labels is None else key_labels
+    pairs = as_pairs(labels, keys, labels, keys, ids, key_ids, negatives, key_is_query=key_labels is None)
+    return count_kept(labels, keys, *pairs)

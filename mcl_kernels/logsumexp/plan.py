@@ -1,0 +1,140 @@
+"""Which pairs are kept, how many they are, and the order in which the fused implementations visit them.
+
+    keep_ij = match(y_i, y_j) and u_i != u_j        y: pseudo label, u: sample id
+
+Sorted by (label, id), the kept pairs of `negatives="same"` are blocks on a diagonal, so an implementation
+that walks the sorted rows meets only its own cluster. Nothing here but `kept_pairs` is N x M, and no size
+depends on the number of clusters.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+NEGATIVES = ("same", "different", "all")
+
+
+class Plan(NamedTuple):
+    """The visiting order: sorted query i meets no sorted key outside key_begin[i] .. key_end[i] - 1."""
+
+    query_order: Tensor  # int64 [N], the queries by (label, id)
+    key_order: Tensor  # int64 [M], the keys by (label, id); [0] in the self form, where keys are queries
+    key_begin: Tensor  # int64 [N]
+    key_end: Tensor  # int64 [N], equal to key_begin where a query meets nothing
+
+
+def make_plan(
+    query: Tensor,
+    key: Tensor | None,
+    labels: Tensor | None,
+    key_labels: Tensor | None,
+    ids: Tensor | None,
+    key_ids: Tensor | None,
+    negatives: str,
+) -> Plan:
+    """Sorts both sides and finds the range of keys of each query, without a host synchronisation."""
+    group = None if labels is None else _matching_group(labels, negatives)
+    query_order = _lexicographic_order(len(query), query.device, group, ids)
+    if key is None:
+        key_order, key_group, n_keys = query_order, group, len(query)
+    else:
+        key_group = None if key_labels is None else _matching_group(key_labels, negatives)
+        key_order, n_keys = _lexicographic_order(len(key), key.device, key_group, key_ids), len(key)
+
+    if group is None or key_group is None:
+        key_begin = torch.zeros_like(query_order)
+        key_end = torch.full_like(query_order, n_keys)
+    else:
+        row_group, column_group = group[query_order], key_group[key_order]
+        # "different" and "all" meet every key with a valid label, "same" those of the query's own group.
+        first = row_group if negatives == "same" else row_group.clamp(max=0)
+        last = row_group if negatives == "same" else torch.full_like(row_group, torch.iinfo(torch.int64).max)
+        key_begin = torch.searchsorted(column_group, first)
+        key_end = torch.where(row_group < 0, key_begin, torch.searchsorted(column_group, last, right=True))
+    return Plan(query_order, query_order.new_empty(0) if key is None else key_order, key_begin, key_end)
+
+
+def _matching_group(labels: Tensor, negatives: str) -> Tensor:
+    """What the rows are sorted by before their id: -1 where nothing matches, then the label where it matters."""
+    return labels.clamp(min=-1, max=0) if negatives == "all" else labels.clamp(min=-1)
+
+
+def _lexicographic_order(size: int, device: torch.device, *columns: Tensor | None) -> Tensor:
+    """The stable order of `size` rows by the first column, then the second, ...; None is a constant column."""
+    order = torch.arange(size, device=device)
+    for column in reversed(columns):
+        if column is not None:
+            order = order[torch.argsort(column[order], stable=True)]
+    return order
+
+
+def kept_pairs(
+    labels: Tensor | None, key_labels: Tensor | None, ids: Tensor | None, key_ids: Tensor | None, negatives: str
+) -> Tensor | None:
+    """The mask keep_ij, bool [N, M]; None where neither labels nor ids are given: every pair is kept."""
+    keep = None
+    if labels is not None and key_labels is not None:
+        rows, columns = labels.unsqueeze(1), key_labels.unsqueeze(0)
+        keep = (rows >= 0) & (columns >= 0)
+        if negatives == "same":
+            keep &= rows == columns
+        elif negatives == "different":
+            keep &= rows != columns
+    if ids is not None and key_ids is not None:
+        distinct = ids.unsqueeze(1) != key_ids.unsqueeze(0)
+        keep = distinct if keep is None else keep & distinct
+    return keep
+
+
+def count_kept(
+    query: Tensor,
+    key: Tensor,
+    labels: Tensor | None,
+    key_labels: Tensor | None,
+    ids: Tensor | None,
+    key_ids: Tensor | None,
+    negatives: str,
+) -> Tensor:
+    """The row sums of `kept_pairs`, int64 [N], in O((N + M) log(N + M)).
+
+    Of `query` [N, ...] and `key` [M, ...] only the length and the device are read.
+    """
+    n = len(query)
+    matchable = torch.ones(len(key), dtype=torch.int64, device=key.device)
+    label, sample = [], []
+    if labels is not None and key_labels is not None:
+        matchable = (key_labels >= 0).long()
+        label = [torch.cat((labels, key_labels))]
+    if ids is not None and key_ids is not None:
+        sample = [torch.cat((ids, key_ids))]
+
+    matched = matchable.sum().expand(n)
+    if negatives == "same" and label:
+        matched = _count_equal(n, label, matchable)
+    elif negatives == "different":
+        matched = matched - _count_equal(n, label, matchable)
+    if sample:
+        # Of the matched keys, those that are the query's own sample are not negatives.
+        if negatives == "all":
+            own = _count_equal(n, sample, matchable)
+        else:
+            own = _count_equal(n, label + sample, matchable)
+            if negatives == "different":
+                own = _count_equal(n, sample, matchable) - own
+        matched = matched - own
+    return matched.clone() if labels is None else matched.masked_fill(labels < 0, 0)
+
+
+def _count_equal(n: int, columns: list[Tensor], weight: Tensor) -> Tensor:
+    """For each of the first n rows, the summed weight of the rows after them that agree in every column."""
+    order = _lexicographic_order(len(columns[0]), columns[0].device, *columns)
+    starts = torch.zeros_like(order)
+    for column in columns:
+        ordered = column[order]
+        starts[1:] |= (ordered[1:] != ordered[:-1]).long()
+    group = torch.empty_like(order).scatter_(0, order, starts.cumsum(0))
+    totals = torch.zeros_like(order).index_add_(0, group[n:], weight)
+    return totals[group[:n]]

@@ -1,0 +1,401 @@
+"""The losses: O(N D) compositions of `masked_logsumexp` in plain PyTorch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mcl_kernels._validate import check_choice, check_embeddings, check_same_shape, check_same_width
+from mcl_kernels.logsumexp.api import (
+    Pairs,
+    as_pairs,
+    as_scale,
+    compute_dtype,
+    masked_logsumexp,
+)
+from mcl_kernels.logsumexp.plan import count_kept
+from mcl_kernels.objectives import Objective, info_nce
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def masked_info_nce(
+    query: Tensor,
+    key: Tensor,
+    labels: Tensor | None = None,
+    key_labels: Tensor | None = None,
+    *,
+    temperature: float | Tensor = 0.07,
+    positive: Tensor | None = None,
+    ids: Tensor | None = None,
+    key_ids: Tensor | None = None,
+    negatives: str = "same",
+    objective: Objective = info_nce,
+    normalize: bool = True,
+    reduction: str = "mean",
+    impl: str = "auto",
+) -> Tensor:
+    """Contrastive loss of each query against its positive and the keys of its own cluster.
+
+        a_i    = <q_i, p_i> / t_i
+        b_i    = log sum_{j: y_j = y_i, u_j != u_i} exp(<q_i, k_j> / t_i)
+        loss_i = objective(a_i, b_i) = log(1 + exp(b_i - a_i)) by default
+
+    With `positive=None` key i is the positive of query i and keys past N are extra negatives; with
+    `positive=p` (the queue form of MoCo) p is not among the keys. Without labels this is plain InfoNCE. An anchor
+    without negatives has loss 0 and gradient 0. NaN or infinity in an embedding is never turned into a finite loss.
+
+    Args:
+        query: [N, D], float16, bfloat16, float32 or float64, any strides.
+        key: [M, D]; M >= N with `positive=None`.
+        labels: pseudo labels of the queries, integers [N], on the device of query; None: one cluster. A negative
+            label matches nothing. Where M = N and key i belongs to query i they hold for the keys too.
+        key_labels: pseudo labels of the keys, integers [M] (-1 for a queue slot that was never filled).
+        temperature: t > 0, a float, a 0-d tensor or a vector [N]; tensors get an exact gradient and are not
+            checked (a bad one gives NaN).
+        positive: p, [N, D], or None.
+        ids: identity of the queries' samples, integers [N]; equal ids are never negatives. **A positive among the
+            keys must have its query's id**, or it is its own negative too. Default: query i and key i share one,
+            keys past N share none; in the queue form nothing is excluded.
+        key_ids: identity of the keys' samples, integers [M].
+        negatives: "same", "different" or "all": see `masked_logsumexp`.
+        objective: a function of `mcl_kernels.objectives`, or your own.
+        normalize: L2-normalise all three in fp32, rounded once to the dtype they came in.
+        reduction: "mean" over all N anchors (those without negatives included; 0 for N = 0), "sum" or "none".
+        impl: see `masked_logsumexp`.
+
+    Returns:
+        A scalar, or [N] with `reduction="none"`; fp32, or fp64 where an input is fp64.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: shapes, lengths, devices or options that do not fit; each message names the argument.
+
+    Source: "Learning the Unlearned" (ECCV 2024, arXiv 2402.11816), the loss L_j of stage j.
+
+    Example:
+        >>> query, key = torch.eye(4), torch.eye(4)
+        >>> masked_info_nce(query, key, labels=torch.tensor([0, 0, 1, 1]), temperature=1.0)
+        tensor(0.3133)
+    """
+    query, key, positive, pairs = query_key_positive(
+        query, key, labels, key_labels, positive, ids, key_ids, negatives, normalize
+    )
+    scale = _inverse_temperature(temperature, query, compute_dtype(query, key, positive))
+    positive_logit = scale * row_dot(query, positive, scale.dtype)
+    factors, counts = _needs(objective)
+    lse = [_logsumexp(query, key, pairs, scale * factor, impl) for factor in factors]
+    count = count_kept(query, key, *pairs) if counts else None
+    return _reduce(_per_anchor(objective, positive_logit, lse, count, scale), reduction)
+
+
+def nt_xent(
+    view_a: Tensor,
+    view_b: Tensor,
+    labels: Tensor | None = None,
+    *,
+    temperature: float | Tensor = 0.5,
+    ids: Tensor | None = None,
+    negatives: str = "same",
+    objective: Objective = info_nce,
+    normalize: bool = True,
+    reduction: str = "mean",
+    impl: str = "auto",
+) -> Tensor:
+    """SimCLR's loss (NT-Xent): 2N anchors, each against its other view and all views of its own cluster.
+
+        z      = [view_a; view_b]                                                 [2N, D]
+        a_i    = <z_i, z_(i+N mod 2N)> / t_i
+        b_i    = log sum_{j: y_j = y_i, u_j != u_i} exp(<z_i, z_j> / t_i)
+        loss_i = objective(a_i, b_i) = log(1 + exp(b_i - a_i)) by default
+
+    Without labels this is SimCLR's loss. An anchor without negatives has loss 0 and gradient 0.
+
+    Args:
+        view_a, view_b: two views of N samples, [N, D] each, row i of both of sample i.
+        labels: pseudo labels of the samples, integers [N]; None: one cluster. A negative label matches nothing.
+        temperature: t > 0, a float, a 0-d tensor or a vector [2N], view_a first; see `masked_info_nce`.
+        ids: identity of the samples, integers [N]; equal ids are never negatives. Default: every row its own.
+        negatives, objective, normalize, impl: as in `masked_info_nce`.
+        reduction: "mean" over all 2N anchors (0 for N = 0), "sum" or "none".
+
+    Returns:
+        A scalar, or [2N] with `reduction="none"`, view_a first; fp32, or fp64 where an input is fp64.
+
+    Raises:
+        TypeError, ValueError: as `masked_info_nce`.
+
+    Source: Chen et al. 2020 (arXiv 2002.05709), equation 1, with the negatives of arXiv 2402.11816.
+
+    Example:
+        >>> view = torch.eye(4)
+        >>> nt_xent(view, view, labels=torch.tensor([0, 0, 1, 1]), temperature=1.0)
+        tensor(0.5514)
+    """
+    check_embeddings("view_a", view_a)
+    check_embeddings("view_b", view_b)
+    check_same_shape("view_b", view_b, "view_a", view_a)
+    if ids is None:
+        ids = torch.arange(len(view_a), device=view_a.device)
+    of_sample = as_pairs(view_a, view_a, labels, labels, ids, ids, negatives, key_is_query=True)
+    if normalize:
+        view_a, view_b = normalize_rows(view_a), normalize_rows(view_b)
+    views = torch.cat((view_a, view_b))
+    pairs = of_sample.repeated(2)
+    scale = _inverse_temperature(temperature, views, compute_dtype(views))
+    positive_logit = scale * row_dot(view_a, view_b, scale.dtype).repeat(2)
+    factors, counts = _needs(objective)
+    lse = [_logsumexp(views, None, pairs, scale * factor, impl) for factor in factors]
+    count = count_kept(views, views, *pairs) if counts else None
+    return _reduce(_per_anchor(objective, positive_logit, lse, count, scale), reduction)
+
+
+def clip_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    labels: Tensor | None = None,
+    *,
+    logit_scale: float | Tensor,
+    text_labels: Tensor | None = None,
+    ids: Tensor | None = None,
+    negatives: str = "same",
+    objective: Objective = info_nce,
+    normalize: bool = False,
+    reduction: str = "mean",
+    impl: str = "auto",
+) -> Tensor:
+    """CLIP's loss: images against captions and captions against images, each within its own cluster.
+
+        s_ij   = logit_scale * <image_i, text_j>,    a_i = s_ii
+        b_i    = log sum_{j: y_j = y_i, u_j != u_i} exp(s_ij)            images, in one pass with
+        c_j    = log sum_{i: y_i = y_j, u_i != u_j} exp(s_ij)            captions
+        loss_i = (objective(a_i, b_i) + objective(a_i, c_i)) / 2
+
+    Without labels this is CLIP's loss. An anchor without negatives has loss 0 and gradient 0.
+
+    Args:
+        image_features, text_features: [N, D] each, caption i of image i; normalised by the model, as in CLIP,
+            or here with `normalize=True`.
+        labels: pseudo labels of the images, integers [N]; None: one cluster. A negative label matches nothing.
+        logit_scale: already exponentiated, a float or a tensor [] or [1] (learnable; exact gradient).
+        text_labels: pseudo labels of the captions, integers [N]; None: those of the images.
+        ids: identity of the pairs, integers [N]; equal ids are never negatives. Default: every pair its own.
+        negatives, objective, impl: as in `masked_info_nce`.
+        normalize: L2-normalise both in fp32, rounded once to the dtype they came in.
+        reduction: "mean" over the N pairs (0 for N = 0), "sum" or "none".
+
+    Returns:
+        A scalar, or [N] with `reduction="none"`; fp32, or fp64 where an input is fp64.
+
+    Raises:
+        TypeError, ValueError: as `masked_info_nce`.
+
+    Source: Radford et al. 2021 (arXiv 2103.00020), figure 3, with the negatives of arXiv 2402.11816.
+
+    Example:
+        >>> features = torch.eye(4)
+        >>> clip_loss(features, features, labels=torch.tensor([0, 0, 1, 1]), logit_scale=1.0)
+        tensor(0.3133)
+    """
+    check_embeddings("image_features", image_features)
+    check_embeddings("text_features", text_features)
+    check_same_shape("text_features", text_features, "image_features", image_features)
+    if ids is None:
+        ids = torch.arange(len(image_features), device=image_features.device)
+    pairs = as_pairs(image_features, text_features, labels, text_labels, ids, ids, negatives, key_is_query=True)
+    if normalize:
+        image_features, text_features = normalize_rows(image_features), normalize_rows(text_features)
+    dtype = compute_dtype(image_features, text_features)
+    if isinstance(logit_scale, Tensor):
+        if logit_scale.numel() != 1:
+            raise ValueError(f"logit_scale must be one number: got shape {list(logit_scale.shape)}")
+        logit_scale = logit_scale.reshape(())
+    scale = as_scale("logit_scale", logit_scale, image_features, dtype)
+    positive_logit = scale * row_dot(image_features, text_features, dtype)
+    factors, counts = _needs(objective)
+    both = [
+        masked_logsumexp(
+            image_features, text_features, pairs.labels, pairs.key_labels, scale=scale * factor,
+            ids=pairs.ids, key_ids=pairs.key_ids, negatives=negatives, bidirectional=True, impl=impl,
+        )
+        for factor in factors
+    ]  # fmt: skip
+    of_image = count_kept(image_features, text_features, *pairs) if counts else None
+    of_text = count_kept(text_features, image_features, *pairs.swapped()) if counts else None
+    image_loss = _per_anchor(objective, positive_logit, [b for b, _ in both], of_image, scale)
+    text_loss = _per_anchor(objective, positive_logit, [c for _, c in both], of_text, scale)
+    return _reduce((image_loss + text_loss) / 2, reduction)
+
+
+def query_key_positive(
+    query: Tensor,
+    key: Tensor,
+    labels: Tensor | None,
+    key_labels: Tensor | None,
+    positive: Tensor | None,
+    ids: Tensor | None,
+    key_ids: Tensor | None,
+    negatives: str,
+    normalize: bool,
+) -> tuple[Tensor, Tensor, Tensor, Pairs]:
+    """The checked arguments of the query-key form, its positives [N, D] and who may be a negative of whom."""
+    check_embeddings("query", query)
+    check_embeddings("key", key)
+    check_same_width("key", key, "query", query)
+    n, m = len(query), len(key)
+    if positive is not None:
+        check_embeddings("positive", positive)
+        check_same_shape("positive", positive, "query", query)
+    elif m < n:
+        raise ValueError(f"key must hold a positive for each query where positive=None: got {m} keys for {n} queries")
+    elif ids is None and key_ids is None:
+        ids, key_ids = torch.arange(n, device=query.device), torch.arange(m, device=query.device)
+    key_is_query = positive is None and m == n
+    pairs = as_pairs(query, key, labels, key_labels, ids, key_ids, negatives, key_is_query=key_is_query)
+    if normalize:
+        query, key = normalize_rows(query), normalize_rows(key)
+        positive = None if positive is None else normalize_rows(positive)
+    return query, key, key[:n] if positive is None else positive, pairs
+
+
+def normalize_rows(x: Tensor) -> Tensor:
+    """L2-normalises in fp32 (fp64 for fp64) and rounds once. Rows of norm below eps stay shorter than 1."""
+    # 1e-12, as PyTorch has it, is 0 in fp16 and would send the gradient of a zero row to infinity there.
+    eps = max(1e-12, torch.finfo(x.dtype).tiny)
+    return F.normalize(x.to(compute_dtype(x)), dim=1, eps=eps).to(x.dtype)
+
+
+def row_dot(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
+    """<x_i, y_i>, [N]."""
+    return (x.to(dtype) * y.to(dtype)).sum(1)
+
+
+def _inverse_temperature(temperature: float | Tensor, query: Tensor, dtype: torch.dtype) -> Tensor:
+    if isinstance(temperature, Tensor):
+        return as_scale("temperature", temperature, query, dtype).reciprocal()
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive: got {temperature}")
+    return as_scale("temperature", 1.0 / temperature, query, dtype)
+
+
+def _needs(objective: Objective) -> tuple[tuple[float, ...], bool]:
+    """The factors of the scale that an objective wants a log-sum-exp for, and whether it wants the count."""
+    return getattr(objective, "scales", (1.0,)), getattr(objective, "counts", False)
+
+
+def _logsumexp(query: Tensor, key: Tensor | None, pairs: Pairs, scale: Tensor, impl: str) -> Tensor:
+    labels, key_labels, ids, key_ids, negatives = pairs
+    if key is None:
+        return masked_logsumexp(query, labels=labels, scale=scale, ids=ids, negatives=negatives, impl=impl)
+    return masked_logsumexp(
+        query, key, labels, key_labels, scale=scale, ids=ids, key_ids=key_ids, negatives=negatives, impl=impl
+    )
+
+
+def _per_anchor(objective: Objective, a: Tensor, lse: list[Tensor], count: Tensor | None, scale: Tensor) -> Tensor:
+    """The objective, [N]; where there are no negatives the loss is 0 and its gradient exactly 0."""
+    lonely = lse[0].detach() == -torch.inf
+    # Twice `where`: the objective sees values that are safe to differentiate, then its result is dropped.
+    safe_lse = tuple(torch.where(lonely, 0.0, b) for b in lse)
+    safe_a = torch.where(lonely, a.detach(), a)
+    n = None if count is None else count.clamp(min=1).to(a.dtype)
+    loss = objective(safe_a, safe_lse if hasattr(objective, "scales") else safe_lse[0], n, scale)
+    # 0 * a is 0, but NaN where the embedding held NaN or infinity: that must not pass for a loss of 0.
+    return torch.where(lonely, 0.0 * a.detach(), loss)
+
+
+def _reduce(loss: Tensor, reduction: str) -> Tensor:
+    check_choice("reduction", reduction, REDUCTIONS)
+    if reduction == "none":
+        return loss
+    total = loss.sum()
+    return total / max(loss.shape[0], 1) if reduction == "mean" else total
+
+
+class _Loss(nn.Module):
+    """The options that the three losses share; labels and ids are given to `forward`."""
+
+    def __init__(
+        self,
+        *,
+        negatives: str = "same",
+        objective: Objective = info_nce,
+        normalize: bool = True,
+        reduction: str = "mean",
+        impl: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.options: dict[str, Any] = {
+            "negatives": negatives,
+            "objective": objective,
+            "normalize": normalize,
+            "reduction": reduction,
+            "impl": impl,
+        }
+
+    def extra_repr(self) -> str:
+        objective = self.options["objective"]
+        options = {**self.options, "objective": getattr(objective, "__name__", objective)}
+        return ", ".join(f"{name}={value}" for name, value in options.items())
+
+
+class MaskedInfoNCE(_Loss):
+    """`masked_info_nce` as a module: its options here, tensors in `forward`. A Parameter as temperature is learned."""
+
+    def __init__(self, temperature: float | Tensor = 0.07, **options: Any) -> None:
+        super().__init__(**options)
+        self.temperature = temperature
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        labels: Tensor | None = None,
+        key_labels: Tensor | None = None,
+        *,
+        positive: Tensor | None = None,
+        ids: Tensor | None = None,
+        key_ids: Tensor | None = None,
+    ) -> Tensor:
+        return masked_info_nce(
+            query, key, labels, key_labels, temperature=self.temperature, positive=positive, ids=ids, key_ids=key_ids,
+            **self.options,
+        )  # fmt: skip
+
+
+class NTXentLoss(_Loss):
+    """`nt_xent` as a module: its options here, tensors in `forward`. A Parameter as temperature is learned."""
+
+    def __init__(self, temperature: float | Tensor = 0.5, **options: Any) -> None:
+        super().__init__(**options)
+        self.temperature = temperature
+
+    def forward(
+        self, view_a: Tensor, view_b: Tensor, labels: Tensor | None = None, *, ids: Tensor | None = None
+    ) -> Tensor:
+        return nt_xent(view_a, view_b, labels, temperature=self.temperature, ids=ids, **self.options)
+
+
+class ClipLoss(_Loss):
+    """`clip_loss` as a module: its options here, tensors and the model's logit_scale in `forward`."""
+
+    def __init__(self, *, normalize: bool = False, **options: Any) -> None:
+        super().__init__(normalize=normalize, **options)
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: float | Tensor,
+        labels: Tensor | None = None,
+        *,
+        text_labels: Tensor | None = None,
+        ids: Tensor | None = None,
+    ) -> Tensor:
+        return clip_loss(
+            image_features, text_features, labels, logit_scale=logit_scale, text_labels=text_labels, ids=ids,
+            **self.options,
+        )  # fmt: skip

@@ -1,0 +1,56 @@
+"""Accuracy of a contrastive batch without its logits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mcl_kernels.logsumexp import ops, reference
+from mcl_kernels.logsumexp.api import compute_dtype, resolve_impl
+from mcl_kernels.losses import query_key_positive, row_dot
+
+
+@torch.no_grad()
+def positive_ranks(
+    query: Tensor,
+    key: Tensor,
+    labels: Tensor | None = None,
+    key_labels: Tensor | None = None,
+    *,
+    positive: Tensor | None = None,
+    ids: Tensor | None = None,
+    key_ids: Tensor | None = None,
+    negatives: str = "same",
+    normalize: bool = True,
+    impl: str = "auto",
+) -> Tensor:
+    """How many negatives score higher than the positive: 0 where the positive is nearest.
+
+        rank_i = #{j: keep_ij and <q_i, k_j> > <q_i, p_i>}
+
+    `(rank < k).float().mean()` is the top-k accuracy that a training loop prints. By tiles; no N x M matrix and
+    no gradient. A NaN counts as higher, so a model that has diverged does not look perfect.
+
+    Args:
+        query, key, labels, key_labels, positive, ids, key_ids, negatives, normalize, impl: as in `masked_info_nce`.
+
+    Returns:
+        int64 [N].
+
+    Raises:
+        TypeError, ValueError: as `masked_info_nce`.
+
+    Example:
+        >>> query = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+        >>> positive_ranks(query, query.flip(1))
+        tensor([2, 2, 0])
+    """
+    query, key, positive, pairs = query_key_positive(
+        query, key, labels, key_labels, positive, ids, key_ids, negatives, normalize
+    )
+    threshold = row_dot(query, positive, compute_dtype(query, key, positive))
+    impl = resolve_impl(impl)
+    if impl == "reference":
+        return reference.count_above(query, key, threshold, *pairs)
+    count: Tensor = ops.count_above(query, key, threshold, *pairs, impl)
+    return count
