@@ -5,21 +5,33 @@ cluster; `KMeans` finds the clusters; `MultistageRunner` runs the stages.
 """
 
 from mcl_kernels import objectives
+from mcl_kernels.kmeans import KMeans, assign_clusters
 from mcl_kernels.logsumexp import capabilities, count_negatives, masked_logsumexp
 from mcl_kernels.losses import ClipLoss, MaskedInfoNCE, NTXentLoss, clip_loss, masked_info_nce, nt_xent
+from mcl_kernels.pseudo_labels import compose_labels
 from mcl_kernels.ranks import positive_ranks
+from mcl_kernels.representation import ConcatEncoder, model_soup
+from mcl_kernels.sampler import ClusterBatchSampler
+from mcl_kernels.stages import MultistageRunner
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ClipLoss",
+    "ClusterBatchSampler",
+    "ConcatEncoder",
+    "KMeans",
     "MaskedInfoNCE",
+    "MultistageRunner",
     "NTXentLoss",
+    "assign_clusters",
     "capabilities",
     "clip_loss",
+    "compose_labels",
     "count_negatives",
     "masked_info_nce",
     "masked_logsumexp",
+    "model_soup",
     "nt_xent",
     "objectives",
     "positive_ranks",

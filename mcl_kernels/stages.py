@@ -1,0 +1,329 @@
+"""The stage runner: which labels hold now, and how embeddings become the next ones.
+
+The training loop stays the user's:
+
+    runner = MultistageRunner(len(dataset), n_stages=3, n_clusters=10, directory="runs/mcl")
+    for stage in runner:
+        model, optimizer = build()
+        for epoch in range(epochs):
+            for index, a, b in loader(stage.batch_sampler(256, clusters_per_batch=4, epoch=epoch)):
+                loss = nt_xent(model(a), model(b), stage.labels[index])
+                ...
+        stage.finish(embed(model), state=model.state_dict())
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mcl_kernels import stage_files
+from mcl_kernels._validate import check_choice
+from mcl_kernels.kmeans import KMeans, assign_clusters
+from mcl_kernels.kmeans.api import METRICS
+from mcl_kernels.pseudo_labels import compose_labels, label_tuples, look_up_tuples
+from mcl_kernels.sampler import ClusterBatchSampler
+
+
+@dataclass(frozen=True)
+class FinishedStage:
+    """What a stage left behind, in this process or an earlier one.
+
+    Attributes:
+        index: 0, 1, ...
+        centers: of its clusters, [K, D].
+        labels: pseudo labels after it, int64 [n_samples]: those of the next stage.
+        tuples: cluster ids behind each pseudo label, int64 [labels, index + 1].
+        statistics: inertia, iterations, cluster_sizes, label_sizes, clustering_seconds.
+    """
+
+    index: int
+    centers: Tensor
+    labels: Tensor
+    tuples: Tensor
+    statistics: dict[str, Any]
+    _read_state: Callable[[], Mapping[str, Any] | None] = field(repr=False)
+
+    @property
+    def clusters(self) -> Tensor:
+        """The cluster ids of this stage alone, int64 [n_samples]."""
+        return self.tuples[self.labels, -1]
+
+    @property
+    def state(self) -> Mapping[str, Any] | None:
+        """What `finish` was given as state, on the CPU; read from disk on every access."""
+        return self._read_state()
+
+
+class Stage:
+    """One stage of a run, handed out by iterating over a `MultistageRunner`.
+
+    Attributes:
+        index: 0, 1, ...
+        labels: pseudo labels, int64 [n_samples] on the CPU; all 0 in stage 0, the plain loss.
+    """
+
+    def __init__(self, runner: MultistageRunner, index: int) -> None:
+        self._runner = runner
+        self.index = index
+        self.labels = runner.labels
+
+    def batch_sampler(
+        self,
+        batch_size: int,
+        *,
+        clusters_per_batch: int = 1,
+        epoch: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        small: str = "merge",
+    ) -> ClusterBatchSampler:
+        """A `ClusterBatchSampler` over this stage's labels, set to `epoch`, its order seeded by the run."""
+        sampler = ClusterBatchSampler(
+            self.labels, batch_size, clusters_per_batch=clusters_per_batch, seed=self._runner.seed + self.index,
+            rank=rank, world_size=world_size, small=small,
+        )  # fmt: skip
+        sampler.set_epoch(epoch)
+        return sampler
+
+    def labels_of(self, keys: Sequence[str]) -> Tensor:
+        """The labels of the samples with these keys, int64 [B]; for loops whose batches have no index."""
+        return self.labels[self._runner.indices_of(keys)]
+
+    def assign(self, previous_embeddings: Sequence[Tensor]) -> Tensor | None:
+        """Labels found on the fly from the embeddings of the earlier, frozen encoders.
+
+        Args:
+            previous_embeddings: of stage 0, 1, ... up to the one before this, [B, D_s] each.
+
+        Returns:
+            int64 [B] on the device of the embeddings, -1 for a tuple of clusters that no sample had; for the
+            embeddings given to `finish`, `labels`. In stage 0 there is nothing to assign by: None, which the
+            losses take for one cluster.
+
+        Raises:
+            ValueError: another number of embeddings than earlier stages, or shapes that do not fit.
+        """
+        finished = self._runner.finished[: self.index]
+        if len(previous_embeddings) != len(finished):
+            raise ValueError(
+                f"previous_embeddings must hold one tensor per earlier stage: got {len(previous_embeddings)} "
+                f"in stage {self.index}"
+            )
+        if not finished:
+            return None
+        clusters = [
+            assign_clusters(embeddings, stage.centers.to(embeddings.device), metric=self._runner.metric)[0]
+            for embeddings, stage in zip(previous_embeddings, finished, strict=True)
+        ]
+        if len({len(column) for column in clusters}) > 1:
+            lengths = [len(column) for column in clusters]
+            raise ValueError(f"previous_embeddings must have one row per sample each: got {lengths} rows")
+        return look_up_tuples(finished[-1].tuples, torch.stack(clusters, dim=1)).to(clusters[0].device)
+
+    def finish(
+        self, embeddings: Tensor | np.ndarray[Any, Any], state: Mapping[str, Any] | None = None
+    ) -> FinishedStage:
+        """Clusters the embeddings, composes the next labels and saves the stage.
+
+        When this returns the stage is on disk; killed at any moment before, the run resumes with this stage.
+
+        Args:
+            embeddings: of all samples, in the order of the data set, [n_samples, D].
+            state: what to keep, usually `model.state_dict()`: tensors, numbers, strings and containers of them.
+
+        Returns:
+            The finished stage, also the last of `runner.finished`.
+
+        Raises:
+            TypeError, ValueError: embeddings of another length, with NaN, ...; a state that cannot be loaded safely.
+            OSError: the directory cannot be written; earlier stages are intact and finish() can be called again.
+            RuntimeError: the stage is finished already.
+        """
+        return self._runner._finish(self, embeddings, state)
+
+
+class MultistageRunner:
+    """Multistage Contrastive Learning around anybody's training loop.
+
+    Iterating yields the stages that are not finished yet, so the same script resumes a run that was killed.
+
+    Args:
+        n_samples: size of the data set.
+        n_stages: stages to run; a finished run can be continued with more.
+        n_clusters: clusters K of each stage.
+        directory: where finished stages are kept; None keeps them in memory.
+        metric: of the clustering, "cosine" or "euclidean".
+        seed: of clusterings and batch samplers.
+        keys: a distinct string per sample (a file name, say), for `Stage.labels_of`.
+
+    Raises:
+        ValueError: numbers that do not fit; a directory that holds a run of another configuration (the
+            difference is named).
+        RuntimeError: a damaged or missing file of a finished stage, which is named.
+
+    Source: "Learning the Unlearned" (ECCV 2024, arXiv 2402.11816), section 3.
+
+    Example:
+        >>> runner = MultistageRunner(n_samples=8, n_stages=2, n_clusters=2)
+        >>> for stage in runner:
+        ...     finished = stage.finish(torch.randn(8, 4))
+        >>> len(runner.finished), runner.finished[1].tuples.shape[1]
+        (2, 2)
+    """
+
+    def __init__(
+        self,
+        n_samples: int,
+        *,
+        n_stages: int = 3,
+        n_clusters: int = 10,
+        directory: str | Path | None = None,
+        metric: str = "cosine",
+        seed: int = 0,
+        keys: Sequence[str] | None = None,
+    ) -> None:
+        if n_stages < 1:
+            raise ValueError(f"n_stages must be at least 1: got {n_stages}")
+        if not 1 <= n_clusters <= n_samples:
+            raise ValueError(f"n_clusters must be from 1 to n_samples = {n_samples}: got {n_clusters}")
+        check_choice("metric", metric, METRICS)
+        self.n_samples = n_samples
+        self.n_stages = n_stages
+        self.n_clusters = n_clusters
+        self.directory = None if directory is None else Path(directory)
+        self.metric = metric
+        self.seed = seed
+        self._index_of_key = None if keys is None else _index_of_key(keys, n_samples)
+        self.finished: list[FinishedStage] = []
+        if self.directory is not None:
+            self._read_finished(self.directory)
+
+    @property
+    def labels(self) -> Tensor:
+        """The pseudo labels that hold now, int64 [n_samples]; all 0 before a stage is finished."""
+        if self.finished:
+            return self.finished[-1].labels
+        return torch.zeros(self.n_samples, dtype=torch.int64)
+
+    def __iter__(self) -> Iterator[Stage]:
+        while len(self.finished) < self.n_stages:
+            if self.directory is not None:
+                _check_writable(self.directory)
+            stage = Stage(self, len(self.finished))
+            yield stage
+            if len(self.finished) == stage.index:
+                raise RuntimeError(
+                    f"stage {stage.index} is not finished: call stage.finish(embeddings) before the next one"
+                )
+
+    def indices_of(self, keys: Sequence[str]) -> Tensor:
+        """The positions of the samples with these keys, int64 [B]."""
+        if self._index_of_key is None:
+            raise ValueError("keys were not given to the runner: MultistageRunner(..., keys=[...])")
+        unknown = [key for key in keys if key not in self._index_of_key]
+        if unknown:
+            raise ValueError(f"keys must be among those given to the runner: got {unknown[0]!r}")
+        return torch.tensor([self._index_of_key[key] for key in keys], dtype=torch.int64)
+
+    def _configuration(self) -> dict[str, Any]:
+        """What has to agree for a run to be continued."""
+        keys = None if self._index_of_key is None else json.dumps(list(self._index_of_key))
+        return {
+            "n_samples": self.n_samples,
+            "n_clusters": self.n_clusters,
+            "metric": self.metric,
+            "seed": self.seed,
+            "keys": None if keys is None else hashlib.sha256(keys.encode()).hexdigest(),
+        }
+
+    def _read_finished(self, directory: Path) -> None:
+        here = self._configuration()
+        while stage_files.stage_directory(directory, len(self.finished)).exists():
+            index = len(self.finished)
+            arrays, description = stage_files.read_stage(directory, index)
+            there = description["configuration"]
+            for name in here:
+                if there[name] != here[name]:
+                    raise ValueError(
+                        f"directory {directory} holds a run of another configuration: "
+                        f"{name} is {there[name]!r} there and {here[name]!r} here"
+                    )
+            read_state = partial(stage_files.read_state, directory, index)
+            self.finished.append(
+                FinishedStage(index, **arrays, statistics=description["statistics"], _read_state=read_state)
+            )
+        later = sorted(path.name for path in directory.glob("stage-*"))[len(self.finished) :]
+        if later:
+            missing = stage_files.stage_directory(directory, len(self.finished))
+            raise RuntimeError(f"{missing} is missing, and {later[0]} needs it; delete {later[0]} to run both again")
+
+    def _finish(
+        self, stage: Stage, embeddings: Tensor | np.ndarray[Any, Any], state: Mapping[str, Any] | None
+    ) -> FinishedStage:
+        index = stage.index
+        if index != len(self.finished):
+            raise RuntimeError(f"stage {index} is finished already")
+        if len(embeddings) != self.n_samples:
+            raise ValueError(
+                f"embeddings must have one row per sample: got {len(embeddings)} rows for {self.n_samples} samples"
+            )
+        started = time.perf_counter()
+        kmeans = KMeans(self.n_clusters, metric=self.metric, seed=self.seed + index).fit(embeddings)
+        seconds = time.perf_counter() - started
+        clusters = kmeans.labels_.cpu()
+        labels = compose_labels(stage.labels, clusters)
+        earlier = [done.clusters for done in self.finished]
+        arrays = {
+            "centers": kmeans.cluster_centers_.cpu(),
+            "labels": labels,
+            "tuples": label_tuples(labels, torch.stack((*earlier, clusters), dim=1)),
+        }
+        statistics = {
+            "inertia": kmeans.inertia_,
+            "iterations": kmeans.n_iter_,
+            "cluster_sizes": clusters.bincount().tolist(),
+            "label_sizes": labels.bincount().tolist(),
+            "clustering_seconds": seconds,
+        }
+        if self.directory is None:
+            # A copy: the caller's next stage may go on training the same tensors.
+            read_state: Callable[[], Mapping[str, Any] | None] = partial(copy.copy, copy.deepcopy(state))
+        else:
+            description = {"configuration": self._configuration(), "statistics": statistics}
+            stage_files.write_stage(self.directory, index, arrays, state, description)
+            read_state = partial(stage_files.read_state, self.directory, index)
+        self.finished.append(FinishedStage(index, **arrays, statistics=statistics, _read_state=read_state))
+        return self.finished[-1]
+
+
+def _index_of_key(keys: Sequence[str], n_samples: int) -> dict[str, int]:
+    if len(keys) != n_samples:
+        raise ValueError(f"keys must have one entry per sample: got {len(keys)} keys for {n_samples} samples")
+    index_of_key: dict[str, int] = {}
+    for index, key in enumerate(keys):
+        if index_of_key.setdefault(key, index) != index:
+            raise ValueError(f"keys must be distinct: {key!r} is at {index_of_key[key]} and {index}")
+    return index_of_key
+
+
+def _check_writable(directory: Path) -> None:
+    """Raises now what would otherwise be raised after hours of training."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        probe = directory / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OSError(error.errno, f"directory cannot be written ({error.strerror})", str(directory)) from error
