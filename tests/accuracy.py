@@ -1,0 +1,39 @@
+"""What "as accurate as the definition" means: an assertion shared by all tests of numbers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def assert_accurate(got: Tensor, reference: Tensor, exact: Tensor, what: str = "result") -> None:
+    """`got` is at most twice as far from the fp64 result as the dense reference on the same rounded inputs.
+
+    A slack of 4 machine epsilons of the output dtype times the largest exact value is added. The whole tensor is
+    checked too, by its cosine with the exact one and by its signed bias, which a few outliers would hide.
+    """
+    assert got.dtype == reference.dtype, f"{what}: dtype {got.dtype}, expected {reference.dtype}"
+    assert got.shape == exact.shape, f"{what}: shape {list(got.shape)}, expected {list(exact.shape)}"
+    machine_epsilon = torch.finfo(got.dtype).eps
+    finite = exact.isfinite()
+    assert torch.equal(got.isfinite(), finite), f"{what}: NaN or infinity in other places than the exact result"
+    assert torch.equal(got[~finite].double().nan_to_num(), exact[~finite].nan_to_num()), f"{what}: other infinities"
+    got, reference, exact = got[finite].double(), reference[finite].double(), exact[finite].double()
+    if got.numel() == 0:
+        return
+
+    slack = 4 * machine_epsilon * float(exact.abs().max())
+    error, allowed = float((got - exact).abs().max()), 2 * float((reference - exact).abs().max()) + slack
+    assert error <= allowed, f"{what}: error {error:.3g}, allowed {allowed:.3g}"
+
+    bias, allowed = abs(float((got - exact).mean())), 2 * abs(float((reference - exact).mean())) + slack / 4
+    assert bias <= allowed, f"{what}: signed bias {bias:.3g}, allowed {allowed:.3g}"
+
+    turned, allowed = _angle(got, exact), 2 * _angle(reference, exact) + 16 * machine_epsilon**2 + 1e-14
+    assert turned <= allowed, f"{what}: 1 - cosine {turned:.3g}, allowed {allowed:.3g}"
+
+
+def _angle(x: Tensor, y: Tensor) -> float:
+    """1 - cosine; 0 for tensors of zeros."""
+    norms = float(x.norm() * y.norm())
+    return 1 - float(x @ y) / norms if norms > 0 else 0.0

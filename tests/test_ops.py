@@ -1,0 +1,195 @@
+"""The torch.library contract: schemas, fakes, autograd, compilation, what is saved and what is imported."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from mcl_kernels import clip_loss, masked_info_nce, masked_logsumexp, nt_xent, objectives, positive_ranks
+from mcl_kernels.logsumexp import ops
+from mcl_kernels.logsumexp.plan import Plan
+from tests.cases import make_case
+
+FUSED = list(ops.IMPLEMENTATIONS)
+FORMS = [("self", None), ("rows", 40), ("both", 40)]
+
+
+def op_inputs(form: str, m: int | None, impl: str, *, labelled: bool = True) -> tuple[object, ...]:
+    case = make_case(30, m, 8, n_clusters=3 if labelled else None, with_ids=labelled)
+    query = case.query.requires_grad_()
+    key = None if case.key is None else case.key.requires_grad_()
+    scale = torch.tensor(4.0, requires_grad=True)
+    return query, key, scale, *case[2:], "same", form == "both", impl
+
+
+@pytest.mark.parametrize("impl", FUSED)
+@pytest.mark.parametrize("labelled", [True, False])
+@pytest.mark.parametrize(("form", "m"), FORMS)
+def test_opcheck_forward(form: str, m: int | None, labelled: bool, impl: str) -> None:
+    torch.library.opcheck(ops.masked_logsumexp, op_inputs(form, m, impl, labelled=labelled))
+
+
+@pytest.mark.parametrize("impl", FUSED)
+@pytest.mark.parametrize("needs_grad", [(True, True, True), (False, True, False)])
+@pytest.mark.parametrize(("form", "m"), FORMS)
+def test_opcheck_backward(form: str, m: int | None, needs_grad: tuple[bool, ...], impl: str) -> None:
+    *tensors, negatives, bidirectional, _ = op_inputs(form, m, impl)
+    tensors = [x.detach() if isinstance(x, Tensor) else x for x in tensors]
+    row_lse, column_lse, *plan = ops.masked_logsumexp(*tensors, negatives, bidirectional, impl)
+    grads = torch.ones_like(row_lse), torch.ones_like(column_lse)
+    inputs = (*grads, *tensors, row_lse, column_lse, *plan, negatives, bidirectional, impl, list(needs_grad))
+    torch.library.opcheck(ops.masked_logsumexp_backward, inputs)
+
+
+@pytest.mark.parametrize("impl", FUSED)
+def test_opcheck_count_above(impl: str) -> None:
+    case = make_case(30, 40, 8)
+    torch.library.opcheck(ops.count_above, (case.query, case.key, torch.zeros(30), *case[2:], "same", impl))
+
+
+@pytest.mark.parametrize("impl", [*FUSED, "reference"])
+@pytest.mark.parametrize("negatives", ["same", "different", "all"])
+@pytest.mark.parametrize(("form", "m"), FORMS)
+def test_gradcheck(form: str, m: int | None, negatives: str, impl: str) -> None:
+    case = make_case(9, None if m is None else 11, 3, dtype=torch.float64, n_clusters=2)
+    scale = torch.tensor(1.5, dtype=torch.float64, requires_grad=True)
+
+    def function(scale: Tensor, query: Tensor, key: Tensor | None = None) -> Tensor:
+        lse = masked_logsumexp(
+            query, key, case.labels, case.key_labels, scale=scale, ids=case.ids, key_ids=case.key_ids,
+            negatives=negatives, bidirectional=form == "both", impl=impl,
+        )  # fmt: skip
+        values = torch.cat(lse) if form == "both" else lse
+        return torch.where(values.isinf(), 0.0, values)
+
+    leaves = [x.requires_grad_() for x in (case.query, case.key) if x is not None]
+    assert torch.autograd.gradcheck(function, (scale, *leaves))
+
+
+def test_second_derivatives() -> None:
+    x = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda x: masked_logsumexp(x, impl="reference"), (x,))
+
+
+@pytest.mark.parametrize("impl", FUSED)
+def test_double_backward_is_refused(impl: str) -> None:
+    x = torch.randn(5, 3, requires_grad=True)
+    (grad,) = torch.autograd.grad(masked_logsumexp(x, impl=impl).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="impl='reference'"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("impl", FUSED)
+@pytest.mark.parametrize(("form", "m"), FORMS)
+def test_saved_for_backward(form: str, m: int | None, impl: str) -> None:
+    """The inputs, the LSE and the plan; nothing that grows with N x M or the number of clusters."""
+    n, d = 400, 32
+    case = make_case(n, None if m is None else 500, d, n_clusters=7)
+    leaves = [x.requires_grad_() for x in (case.query, case.key) if x is not None]
+    scale = torch.tensor(4.0, requires_grad=True)
+    saved: dict[int, int] = {}
+
+    def count(tensor: Tensor) -> Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        masked_logsumexp(
+            *leaves, *([None] if m is None else []), case.labels, case.key_labels, scale=scale, ids=case.ids,
+            key_ids=case.key_ids, bidirectional=form == "both", impl=impl,
+        )  # fmt: skip
+    rows = sum(len(x) for x in leaves)
+    # Per row: D features, labels and ids, LSE, and the order and range of the plan.
+    assert sum(saved.values()) <= rows * (4 * d + 2 * 8 + 4 + 3 * 8) + 64
+
+
+@pytest.mark.parametrize("impl", FUSED)
+def test_the_plan_does_not_depend_on_the_clusters(impl: str) -> None:
+    x = torch.randn(64, 4)
+    sizes = []
+    for labels in (torch.zeros(64), torch.arange(64), torch.full((64,), -1)):
+        outputs = ops.masked_logsumexp(x, None, torch.tensor(1.0), labels.long(), None, None, None, "same", False, impl)
+        sizes.append([len(tensor) for tensor in Plan(*outputs[2:])])
+    assert sizes == [sizes[0]] * 3
+
+
+def losses(impl: str) -> dict[str, Callable[..., Tensor]]:
+    def simclr(x: Tensor, y: Tensor, labels: Tensor, temperature: Tensor) -> Tensor:
+        return nt_xent(x, y, labels, temperature=temperature, impl=impl)
+
+    def moco(x: Tensor, y: Tensor, labels: Tensor, temperature: Tensor) -> Tensor:
+        return masked_info_nce(
+            x, y, labels, labels, positive=y, ids=labels, key_ids=labels + 1, temperature=temperature, impl=impl,
+            objective=objectives.hard_negative(0.5),
+        )  # fmt: skip
+
+    def clip(x: Tensor, y: Tensor, labels: Tensor, temperature: Tensor) -> Tensor:
+        return clip_loss(x, y, labels, logit_scale=1 / temperature, impl=impl, objective=objectives.debiased())
+
+    def ranks(x: Tensor, y: Tensor, labels: Tensor, temperature: Tensor) -> Tensor:
+        rank = positive_ranks(x, y, labels, impl=impl)
+        return (x * y * temperature).sum() * (rank < 1).float().mean()
+
+    return {"nt_xent": simclr, "masked_info_nce": moco, "clip_loss": clip, "positive_ranks": ranks}
+
+
+# The reference compiles too, but inductor guards the size of its dense matrices, so it recompiles with them.
+COMPILED = [(loss, impl, "aot_eager") for loss in losses("auto") for impl in (*FUSED, "reference")]
+COMPILED += [(loss, impl, "inductor") for loss in ("nt_xent", "clip_loss") for impl in FUSED]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("loss", "impl", "compiler"), COMPILED)
+def test_compile(loss: str, impl: str, compiler: str) -> None:
+    """One graph, dynamic shapes, other label histograms: no recompilation, the eager value and gradients."""
+    if compiler == "inductor" and not any(shutil.which(name) for name in ("g++", "clang++", "cl")):
+        pytest.skip("inductor needs a C++ compiler")
+    torch._dynamo.reset()
+    function = losses(impl)[loss]
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=compiler)
+    generator = torch.Generator().manual_seed(0)
+    for step, (n, n_clusters) in enumerate([(240, 3), (400, 3), (400, 370), (310, 1)]):
+        x, y = (torch.randn(n, 8, generator=generator, requires_grad=True) for _ in range(2))
+        temperature = torch.tensor(0.5, requires_grad=True)
+        labels = torch.randint(0, n_clusters, (n,), generator=generator)
+        with torch._dynamo.config.patch(error_on_recompile=step > 0):
+            got = compiled(x, y, labels, temperature)
+        expected = function(x, y, labels, temperature)
+        torch.testing.assert_close(got, expected)
+        inputs = (x, y, temperature)
+        for a, b in zip(torch.autograd.grad(got, inputs), torch.autograd.grad(expected, inputs), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def run_python(code: str) -> str:
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_import_loads_torch_and_numpy_only() -> None:
+    loaded = run_python(
+        "import sys, torch, numpy; before = {name.split('.')[0] for name in sys.modules}\n"
+        "import mcl_kernels; after = {name.split('.')[0] for name in sys.modules}\n"
+        "print(*sorted(after - before))"
+    )
+    assert set(loaded.split()) <= {"mcl_kernels", *sys.stdlib_module_names}
+
+
+def test_works_without_triton_and_without_a_compiler() -> None:
+    run_python(
+        "import os, sys; os.environ['PATH'] = ''; os.environ['CC'] = os.environ['CXX'] = '/nowhere'\n"
+        "for name in ('triton', 'faiss', 'sklearn', 'matplotlib', 'rich', 'jinja2', 'safetensors'):\n"
+        "    sys.modules[name] = None\n"
+        "import torch, mcl_kernels\n"
+        "x = torch.randn(8, 4, requires_grad=True)\n"
+        "mcl_kernels.nt_xent(x, x.detach(), torch.arange(8) % 2).backward()\n"
+        "assert x.grad.abs().sum() > 0\n"
+        "assert mcl_kernels.capabilities()['auto']['available']"
+    )
