@@ -48,8 +48,7 @@ def assign_and_sum(x: Tensor, centers: Tensor, metric: str) -> tuple[Tensor, Ten
     for rows, tile in tiles(x, centers.dtype, metric):
         labels[rows], distances[rows] = _assign_tile(tile, centers, metric)
         # A product with the one-hot labels: no scattered adds, so one order of summation on every device.
-        one_hot = F.one_hot(labels[rows], len(centers)).to(tile.dtype)
-        sums += one_hot.T @ tile
+        sums += F.one_hot(labels[rows], len(centers)).double().T @ tile.double()
     return labels, distances, sums, torch.bincount(labels, minlength=len(centers))
 
 
