@@ -1,0 +1,389 @@
+"""The stage runner: labels, resuming, damage, full and read-only disks."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from mcl_kernels import MultistageRunner, compose_labels, stage_files
+
+N = 60
+
+
+def embeddings(seed: int = 0, n: int = N) -> Tensor:
+    return torch.randn(n, 8, generator=torch.Generator().manual_seed(seed))
+
+
+def run(directory: Path | None = None, **options: object) -> MultistageRunner:
+    runner = MultistageRunner(N, **{"n_clusters": 4, "directory": directory, **options})  # type: ignore[arg-type]
+    for stage in runner:
+        stage.finish(embeddings(stage.index), state={"stage": torch.tensor(stage.index)})
+    return runner
+
+
+@pytest.fixture(params=["memory", "disk"])
+def directory(request: pytest.FixtureRequest, tmp_path: Path) -> Path | None:
+    return tmp_path / "run" if request.param == "disk" else None
+
+
+def test_labels_compose_from_stage_to_stage(directory: Path | None) -> None:
+    runner = MultistageRunner(N, n_clusters=4, directory=directory)
+    expected = torch.zeros(N, dtype=torch.long)
+    for stage in runner:
+        assert stage.labels.dtype == torch.int64
+        assert torch.equal(stage.labels, expected)
+        done = stage.finish(embeddings(stage.index))
+        expected = compose_labels(expected, done.clusters)
+        assert torch.equal(runner.labels, expected)
+        assert torch.equal(done.labels, expected)
+    assert len(runner.finished) == 3
+    # The tuple of every sample, whatever the stage; the label is its rank among all tuples.
+    clusters = torch.stack([done.clusters for done in runner.finished], dim=1)
+    assert torch.equal(runner.finished[-1].tuples[runner.labels], clusters)
+    tuples = runner.finished[-1].tuples.tolist()
+    assert tuples == sorted(tuples)
+    assert sum(runner.finished[-1].statistics["label_sizes"]) == N
+
+
+def test_assign_equals_the_stored_labels(directory: Path | None) -> None:
+    runner = MultistageRunner(N, n_clusters=4, directory=directory)
+    for stage in runner:
+        earlier = [embeddings(index) for index in range(stage.index)]
+        if stage.index == 0:
+            assert stage.assign(earlier) is None
+        else:
+            for rows in (torch.arange(N), torch.tensor([5, 3, 3]), torch.arange(0)):
+                got = stage.assign([previous[rows] for previous in earlier])
+                assert got is not None
+                assert torch.equal(got, stage.labels[rows])
+        stage.finish(embeddings(stage.index))
+
+
+def test_a_tuple_never_seen_gets_minus_one() -> None:
+    runner = MultistageRunner(6, n_stages=3, n_clusters=2)
+    side = torch.tensor([[1.0, 0.0]] * 3 + [[0.0, 1.0]] * 3)
+    for stage in runner:
+        if stage.index == 2:
+            crossed = stage.assign([side[:2], side.flip(0)[:2]])
+            assert crossed is not None
+            assert crossed.tolist() == [-1, -1]
+        stage.finish(side)
+
+
+def test_keys() -> None:
+    runner = MultistageRunner(N, n_clusters=4, keys=[f"{i}.png" for i in range(N)])
+    for stage in runner:
+        assert torch.equal(stage.labels_of(["7.png", "3.png"]), stage.labels[[7, 3]])
+        with pytest.raises(ValueError, match=r"keys must be among those given to the runner: got '60.png'"):
+            stage.labels_of(["7.png", "60.png"])
+        stage.finish(embeddings(stage.index))
+
+
+def test_batch_sampler() -> None:
+    for stage in MultistageRunner(N, n_clusters=4, n_stages=2):
+        first = list(stage.batch_sampler(8, clusters_per_batch=2, epoch=0))
+        assert list(stage.batch_sampler(8, clusters_per_batch=2, epoch=0)) == first
+        assert list(stage.batch_sampler(8, clusters_per_batch=2, epoch=1)) != first
+        halves = [list(stage.batch_sampler(4, clusters_per_batch=2, rank=r, world_size=2)) for r in (0, 1)]
+        assert [a + b for a, b in zip(*halves, strict=True)] == first
+        stage.finish(embeddings(stage.index))
+
+
+def test_a_finished_run_is_read_back(tmp_path: Path) -> None:
+    here = run(tmp_path)
+    there = MultistageRunner(N, n_clusters=4, directory=tmp_path)
+    assert list(there) == []
+    assert len(there.finished) == 3
+    for a, b in zip(here.finished, there.finished, strict=True):
+        for name in ("centers", "labels", "tuples", "clusters"):
+            assert torch.equal(getattr(a, name), getattr(b, name)), name
+        assert a.statistics == b.statistics
+        assert b.state is not None
+        assert int(b.state["stage"]) == a.index
+        assert sorted(path.name for path in (tmp_path / f"stage-{a.index}").iterdir()) == [
+            "centers.npy", "labels.npy", "stage.json", "state.safetensors", "tuples.npy",
+        ]  # fmt: skip
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["stage-0", "stage-1", "stage-2"]
+
+
+def test_more_stages_continue_a_finished_run(tmp_path: Path) -> None:
+    run(tmp_path, n_stages=2)
+    assert [stage.index for stage in MultistageRunner(N, n_stages=2, n_clusters=4, directory=tmp_path)] == []
+    assert len(run(tmp_path, n_stages=4).finished) == 4
+    assert torch.equal(run(tmp_path, n_stages=4).labels, run(None, n_stages=4).labels)
+
+
+@pytest.mark.parametrize(
+    ("state", "name"),
+    [
+        ({"w": torch.randn(3, 2).T, "n": torch.tensor(3)}, "state.safetensors"),
+        ({"w": torch.randn(3), "epoch": 7, "betas": (0.9, 0.99)}, "state.pt"),
+        ({}, "state.safetensors"),
+        (None, None),
+    ],
+)
+def test_states(tmp_path: Path, state: dict[str, object] | None, name: str | None) -> None:
+    runner = MultistageRunner(N, n_clusters=4, n_stages=1, directory=tmp_path)
+    next(iter(runner)).finish(embeddings(), state=state)
+    assert [path.name for path in (tmp_path / "stage-0").glob("state.*")] == ([name] if name else [])
+    for finished in (runner.finished[0], MultistageRunner(N, n_clusters=4, n_stages=1, directory=tmp_path).finished[0]):
+        torch.testing.assert_close(finished.state, state)
+
+
+def test_tied_weights_survive(tmp_path: Path) -> None:
+    weight = torch.randn(3)
+    runner = MultistageRunner(N, n_clusters=4, n_stages=1, directory=tmp_path)
+    next(iter(runner)).finish(embeddings(), state={"a": weight, "b": weight})
+    loaded = runner.finished[0].state
+    assert loaded is not None
+    assert torch.equal(loaded["a"], weight)
+    assert loaded["a"].data_ptr() == loaded["b"].data_ptr()
+
+
+def test_a_state_in_memory_does_not_follow_further_training() -> None:
+    weight = torch.zeros(2)
+    for stage in (runner := MultistageRunner(N, n_clusters=4, n_stages=2)):
+        stage.finish(embeddings(stage.index), state={"w": weight})
+        weight += 1
+    states = [done.state for done in runner.finished]
+    assert [float(state["w"][0]) for state in states if state] == [0.0, 1.0]
+
+
+class Unsafe:
+    pass
+
+
+def test_a_state_that_needs_unpickling_is_refused(tmp_path: Path) -> None:
+    runner = MultistageRunner(N, n_clusters=4, n_stages=1, directory=tmp_path)
+    stage = next(iter(runner))
+    with pytest.raises(TypeError, match="state must hold tensors, numbers"):
+        stage.finish(embeddings(), state={"callback": Unsafe()})
+    assert list(tmp_path.iterdir()) == []
+    stage.finish(embeddings(), state={"w": torch.zeros(1)})
+
+
+# --- durability -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_killed_at_every_write(tmp_path: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "tests.killed_run", str(tmp_path)],
+        capture_output=True, text=True, check=False, timeout=600, cwd=Path(__file__).parents[1],
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    # Per stage at least: the probe, the directory, five files opened and synced, two directories, the rename.
+    assert int(result.stdout) >= 2 * 15
+
+
+def damage(path: Path) -> Iterator[bytes]:
+    """The content with one bit of the first, the middle and the last byte turned."""
+    content = path.read_bytes()
+    for position in (0, len(content) // 2, len(content) - 1):
+        yield content[:position] + bytes([content[position] ^ 1]) + content[position + 1 :]
+
+
+@pytest.mark.parametrize("name", ["centers.npy", "labels.npy", "tuples.npy", "state.safetensors", "stage.json"])
+def test_a_flipped_bit_is_refused_by_name(tmp_path: Path, name: str) -> None:
+    run(tmp_path)
+    path = tmp_path / "stage-1" / name
+    for content in damage(path):
+        path.write_bytes(content)
+        with pytest.raises(RuntimeError, match=f"stage-1/{name} is damaged"):
+            MultistageRunner(N, n_clusters=4, directory=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["centers.npy", "labels.npy", "tuples.npy", "state.safetensors", "stage.json"])
+def test_a_missing_or_truncated_file_is_refused_by_name(tmp_path: Path, name: str) -> None:
+    run(tmp_path)
+    path = tmp_path / "stage-1" / name
+    path.write_bytes(path.read_bytes()[:-7])
+    with pytest.raises(RuntimeError, match=f"stage-1/{name} is damaged"):
+        MultistageRunner(N, n_clusters=4, directory=tmp_path)
+    path.unlink()
+    with pytest.raises(RuntimeError, match=f"stage-1/{name} is damaged: the file is missing"):
+        MultistageRunner(N, n_clusters=4, directory=tmp_path)
+
+
+def test_a_damaged_stage_can_be_run_again(tmp_path: Path) -> None:
+    expected = run(tmp_path).labels
+    for index in (1, 2):
+        shutil.rmtree(tmp_path / f"stage-{index}")
+    assert torch.equal(run(tmp_path).labels, expected)
+
+
+def test_a_gap_is_refused(tmp_path: Path) -> None:
+    run(tmp_path)
+    shutil.rmtree(tmp_path / "stage-1")
+    with pytest.raises(RuntimeError, match="stage-1 is missing, and stage-2 needs it"):
+        MultistageRunner(N, n_clusters=4, directory=tmp_path)
+
+
+def test_the_checksum_of_the_description_is_no_decoration(tmp_path: Path) -> None:
+    """An edit that keeps the JSON well formed is found too."""
+    run(tmp_path)
+    path = tmp_path / "stage-0" / "stage.json"
+    description = json.loads(path.read_text())
+    description["configuration"]["seed"] = 1
+    path.write_text(json.dumps(description, indent=2))
+    with pytest.raises(RuntimeError, match=r"stage.json is damaged"):
+        MultistageRunner(N, n_clusters=4, seed=1, directory=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "difference"),
+    [
+        ({"n_clusters": 5}, "n_clusters is 4 there and 5 here"),
+        ({"seed": 1}, "seed is 0 there and 1 here"),
+        ({"metric": "euclidean"}, "metric is 'cosine' there and 'euclidean' here"),
+        ({"keys": [str(i) for i in range(N)]}, "keys is None there and '"),
+    ],
+)
+def test_another_configuration_is_refused(tmp_path: Path, options: dict[str, object], difference: str) -> None:
+    run(tmp_path, n_stages=1)
+    with pytest.raises(ValueError, match=difference):
+        run(tmp_path, **options)
+    with pytest.raises(ValueError, match="n_samples is 60 there and 61 here"):
+        MultistageRunner(N + 1, n_clusters=4, directory=tmp_path)
+
+
+def limited_file_size(size: int) -> Callable[[], None]:
+    """For a child process: writing beyond `size` bytes fails in the kernel, as on a full disk."""
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def test_a_full_disk_leaves_the_earlier_stages_intact(tmp_path: Path) -> None:
+    run(tmp_path, n_stages=1)
+    code = (
+        "import sys, torch; from mcl_kernels import MultistageRunner\n"
+        f"runner = MultistageRunner({N}, n_clusters=4, n_stages=2, directory={str(tmp_path)!r})\n"
+        f"stage = next(iter(runner)); assert stage.index == 1\n"
+        f"try: stage.finish(torch.randn({N}, 8), state={{'w': torch.zeros(100_000)}})\n"
+        "except OSError as error: print(error)\n"
+        "assert len(runner.finished) == 1\n"
+        f"stage.finish(torch.randn({N}, 8), state={{'w': torch.zeros(1)}})\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, preexec_fn=limited_file_size(50_000)
+    )
+    assert result.returncode == 0, result.stderr
+    assert "stage 1 could not be saved (File too large); earlier stages are intact" in result.stdout
+    assert [done.index for done in MultistageRunner(N, n_clusters=4, directory=tmp_path).finished] == [0, 1]
+
+
+@pytest.mark.parametrize("call", ["mkdir", "rename", "open"])
+def test_any_failing_write_leaves_the_run_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    runner = run(tmp_path, n_stages=1)
+    runner.n_stages = 2
+    stage = next(iter(runner))
+
+    def fail(self: Path, *_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, call, fail)
+        with pytest.raises(OSError, match="No space left on device"):
+            stage.finish(embeddings(1))
+    assert [path.name for path in tmp_path.iterdir()] == ["stage-0"]
+    stage.finish(embeddings(1))
+    assert torch.equal(runner.labels, run(None, n_stages=2).labels)
+
+
+def test_a_directory_that_cannot_be_written_is_found_before_training(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    runner = MultistageRunner(N, n_clusters=4, directory=tmp_path / "file" / "run")
+    with pytest.raises(OSError, match="directory cannot be written"):
+        next(iter(runner))
+
+
+def test_a_finished_run_needs_no_writable_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(tmp_path)
+
+    def refuse(self: Path, *_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(self))
+
+    monkeypatch.setattr(Path, "touch", refuse)
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    assert list(MultistageRunner(N, n_clusters=4, directory=tmp_path)) == []
+
+
+def test_two_processes_cannot_finish_the_same_stage(tmp_path: Path) -> None:
+    first, second = (MultistageRunner(N, n_clusters=4, directory=tmp_path) for _ in range(2))
+    late = next(iter(second))
+    next(iter(first)).finish(embeddings())
+    with pytest.raises(FileExistsError, match="another process finished this stage"):
+        late.finish(embeddings())
+
+
+# --- misuse ---------------------------------------------------------------------------------------------------
+
+
+def test_an_unfinished_stage_is_named() -> None:
+    runner = MultistageRunner(N, n_clusters=4)
+    with pytest.raises(RuntimeError, match=r"stage 0 is not finished: call stage.finish\(embeddings\)"):
+        for _ in runner:
+            pass
+
+
+def test_finishing_twice_is_refused() -> None:
+    stage = next(iter(MultistageRunner(N, n_clusters=4)))
+    stage.finish(embeddings())
+    with pytest.raises(RuntimeError, match="stage 0 is finished already"):
+        stage.finish(embeddings())
+
+
+def test_bad_embeddings() -> None:
+    runner = MultistageRunner(N, n_clusters=4)
+    stage = next(iter(runner))
+    with pytest.raises(ValueError, match="embeddings must have one row per sample: got 59 rows for 60 samples"):
+        stage.finish(embeddings(n=59))
+    poisoned = embeddings()
+    poisoned[17, 2] = torch.nan
+    with pytest.raises(ValueError, match="NaN or infinity in row 17"):
+        stage.finish(poisoned)
+    with pytest.raises(ValueError, match="one tensor per earlier stage: got 1 in stage 0"):
+        stage.assign([embeddings()])
+    assert runner.finished == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"n_clusters": 61}, "n_clusters must be from 1 to n_samples = 60: got 61"),
+        ({"n_stages": 0}, "n_stages must be at least 1: got 0"),
+        ({"metric": "manhattan"}, "metric must be one of 'euclidean', 'cosine': got 'manhattan'"),
+        ({"keys": ["a"]}, "keys must have one entry per sample: got 1 keys for 60 samples"),
+        ({"keys": ["a"] * N}, "keys must be distinct: 'a' is at 0 and 1"),
+    ],
+)
+def test_bad_configurations(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(None, **options)
+
+
+def test_nothing_is_unpickled(tmp_path: Path) -> None:
+    """A stage whose arrays are pickles is refused even with a matching checksum."""
+    run(tmp_path, n_stages=1)
+    arrays, description = stage_files.read_stage(tmp_path, 0)
+    shutil.rmtree(tmp_path / "stage-0")
+    del description["files"]
+    stage_files.write_stage(tmp_path, 0, arrays, None, description)
+    path = tmp_path / "stage-0" / "labels.npy"
+    content = path.read_bytes().replace(b"'<i8'", b"'|O' ")
+    path.write_bytes(content)
+    text = stage_files._read_description(tmp_path / "stage-0" / "stage.json")
+    text["files"]["labels.npy"] = stage_files._sha256(content)
+    (tmp_path / "stage-0" / "stage.json").write_bytes(stage_files._description_bytes(text))
+    with pytest.raises(ValueError, match="allow_pickle=False"):
+        MultistageRunner(N, n_clusters=4, directory=tmp_path)
