@@ -140,7 +140,8 @@ def nt_xent(
     check_same_shape("view_b", view_b, "view_a", view_a)
     if ids is None:
         ids = torch.arange(len(view_a), device=view_a.device)
-    of_sample = as_pairs(view_a, view_a, labels, labels, ids, ids, negatives, key_is_query=True)
+    names = ("view_a", "view_b", "labels")
+    of_sample = as_pairs(view_a, view_b, labels, labels, ids, ids, negatives, key_is_query=True, names=names)
     if normalize:
         view_a, view_b = normalize_rows(view_a), normalize_rows(view_b)
     views = torch.cat((view_a, view_b))
@@ -205,7 +206,10 @@ def clip_loss(
     check_same_shape("text_features", text_features, "image_features", image_features)
     if ids is None:
         ids = torch.arange(len(image_features), device=image_features.device)
-    pairs = as_pairs(image_features, text_features, labels, text_labels, ids, ids, negatives, key_is_query=True)
+    names = ("image_features", "text_features", "text_labels")
+    pairs = as_pairs(
+        image_features, text_features, labels, text_labels, ids, ids, negatives, key_is_query=True, names=names
+    )
     if normalize:
         image_features, text_features = normalize_rows(image_features), normalize_rows(text_features)
     dtype = compute_dtype(image_features, text_features)

@@ -76,20 +76,28 @@ def as_pairs(
     negatives: str,
     *,
     key_is_query: bool,
+    names: tuple[str, str, str] = ("query", "key", "key_labels"),
 ) -> Pairs:
-    """Checks labels and ids. Where key i belongs to query i (`key_is_query`), one side's serve both."""
+    """Checks labels and ids. Where key i belongs to query i (`key_is_query`), one side's serve both.
+
+    `names` are the caller's own words for query, key and key_labels.
+    """
+    query_name, key_name, key_labels_name = names
     check_choice("negatives", negatives, NEGATIVES)
     if negatives == "different" and labels is None and key_labels is None:
         raise ValueError("negatives='different' needs labels: got labels=None")
     sides = []
-    for name, values, key_values in (("labels", labels, key_labels), ("ids", ids, key_ids)):
+    for name, key_name_of, values, key_values in (
+        ("labels", key_labels_name, labels, key_labels),
+        ("ids", "key_ids", ids, key_ids),
+    ):
         if (values is None) != (key_values is None):
-            given, missing = (f"key_{name}", name) if values is None else (name, f"key_{name}")
+            given, missing = (key_name_of, name) if values is None else (name, key_name_of)
             if not key_is_query:
                 raise ValueError(f"{given} needs {missing} too, unless key i belongs to query i: got {missing}=None")
             values = key_values = key_values if values is None else values
-        sides.append(None if values is None else as_integers(name, values, "query", query))
-        sides.append(None if key_values is None else as_integers(f"key_{name}", key_values, "key", key))
+        sides.append(None if values is None else as_integers(name, values, query_name, query))
+        sides.append(None if key_values is None else as_integers(key_name_of, key_values, key_name, key))
     return Pairs(sides[0], sides[1], sides[2], sides[3], negatives)
 
 

@@ -1,0 +1,109 @@
+"""Every error names the argument, what came and what was expected."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from mcl_kernels import (
+    KMeans,
+    assign_clusters,
+    capabilities,
+    clip_loss,
+    compose_labels,
+    count_negatives,
+    masked_info_nce,
+    masked_logsumexp,
+    nt_xent,
+    positive_ranks,
+)
+
+X, Y = torch.randn(256, 8), torch.randn(256, 8)
+LABELS = torch.zeros(256, dtype=torch.long)
+META = torch.empty(256, 8, device="meta")
+
+CASES: list[tuple[Callable[[], object], type[Exception], str]] = [
+    # lengths
+    (lambda: nt_xent(X, Y, LABELS[:255]), ValueError, "labels must have one entry per row of view_a: got 255 labels for 256 rows"),
+    (lambda: masked_info_nce(X, Y, LABELS, LABELS[:255]), ValueError, "got 255 key_labels for 256 rows"),
+    (lambda: clip_loss(X, Y, LABELS, text_labels=LABELS[:9], logit_scale=1.0), ValueError, "text_labels must have one entry per row of text_features: got 9 text_labels for 256"),
+    (lambda: nt_xent(X, Y, ids=LABELS[:7]), ValueError, "got 7 ids for 256 rows"),
+    (lambda: masked_logsumexp(X, labels=LABELS[:, None]), ValueError, "labels must have shape [256]: got [256, 1]"),
+    # dtypes and types
+    (lambda: nt_xent(X, Y, LABELS.float()), TypeError, "labels must be an integer tensor: got torch.float32"),
+    (lambda: nt_xent(X, Y, LABELS.bool()), TypeError, "labels must be an integer tensor: got torch.bool"),
+    (lambda: nt_xent(X, Y, LABELS.tolist()), TypeError, "labels must be an integer tensor: got list"),
+    (lambda: count_negatives([0, 1]), TypeError, "labels must be an integer tensor: got list"),
+    (lambda: nt_xent(X.long(), Y), TypeError, "view_a must be float16, bfloat16, float32 or float64: got torch.int64"),
+    (lambda: nt_xent(X.tolist(), Y), TypeError, "view_a must be a tensor: got list"),
+    (lambda: masked_info_nce(X, Y, temperature=LABELS[0]), TypeError, "temperature must be a float or a floating point"),
+    # shapes
+    (lambda: nt_xent(X, Y[:5]), ValueError, "view_b must have the shape of view_a: got [5, 8] for [256, 8]"),
+    (lambda: clip_loss(X, Y[:5], logit_scale=1.0), ValueError, "text_features must have the shape of image_features"),
+    (lambda: masked_info_nce(X, Y[:, :7]), ValueError, "key must have as many features as query: got 7 for 8"),
+    (lambda: masked_info_nce(X, Y, positive=Y[:5]), ValueError, "positive must have the shape of query: got [5, 8]"),
+    (lambda: masked_info_nce(X, Y[:255]), ValueError, "positive=None: got 255 keys for 256 queries"),
+    (lambda: positive_ranks(X, Y[:255]), ValueError, "positive=None: got 255 keys for 256 queries"),
+    (lambda: masked_logsumexp(X[0]), ValueError, "query must have shape [rows, features]: got [8]"),
+    (lambda: masked_logsumexp(X, scale=torch.ones(3)), ValueError, "scale must be a float, a 0-d tensor or a vector [256]"),
+    (lambda: nt_xent(X, Y, temperature=torch.ones(256)), ValueError, "temperature must be a float, a 0-d tensor or a vector [512]"),
+    (lambda: clip_loss(X, Y, logit_scale=torch.ones(256)), ValueError, "logit_scale must be one number: got shape [256]"),
+    # devices
+    (lambda: nt_xent(X, META), ValueError, "view_b must be on the device of view_a: got meta for cpu"),
+    (lambda: masked_logsumexp(META, labels=LABELS), ValueError, "labels must be on the device of query: got cpu for meta"),
+    # one side without the other
+    (lambda: masked_logsumexp(X, Y, LABELS), ValueError, "labels needs key_labels too"),
+    (lambda: masked_logsumexp(X, Y, key_ids=LABELS), ValueError, "key_ids needs ids too"),
+    (lambda: masked_info_nce(X, Y, LABELS, positive=Y), ValueError, "labels needs key_labels too"),
+    (lambda: masked_info_nce(X, torch.cat((Y, Y)), LABELS), ValueError, "labels needs key_labels too"),
+    (lambda: masked_info_nce(X, torch.cat((Y, Y)), ids=LABELS), ValueError, "ids needs key_ids too"),
+    (lambda: masked_logsumexp(X, key_labels=LABELS), ValueError, "key_labels and key_ids need a key: got key=None"),
+    (lambda: count_negatives(LABELS, key_ids=LABELS), ValueError, "key_ids needs key_labels: got key_labels=None"),
+    # options
+    (lambda: nt_xent(X, Y, negatives="different"), ValueError, "negatives='different' needs labels: got labels=None"),
+    (lambda: nt_xent(X, Y, negatives="none"), ValueError, "negatives must be one of 'same', 'different', 'all': got 'none'"),
+    (lambda: nt_xent(X, Y, reduction="avg"), ValueError, "reduction must be one of 'mean', 'sum', 'none': got 'avg'"),
+    (lambda: nt_xent(X, Y, impl="cuda12"), ValueError, "impl must be one of 'auto'"),
+    (lambda: nt_xent(X, Y, temperature=0.0), ValueError, "temperature must be positive: got 0.0"),
+    (lambda: nt_xent(X, Y, temperature=-1), ValueError, "temperature must be positive: got -1"),
+    (lambda: nt_xent(X, Y, temperature=float("nan")), ValueError, "temperature must be positive: got nan"),
+    (lambda: masked_logsumexp(X, bidirectional=True), ValueError, "bidirectional=True needs a key"),
+    (lambda: masked_logsumexp(X, Y, scale=torch.ones(256), bidirectional=True), ValueError, "scale must be one number"),
+    # k-means and labels
+    (lambda: KMeans(257).fit(X), ValueError, "n_clusters must be at most the number of rows: got 257 for 256 rows"),
+    (lambda: KMeans(0), ValueError, "n_clusters must be at least 1: got 0"),
+    (lambda: KMeans(2, init="kmeans"), ValueError, "init must be one of 'k-means++', 'random': got 'kmeans'"),
+    (lambda: KMeans(2, init=X), ValueError, "init must have a row per cluster, and n_init be 1: got 256 rows for 2"),
+    (lambda: KMeans(2, empty="drop"), ValueError, "empty must be one of 'split': got 'drop'"),
+    (lambda: KMeans(2).fit(X[0]), ValueError, "x must have shape [rows, features]: got [8]"),
+    (lambda: KMeans(2).fit(X.long()), TypeError, "x must be float16, bfloat16, float32 or float64: got torch.int64"),
+    (lambda: KMeans(2).fit(torch.where(torch.arange(256)[:, None] == 9, torch.inf, X)), ValueError, "infinity in row 9"),
+    (lambda: KMeans(2, init=Y[:2, :3]).fit(X), ValueError, "init must have as many features as x: got 3 for 8"),
+    (lambda: assign_clusters(X, Y[:0]), ValueError, "centers must have at least one row: got 0"),
+    (lambda: assign_clusters(X, Y[:, :3]), ValueError, "centers must have as many features as x: got 3 for 8"),
+    (lambda: compose_labels(LABELS, LABELS[:3]), ValueError, "got 3 new for 256 rows"),
+    (lambda: compose_labels(LABELS, LABELS.float()), TypeError, "new must be an integer tensor: got torch.float32"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "error", "message"), CASES, ids=[message for _, _, message in CASES])
+def test_error(call: Callable[[], object], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=re.escape(message)):
+        call()
+
+
+def test_a_bad_tensor_temperature_gives_nan_not_an_error() -> None:
+    """Checking its value would break the graph and synchronise."""
+    assert nt_xent(X, Y, temperature=torch.tensor(float("nan"))).isnan()
+
+
+def test_capabilities_name_every_implementation() -> None:
+    every = capabilities()
+    assert set(every) == {"auto", "blockwise", "reference"}
+    for entry in every.values():
+        assert entry["available"] is True
+        assert entry["reason"]
+        assert "cpu" in entry["devices"]  # type: ignore[operator]
