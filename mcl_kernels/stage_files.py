@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import pickle
 import shutil
 from collections.abc import Mapping
@@ -22,6 +21,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
+from mcl_kernels._durable import sync_directory, write_synced
 
 DESCRIPTION = "stage.json"
 
@@ -46,12 +47,12 @@ def write_stage(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         for name, content in contents.items():
-            _write(partial / name, content)
+            write_synced(partial / name, content)
         files = {name: _sha256(content) for name, content in contents.items()}
-        _write(partial / DESCRIPTION, _description_bytes({**description, "files": files}))
-        _sync_directory(partial)
+        write_synced(partial / DESCRIPTION, _description_bytes({**description, "files": files}))
+        sync_directory(partial)
         partial.rename(final)
-        _sync_directory(run)
+        sync_directory(run)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise OSError(
@@ -143,21 +144,6 @@ def _read(path: Path) -> bytes:
 
 def _damaged(path: Path, why: str) -> RuntimeError:
     return RuntimeError(f"{path} is damaged: {why}; delete {path.parent} to run that stage and those after it again")
-
-
-def _write(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _sha256(content: bytes) -> str:
