@@ -41,7 +41,7 @@ class Settings:
     bits: int = 8
     stages: int = 3
     clusters: int = 16
-    epochs: int = 30
+    epochs: int = 25
     seed: int = 0
     samples: int = 5000
 

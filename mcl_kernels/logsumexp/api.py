@@ -25,8 +25,13 @@ class Pairs(NamedTuple):
 
     def repeated(self, times: int) -> Pairs:
         """Of a batch that holds every row `times` times, one copy of the batch after the other."""
-        sides = [None if values is None else values.repeat(times) for values in self[:4]]
-        return Pairs(sides[0], sides[1], sides[2], sides[3], self.negatives)
+
+        def repeat(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values.repeat(times)
+
+        return Pairs(
+            repeat(self.labels), repeat(self.key_labels), repeat(self.ids), repeat(self.key_ids), self.negatives
+        )
 
     def swapped(self) -> Pairs:
         """With queries and keys exchanged."""
