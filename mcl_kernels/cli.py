@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--bits", type=int, default=8, help="constant random channels beside each image")
     demo.add_argument("--stages", type=int, default=3, help="stages, the first of which is SimCLR")
     demo.add_argument("--clusters", type=int, default=16, help="clusters of each stage")
-    demo.add_argument("--epochs", type=int, default=None, help="epochs of each stage (25; with --quick 2)")
+    demo.add_argument("--epochs", type=int, default=None, help="epochs of each stage (30; with --quick 2)")
     demo.add_argument("--seed", type=int, default=0, help="of codes, networks, augmentation and clusterings")
     demo.add_argument("--output", type=Path, default=Path("runs/demo"), help="directory of stages and report")
     demo.add_argument("--quick", action="store_true", help="1,000 images, 2 epochs: the path, not the result")

@@ -41,7 +41,7 @@ class Settings:
     bits: int = 8
     stages: int = 3
     clusters: int = 16
-    epochs: int = 25
+    epochs: int = 30
     seed: int = 0
     samples: int = 5000
 
@@ -73,6 +73,7 @@ class Results:
     concatenated: Row
     images: Tensor  # [N, 1, 28, 28]
     digits: Tensor  # int64 [N]
+    bits: Tensor  # [N, b]
     anchors: Tensor  # int64 [A]
     neighbours: Tensor  # int64 [A, stages, neighbours]
 
@@ -178,20 +179,25 @@ def embed(encoder: nn.Module, data: RandBits, *, with_bits: bool) -> Tensor:
 
 
 def probe(features: Tensor, data: RandBits, *, with_bits: bool = True) -> tuple[float, float | None]:
-    """Accuracy of logistic regressions on standardised, frozen features: of the digit, and of the bits (mean)."""
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
+    """Held-out accuracy of linear probes on standardised, frozen features: of the digit, and of a bit (mean).
+
+    The digit's is a logistic regression; the bits share one ridge classifier, which is as good where they are
+    linear and takes a fraction of the time.
+    """
+    from sklearn.linear_model import LogisticRegression, RidgeClassifier
     from sklearn.preprocessing import StandardScaler
 
     x = features.double().numpy()
-
-    def accuracy(y: Tensor) -> float:
-        classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000, tol=1e-3))
-        classifier.fit(x[data.train], y[data.train])
-        return float(classifier.score(x[data.test], y[data.test]))
-
-    bits = [accuracy(column) for column in data.bits.T] if with_bits else []
-    return accuracy(data.digits), sum(bits) / len(bits) if bits else None
+    x = StandardScaler().fit(x[data.train]).transform(x)
+    digits = LogisticRegression(max_iter=1000, tol=1e-3).fit(x[data.train], data.digits[data.train])
+    digit_accuracy = float(digits.score(x[data.test], data.digits[data.test]))
+    if not with_bits:
+        return digit_accuracy, None
+    targets = data.bits.int().numpy()
+    bits = RidgeClassifier().fit(x[data.train], targets[data.train])
+    return digit_accuracy, float(
+        (bits.predict(x[data.test]).reshape(-1, targets.shape[1]) == targets[data.test]).mean()
+    )
 
 
 def run(settings: Settings, output: Path, screen: Screen) -> Results:
@@ -230,7 +236,9 @@ def run(settings: Settings, output: Path, screen: Screen) -> Results:
     screen.row(concatenated)
     anchors = torch.from_numpy(np.random.default_rng(settings.seed).choice(data.test, N_ANCHORS, replace=False))
     neighbours = torch.stack([nearest(embed(e, data, with_bits=True), anchors) for e in encoders], dim=1)
-    return Results(settings, rows.ceiling, rows.stages, concatenated, data.images, data.digits, anchors, neighbours)
+    return Results(
+        settings, rows.ceiling, rows.stages, concatenated, data.images, data.digits, data.bits, anchors, neighbours
+    )
 
 
 def restore(state: Any, data: RandBits) -> nn.Module:

@@ -54,7 +54,8 @@ def accuracy_by_stage(results: Results) -> Figure:
         ("bits (mean)", BIT, 0.2, [row.bit_probe or 0.0 for row in rows]),
     ):
         bars = axes.bar([position + offset for position in positions], values, width=0.38, color=color, label=name)
-        axes.bar_label(bars, fmt="%.2f", padding=2, fontsize=9)
+        for text in axes.bar_label(bars, fmt="%.2f", padding=3, fontsize=9):
+            text.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.8})
     ceiling = results.ceiling.digit_probe
     axes.axhline(ceiling, color=DIGIT, linestyle="--", linewidth=1, label=f"digit, no bits: {ceiling:.2f}")
     axes.axhline(CHANCE, color=REFERENCE, linestyle=":", linewidth=1, label=f"digit, chance: {CHANCE:.2f}")
@@ -105,30 +106,33 @@ def label_distribution(results: Results) -> Figure:
 
 
 def neighbour_gallery(results: Results) -> Figure:
-    """The nearest neighbours of some held-out anchors in the features of each stage, framed by their digit."""
+    """The nearest neighbours of some held-out anchors by each stage's features, framed by whether the digit agrees."""
     anchors, stages, neighbours = results.neighbours.shape
     # A column for the anchor, then a gap and the neighbours of each stage.
     widths = [1.0] + [0.4, *[1.0] * neighbours] * stages
     figure = _figure(0.82 * sum(widths), 0.9 * anchors + 0.3)
     grid = figure.add_gridspec(anchors, len(widths), width_ratios=widths)
 
-    def show(row: int, column: int, sample: int, frame: str, title: str | None) -> None:
+    def show(row: int, column: int, sample: int, frame: str, title: str | None, note: str) -> None:
         axes = figure.add_subplot(grid[row, column])
         axes.imshow(results.images[sample, 0], cmap="gray", vmin=0, vmax=1)
         axes.set_xticks([])
         axes.set_yticks([])
+        axes.set_xlabel(note, fontsize=7, labelpad=2)
         for spine in axes.spines.values():
             spine.set(visible=True, color=frame, linewidth=2.5)
         if row == 0 and title:
             axes.set_title(title, fontsize=10)
 
     for row, anchor in enumerate(results.anchors.tolist()):
-        show(row, 0, anchor, REFERENCE, "anchor")
+        show(row, 0, anchor, REFERENCE, "anchor", "")
         for stage in range(stages):
             for rank, sample in enumerate(results.neighbours[row, stage].tolist()):
                 same = bool(results.digits[sample] == results.digits[anchor])
                 title = f"stage {stage}" if rank == neighbours // 2 else None
-                show(row, 2 + stage * (neighbours + 1) + rank, sample, CORRECT if same else WRONG, title)
+                shared = int((results.bits[sample] == results.bits[anchor]).sum())
+                column = 2 + stage * (neighbours + 1) + rank
+                show(row, column, sample, CORRECT if same else WRONG, title, f"{shared} of {results.settings.bits}")
     return figure
 
 
@@ -140,7 +144,8 @@ def _figure(width: float, height: float) -> Figure:
 
 def _data_uri(figure: Figure) -> str:
     for axes in figure.axes:
-        axes.spines[["top", "right"]].set_visible(len(axes.images) > 0)
+        if not axes.images:
+            axes.spines[["top", "right"]].set_visible(False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -203,6 +203,22 @@ def test_nothing_is_kept(backend: Backend, negatives: str) -> None:
     assert (masked_logsumexp(x, x.detach()[:0], impl=backend.impl) == -torch.inf).all()
 
 
+@pytest.mark.parametrize("negatives", ["same", "different", "all"])
+def test_a_tile_of_every_kind_of_row(backend: Backend, negatives: str) -> None:
+    """Sorted side by side: negative labels, labels that no key has, three tiny clusters, the head of a huge one."""
+    case = make_case(700, 900, 24, n_clusters=None, device=backend.device)
+    labels = torch.cat(
+        [torch.full((size,), label) for label, size in ((-1, 9), (2, 4), (3, 5), (5, 6), (6, 7), (8, 669))]
+    )
+    key_labels = torch.cat([torch.full((size,), label) for label, size in ((-2, 5), (3, 3), (4, 8), (6, 9), (8, 875))])
+    order = torch.randperm(700, generator=torch.Generator().manual_seed(1))
+    case = case._replace(labels=labels[order].to(backend.device), key_labels=key_labels.flip(0).to(backend.device))
+    check(case, 10.0, backend, negatives=negatives, bidirectional=True)
+    lse = masked_logsumexp(*case[:4], negatives=negatives, impl=backend.impl)
+    lonely = case.labels < 0 if negatives != "same" else (case.labels == -1) | (case.labels == 2) | (case.labels == 5)
+    assert torch.equal(lse == -torch.inf, lonely)
+
+
 def test_nan_in_a_row_that_matches_nothing_stays_there(backend: Backend) -> None:
     # The slots of a queue that was never filled hold anything.
     case = make_case(70, 90, 24, device=backend.device)

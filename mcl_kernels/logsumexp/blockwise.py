@@ -14,6 +14,7 @@ Memory beyond inputs and outputs: a few tiles, and fp32 gradients while half-pre
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -22,8 +23,8 @@ from torch import Tensor
 
 from mcl_kernels.logsumexp.plan import Plan, kept_pairs, make_plan
 
-# Rows of a tile: enough work to hide the cost of a PyTorch call, small enough for small clusters.
-BLOCK = 256
+# Sizes of a tile: enough work to hide the cost of a PyTorch call, small enough to stay in a core's cache.
+ROWS, COLUMNS = 256, 1024
 
 
 class _Side:
@@ -54,20 +55,35 @@ def _tiles(plan: Plan, query: _Side, key: _Side, negatives: str) -> Iterator[_Ti
     def part(values: Tensor | None, tile: slice) -> Tensor | None:
         return None if values is None else values[tile]
 
-    for start in range(0, len(query.order), BLOCK):
-        rows = slice(start, min(start + BLOCK, len(query.order)))
-        begin, end = plan.key_begin[rows], plan.key_end[rows]
-        meets = begin < end
-        if not bool(meets.any()):
-            continue
-        query_rows, last = query.rows(rows), int(end[meets].max())
-        for column in range(int(begin[meets].min()), last, BLOCK):
-            columns = slice(column, min(column + BLOCK, last))
+    for rows, first, last, uniform in _row_tiles(plan):
+        # Rows that meet the same keys, all of them: only "different" has to look at labels within the range.
+        matched = uniform and negatives != "different"
+        row_labels, column_labels = (None, None) if matched else (query.labels, key.labels)
+        query_rows = query.rows(rows)
+        for start in range(first, last, COLUMNS):
+            columns = slice(start, min(start + COLUMNS, last))
             keep = kept_pairs(
-                part(query.labels, rows), part(key.labels, columns),
+                part(row_labels, rows), part(column_labels, columns),
                 part(query.ids, rows), part(key.ids, columns), negatives,
             )  # fmt: skip
             yield _Tile(rows, columns, query_rows, key.rows(columns), None if keep is None else ~keep)
+
+
+def _row_tiles(plan: Plan) -> Iterator[tuple[slice, int, int, bool]]:
+    """Tiles of sorted rows that meet any key: the rows, their range of keys, whether all of them meet all of it.
+
+    A tile ends with a cluster where it can, so that no row is multiplied with the keys of its neighbour's.
+    """
+    begin, end = plan.key_begin.tolist(), plan.key_end.tolist()
+    start = next((i for i in range(len(begin)) if begin[i] < end[i]), len(begin))  # rows that meet nothing are first
+    while start < len(begin):
+        stop = min(start + ROWS, len(begin))
+        if stop < len(begin):
+            cluster_start = bisect_left(begin, begin[stop], lo=start)
+            stop = cluster_start if start < cluster_start else stop
+        uniform = begin[start] == begin[stop - 1] and end[start] == end[stop - 1]
+        yield slice(start, stop), begin[start], end[stop - 1], uniform
+        start = stop
 
 
 class _OnlineLogSumExp:

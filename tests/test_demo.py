@@ -1,0 +1,126 @@
+"""The main job, from the command line: its table, its report, going on after a kill, and the effect it shows."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import signal
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("mlxtend", reason="the demo extra is not installed")
+
+from mcl_kernels.cli import main
+from mcl_kernels.demo import Row, Settings, run
+
+COMMAND = [sys.executable, "-m", "mcl_kernels.cli", "demo", "--quick"]
+
+
+class Recorder:
+    """A screen that keeps what it is shown."""
+
+    def __init__(self) -> None:
+        self.rows: list[Row] = []
+        self.trained: list[str] = []
+        self.losses: list[float] = []
+
+    def start(self, name: str, steps: int) -> None:
+        self.trained.append(name)
+
+    def step(self, loss: float) -> None:
+        self.losses.append(loss)
+
+    def row(self, row: Row) -> None:
+        self.rows.append(row)
+
+
+@pytest.mark.slow
+def test_quick_demo(tmp_path: Path) -> None:
+    started = time.monotonic()
+    result = subprocess.run([*COMMAND, "--output", str(tmp_path)], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert time.monotonic() - started < 180, "60 s on two idle cores; here they are shared with other tests"
+    for name in (
+        "ceiling: SimCLR, no bits",
+        "stage 0: SimCLR",
+        "stage 1: MCL",
+        "stage 2: MCL",
+        "all stages, concatenated",
+    ):
+        assert re.search(rf"^{name}\s+[01]\.\d\d", result.stdout, re.MULTILINE), name
+
+    html = (tmp_path / "report.html").read_text()
+    pictures = [base64.b64decode(uri) for uri in re.findall(r'src="data:image/png;base64,([^"]+)"', html)]
+    assert len(pictures) == 4
+    for picture in pictures:
+        width, height = struct.unpack(">II", picture[16:24])
+        assert picture.startswith(b"\x89PNG")
+        assert min(width, height) > 200
+    assert "http" not in re.sub(r"base64,[^\"]+", "", html), "self-contained"
+
+    again = subprocess.run([*COMMAND, "--output", str(tmp_path)], capture_output=True, text=True, check=True)
+    assert again.stdout == result.stdout, "a finished run is shown, not repeated"
+    other = subprocess.run(
+        [*COMMAND, "--bits", "4", "--output", str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert other.returncode == 1
+    assert "holds another run: bits is 8 there and 4 here" in other.stderr
+
+
+@pytest.mark.slow
+def test_a_killed_demo_goes_on(tmp_path: Path) -> None:
+    with subprocess.Popen([*COMMAND, "--output", str(tmp_path)], stdout=subprocess.DEVNULL) as process:
+        while not (tmp_path / "stages" / "stage-0").exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+    screen = Recorder()
+    settings = Settings(**json.loads((tmp_path / "results.json").read_text())["settings"])
+    results = run(settings, tmp_path, screen)
+    assert [row.name for row in screen.rows] == [
+        "ceiling: SimCLR, no bits", "stage 0: SimCLR", "stage 1: MCL", "stage 2: MCL", "all stages, concatenated",
+    ]  # fmt: skip
+    assert "stage 0: SimCLR" not in screen.trained
+    assert results.neighbours.shape == (len(results.anchors), 3, 3)
+    assert [len(row.ami) for row in results.stages] == [0, 1, 2]
+    assert [sum(row.label_sizes) for row in results.stages] == [settings.samples] * 3
+
+
+@pytest.mark.slow
+def test_mcl_finds_what_simclr_suppresses(tmp_path: Path) -> None:
+    """The effect itself, on fewer images and epochs than the demo: it ends if the mask is broken."""
+    results = run(Settings(stages=2, epochs=12, samples=2500), tmp_path, Recorder())
+    simclr, mcl = results.stages
+    assert results.ceiling.digit_probe > 0.85
+    assert simclr.digit_probe < 0.2
+    assert simclr.bit_probe is not None
+    assert simclr.bit_probe > 0.98
+    assert mcl.digit_probe > simclr.digit_probe + 0.2
+    assert results.concatenated.digit_probe > simclr.digit_probe + 0.2
+
+
+def test_info(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info"]) == 0
+    printed = capsys.readouterr().out
+    for word in ("mcl_kernels 0.1.0", "torch", "blockwise", "reference", "cuda", "scikit-learn"):
+        assert word in printed
+
+
+def test_bad_settings_are_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["demo", "--bits", "0", "--output", str(tmp_path)]) == 1
+    assert capsys.readouterr().err == "mcl-kernels: bits must be at least 1: got 0\n"
+    (tmp_path / "file").touch()
+    assert main(["demo", "--quick", "--output", str(tmp_path / "file")]) == 1
+    assert "File exists" in capsys.readouterr().err
+
+
+def test_a_missing_extra_is_named(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    assert main(["demo", "--quick"]) == 1
+    assert "pip install 'mcl-kernels[demo]'" in capsys.readouterr().err
