@@ -26,7 +26,9 @@ def assert_accurate(got: Tensor, reference: Tensor, exact: Tensor, what: str = "
     error, allowed = float((got - exact).abs().max()), 2 * float((reference - exact).abs().max()) + slack
     assert error <= allowed, f"{what}: error {error:.3g}, allowed {allowed:.3g}"
 
-    bias, allowed = abs(float((got - exact).mean())), 2 * abs(float((reference - exact).mean())) + slack / 4
+    # Rounding errors of many entries cancel in their mean, those of one do not.
+    bias = abs(float((got - exact).mean()))
+    allowed = 2 * abs(float((reference - exact).mean())) + slack / min(4.0, got.numel() ** 0.5)
     assert bias <= allowed, f"{what}: signed bias {bias:.3g}, allowed {allowed:.3g}"
 
     turned, allowed = _angle(got, exact), 2 * _angle(reference, exact) + 16 * machine_epsilon**2 + 1e-14
