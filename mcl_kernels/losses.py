@@ -10,13 +10,12 @@ from torch import Tensor, nn
 
 from mcl_kernels._validate import check_choice, check_embeddings, check_same_shape, check_same_width
 from mcl_kernels.logsumexp.api import (
-    Pairs,
     as_pairs,
     as_scale,
     compute_dtype,
     masked_logsumexp,
 )
-from mcl_kernels.logsumexp.plan import count_kept
+from mcl_kernels.logsumexp.plan import Pairs, count_kept
 from mcl_kernels.objectives import Objective, info_nce
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -88,7 +87,7 @@ def masked_info_nce(
     positive_logit = scale * row_dot(query, positive, scale.dtype)
     factors, counts = _needs(objective)
     lse = [_logsumexp(query, key, pairs, scale * factor, impl) for factor in factors]
-    count = count_kept(query, key, *pairs) if counts else None
+    count = count_kept(query, key, pairs) if counts else None
     return _reduce(_per_anchor(objective, positive_logit, lse, count, scale), reduction)
 
 
@@ -150,7 +149,7 @@ def nt_xent(
     positive_logit = scale * row_dot(view_a, view_b, scale.dtype).repeat(2)
     factors, counts = _needs(objective)
     lse = [_logsumexp(views, None, pairs, scale * factor, impl) for factor in factors]
-    count = count_kept(views, views, *pairs) if counts else None
+    count = count_kept(views, views, pairs) if counts else None
     return _reduce(_per_anchor(objective, positive_logit, lse, count, scale), reduction)
 
 
@@ -227,8 +226,8 @@ def clip_loss(
         )
         for factor in factors
     ]  # fmt: skip
-    of_image = count_kept(image_features, text_features, *pairs) if counts else None
-    of_text = count_kept(text_features, image_features, *pairs.swapped()) if counts else None
+    of_image = count_kept(image_features, text_features, pairs) if counts else None
+    of_text = count_kept(text_features, image_features, pairs.swapped()) if counts else None
     image_loss = _per_anchor(objective, positive_logit, [b for b, _ in both], of_image, scale)
     text_loss = _per_anchor(objective, positive_logit, [c for _, c in both], of_text, scale)
     return _reduce((image_loss + text_loss) / 2, reduction)

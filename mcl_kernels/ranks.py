@@ -51,6 +51,6 @@ def positive_ranks(
     threshold = row_dot(query, positive, compute_dtype(query, key, positive))
     impl = resolve_impl(impl)
     if impl == "reference":
-        return reference.count_above(query, key, threshold, *pairs)
+        return reference.count_above(query, key, threshold, pairs)
     count: Tensor = ops.count_above(query, key, threshold, *pairs, impl)
     return count

@@ -2,40 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, overload
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
 from mcl_kernels._validate import as_integers, check_choice, check_embeddings, check_same_device, check_same_width
 from mcl_kernels.logsumexp import ops, reference
-from mcl_kernels.logsumexp.plan import NEGATIVES, count_kept
+from mcl_kernels.logsumexp.plan import NEGATIVES, Pairs, count_kept
 
 IMPLS = ("auto", *ops.IMPLEMENTATIONS, "reference")
-
-
-class Pairs(NamedTuple):
-    """Who may be a negative of whom: the checked labels and ids of both sides, int64 or None on both."""
-
-    labels: Tensor | None  # [N]
-    key_labels: Tensor | None  # [M]
-    ids: Tensor | None  # [N]
-    key_ids: Tensor | None  # [M]
-    negatives: str
-
-    def repeated(self, times: int) -> Pairs:
-        """Of a batch that holds every row `times` times, one copy of the batch after the other."""
-
-        def repeat(values: Tensor | None) -> Tensor | None:
-            return None if values is None else values.repeat(times)
-
-        return Pairs(
-            repeat(self.labels), repeat(self.key_labels), repeat(self.ids), repeat(self.key_ids), self.negatives
-        )
-
-    def swapped(self) -> Pairs:
-        """With queries and keys exchanged."""
-        return Pairs(self.key_labels, self.labels, self.key_ids, self.ids, self.negatives)
 
 
 def capabilities() -> dict[str, dict[str, object]]:
@@ -229,7 +205,7 @@ def masked_logsumexp(
     symmetric = key is None and scale.ndim == 0
     impl = resolve_impl(impl)
     if impl == "reference":
-        return reference.masked_logsumexp(query, keys, scale, *pairs, bidirectional)
+        return reference.masked_logsumexp(query, keys, scale, pairs, bidirectional)
     if symmetric:
         key, pairs = None, pairs._replace(key_labels=None, key_ids=None)
     else:
@@ -281,4 +257,4 @@ def count_negatives(
         raise TypeError(f"key_labels must be an integer tensor: got {type(key_labels).__name__}")
     keys = labels if key_labels is None else key_labels
     pairs = as_pairs(labels, keys, labels, keys, ids, key_ids, negatives, key_is_query=key_labels is None)
-    return count_kept(labels, keys, *pairs)
+    return count_kept(labels, keys, pairs)

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mcl_kernels.logsumexp.plan import Plan, kept_pairs, make_plan
+from mcl_kernels.logsumexp.plan import Pairs, Plan, kept_pairs, make_plan
 
 # Sizes of a tile: enough work to hide the cost of a PyTorch call, small enough to stay in a core's cache.
 ROWS, COLUMNS = 256, 1024
@@ -62,10 +62,8 @@ def _tiles(plan: Plan, query: _Side, key: _Side, negatives: str) -> Iterator[_Ti
         query_rows = query.rows(rows)
         for start in range(first, last, COLUMNS):
             columns = slice(start, min(start + COLUMNS, last))
-            keep = kept_pairs(
-                part(row_labels, rows), part(column_labels, columns),
-                part(query.ids, rows), part(key.ids, columns), negatives,
-            )  # fmt: skip
+            ids, key_ids = part(query.ids, rows), part(key.ids, columns)
+            keep = kept_pairs(Pairs(part(row_labels, rows), part(column_labels, columns), ids, key_ids, negatives))
             yield _Tile(rows, columns, query_rows, key.rows(columns), None if keep is None else ~keep)
 
 
@@ -114,22 +112,18 @@ def forward(
     query: Tensor,  # [N, D]
     key: Tensor | None,  # [M, D]; None: the queries
     scale: Tensor,  # [] or [N], fp32 or fp64: the dtype of the logits
-    labels: Tensor | None,  # int64 [N]
-    key_labels: Tensor | None,  # int64 [M]
-    ids: Tensor | None,  # int64 [N]
-    key_ids: Tensor | None,  # int64 [M]
-    negatives: str,
+    pairs: Pairs,
     bidirectional: bool,
 ) -> tuple[Tensor, Tensor, Plan]:
     """The row LSE [N], the column LSE ([M] where bidirectional, else [0]) and the plan."""
-    plan = make_plan(query, key, labels, key_labels, ids, key_ids, negatives)
-    rows = _Side(query, plan.query_order, labels, ids, scale.dtype)
-    columns = rows if key is None else _Side(key, plan.key_order, key_labels, key_ids, scale.dtype)
+    plan = make_plan(query, key, pairs)
+    rows = _Side(query, plan.query_order, pairs.labels, pairs.ids, scale.dtype)
+    columns = rows if key is None else _Side(key, plan.key_order, pairs.key_labels, pairs.key_ids, scale.dtype)
     row_scale = scale.expand(len(query))[plan.query_order].unsqueeze(1)  # [N, 1]
 
     row_lse = _OnlineLogSumExp(len(rows.order), scale)
     column_lse = _OnlineLogSumExp(len(columns.order) if bidirectional else 0, scale)
-    for tile in _tiles(plan, rows, columns, negatives):
+    for tile in _tiles(plan, rows, columns, pairs.negatives):
         logits = row_scale[tile.rows] * (tile.query @ tile.key.T)
         if tile.dropped is not None:
             logits.masked_fill_(tile.dropped, -math.inf)
@@ -145,20 +139,16 @@ def backward(
     query: Tensor,
     key: Tensor | None,
     scale: Tensor,
-    labels: Tensor | None,
-    key_labels: Tensor | None,
-    ids: Tensor | None,
-    key_ids: Tensor | None,
+    pairs: Pairs,
     row_lse: Tensor,
     column_lse: Tensor,
     plan: Plan,
-    negatives: str,
     bidirectional: bool,
     needs_grad: tuple[bool, bool, bool],  # of query, key, scale
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of query, key and scale; [0] for one that is not needed (and for the key of the self form)."""
-    rows = _Side(query, plan.query_order, labels, ids, scale.dtype)
-    columns = rows if key is None else _Side(key, plan.key_order, key_labels, key_ids, scale.dtype)
+    rows = _Side(query, plan.query_order, pairs.labels, pairs.ids, scale.dtype)
+    columns = rows if key is None else _Side(key, plan.key_order, pairs.key_labels, pairs.key_ids, scale.dtype)
     row_scale = scale.expand(len(query))[plan.query_order].unsqueeze(1)  # [N, 1]
     lse, weight = row_lse[rows.order].unsqueeze(1), grad_row[rows.order].unsqueeze(1)  # [N, 1]
     two_sided = bidirectional or key is None
@@ -171,7 +161,7 @@ def backward(
     grad_query = scale.new_zeros(query.shape if needs_query else 0)
     grad_key = scale.new_zeros(key.shape if key is not None and needs_key else 0)
     grad_scale = scale.new_zeros(len(query) if needs_scale else 0)
-    for tile in _tiles(plan, rows, columns, negatives):
+    for tile in _tiles(plan, rows, columns, pairs.negatives):
         products = tile.query @ tile.key.T
         logits = row_scale[tile.rows] * products
         pair_weight = weight[tile.rows] * (logits - lse[tile.rows]).exp()
@@ -197,20 +187,16 @@ def count_above(
     query: Tensor,
     key: Tensor,
     threshold: Tensor,  # [N]
-    labels: Tensor | None,
-    key_labels: Tensor | None,
-    ids: Tensor | None,
-    key_ids: Tensor | None,
-    negatives: str,
+    pairs: Pairs,
 ) -> Tensor:
     """For each query, how many kept keys have not <q_i, k_j> <= threshold_i; int64 [N]."""
-    plan = make_plan(query, key, labels, key_labels, ids, key_ids, negatives)
-    rows = _Side(query, plan.query_order, labels, ids, threshold.dtype)
-    columns = _Side(key, plan.key_order, key_labels, key_ids, threshold.dtype)
+    plan = make_plan(query, key, pairs)
+    rows = _Side(query, plan.query_order, pairs.labels, pairs.ids, threshold.dtype)
+    columns = _Side(key, plan.key_order, pairs.key_labels, pairs.key_ids, threshold.dtype)
     row_threshold = threshold[plan.query_order].unsqueeze(1)
 
     count = torch.zeros_like(plan.query_order)
-    for tile in _tiles(plan, rows, columns, negatives):
+    for tile in _tiles(plan, rows, columns, pairs.negatives):
         above = ~(tile.query @ tile.key.T <= row_threshold[tile.rows])
         if tile.dropped is not None:
             above &= ~tile.dropped

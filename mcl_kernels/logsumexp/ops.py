@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mcl_kernels.logsumexp.plan import Plan
+from mcl_kernels.logsumexp.plan import Pairs, Plan
 
 # Each module has `forward`, `backward` and `count_above`; it is imported when it is first called.
 IMPLEMENTATIONS = {"blockwise": "mcl_kernels.logsumexp.blockwise"}
@@ -38,7 +38,7 @@ def masked_logsumexp(query, key, scale, labels, key_labels, ids, key_ids, negati
     """Row LSE [N], column LSE ([M] where bidirectional, else [0]), then the four tensors of the plan."""
     with torch.autocast(query.device.type, enabled=False):
         row_lse, column_lse, plan = _module(impl).forward(
-            query, key, scale, labels, key_labels, ids, key_ids, negatives, bidirectional
+            query, key, scale, Pairs(labels, key_labels, ids, key_ids, negatives), bidirectional
         )
     return (row_lse, column_lse, *plan)
 
@@ -70,12 +70,12 @@ def masked_logsumexp_backward(  # type: ignore[no-untyped-def]
     query_order, key_order, key_begin, key_end, negatives, bidirectional, impl, needs_grad,
 ):  # fmt: skip
     """The gradients of query, key and scale; [0] for one that is not needed."""
+    pairs = Pairs(labels, key_labels, ids, key_ids, negatives)
     plan = Plan(query_order, key_order, key_begin, key_end)
     with torch.autocast(query.device.type, enabled=False):
         return _module(impl).backward(
-            grad_row, grad_column, query, key, scale, labels, key_labels, ids, key_ids,
-            row_lse, column_lse, plan, negatives, bidirectional, tuple(needs_grad),
-        )  # fmt: skip
+            grad_row, grad_column, query, key, scale, pairs, row_lse, column_lse, plan, bidirectional, needs_grad
+        )
 
 
 @masked_logsumexp_backward.register_fake
@@ -127,7 +127,8 @@ masked_logsumexp_backward.register_autograd(_refuse_double_backward)
 def count_above(query, key, threshold, labels, key_labels, ids, key_ids, negatives, impl):  # type: ignore[no-untyped-def]
     """For each query, how many kept keys have not <q_i, k_j> <= threshold_i; int64 [N]."""
     with torch.autocast(query.device.type, enabled=False):
-        return _module(impl).count_above(query, key, threshold, labels, key_labels, ids, key_ids, negatives)
+        pairs = Pairs(labels, key_labels, ids, key_ids, negatives)
+        return _module(impl).count_above(query, key, threshold, pairs)
 
 
 @count_above.register_fake

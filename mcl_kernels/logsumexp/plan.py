@@ -17,6 +17,33 @@ from torch import Tensor
 NEGATIVES = ("same", "different", "all")
 
 
+class Pairs(NamedTuple):
+    """Who may be a negative of whom: labels y and ids u of both sides, int64, None on both sides or on neither.
+
+    In the self form, where the keys are the queries, key_labels and key_ids are None.
+    """
+
+    labels: Tensor | None  # [N]
+    key_labels: Tensor | None  # [M]
+    ids: Tensor | None  # [N]
+    key_ids: Tensor | None  # [M]
+    negatives: str
+
+    def swapped(self) -> Pairs:
+        """With queries and keys exchanged."""
+        return Pairs(self.key_labels, self.labels, self.key_ids, self.ids, self.negatives)
+
+    def repeated(self, times: int) -> Pairs:
+        """Of a batch that holds every row `times` times, one copy of the batch after the other."""
+
+        def repeat(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values.repeat(times)
+
+        return Pairs(
+            repeat(self.labels), repeat(self.key_labels), repeat(self.ids), repeat(self.key_ids), self.negatives
+        )
+
+
 class Plan(NamedTuple):
     """The visiting order: sorted query i meets no sorted key outside key_begin[i] .. key_end[i] - 1."""
 
@@ -26,16 +53,9 @@ class Plan(NamedTuple):
     key_end: Tensor  # int64 [N], equal to key_begin where a query meets nothing
 
 
-def make_plan(
-    query: Tensor,
-    key: Tensor | None,
-    labels: Tensor | None,
-    key_labels: Tensor | None,
-    ids: Tensor | None,
-    key_ids: Tensor | None,
-    negatives: str,
-) -> Plan:
+def make_plan(query: Tensor, key: Tensor | None, pairs: Pairs) -> Plan:
     """Sorts both sides and finds the range of keys of each query, without a host synchronisation."""
+    labels, key_labels, ids, key_ids, negatives = pairs
     group = None if labels is None else _matching_group(labels, negatives)
     query_order = _lexicographic_order(len(query), query.device, group, ids)
     if key is None:
@@ -71,10 +91,9 @@ def _lexicographic_order(size: int, device: torch.device, *columns: Tensor | Non
     return order
 
 
-def kept_pairs(
-    labels: Tensor | None, key_labels: Tensor | None, ids: Tensor | None, key_ids: Tensor | None, negatives: str
-) -> Tensor | None:
+def kept_pairs(pairs: Pairs) -> Tensor | None:
     """The mask keep_ij, bool [N, M]; None where neither labels nor ids are given: every pair is kept."""
+    labels, key_labels, ids, key_ids, negatives = pairs
     keep = None
     if labels is not None and key_labels is not None:
         rows, columns = labels.unsqueeze(1), key_labels.unsqueeze(0)
@@ -89,19 +108,12 @@ def kept_pairs(
     return keep
 
 
-def count_kept(
-    query: Tensor,
-    key: Tensor,
-    labels: Tensor | None,
-    key_labels: Tensor | None,
-    ids: Tensor | None,
-    key_ids: Tensor | None,
-    negatives: str,
-) -> Tensor:
+def count_kept(query: Tensor, key: Tensor, pairs: Pairs) -> Tensor:
     """The row sums of `kept_pairs`, int64 [N], in O((N + M) log(N + M)).
 
     Of `query` [N, ...] and `key` [M, ...] only the length and the device are read.
     """
+    labels, key_labels, ids, key_ids, negatives = pairs
     n = len(query)
     matchable = torch.ones(len(key), dtype=torch.int64, device=key.device)
     label, sample = [], []

@@ -15,46 +15,31 @@ import math
 import torch
 from torch import Tensor
 
-from mcl_kernels.logsumexp.plan import kept_pairs
+from mcl_kernels.logsumexp.plan import Pairs, kept_pairs
 
 
 def masked_logsumexp(
     query: Tensor,  # [N, D]
-    key: Tensor | None,  # [M, D]; None: the queries
+    key: Tensor,  # [M, D]
     scale: Tensor,  # [] or [N], fp32 or fp64: the dtype of the logits
-    labels: Tensor | None,  # int64 [N]
-    key_labels: Tensor | None,  # int64 [M]
-    ids: Tensor | None,  # int64 [N]
-    key_ids: Tensor | None,  # int64 [M]
-    negatives: str,
+    pairs: Pairs,
     bidirectional: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    if key is None:
-        key, key_labels, key_ids = query, labels, ids
     with torch.autocast(query.device.type, enabled=False):
-        products = _rows(query, labels, scale.dtype) @ _rows(key, key_labels, scale.dtype).T
+        products = _rows(query, pairs.labels, scale.dtype) @ _rows(key, pairs.key_labels, scale.dtype).T
         logits = scale.unsqueeze(-1) * products  # [N, M]
-        keep = kept_pairs(labels, key_labels, ids, key_ids, negatives)
+        keep = kept_pairs(pairs)
         if keep is not None:
             logits = logits.masked_fill(~keep, -math.inf)
         row_lse = logits.logsumexp(1)
         return (row_lse, logits.logsumexp(0)) if bidirectional else row_lse
 
 
-def count_above(
-    query: Tensor,
-    key: Tensor,
-    threshold: Tensor,  # [N]
-    labels: Tensor | None,
-    key_labels: Tensor | None,
-    ids: Tensor | None,
-    key_ids: Tensor | None,
-    negatives: str,
-) -> Tensor:
+def count_above(query: Tensor, key: Tensor, threshold: Tensor, pairs: Pairs) -> Tensor:
     """For each query, how many kept keys have not <q_i, k_j> <= threshold_i; int64 [N]."""
     with torch.autocast(query.device.type, enabled=False):
         above = ~(query.to(threshold.dtype) @ key.to(threshold.dtype).T <= threshold.unsqueeze(1))
-    keep = kept_pairs(labels, key_labels, ids, key_ids, negatives)
+    keep = kept_pairs(pairs)
     return (above if keep is None else above & keep).sum(1)
 
 
