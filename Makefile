@@ -30,7 +30,7 @@ bench: $(VENV)/installed-test
 $(VENV)/installed-%: pyproject.toml constraints.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[$*]'
-	touch $@
+	touch $@ $(if $(filter test,$*),$(VENV)/installed-demo)  # the test extra holds the demo's
 
 $(OLDEST)/installed: pyproject.toml constraints-oldest.txt
 	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)

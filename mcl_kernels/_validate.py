@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -15,6 +17,25 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     if value not in choices:
         expected = ", ".join(repr(choice) for choice in choices)
         raise ValueError(f"{name} must be one of {expected}: got {value!r}")
+
+
+def as_integer(name: str, value: object, *, least: int) -> int:
+    """One integer of any kind (numpy's too), as Python's."""
+    try:
+        integer = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"{name} must be an integer: got {type(value).__name__}") from None
+    if not least <= integer < 2**63:
+        raise ValueError(f"{name} must be at least {least}: got {integer}")
+    return integer
+
+
+def check_positive(name: str, value: object) -> None:
+    """A Python number; tensors are not checked, which would synchronise and break a graph."""
+    if not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number or a tensor: got {type(value).__name__}")
+    if not float(value) > 0:
+        raise ValueError(f"{name} must be positive: got {value}")
 
 
 def check_embeddings(name: str, x: object) -> None:
@@ -46,18 +67,24 @@ def check_same_device(name: str, x: Tensor, other_name: str, other: Tensor) -> N
         raise ValueError(f"{name} must be on the device of {other_name}: got {x.device} for {other.device}")
 
 
-def as_integers(name: str, values: object, owner_name: str, owner: Tensor) -> Tensor:
-    """Labels or ids, one per row of `owner`, as int64."""
+def as_integer_vector(name: str, values: object) -> Tensor:
+    """Labels or ids, as int64."""
     if not isinstance(values, Tensor):
         raise TypeError(f"{name} must be an integer tensor: got {type(values).__name__}")
     if values.dtype not in INTEGER_DTYPES:
         raise TypeError(f"{name} must be an integer tensor: got {values.dtype}")
     if values.ndim != 1:
-        raise ValueError(f"{name} must have shape [{owner.shape[0]}]: got {list(values.shape)}")
+        raise ValueError(f"{name} must be a vector: got shape {list(values.shape)}")
+    return values.long()
+
+
+def as_integers(name: str, values: object, owner_name: str, owner: Tensor) -> Tensor:
+    """Labels or ids, one per row of `owner`, as int64."""
+    values = as_integer_vector(name, values)
     if values.shape[0] != owner.shape[0]:
         raise ValueError(
             f"{name} must have one entry per row of {owner_name}: "
             f"got {values.shape[0]} {name} for {owner.shape[0]} rows"
         )
     check_same_device(name, values, owner_name, owner)
-    return values.long()
+    return values

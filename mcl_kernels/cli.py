@@ -83,7 +83,8 @@ def demo(options: argparse.Namespace) -> None:
     from mcl_kernels.demo import Settings, run
     from mcl_kernels.report import write_report
 
-    epochs = options.epochs or (2 if options.quick else Settings.epochs)
+    usual = 2 if options.quick else Settings.epochs
+    epochs = usual if options.epochs is None else options.epochs
     settings = Settings(
         bits=options.bits, stages=options.stages, clusters=options.clusters, epochs=epochs, seed=options.seed,
         samples=1000 if options.quick else Settings.samples,

@@ -281,13 +281,18 @@ class _Rows:
         self.stages: list[Row] = []
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
-            saved = json.loads(path.read_text())
-            here = asdict(settings)
-            for name, there in saved["settings"].items():
-                if name != "stages" and there != here[name]:
-                    raise ValueError(f"{path.parent} holds another run: {name} is {there} there and {here[name]} here")
-            self.ceiling = Row(**saved["ceiling"])
-            self.stages = [Row(**row) for row in saved["stages"]][: settings.stages]
+            try:
+                saved = json.loads(path.read_text())
+                there = asdict(Settings(**saved["settings"]))
+                self.ceiling = Row(**saved["ceiling"])
+                self.stages = [Row(**row) for row in saved["stages"]][: settings.stages]
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f"{path} is not the results of a demo ({error}); delete it to evaluate again"
+                ) from None
+            for name, here in asdict(settings).items():
+                if name != "stages" and there[name] != here:
+                    raise ValueError(f"{path.parent} holds another run: {name} is {there[name]} there and {here} here")
 
     def add(self, row: Row) -> Row:
         self.stages.append(row)

@@ -5,14 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mcl_kernels._validate import check_choice, check_embeddings, check_same_shape, check_same_width
+from mcl_kernels._rows import compute_dtype, normalize_rows, row_dot
+from mcl_kernels._validate import check_choice, check_embeddings, check_positive, check_same_shape, check_same_width
 from mcl_kernels.logsumexp.api import (
     as_pairs,
     as_scale,
-    compute_dtype,
     masked_logsumexp,
 )
 from mcl_kernels.logsumexp.plan import Pairs, count_kept
@@ -80,6 +79,7 @@ def masked_info_nce(
         >>> masked_info_nce(query, key, labels=torch.tensor([0, 0, 1, 1]), temperature=1.0)
         tensor(0.3133)
     """
+    check_choice("reduction", reduction, REDUCTIONS)
     query, key, positive, pairs = query_key_positive(
         query, key, labels, key_labels, positive, ids, key_ids, negatives, normalize
     )
@@ -134,6 +134,7 @@ def nt_xent(
         >>> nt_xent(view, view, labels=torch.tensor([0, 0, 1, 1]), temperature=1.0)
         tensor(0.5514)
     """
+    check_choice("reduction", reduction, REDUCTIONS)
     check_embeddings("view_a", view_a)
     check_embeddings("view_b", view_b)
     check_same_shape("view_b", view_b, "view_a", view_a)
@@ -200,6 +201,7 @@ def clip_loss(
         >>> clip_loss(features, features, labels=torch.tensor([0, 0, 1, 1]), logit_scale=1.0)
         tensor(0.3133)
     """
+    check_choice("reduction", reduction, REDUCTIONS)
     check_embeddings("image_features", image_features)
     check_embeddings("text_features", text_features)
     check_same_shape("text_features", text_features, "image_features", image_features)
@@ -216,6 +218,8 @@ def clip_loss(
         if logit_scale.numel() != 1:
             raise ValueError(f"logit_scale must be one number: got shape {list(logit_scale.shape)}")
         logit_scale = logit_scale.reshape(())
+    else:
+        check_positive("logit_scale", logit_scale)
     scale = as_scale("logit_scale", logit_scale, image_features, dtype)
     positive_logit = scale * row_dot(image_features, text_features, dtype)
     factors, counts = _needs(objective)
@@ -264,28 +268,20 @@ def query_key_positive(
     return query, key, key[:n] if positive is None else positive, pairs
 
 
-def normalize_rows(x: Tensor) -> Tensor:
-    """L2-normalises in fp32 (fp64 for fp64) and rounds once. Rows of norm below eps stay shorter than 1."""
-    # 1e-12, as PyTorch has it, is 0 in fp16 and would send the gradient of a zero row to infinity there.
-    eps = max(1e-12, torch.finfo(x.dtype).tiny)
-    return F.normalize(x.to(compute_dtype(x)), dim=1, eps=eps).to(x.dtype)
-
-
-def row_dot(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
-    """<x_i, y_i>, [N]."""
-    return (x.to(dtype) * y.to(dtype)).sum(1)
-
-
 def _inverse_temperature(temperature: float | Tensor, query: Tensor, dtype: torch.dtype) -> Tensor:
     if isinstance(temperature, Tensor):
         return as_scale("temperature", temperature, query, dtype).reciprocal()
-    if not temperature > 0:
-        raise ValueError(f"temperature must be positive: got {temperature}")
+    check_positive("temperature", temperature)
     return as_scale("temperature", 1.0 / temperature, query, dtype)
 
 
 def _needs(objective: Objective) -> tuple[tuple[float, ...], bool]:
     """The factors of the scale that an objective wants a log-sum-exp for, and whether it wants the count."""
+    if not callable(objective) or isinstance(objective, type):
+        expected = (
+            "a function of mcl_kernels.objectives or your own, settings given: hard_negative(), not hard_negative"
+        )
+        raise TypeError(f"objective must be {expected}: got {objective!r}")
     return getattr(objective, "scales", (1.0,)), getattr(objective, "counts", False)
 
 
@@ -305,13 +301,13 @@ def _per_anchor(objective: Objective, a: Tensor, lse: list[Tensor], count: Tenso
     safe_lse = tuple(torch.where(lonely, 0.0, b) for b in lse)
     safe_a = torch.where(lonely, a.detach(), a)
     n = None if count is None else count.clamp(min=1).to(a.dtype)
-    loss = objective(safe_a, safe_lse if hasattr(objective, "scales") else safe_lse[0], n, scale)
+    mixed = (~lonely,) if getattr(objective, "mixes_anchors", False) else ()
+    loss = objective(safe_a, safe_lse if hasattr(objective, "scales") else safe_lse[0], n, scale, *mixed)
     # 0 * a is 0, but NaN where the embedding held NaN or infinity: that must not pass for a loss of 0.
     return torch.where(lonely, 0.0 * a.detach(), loss)
 
 
 def _reduce(loss: Tensor, reduction: str) -> Tensor:
-    check_choice("reduction", reduction, REDUCTIONS)
     if reduction == "none":
         return loss
     total = loss.sum()

@@ -7,8 +7,9 @@ An objective is any callable `(a, b, n, scale) -> loss`, elementwise in vectors 
     n      how many negatives there are, in the dtype of a; None unless the objective sets `counts = True`
     scale  inverse temperature, 0-d or one entry per anchor
 
-One that sets `scales = (f, g, ...)` gets b as a tuple, one log-sum-exp for each factor of the scale. Anchors
-without negatives never reach an objective's result: the losses set them to 0, with gradient 0.
+One that sets `scales = (f, g, ...)` gets b as a tuple, one log-sum-exp for each factor of the scale. One whose
+loss of an anchor depends on others sets `mixes_anchors = True` and gets a fifth argument, bool: which anchors have
+negatives. The result for anchors without negatives is not used: the losses set it to 0, with gradient 0.
 
 Every formula stays in logarithms: exp(b) overflows fp32 at b = 89, well inside the range of scale 100.
 """
@@ -16,17 +17,16 @@ Every formula stays in logarithms: exp(b) overflows fp32 at b = 89, well inside 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from mcl_kernels._validate import check_positive
 
-class Objective(Protocol):
-    """See the module. `counts` and `scales` are read where they exist."""
-
-    def __call__(self, a: Tensor, b: Any, n: Tensor | None, scale: Tensor, /) -> Tensor: ...
+Objective = Callable[..., Tensor]
 
 
 def info_nce(a: Tensor, b: Tensor, n: Tensor | None, scale: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ class decoupled_weighted:  # noqa: N801
 
         b_i - w_i a_i,    w_i = 2 - B exp(<q_i, p_i> / sigma) / sum_k exp(<q_k, p_k> / sigma)
 
-    B is the number of anchors, over all of which the weights are normalised; the gradient flows through them.
+    B is the number of anchors with negatives, over which the weights are normalised; the gradient flows through them.
 
     Args:
         sigma: width of the weights, in units of cosine similarity.
@@ -75,14 +75,20 @@ class decoupled_weighted:  # noqa: N801
 
     Example:
         >>> a, b = torch.tensor([1.0, 1.0]), torch.tensor([2.0, 3.0])
-        >>> decoupled_weighted()(a, b, None, torch.tensor(1.0))
+        >>> decoupled_weighted()(a, b, None, torch.tensor(1.0), torch.tensor([True, True]))
         tensor([1., 2.])
     """
 
     sigma: float = 0.5
+    mixes_anchors: ClassVar[bool] = True
 
-    def __call__(self, a: Tensor, b: Tensor, n: Tensor | None, scale: Tensor) -> Tensor:
-        weight = 2.0 - a.shape[0] * torch.softmax(a / (scale * self.sigma), dim=0)
+    def __post_init__(self) -> None:
+        check_positive("sigma", self.sigma)
+
+    def __call__(self, a: Tensor, b: Tensor, n: Tensor | None, scale: Tensor, has_negatives: Tensor) -> Tensor:
+        # The lowest finite number, not -inf: its softmax has a gradient even where no anchor has negatives.
+        similarity = (a / scale).masked_fill(~has_negatives, torch.finfo(a.dtype).min)
+        weight = 2.0 - has_negatives.sum() * torch.softmax(similarity / self.sigma, dim=0)
         return b - weight * a
 
 
@@ -106,6 +112,10 @@ class ifm:  # noqa: N801
 
     eps: float = 0.1
     alpha: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (self.eps >= 0 and self.alpha >= 0):
+            raise ValueError(f"eps and alpha must be at least 0: got {self.eps} and {self.alpha}")
 
     def __call__(self, a: Tensor, b: Tensor, n: Tensor | None, scale: Tensor) -> Tensor:
         perturbed = info_nce(a, b + 2.0 * self.eps * scale, n, scale)
@@ -167,6 +177,10 @@ class hard_negative:  # noqa: N801
 
     beta: float = 1.0
     counts: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not self.beta >= 0:
+            raise ValueError(f"beta must be at least 0: got {self.beta}")
 
     @property
     def scales(self) -> tuple[float, float]:

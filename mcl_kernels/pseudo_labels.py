@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mcl_kernels._validate import as_integers
+from mcl_kernels._validate import as_integer_vector, as_integers
 
 
 def compose_labels(previous: Tensor, new: Tensor) -> Tensor:
@@ -33,9 +33,7 @@ def compose_labels(previous: Tensor, new: Tensor) -> Tensor:
         >>> compose_labels(torch.tensor([0, 0, 1, 1, -1]), torch.tensor([7, 7, 2, 9, 2]))
         tensor([ 0,  0,  1,  2, -1])
     """
-    if not isinstance(previous, Tensor):
-        raise TypeError(f"previous must be an integer tensor: got {type(previous).__name__}")
-    previous = as_integers("previous", previous, "previous", previous)
+    previous = as_integer_vector("previous", previous)
     new = as_integers("new", new, "previous", previous)
     known = (previous >= 0) & (new >= 0)
     labels = torch.full_like(previous, -1)

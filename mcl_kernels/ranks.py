@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+from mcl_kernels._rows import compute_dtype, row_dot
 from mcl_kernels.logsumexp import ops, reference
-from mcl_kernels.logsumexp.api import compute_dtype, resolve_impl
-from mcl_kernels.losses import query_key_positive, row_dot
+from mcl_kernels.logsumexp.api import resolve_impl
+from mcl_kernels.losses import query_key_positive
 
 
 @torch.no_grad()
@@ -28,6 +31,7 @@ def positive_ranks(
 
         rank_i = #{j: keep_ij and <q_i, k_j> > <q_i, p_i>}
 
+    A key that is the positive's equal up to the rounding of the products, 2 sqrt(D) eps |q_i| |p_i|, does not count.
     `(rank < k).float().mean()` is the top-k accuracy that a training loop prints. By tiles; no N x M matrix and
     no gradient. A NaN counts as higher, so a model that has diverged does not look perfect.
 
@@ -48,7 +52,10 @@ def positive_ranks(
     query, key, positive, pairs = query_key_positive(
         query, key, labels, key_labels, positive, ids, key_ids, negatives, normalize
     )
-    threshold = row_dot(query, positive, compute_dtype(query, key, positive))
+    dtype = compute_dtype(query, key, positive)
+    norms = [torch.linalg.vector_norm(x.to(dtype), dim=1) for x in (query, positive)]
+    rounding = 2.0 * math.sqrt(query.shape[1]) * torch.finfo(dtype).eps * norms[0] * norms[1]
+    threshold = row_dot(query, positive, dtype) + rounding
     impl = resolve_impl(impl)
     if impl == "reference":
         return reference.count_above(query, key, threshold, pairs)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mcl_kernels._validate import check_choice
+from mcl_kernels._rows import normalize_rows
+from mcl_kernels._validate import check_choice, check_embeddings
 
 
 class ConcatEncoder(nn.Module):
@@ -27,7 +27,7 @@ class ConcatEncoder(nn.Module):
         From `forward`, [B, D_0 + D_1 + ...].
 
     Raises:
-        ValueError: no encoder, or an unknown `normalize`.
+        ValueError: no encoder, an unknown `normalize`, or an output that is not [B, D].
 
     Source: "Learning the Unlearned" (arXiv 2402.11816), section 3.
 
@@ -47,16 +47,18 @@ class ConcatEncoder(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         outputs = [encoder(*args, **kwargs) for encoder in self.encoders]
+        for index, output in enumerate(outputs):
+            check_embeddings(f"output of encoder {index}", output)
         if self.normalize == "stage":
-            outputs = [F.normalize(output, dim=1) for output in outputs]
+            outputs = [normalize_rows(output) for output in outputs]
         joined = torch.cat(outputs, dim=1)
-        return F.normalize(joined, dim=1) if self.normalize == "joint" else joined
+        return normalize_rows(joined) if self.normalize == "joint" else joined
 
     def extra_repr(self) -> str:
         return f"normalize={self.normalize!r}"
 
 
-def model_soup(state_dicts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+def model_soup(state_dicts: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """The average of several models' weights ("MCL MS", the paper's model for retrieval).
 
     Floating point entries are averaged in fp64 and rounded once to their dtype; others (counters such as
@@ -77,6 +79,7 @@ def model_soup(state_dicts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]
         >>> model_soup([{"w": torch.tensor([0.0])}, {"w": torch.tensor([1.0])}])
         {'w': tensor([0.5000])}
     """
+    state_dicts = list(state_dicts)
     if not state_dicts:
         raise ValueError("state_dicts must hold at least one: got none")
     first = state_dicts[0]

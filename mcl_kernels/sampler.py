@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from mcl_kernels._validate import check_choice
+from mcl_kernels._validate import as_integer, check_choice
 
 Array = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -60,12 +60,11 @@ class ClusterBatchSampler(Sampler[list[int]]):
         small: str = "merge",
     ) -> None:
         check_choice("small", small, ("merge", "drop"))
-        if batch_size < 1 or world_size < 1 or clusters_per_batch < 1:
-            raise ValueError(
-                "batch_size, world_size and clusters_per_batch must be at least 1: "
-                f"got {batch_size}, {world_size} and {clusters_per_batch}"
-            )
-        if not 0 <= rank < world_size:
+        batch_size = as_integer("batch_size", batch_size, least=1)
+        world_size = as_integer("world_size", world_size, least=1)
+        clusters_per_batch = as_integer("clusters_per_batch", clusters_per_batch, least=1)
+        rank = as_integer("rank", rank, least=0)
+        if rank >= world_size:
             raise ValueError(f"rank must be from 0 to world_size - 1 = {world_size - 1}: got {rank}")
         self.global_size = batch_size * world_size
         if self.global_size % clusters_per_batch:
@@ -79,7 +78,7 @@ class ClusterBatchSampler(Sampler[list[int]]):
         self.batch_size = batch_size
         self.group_size = self.global_size // clusters_per_batch
         self.clusters_per_batch = clusters_per_batch
-        self.seed = seed
+        self.seed = as_integer("seed", seed, least=0)
         self.rank = rank
         self.small = small
         self.epoch = 0
@@ -99,7 +98,7 @@ class ClusterBatchSampler(Sampler[list[int]]):
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the order; call it before each epoch, with the same number on every rank."""
-        self.epoch = epoch
+        self.epoch = as_integer("epoch", epoch, least=0)
 
     def __len__(self) -> int:
         return self._n_batches

@@ -3,8 +3,8 @@
     stage-0/centers.npy  labels.npy  tuples.npy  state.safetensors or state.pt  stage.json
 
 Every file is written into a hidden directory beside, synced, and the directory renamed once. stage.json holds the
-SHA-256 of each file, and its own. Nothing is unpickled: arrays load with `allow_pickle=False`, states that
-safetensors cannot hold with `weights_only=True`.
+SHA-256 of each file, and its own; they are checked whenever a file is read. Nothing is unpickled: arrays load with
+`allow_pickle=False`, states that safetensors cannot hold with `weights_only=True`.
 """
 
 from __future__ import annotations
@@ -14,106 +14,134 @@ import io
 import json
 import pickle
 import shutil
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mcl_kernels._durable import sync_directory, write_synced
+from mcl_kernels._validate import FLOAT_DTYPES, INTEGER_DTYPES
 
 DESCRIPTION = "stage.json"
+_PLAIN_DTYPES = (*FLOAT_DTYPES, *INTEGER_DTYPES, torch.bool)
 
 
 def stage_directory(run: Path, index: int) -> Path:
     return run / f"stage-{index}"
 
 
+class State(NamedTuple):
+    """A serialised state and the file name that says how: state.safetensors or state.pt."""
+
+    name: str
+    content: bytes
+
+
 def write_stage(
-    run: Path, index: int, arrays: Mapping[str, Tensor], state: Mapping[str, Any] | None, description: dict[str, Any]
+    run: Path, index: int, arrays: Mapping[str, Tensor], state: State | None, description: dict[str, Any]
 ) -> None:
     """Writes a stage; when this returns it is on disk, and if it raises the run is as it was."""
     final = stage_directory(run, index)
-    if final.exists():
-        raise FileExistsError(f"{final} exists already: another process finished this stage")
     contents = {f"{name}.npy": _array_bytes(array) for name, array in arrays.items()}
     if state is not None:
-        name, content = _state_bytes(state)
-        contents[name] = content
-    partial = run / f".stage-{index}.partial"
+        contents[state.name] = state.content
+    files = {name: _sha256(content) for name, content in contents.items()}
+    contents[DESCRIPTION] = _description_bytes({**description, "files": files})
+    # A name of its own: another process may be writing the same stage.
+    partial = run / f".stage-{index}.{uuid.uuid4().hex}"
     try:
-        shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         for name, content in contents.items():
             write_synced(partial / name, content)
-        files = {name: _sha256(content) for name, content in contents.items()}
-        write_synced(partial / DESCRIPTION, _description_bytes({**description, "files": files}))
         sync_directory(partial)
         partial.rename(final)
         sync_directory(run)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if final.exists():
+            raise FileExistsError(f"{final} exists already: another process finished this stage") from None
         raise OSError(
             error.errno,
             f"stage {index} could not be saved ({error.strerror}); earlier stages are intact, and finish() can be "
             "called again",
             str(final),
         ) from error
+    for stale in run.glob(f".stage-{index}.*"):  # of processes that were killed while they wrote this stage
+        shutil.rmtree(stale, ignore_errors=True)
 
 
 def read_stage(run: Path, index: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The arrays and the description of a stage, after every file of it was checked."""
     directory = stage_directory(run, index)
     description = _read_description(directory / DESCRIPTION)
-    arrays = {}
-    for name, digest in description["files"].items():
-        content = _read(directory / name)
-        if _sha256(content) != digest:
-            raise _damaged(directory / name, f"its SHA-256 is not the one in {DESCRIPTION}")
-        if name.endswith(".npy"):
-            arrays[name.removesuffix(".npy")] = torch.from_numpy(np.load(io.BytesIO(content), allow_pickle=False))
+    contents = {name: _read_checked(directory / name, digest) for name, digest in description["files"].items()}
+    arrays = {
+        name.removesuffix(".npy"): torch.from_numpy(np.load(io.BytesIO(content), allow_pickle=False))
+        for name, content in contents.items()
+        if name.endswith(".npy")
+    }
     return arrays, description
 
 
 def read_state(run: Path, index: int) -> dict[str, Any] | None:
-    """The state given to `finish`, on the CPU; None if there was none."""
+    """The state given to `finish`, on the CPU, checked again; None if there was none."""
     directory = stage_directory(run, index)
-    if (directory / "state.safetensors").exists():
-        from safetensors.torch import load_file
-
-        return load_file(directory / "state.safetensors")
-    if (directory / "state.pt").exists():
-        state: dict[str, Any] = torch.load(directory / "state.pt", map_location="cpu", weights_only=True)
-        return state
+    for name, digest in _read_description(directory / DESCRIPTION)["files"].items():
+        if name.startswith("state."):
+            return load_state(State(name, _read_checked(directory / name, digest)))
     return None
+
+
+def dump_state(state: Mapping[str, Any]) -> State:
+    """Serialises a state: safetensors for tensors that share no memory, PyTorch's format for anything else."""
+    if not isinstance(state, Mapping):
+        raise TypeError(f"state must be a mapping such as model.state_dict(): got {type(state).__name__}")
+    if _fits_safetensors(state):
+        from safetensors.torch import save
+
+        return State("state.safetensors", save({name: x.detach().cpu().contiguous() for name, x in state.items()}))
+    buffer = io.BytesIO()
+    torch.save(dict(state), buffer)
+    serialised = State("state.pt", buffer.getvalue())
+    try:
+        load_state(serialised)
+    except pickle.UnpicklingError:
+        raise TypeError(
+            "state must hold tensors, numbers, strings and containers of them, which load without unpickling objects: "
+            f"got {sorted({type(value).__name__ for value in state.values()})}"
+        ) from None
+    return serialised
+
+
+def load_state(state: State) -> dict[str, Any]:
+    """The state on the CPU; nothing but tensors, numbers, strings and containers is built."""
+    if state.name == "state.safetensors":
+        from safetensors.torch import load
+
+        return load(state.content)
+    loaded: dict[str, Any] = torch.load(io.BytesIO(state.content), map_location="cpu", weights_only=True)
+    return loaded
+
+
+def _fits_safetensors(state: Mapping[str, Any]) -> bool:
+    """Strided tensors of the plain dtypes under string keys, no two of which share memory."""
+    tensors = [x for name, x in state.items() if isinstance(name, str) and isinstance(x, Tensor)]
+    if len(tensors) < len(state):
+        return False
+    if any(x.layout != torch.strided or x.dtype not in _PLAIN_DTYPES for x in tensors):
+        return False
+    filled = [x for x in tensors if x.numel()]
+    return len({x.untyped_storage().data_ptr() for x in filled}) == len(filled)
 
 
 def _array_bytes(array: Tensor) -> bytes:
     buffer = io.BytesIO()
     np.save(buffer, array.cpu().numpy(), allow_pickle=False)
     return buffer.getvalue()
-
-
-def _state_bytes(state: Mapping[str, Any]) -> tuple[str, bytes]:
-    """File name and content: safetensors for tensors that share no memory, PyTorch's format for anything else."""
-    tensors = {name: value.detach().cpu().contiguous() for name, value in state.items() if isinstance(value, Tensor)}
-    storages = {tensor.untyped_storage().data_ptr() for tensor in tensors.values() if tensor.numel()}
-    if len(tensors) == len(state) and len(storages) == sum(tensor.numel() > 0 for tensor in tensors.values()):
-        from safetensors.torch import save
-
-        return "state.safetensors", save(tensors)
-    buffer = io.BytesIO()
-    torch.save(dict(state), buffer)
-    buffer.seek(0)
-    try:
-        torch.load(buffer, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise TypeError(
-            f"state must hold tensors, numbers, strings and containers of them, which load without unpickling: {error}"
-        ) from error
-    return "state.pt", buffer.getvalue()
 
 
 def _description_bytes(description: dict[str, Any]) -> bytes:
@@ -133,6 +161,13 @@ def _read_description(path: Path) -> dict[str, Any]:
     if not intact:
         raise _damaged(path, "its content is not what its own SHA-256 says")
     return description
+
+
+def _read_checked(path: Path, digest: str) -> bytes:
+    content = _read(path)
+    if _sha256(content) != digest:
+        raise _damaged(path, f"its SHA-256 is not the one in {DESCRIPTION}")
+    return content
 
 
 def _read(path: Path) -> bytes:

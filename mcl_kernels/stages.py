@@ -7,16 +7,17 @@ The training loop stays the user's:
         model, optimizer = build()
         for epoch in range(epochs):
             for index, a, b in loader(stage.batch_sampler(256, clusters_per_batch=4, epoch=epoch)):
-                loss = nt_xent(model(a), model(b), stage.labels[index])
+                loss = nt_xent(model(a), model(b), stage.labels[index].to(a.device))
                 ...
         stage.finish(embed(model), state=model.state_dict())
 """
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
+import re
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,9 +30,10 @@ import torch
 from torch import Tensor
 
 from mcl_kernels import stage_files
-from mcl_kernels._validate import check_choice
+from mcl_kernels._durable import sync_directory
+from mcl_kernels._validate import as_integer, check_choice, check_embeddings
 from mcl_kernels.kmeans import KMeans, assign_clusters
-from mcl_kernels.kmeans.api import METRICS
+from mcl_kernels.kmeans.api import METRICS, finite_rows
 from mcl_kernels.pseudo_labels import compose_labels, label_tuples, look_up_tuples
 from mcl_kernels.sampler import ClusterBatchSampler
 
@@ -62,7 +64,7 @@ class FinishedStage:
 
     @property
     def state(self) -> Mapping[str, Any] | None:
-        """What `finish` was given as state, on the CPU; read from disk on every access."""
+        """A copy of what `finish` was given as state, on the CPU; read, and checked, on every access."""
         return self._read_state()
 
 
@@ -123,10 +125,16 @@ class Stage:
             )
         if not finished:
             return None
-        clusters = [
-            assign_clusters(embeddings, stage.centers.to(embeddings.device), metric=self._runner.metric)[0]
-            for embeddings, stage in zip(previous_embeddings, finished, strict=True)
-        ]
+        clusters = []
+        for embeddings, stage in zip(previous_embeddings, finished, strict=True):
+            name, width = f"previous_embeddings[{stage.index}]", stage.centers.shape[1]
+            check_embeddings(name, embeddings)
+            if embeddings.shape[1] != width:
+                raise ValueError(
+                    f"{name} must have {width} features, as in stage {stage.index}: got {embeddings.shape[1]}"
+                )
+            centers = stage.centers.to(embeddings.device)
+            clusters.append(assign_clusters(embeddings, centers, metric=self._runner.metric)[0])
         if len({len(column) for column in clusters}) > 1:
             lengths = [len(column) for column in clusters]
             raise ValueError(f"previous_embeddings must have one row per sample each: got {lengths} rows")
@@ -142,6 +150,7 @@ class Stage:
         Args:
             embeddings: of all samples, in the order of the data set, [n_samples, D].
             state: what to keep, usually `model.state_dict()`: tensors, numbers, strings and containers of them.
+                Copied, so that the model may be trained on.
 
         Returns:
             The finished stage, also the last of `runner.finished`.
@@ -161,7 +170,7 @@ class MultistageRunner:
 
     Args:
         n_samples: size of the data set.
-        n_stages: stages to run; a finished run can be continued with more.
+        n_stages: stages to run, or to read of a run that has more; a finished run can be continued with more.
         n_clusters: clusters K of each stage.
         directory: where finished stages are kept; None keeps them in memory.
         metric: of the clustering, "cosine" or "euclidean".
@@ -194,18 +203,16 @@ class MultistageRunner:
         seed: int = 0,
         keys: Sequence[str] | None = None,
     ) -> None:
-        if n_stages < 1:
-            raise ValueError(f"n_stages must be at least 1: got {n_stages}")
-        if not 1 <= n_clusters <= n_samples:
-            raise ValueError(f"n_clusters must be from 1 to n_samples = {n_samples}: got {n_clusters}")
         check_choice("metric", metric, METRICS)
-        self.n_samples = n_samples
-        self.n_stages = n_stages
-        self.n_clusters = n_clusters
+        self.n_samples = as_integer("n_samples", n_samples, least=1)
+        self.n_stages = as_integer("n_stages", n_stages, least=1)
+        self.n_clusters = as_integer("n_clusters", n_clusters, least=1)
+        if self.n_clusters > self.n_samples:
+            raise ValueError(f"n_clusters must be at most n_samples = {n_samples}: got {n_clusters}")
         self.directory = None if directory is None else Path(directory)
         self.metric = metric
-        self.seed = seed
-        self._index_of_key = None if keys is None else _index_of_key(keys, n_samples)
+        self.seed = as_integer("seed", seed, least=0)
+        self._index_of_key = None if keys is None else _index_of_key(keys, self.n_samples)
         self.finished: list[FinishedStage] = []
         if self.directory is not None:
             self._read_finished(self.directory)
@@ -250,7 +257,9 @@ class MultistageRunner:
 
     def _read_finished(self, directory: Path) -> None:
         here = self._configuration()
-        while stage_files.stage_directory(directory, len(self.finished)).exists():
+        while (
+            len(self.finished) < self.n_stages and stage_files.stage_directory(directory, len(self.finished)).exists()
+        ):
             index = len(self.finished)
             arrays, description = stage_files.read_stage(directory, index)
             there = description["configuration"]
@@ -261,13 +270,13 @@ class MultistageRunner:
                         f"{name} is {there[name]!r} there and {here[name]!r} here"
                     )
             read_state = partial(stage_files.read_state, directory, index)
-            self.finished.append(
-                FinishedStage(index, **arrays, statistics=description["statistics"], _read_state=read_state)
-            )
-        later = sorted(path.name for path in directory.glob("stage-*"))[len(self.finished) :]
-        if later:
+            statistics = description["statistics"]
+            self.finished.append(FinishedStage(index, **arrays, statistics=statistics, _read_state=read_state))
+        matches = (re.fullmatch(r"stage-(\d+)", path.name) for path in directory.glob("stage-*"))
+        later = sorted(int(match[1]) for match in matches if match and int(match[1]) >= len(self.finished))
+        if later and len(self.finished) < self.n_stages:
             missing = stage_files.stage_directory(directory, len(self.finished))
-            raise RuntimeError(f"{missing} is missing, and {later[0]} needs it; delete {later[0]} to run both again")
+            raise RuntimeError(f"{missing} is missing, and stage-{later[0]} builds on it; restore it, or delete both")
 
     def _finish(
         self, stage: Stage, embeddings: Tensor | np.ndarray[Any, Any], state: Mapping[str, Any] | None
@@ -279,6 +288,9 @@ class MultistageRunner:
             raise ValueError(
                 f"embeddings must have one row per sample: got {len(embeddings)} rows for {self.n_samples} samples"
             )
+        embeddings = finite_rows("embeddings", embeddings)
+        # Before the clustering, so that a state that cannot be kept costs no time.
+        kept = None if state is None else stage_files.dump_state(state)
         started = time.perf_counter()
         kmeans = KMeans(self.n_clusters, metric=self.metric, seed=self.seed + index).fit(embeddings)
         seconds = time.perf_counter() - started
@@ -298,14 +310,17 @@ class MultistageRunner:
             "clustering_seconds": seconds,
         }
         if self.directory is None:
-            # A copy: the caller's next stage may go on training the same tensors.
-            read_state: Callable[[], Mapping[str, Any] | None] = partial(copy.copy, copy.deepcopy(state))
+            read_state = partial(_load_kept, kept)
         else:
             description = {"configuration": self._configuration(), "statistics": statistics}
-            stage_files.write_stage(self.directory, index, arrays, state, description)
+            stage_files.write_stage(self.directory, index, arrays, kept, description)
             read_state = partial(stage_files.read_state, self.directory, index)
         self.finished.append(FinishedStage(index, **arrays, statistics=statistics, _read_state=read_state))
         return self.finished[-1]
+
+
+def _load_kept(state: stage_files.State | None) -> dict[str, Any] | None:
+    return None if state is None else stage_files.load_state(state)
 
 
 def _index_of_key(keys: Sequence[str], n_samples: int) -> dict[str, int]:
@@ -322,8 +337,8 @@ def _check_writable(directory: Path) -> None:
     """Raises now what would otherwise be raised after hours of training."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        probe = directory / ".writable"
-        probe.touch()
-        probe.unlink()
+        sync_directory(directory.parent)
+        with tempfile.TemporaryFile(dir=directory) as probe:
+            probe.write(b"writable")
     except OSError as error:
         raise OSError(error.errno, f"directory cannot be written ({error.strerror})", str(directory)) from error

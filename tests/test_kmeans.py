@@ -61,17 +61,30 @@ def test_one_lloyd_step_by_hand() -> None:
 
 
 def test_an_empty_cluster_takes_the_farthest_row_of_the_largest() -> None:
-    x = torch.tensor([[0.0], [1.0], [2.0], [9.0], [30.0]])
-    kmeans = KMeans(3, init=torch.tensor([[1.0], [30.0], [1000.0]])).fit(x)
+    # Cluster 1 is smaller and has the row that is farthest of all, 36.
+    x = torch.tensor([[0.0], [1.0], [2.0], [9.0], [30.0], [36.0]])
+    kmeans = KMeans(3, init=torch.tensor([[1.0], [30.0], [1000.0]]), max_iter=1).fit(x)
     assert kmeans.history_[0]["splits"] == 1
-    assert kmeans.labels_.tolist() == [0, 0, 0, 2, 1]
+    assert kmeans.cluster_centers_.flatten().tolist() == [1.0, 33.0, 9.0]
+    assert kmeans.labels_.tolist() == [0, 0, 0, 2, 1, 1]
+
+
+def test_convergence_does_not_depend_on_units() -> None:
+    x, _ = blobs(k=9, spread=1.5)
+    iterations = [KMeans(9, init=scale * x[:9], tol=1e-3).fit(scale * x).n_iter_ for scale in (1.0, 1024.0)]
+    assert iterations[0] == iterations[1]
+    strict = KMeans(9, init=x[:9], tol=0.0).fit(x)
+    assert 1 < iterations[0] < strict.n_iter_ < 100
+    assert torch.equal(strict.cluster_centers_[strict.labels_[0]], x[strict.labels_ == strict.labels_[0]].mean(0)) or (
+        strict.history_[-1]["shift"] < 1e-9
+    )
 
 
 def test_fewer_distinct_rows_than_clusters() -> None:
     x = torch.ones(20, 3)
     x[:3] = 2.0
     for init in ("k-means++", "random"):
-        with pytest.warns(UserWarning, match="only 2 clusters were found"):
+        with pytest.warns(UserWarning, match="only 2 clusters hold a row"):
             kmeans = KMeans(5, init=init).fit(x)
         assert kmeans.cluster_centers_.shape == (2, 3)
         assert kmeans.inertia_ == 0
@@ -124,6 +137,17 @@ def test_assign_against_all_distances(metric: str) -> None:
     torch.testing.assert_close(distances, expected.values.float(), rtol=1e-4, atol=1e-5)
     assert distances.dtype == torch.float32
     assert (distances >= 0).all()
+
+
+def test_every_product_has_the_same_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Why a row gets the same label in any batch: a smaller product may be rounded otherwise."""
+    shapes = set()
+    matmul = Tensor.__matmul__
+    monkeypatch.setattr(Tensor, "__matmul__", lambda a, b: (shapes.add((a.shape, b.shape)), matmul(a, b))[1])
+    x, _ = blobs()
+    for rows in (1, 7, 600):
+        assign_clusters(x[:rows], x[:4])
+    assert len(shapes) == 1
 
 
 def test_ties_go_to_the_lowest_index() -> None:

@@ -12,9 +12,12 @@ from tests.cases import Case, make_case
 from tests.conftest import Backend
 from tests.oracles import negatives_of
 
-# 0 to 3 rows: no tile, no pair, one pair. 70: below a tile. 300 and 530: tiles that are full and ragged.
+# 0 to 3 rows: no tile, no pair, one pair. 70: below a tile. 300 and 530: tiles that are full and ragged. 257 x 1025:
+# one row and one column beyond a tile.
 SELF_SHAPES = [("self", n, None) for n in (0, 1, 2, 3, 70, 530)]
-SHAPES = SELF_SHAPES + [(form, n, m) for form in ("rows", "both") for n, m in ((0, 5), (5, 0), (1, 1), (300, 530))]
+SHAPES = SELF_SHAPES + [
+    (form, n, m) for form in ("rows", "both") for n, m in ((0, 5), (5, 0), (1, 1), (300, 530), (257, 1025))
+]
 # 1 and 3: below any vector; 17 and 1000: ragged; 64 to 4096: the sizes that models use, and two of no power of two.
 FEATURES = [1, 3, 17, 64, 96, 200, 512, 768, 1000, 1152, 4096]
 FORMS = ["self", "rows", "both"]
@@ -233,6 +236,16 @@ def test_nan_in_a_row_that_matches_nothing_stays_there(backend: Backend) -> None
     for name in ("lse", "grad_query", "grad_scale"):
         torch.testing.assert_close(got[name], expected[name])
     assert got["grad_key"].isfinite().all()
+
+
+def test_nan_in_a_query_that_matches_nothing_stays_there(backend: Backend) -> None:
+    case = make_case(70, 90, 24, device=backend.device)
+    poisoned = torch.where((case.labels < 0).unsqueeze(1), torch.nan, case.query)
+    assert poisoned.isnan().any()
+    expected = run(case, 5.0, backend.impl, negatives="different")
+    got = run(case._replace(query=poisoned), 5.0, backend.impl, negatives="different")
+    for name in ("lse", "grad_key", "grad_scale"):
+        torch.testing.assert_close(got[name], expected[name])
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])

@@ -18,7 +18,8 @@ N = torch.full((4,), 3.0, dtype=torch.float64)
 def evaluate(objective: objectives.Objective, a: Tensor = A, s: Tensor = S) -> Tensor:
     """As the losses call it; the logits are scale times a similarity, so a factor of the scale is one of s."""
     b = tuple((factor * s).logsumexp(1) for factor in getattr(objective, "scales", (1.0,)))
-    return objective(a, b if hasattr(objective, "scales") else b[0], N, SCALE)
+    mixed = (torch.ones(4, dtype=torch.bool),) if getattr(objective, "mixes_anchors", False) else ()
+    return objective(a, b if hasattr(objective, "scales") else b[0], N, SCALE, *mixed)
 
 
 def test_info_nce() -> None:
@@ -41,6 +42,13 @@ def test_decoupled_weighted() -> None:
     similarity = A / SCALE
     weight = 2 - 4 * (similarity / 0.5).exp() / (similarity / 0.5).exp().sum()
     torch.testing.assert_close(evaluate(objectives.decoupled_weighted()), S.logsumexp(1) - weight * A)
+
+
+def test_decoupled_weighted_is_normalised_over_anchors_with_negatives() -> None:
+    objective, kept = objectives.decoupled_weighted(), torch.tensor([True, False, True, True])
+    b = S.logsumexp(1)
+    got = objective(A, b, None, SCALE, kept)[kept]
+    torch.testing.assert_close(got, objective(A[kept], b[kept], None, SCALE, torch.ones(3, dtype=torch.bool)))
 
 
 def test_ifm() -> None:
@@ -83,7 +91,8 @@ def test_stays_in_logarithms(objective: objectives.Objective) -> None:
     a = torch.tensor([90.0, -90.0], requires_grad=True)
     b = torch.tensor([95.0, 95.0], requires_grad=True)
     scale, n = torch.tensor(100.0), torch.tensor([10.0, 10.0])
-    loss = objective(a, (b, b) if hasattr(objective, "scales") else b, n, scale)
+    mixed = (torch.tensor([True, True]),) if getattr(objective, "mixes_anchors", False) else ()
+    loss = objective(a, (b, b) if hasattr(objective, "scales") else b, n, scale, *mixed)
     loss.sum().backward()
     assert loss.isfinite().all()
     assert a.grad is not None

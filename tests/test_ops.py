@@ -10,6 +10,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mcl_kernels import clip_loss, masked_info_nce, masked_logsumexp, nt_xent, objectives, positive_ranks
 from mcl_kernels.logsumexp import ops
@@ -107,6 +108,40 @@ def test_saved_for_backward(form: str, m: int | None, impl: str) -> None:
     rows = sum(len(x) for x in leaves)
     # Per row: D features, labels and ids, LSE, and the order and range of the plan.
     assert sum(saved.values()) <= rows * (4 * d + 2 * 8 + 4 + 3 * 8) + 64
+
+
+class LargestTensor(TorchDispatchMode):
+    """The size of the largest tensor that any operation returns."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = func(*args, **(kwargs or {}))
+        tensors = [x for x in torch.utils._pytree.tree_leaves(out) if isinstance(x, Tensor)]
+        self.numel = max([self.numel, *(x.numel() for x in tensors)])
+        return out
+
+
+@pytest.mark.parametrize("impl", FUSED)
+@pytest.mark.parametrize("labelled", [True, False])
+def test_no_matrix_of_all_pairs(impl: str, labelled: bool) -> None:
+    n, d = 4096, 16
+    case = make_case(n, None, d, n_clusters=4 if labelled else None, with_ids=labelled)
+    with LargestTensor() as largest:
+        masked_logsumexp(
+            case.query.requires_grad_(), labels=case.labels, ids=case.ids, impl=impl
+        ).exp().sum().backward()
+    assert n * d <= largest.numel <= n * n // 16
+
+
+@pytest.mark.parametrize("impl", FUSED)
+def test_forward_mode_is_refused(impl: str) -> None:
+    x, tangent = torch.randn(2, 5, 3)
+    with pytest.raises(NotImplementedError, match="impl='reference'"):
+        torch.func.jvp(lambda x: masked_logsumexp(x, impl=impl), (x,), (tangent,))
+    value, derivative = torch.func.jvp(lambda x: masked_logsumexp(x, impl="reference"), (x,), (tangent,))
+    assert derivative.abs().sum() > 0
+    torch.testing.assert_close(value, masked_logsumexp(x, impl=impl))
 
 
 @pytest.mark.parametrize("impl", FUSED)

@@ -48,6 +48,17 @@ def test_has_no_gradient_and_takes_half_precision(backend: Backend) -> None:
     assert positive_ranks(x.bfloat16(), x, impl=backend.impl).tolist() == [0] * 9
 
 
+@pytest.mark.parametrize("d", [3, 100, 1000])
+def test_ties_do_not_count(backend: Backend, d: int) -> None:
+    """A collapsed model, and a second copy of every positive: no key is nearer than the positive."""
+    collapsed = torch.randn(1, d).expand(64, d)
+    assert positive_ranks(collapsed, collapsed, impl=backend.impl).tolist() == [0] * 64
+    x = torch.randn(64, d)
+    y = x + 0.1 * torch.randn(64, d)
+    once = positive_ranks(x, y, impl=backend.impl)
+    assert torch.equal(positive_ranks(x, torch.cat((y, y[:1])), impl=backend.impl)[:1], once[:1])
+
+
 def test_a_diverged_model_is_not_perfect(backend: Backend) -> None:
     x = torch.full((6, 4), torch.nan)
     assert positive_ranks(x, x, impl=backend.impl).tolist() == [5] * 6

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import venv
 from pathlib import Path
 
 import pytest
@@ -32,16 +33,19 @@ def test_python_blocks(tmp_path: Path) -> None:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands(command: str, tmp_path: Path) -> None:
     """`make demo` in its quick form; `make test` collects only, since it is what runs this test."""
+    binaries = Path(sys.executable).parent
+    if command.startswith("pip"):  # into an environment of its own, not over that of the tests
+        venv.create(tmp_path / "venv", with_pip=True)
+        binaries = tmp_path / "venv" / "bin"
     environment = {
         **os.environ,
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}",
         "DEMO_FLAGS": f"--quick --output {tmp_path}",
         "PYTEST_ADDOPTS": "--collect-only --quiet -p no:cacheprovider",
-        # `pip install .` into a folder of its own, not over the environment of the tests.
-        "PIP_TARGET": str(tmp_path / "installed"),
         "PIP_NO_DEPS": "1",
     }
-    environment.pop("PYTEST_XDIST_WORKER", None)
+    for name in [name for name in environment if name.startswith(("PYTEST_XDIST", "PYTEST_CURRENT", "MAKE"))]:
+        del environment[name]
     result = subprocess.run(command, shell=True, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
 

@@ -20,9 +20,19 @@ def test_concat_encoder() -> None:
     assert len(list(ConcatEncoder(encoders).parameters())) == 4
 
 
+@pytest.mark.parametrize("normalize", ["joint", "stage"])
+def test_concat_encoder_in_half_precision(normalize: str) -> None:
+    x = torch.stack((torch.zeros(4), torch.full((4,), 40000.0), torch.ones(4))).half()
+    out = ConcatEncoder([nn.Identity(), nn.Identity()], normalize=normalize)(x)
+    assert out[0].tolist() == [0.0] * 8
+    torch.testing.assert_close(out[1], out[2])
+
+
 def test_concat_encoder_refuses() -> None:
     with pytest.raises(ValueError, match="normalize must be one of 'joint', 'stage': got 'both'"):
         ConcatEncoder([nn.Identity()], normalize="both")
+    with pytest.raises(ValueError, match="output of encoder 0 must have shape"):
+        ConcatEncoder([nn.Identity()])(torch.randn(2, 3, 4))
     with pytest.raises(ValueError, match="at least one module"):
         ConcatEncoder([])
 

@@ -69,6 +69,16 @@ def test_a_batch_is_groups_of_one_cluster_and_rests_stay_together() -> None:
     assert sum(len(where) - 1 for where in cuts_of_clusters.values()) <= mixed
 
 
+def test_full_and_mixed_batches_are_shuffled() -> None:
+    labels = LABELS["zipf"]
+    sampler = ClusterBatchSampler(labels, 256, clusters_per_batch=4)
+    where = set()
+    for epoch in range(8):
+        sizes = [len(labels[batch].unique()) for batch in epoch_of(sampler, epoch)]
+        where |= {index for index, size in enumerate(sizes) if size > 4}
+    assert min(where) < len(sampler) // 2
+
+
 def test_one_cluster_per_batch_is_the_papers_sampler() -> None:
     labels = LABELS["zipf"]
     sampler = ClusterBatchSampler(labels, 64, small="drop")
@@ -130,7 +140,7 @@ def test_in_a_data_loader() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batch_size": 0}, "batch_size, world_size and clusters_per_batch must be at least 1: got 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1: got 0"),
         ({"batch_size": 50}, "leaves no full batch of 40 labelled samples"),
         ({"batch_size": 10, "clusters_per_batch": 3}, "clusters_per_batch must divide .* = 10: got 3"),
         ({"batch_size": 10, "rank": 2, "world_size": 2}, "rank must be from 0 to world_size - 1 = 1: got 2"),

@@ -9,9 +9,12 @@ import resource
 import shutil
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -129,6 +132,9 @@ def test_more_stages_continue_a_finished_run(tmp_path: Path) -> None:
     [
         ({"w": torch.randn(3, 2).T, "n": torch.tensor(3)}, "state.safetensors"),
         ({"w": torch.randn(3), "epoch": 7, "betas": (0.9, 0.99)}, "state.pt"),
+        ({"w": torch.randn(3, dtype=torch.complex64)}, "state.pt"),
+        ({3: torch.randn(3)}, "state.pt"),
+        ({"w": torch.eye(3).to_sparse()}, "state.pt"),
         ({}, "state.safetensors"),
         (None, None),
     ],
@@ -158,6 +164,40 @@ def test_a_state_in_memory_does_not_follow_further_training() -> None:
         weight += 1
     states = [done.state for done in runner.finished]
     assert [float(state["w"][0]) for state in states if state] == [0.0, 1.0]
+
+
+def test_embeddings_and_states_with_a_graph(directory: Path | None) -> None:
+    """`finish(model(x), state=...)` without no_grad and without detach."""
+    model = torch.nn.Linear(8, 4)
+    runner = MultistageRunner(N, n_clusters=4, n_stages=1, directory=directory)
+    done = next(iter(runner)).finish(model(embeddings()), state={"w": model.weight * 2})
+    assert not done.centers.requires_grad
+    assert done.state is not None
+    assert not done.state["w"].requires_grad
+
+
+def test_numbers_of_numpy(tmp_path: Path) -> None:
+    run(tmp_path, n_clusters=np.int64(4), seed=np.int64(0), n_stages=np.int32(1))
+    assert len(run(tmp_path, n_stages=1).finished) == 1
+
+
+@pytest.mark.parametrize("state", [torch.nn.Linear(2, 2), [torch.zeros(2)]])
+def test_a_state_is_a_mapping(tmp_path: Path, state: object) -> None:
+    with pytest.raises(TypeError, match=r"state must be a mapping such as model.state_dict\(\): got"):
+        next(iter(MultistageRunner(N, n_clusters=4, directory=tmp_path))).finish(embeddings(), state=state)  # type: ignore[arg-type]
+
+
+def test_assign_under_autocast_equals_the_stored_labels() -> None:
+    x = embeddings(n=4000)
+    runner = MultistageRunner(4000, n_clusters=16, n_stages=2)
+    next(iter(runner)).finish(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assigned = next(iter(runner)).assign([x])
+        again = MultistageRunner(4000, n_clusters=16, n_stages=2)
+        next(iter(again)).finish(x)
+    assert assigned is not None
+    assert torch.equal(assigned, runner.labels)
+    assert torch.equal(again.labels, runner.labels)
 
 
 class Unsafe:
@@ -216,6 +256,71 @@ def test_a_missing_or_truncated_file_is_refused_by_name(tmp_path: Path, name: st
         MultistageRunner(N, n_clusters=4, directory=tmp_path)
 
 
+def test_a_state_is_checked_again_when_it_is_read(tmp_path: Path) -> None:
+    finished = run(tmp_path).finished[1]
+    path = tmp_path / "stage-1" / "state.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(RuntimeError, match=r"stage-1/state.safetensors is damaged"):
+        _ = finished.state
+    path.unlink()
+    with pytest.raises(RuntimeError, match=r"stage-1/state.safetensors is damaged: the file is missing"):
+        _ = finished.state
+
+
+def test_fewer_stages_and_other_names_beside(tmp_path: Path) -> None:
+    """A copy that somebody keeps, and opening a longer run with fewer stages, are no gap."""
+    expected = run(tmp_path)
+    shutil.copytree(tmp_path / "stage-0", tmp_path / "stage-0.bak")
+    assert len(MultistageRunner(N, n_clusters=4, directory=tmp_path).finished) == 3
+    short = MultistageRunner(N, n_clusters=4, n_stages=1, directory=tmp_path)
+    assert list(short) == []
+    assert torch.equal(short.labels, expected.finished[0].labels)
+
+
+def test_files_are_synced_before_the_rename_and_directories_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events = []
+    fsync, rename = os.fsync, Path.rename
+    monkeypatch.setattr(os, "fsync", lambda fd: (events.append(os.readlink(f"/proc/self/fd/{fd}")), fsync(fd)))
+    monkeypatch.setattr(Path, "rename", lambda self, to: (events.append("rename"), rename(self, to)))
+    run(tmp_path, n_stages=1)
+    events = [
+        event for event in events if event.startswith(str(tmp_path) + "/.stage") or event in ("rename", str(tmp_path))
+    ]
+    names = [Path(event).name for event in events]
+    assert set(names[:5]) == {"centers.npy", "labels.npy", "tuples.npy", "state.safetensors", "stage.json"}
+    assert names[5].startswith(".stage-0.")
+    assert events[6:] == ["rename", str(tmp_path)]
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+    left = tmp_path / ".stage-0.0123"
+    left.mkdir(parents=True)
+    (left / "labels.npy").write_bytes(b"half")
+    run(tmp_path, n_stages=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["stage-0"]
+
+
+@pytest.mark.slow
+def test_processes_that_finish_the_same_stage_at_once(tmp_path: Path) -> None:
+    """One of them saves it, the others are told so, and what is saved is whole."""
+    code = (
+        "import sys, time, torch; from mcl_kernels import MultistageRunner; torch.set_num_threads(1)\n"
+        f"stage = next(iter(MultistageRunner({N}, n_clusters=4, n_stages=1, directory={str(tmp_path)!r})))\n"
+        f"time.sleep(max(0.0, float(sys.argv[1]) - time.time()))\n"
+        f"try: stage.finish(torch.randn({N}, 8), state={{'w': torch.zeros(100_000)}}); print('saved')\n"
+        "except FileExistsError: print('late')\n"
+    )
+    at = str(time.time() + 15)
+    children = [subprocess.Popen([sys.executable, "-c", code, at], stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    said = sorted(child.communicate(timeout=120)[0].strip() for child in children)
+    assert said == ["late", "late", "saved"]
+    assert len(MultistageRunner(N, n_clusters=4, n_stages=1, directory=tmp_path).finished) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["stage-0"]
+
+
 def test_a_damaged_stage_can_be_run_again(tmp_path: Path) -> None:
     expected = run(tmp_path).labels
     for index in (1, 2):
@@ -226,7 +331,7 @@ def test_a_damaged_stage_can_be_run_again(tmp_path: Path) -> None:
 def test_a_gap_is_refused(tmp_path: Path) -> None:
     run(tmp_path)
     shutil.rmtree(tmp_path / "stage-1")
-    with pytest.raises(RuntimeError, match="stage-1 is missing, and stage-2 needs it"):
+    with pytest.raises(RuntimeError, match="stage-1 is missing, and stage-2 builds on it"):
         MultistageRunner(N, n_clusters=4, directory=tmp_path)
 
 
@@ -313,7 +418,7 @@ def test_a_finished_run_needs_no_writable_directory(tmp_path: Path, monkeypatch:
     def refuse(self: Path, *_: object, **__: object) -> None:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(self))
 
-    monkeypatch.setattr(Path, "touch", refuse)
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
     monkeypatch.setattr(Path, "mkdir", refuse)
     assert list(MultistageRunner(N, n_clusters=4, directory=tmp_path)) == []
 
@@ -350,7 +455,7 @@ def test_bad_embeddings() -> None:
         stage.finish(embeddings(n=59))
     poisoned = embeddings()
     poisoned[17, 2] = torch.nan
-    with pytest.raises(ValueError, match="NaN or infinity in row 17"):
+    with pytest.raises(ValueError, match="embeddings must be finite: got NaN or infinity in row 17"):
         stage.finish(poisoned)
     with pytest.raises(ValueError, match="one tensor per earlier stage: got 1 in stage 0"):
         stage.assign([embeddings()])
@@ -360,7 +465,7 @@ def test_bad_embeddings() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"n_clusters": 61}, "n_clusters must be from 1 to n_samples = 60: got 61"),
+        ({"n_clusters": 61}, "n_clusters must be at most n_samples = 60: got 61"),
         ({"n_stages": 0}, "n_stages must be at least 1: got 0"),
         ({"metric": "manhattan"}, "metric must be one of 'euclidean', 'cosine': got 'manhattan'"),
         ({"keys": ["a"]}, "keys must have one entry per sample: got 1 keys for 60 samples"),

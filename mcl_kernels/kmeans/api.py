@@ -9,25 +9,29 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mcl_kernels._validate import check_choice, check_embeddings, check_same_width
+from mcl_kernels._rows import compute_dtype, normalize_rows
+from mcl_kernels._validate import as_integer, check_choice, check_embeddings, check_same_width
 from mcl_kernels.kmeans import lloyd, reference
 
 METRICS = ("euclidean", "cosine")
 
+Array = np.ndarray[Any, Any]
+
 
 class KMeans:
-    """Lloyd's k-means in memory that does not grow with N x K.
+    """Lloyd's k-means in scikit-learn's words; it holds N labels and distances, never N x K of them.
 
         inertia = sum_i min_k |x_i - c_k|^2                             metric="euclidean"
         inertia = sum_i min_k (1 - <x_i, c_k> / (|x_i| |c_k|))          metric="cosine" (spherical k-means)
 
-    Every row is read in every iteration; nothing is sampled. Sums over the data are fp64, in one order, from a
-    generator of its own: the same seed gives the same clusters, and PyTorch's global random state is not touched.
+    Every row is read in every iteration; nothing is sampled. Sums over the data are fp64, in one order, and random
+    numbers come from a generator of its own: the same seed gives the same clusters, and PyTorch's global random
+    state is not touched.
 
     Args:
         n_clusters: K, from 1 to the number of rows. Fewer are found, with a warning, where fewer rows differ.
         metric: "euclidean" or "cosine"; the latter needs no normalised input.
-        init: "k-means++" (greedy, as scikit-learn's), "random" rows, or centres [K, D].
+        init: "k-means++" (greedy, as scikit-learn's), "random" rows, or centres [K, D] (a tensor or an array).
         n_init: restarts, of which the one with the lowest inertia is kept.
         max_iter: iterations of one restart.
         tol: it has converged when the summed squared shift of the centres is at most tol times the mean
@@ -66,7 +70,7 @@ class KMeans:
         n_clusters: int,
         *,
         metric: str = "euclidean",
-        init: str | Tensor = "k-means++",
+        init: str | Tensor | Array = "k-means++",
         n_init: int = 1,
         max_iter: int = 100,
         tol: float = 1e-4,
@@ -74,14 +78,15 @@ class KMeans:
         seed: int = 0,
         impl: str = "auto",
     ) -> None:
-        for name, value in (("n_clusters", n_clusters), ("n_init", n_init), ("max_iter", max_iter)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1: got {value}")
+        self.n_clusters = as_integer("n_clusters", n_clusters, least=1)
+        self.n_init = as_integer("n_init", n_init, least=1)
+        self.max_iter = as_integer("max_iter", max_iter, least=1)
+        self.seed = as_integer("seed", seed, least=0)
         check_choice("metric", metric, METRICS)
         check_choice("empty", empty, ("split",))
         check_choice("impl", impl, ("auto", "reference"))
-        if isinstance(init, Tensor):
-            check_embeddings("init", init)
+        if not isinstance(init, str):
+            init = finite_rows("init", init)
             if len(init) != n_clusters or n_init != 1:
                 raise ValueError(
                     "init must have a row per cluster, and n_init be 1: "
@@ -89,55 +94,55 @@ class KMeans:
                 )
         else:
             check_choice("init", init, ("k-means++", "random"))
-        self.n_clusters = n_clusters
         self.metric = metric
         self.init = init
-        self.n_init = n_init
-        self.max_iter = max_iter
         self.tol = tol
-        self.seed = seed
+        self.empty = empty
+        self.impl = impl
 
-    def fit(self, x: Tensor | np.ndarray[Any, Any]) -> KMeans:
+    def fit(self, x: Tensor | Array) -> KMeans:
         """Clusters the rows of x, [N, D]: a tensor of any floating dtype, or an array."""
-        x = _finite_rows("x", x)
+        x = finite_rows("x", x)
         if len(x) < self.n_clusters:
             raise ValueError(f"n_clusters must be at most the number of rows: got {self.n_clusters} for {len(x)} rows")
         if isinstance(self.init, Tensor):
             check_same_width("init", self.init, "x", x)
         generator = torch.Generator().manual_seed(self.seed)
-        tol = self.tol * reference.mean_variance(x, self.metric)
-        runs = (
-            lloyd.lloyd(x, self._initial_centers(x, generator), self.metric, self.max_iter, tol)
-            for _ in range(self.n_init)
-        )
-        best = min(runs, key=lambda run: run.inertia)
+        with torch.autocast(x.device.type, enabled=False):
+            tol = self.tol * reference.mean_variance(x, self.metric)
+            runs = (
+                lloyd.lloyd(x, self._initial_centers(x, generator), self.metric, self.max_iter, tol)
+                for _ in range(self.n_init)
+            )
+            best = min(runs, key=lambda run: run.inertia)
         if len(best.centers) < self.n_clusters:
             warnings.warn(
-                f"n_clusters={self.n_clusters} but only {len(best.centers)} clusters were found: too few rows differ",
+                f"n_clusters={self.n_clusters} but only {len(best.centers)} clusters hold a row: too few rows differ",
                 stacklevel=2,
             )
         self.cluster_centers_, self.labels_, self.inertia_, self.history_ = best
         self.n_iter_ = len(self.history_)
         return self
 
-    def predict(self, x: Tensor | np.ndarray[Any, Any]) -> Tensor:
+    def predict(self, x: Tensor | Array) -> Tensor:
         """The nearest centre of each row of x, int64 [N]."""
+        if not hasattr(self, "cluster_centers_"):
+            raise RuntimeError("this KMeans has no clusters yet: call fit(x) first")
         return assign_clusters(x, self.cluster_centers_, metric=self.metric)[0]
 
-    def fit_predict(self, x: Tensor | np.ndarray[Any, Any]) -> Tensor:
+    def fit_predict(self, x: Tensor | Array) -> Tensor:
         """`fit(x).labels_`."""
         return self.fit(x).labels_
 
     def _initial_centers(self, x: Tensor, generator: torch.Generator) -> Tensor:
         if isinstance(self.init, Tensor):
-            centers = self.init.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-            return reference.unit_rows(centers) if self.metric == "cosine" else centers
+            centers = self.init.to(compute_dtype(x))
+            return normalize_rows(centers) if self.metric == "cosine" else centers
+        assert isinstance(self.init, str)
         return lloyd.initial_centers(x, self.n_clusters, self.init, self.metric, generator)
 
 
-def assign_clusters(
-    x: Tensor | np.ndarray[Any, Any], centers: Tensor | np.ndarray[Any, Any], *, metric: str = "euclidean"
-) -> tuple[Tensor, Tensor]:
+def assign_clusters(x: Tensor | Array, centers: Tensor | Array, *, metric: str = "euclidean") -> tuple[Tensor, Tensor]:
     """The nearest centre of each row and the distance to it.
 
         euclidean   argmin_k |x_i - c_k|^2                         squared Euclidean distance, >= 0
@@ -161,22 +166,25 @@ def assign_clusters(
         (tensor([0, 1]), tensor([1., 1.]))
     """
     check_choice("metric", metric, METRICS)
-    x, centers = _finite_rows("x", x), _finite_rows("centers", centers)
+    x, centers = finite_rows("x", x), finite_rows("centers", centers)
     check_same_width("centers", centers, "x", x)
     if len(centers) == 0:
         raise ValueError("centers must have at least one row: got 0")
-    centers = centers.to(torch.promote_types(torch.promote_types(x.dtype, centers.dtype), torch.float32))
-    if metric == "cosine":
-        centers = reference.unit_rows(centers)
-    labels, distances = reference.assign(x, centers, metric)
+    centers = centers.to(compute_dtype(x, centers))
+    with torch.autocast(x.device.type, enabled=False):
+        labels, distances = reference.assign(x, centers, metric)
     return labels, distances.float()
 
 
-def _finite_rows(name: str, x: object) -> Tensor:
+def finite_rows(name: str, x: object) -> Tensor:
+    """Rows to cluster as a tensor without a graph; the first one that is not finite is named."""
     if isinstance(x, np.ndarray):
-        x = torch.from_numpy(x)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # it is only read
+            x = torch.from_numpy(np.ascontiguousarray(x))
     check_embeddings(name, x)
     assert isinstance(x, Tensor)
+    x = x.detach()
     for start in range(0, len(x), reference.TILE):
         bad = ~x[start : start + reference.TILE].isfinite().all(1)
         if bool(bad.any()):

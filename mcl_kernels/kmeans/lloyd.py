@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mcl_kernels._rows import compute_dtype, normalize_rows
 from mcl_kernels.kmeans import reference
 
 
@@ -50,7 +51,7 @@ def lloyd(x: Tensor, centers: Tensor, metric: str, max_iter: int, tol: float) ->
     """Iterates from `centers` until they move by at most `tol` (summed squared shift), or labels stay.
 
     The inertia never rises. An empty cluster takes, before the update, the row of the largest cluster that is
-    farthest from its centre; a cluster that cannot be filled, since no row is away from its centre, is left out.
+    farthest from its centre. One that cannot be filled, since no row is away from its centre, is left out.
     """
     history: list[dict[str, Any]] = []
     labels = torch.full((len(x),), -1, dtype=torch.int64, device=x.device)
@@ -75,6 +76,12 @@ def lloyd(x: Tensor, centers: Tensor, metric: str, max_iter: int, tol: float) ->
         )
         if splits == 0 and (shift <= tol or torch.equal(labels, previous)):
             break
+    # An update can empty a cluster again: fill it as often as there are clusters, then give up.
+    for _ in range(len(centers)):
+        labels, distances, sums, counts = reference.assign_and_sum(x, centers, metric)
+        if not _fill_empty(x, labels, distances, sums, counts, metric):
+            break
+        centers = _means(sums, counts, centers, metric)
     labels, distances = reference.assign(x, centers, metric)
     occupied, labels = torch.unique(labels, return_inverse=True)
     return Clustering(centers[occupied], labels, float(distances.sum(dtype=torch.float64)), history)
@@ -82,14 +89,13 @@ def lloyd(x: Tensor, centers: Tensor, metric: str, max_iter: int, tol: float) ->
 
 def _rows(x: Tensor, index: Tensor, metric: str) -> Tensor:
     """Rows of x in the dtype of the centres, of unit length for the cosine metric."""
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return torch.cat([tile for _, tile in reference.tiles(x[index.to(x.device)], dtype, metric)])
+    return torch.cat([tile for _, tile in reference.tiles(x[index.to(x.device)], compute_dtype(x), metric)])
 
 
 def _means(sums: Tensor, counts: Tensor, centers: Tensor, metric: str) -> Tensor:
     means = torch.where(counts.unsqueeze(1) > 0, sums / counts.clamp(min=1).unsqueeze(1), centers.double())
     if metric == "cosine":
-        means = reference.unit_rows(means)
+        means = normalize_rows(means)
     return means.to(centers.dtype)
 
 

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mcl_kernels._rows import normalize_rows
+
 TILE = 1024
 
 
@@ -24,15 +26,12 @@ def tiles(x: Tensor, dtype: torch.dtype, metric: str) -> Iterator[tuple[slice, T
     for start in range(0, len(x), TILE):
         rows = slice(start, min(start + TILE, len(x)))
         tile = x[rows].to(dtype)
-        yield rows, unit_rows(tile) if metric == "cosine" else tile
-
-
-def unit_rows(x: Tensor) -> Tensor:
-    return F.normalize(x, dim=1, eps=torch.finfo(x.dtype).tiny)
+        yield rows, normalize_rows(tile) if metric == "cosine" else tile
 
 
 def assign(x: Tensor, centers: Tensor, metric: str) -> tuple[Tensor, Tensor]:
     """The nearest centre of each row, int64 [N], and the distance to it, [N] in the dtype of the centres."""
+    centers = normalize_rows(centers) if metric == "cosine" else centers
     labels = torch.empty(len(x), dtype=torch.int64, device=x.device)
     distances = centers.new_empty(len(x))
     for rows, tile in tiles(x, centers.dtype, metric):

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from collections.abc import Callable
+from numbers import Real
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from mcl_kernels._validate import as_integers, check_choice, check_embeddings, check_same_device, check_same_width
+from mcl_kernels._rows import compute_dtype
+from mcl_kernels._validate import (
+    as_integer_vector,
+    as_integers,
+    check_choice,
+    check_embeddings,
+    check_same_width,
+)
 from mcl_kernels.logsumexp import ops, reference
 from mcl_kernels.logsumexp.plan import NEGATIVES, Pairs, count_kept
 
@@ -82,14 +92,11 @@ def as_pairs(
     return Pairs(sides[0], sides[1], sides[2], sides[3], negatives)
 
 
-def compute_dtype(*tensors: Tensor) -> torch.dtype:
-    """Of logits, sums and losses: fp64 where an input is fp64, else fp32."""
-    return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
-
-
 def as_scale(name: str, value: float | Tensor, query: Tensor, dtype: torch.dtype) -> Tensor:
     """A factor of the logits, or a temperature, as a tensor [] or [N] that keeps its graph."""
     if not isinstance(value, Tensor):
+        if not isinstance(value, Real):
+            raise TypeError(f"{name} must be a number or a tensor: got {type(value).__name__}")
         return torch.full((), float(value), dtype=dtype, device=query.device)
     if not value.dtype.is_floating_point:
         raise TypeError(f"{name} must be a float or a floating point tensor: got {value.dtype}")
@@ -97,8 +104,8 @@ def as_scale(name: str, value: float | Tensor, query: Tensor, dtype: torch.dtype
         raise ValueError(
             f"{name} must be a float, a 0-d tensor or a vector [{query.shape[0]}]: got shape {list(value.shape)}"
         )
-    if value.ndim == 1:
-        check_same_device(name, value, "query", query)
+    if value.ndim == 1 and value.device != query.device:
+        raise ValueError(f"{name} must be on the device of the embeddings: got {value.device} for {query.device}")
     return value.to(device=query.device, dtype=dtype)
 
 
@@ -150,8 +157,9 @@ def masked_logsumexp(
         b_i    = log sum_{j: keep_ij} exp(s_ij)          -inf where nothing is kept
         c_j    = log sum_{i: keep_ij} exp(s_ij)          with bidirectional=True
 
-    The N x M matrix is never stored. Differentiable once in query, key and scale (`impl="reference"`: to any
-    order). Logits and sums are fp32, or fp64 where an input is fp64; gradients have the dtype of their input.
+    The N x M matrix is never stored. Differentiable once, in reverse mode, in query, key and scale
+    (`impl="reference"`: to any order, in both modes and under `torch.func.grad`). Logits and sums are fp32, or fp64
+    where an input is fp64; gradients have the dtype of their input.
 
     Args:
         query: q, [N, D], float16, bfloat16, float32 or float64, any strides; used as it is, not normalised.
@@ -206,12 +214,22 @@ def masked_logsumexp(
     impl = resolve_impl(impl)
     if impl == "reference":
         return reference.masked_logsumexp(query, keys, scale, pairs, bidirectional)
+    _refuse_forward_mode(query, keys, scale)
     if symmetric:
         key, pairs = None, pairs._replace(key_labels=None, key_ids=None)
     else:
         key = keys
     row_lse, column_lse, *_ = ops.masked_logsumexp(query, key, scale, *pairs, bidirectional, impl)
     return (row_lse, column_lse) if bidirectional else row_lse
+
+
+def _refuse_forward_mode(*inputs: Tensor) -> None:
+    """The fused ops have no forward-mode derivative, and PyTorch would drop the tangents without a word."""
+    unpack: Callable[[Tensor], Any] = forward_ad.unpack_dual
+    if forward_ad._current_level >= 0 and any(unpack(x).tangent is not None for x in inputs):
+        raise NotImplementedError(
+            "masked_logsumexp: a fused implementation has no forward-mode derivative; use impl='reference'"
+        )
 
 
 def count_negatives(
@@ -246,15 +264,12 @@ def count_negatives(
         >>> count_negatives(torch.tensor([0, 0, 0, 1, -1]))
         tensor([2, 2, 2, 0, 0])
     """
-    if not isinstance(labels, Tensor):
-        raise TypeError(f"labels must be an integer tensor: got {type(labels).__name__}")
+    labels = as_integer_vector("labels", labels)
     if key_labels is None:
         if key_ids is not None:
             raise ValueError("key_ids needs key_labels: got key_labels=None")
         if ids is None:
             ids = torch.arange(len(labels), device=labels.device)
-    elif not isinstance(key_labels, Tensor):
-        raise TypeError(f"key_labels must be an integer tensor: got {type(key_labels).__name__}")
-    keys = labels if key_labels is None else key_labels
+    keys = labels if key_labels is None else as_integer_vector("key_labels", key_labels)
     pairs = as_pairs(labels, keys, labels, keys, ids, key_ids, negatives, key_is_query=key_labels is None)
     return count_kept(labels, keys, pairs)
