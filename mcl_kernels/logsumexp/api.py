@@ -216,7 +216,7 @@ def masked_logsumexp(
         return reference.masked_logsumexp(query, keys, scale, pairs, bidirectional)
     _refuse_forward_mode(query, keys, scale)
     if symmetric:
-        key, pairs = None, pairs._replace(key_labels=None, key_ids=None)
+        key, pairs = None, Pairs(pairs.labels, None, pairs.ids, None, negatives)
     else:
         key = keys
     row_lse, column_lse, *_ = ops.masked_logsumexp(query, key, scale, *pairs, bidirectional, impl)
