@@ -5,7 +5,8 @@
               dq_i = scale_i sum_j W_ij k_j,  dk_j = sum_i scale_i W_ij q_i,  dscale_i = sum_j W_ij <q_i, k_j>
 
 The self form is the bidirectional one with c = b and gc = gb, read from its rows alone. Rows and keys are
-visited in the order of the plan: a tile of rows meets the keys from the first of its clusters to the last.
+visited in the order of the plan: a tile of rows meets the keys from the first of its clusters to the last. Rows with
+a negative label, which may hold anything, are in no tile.
 
 Cost in products over the kept pairs, rounded up to tiles: 1 forward; backward 2 (self), 3 (otherwise).
 Memory beyond inputs and outputs: a few tiles, and fp32 gradients while half-precision ones are summed.
@@ -36,9 +37,7 @@ class _Side:
         self.ids = None if ids is None else ids[order]
 
     def rows(self, tile: slice) -> Tensor:
-        rows = self.x[self.order[tile]].to(self.dtype)
-        # A row that matches nothing may hold NaN, which a weight of 0 would not keep out of a product.
-        return rows if self.labels is None else rows.masked_fill((self.labels[tile] < 0).unsqueeze(1), 0.0)
+        return self.x[self.order[tile]].to(self.dtype)
 
 
 class _Tile(NamedTuple):
