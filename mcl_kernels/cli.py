@@ -54,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--clusters", type=int, default=16, help="clusters of each stage")
     demo.add_argument("--epochs", type=int, default=None, help="epochs of each stage (30; with --quick 2)")
     demo.add_argument("--seed", type=int, default=0, help="of codes, networks, augmentation and clusterings")
-    demo.add_argument("--output", type=Path, default=Path("runs/demo"), help="directory of stages and report")
+    demo.add_argument("--output", type=Path, help="directory of stages and report (runs/demo, runs/demo-quick, ...)")
     demo.add_argument("--quick", action="store_true", help="1,000 images, 2 epochs: the path, not the result")
     return parser
 
@@ -89,12 +89,17 @@ def demo(options: argparse.Namespace) -> None:
         bits=options.bits, stages=options.stages, clusters=options.clusters, epochs=epochs, seed=options.seed,
         samples=1000 if options.quick else Settings.samples,
     )  # fmt: skip
+    # A directory holds one run: the quick one and other seeds get their own.
+    name = "demo" + ("-quick" if options.quick else "") + (f"-seed{options.seed}" if options.seed else "")
+    output = options.output or Path("runs") / name
     screen = _Screen()
     try:
-        results = run(settings, options.output, screen)
+        results = run(settings, output, screen)
     finally:
         screen.progress.stop()
-    path = write_report(results, options.output / "report.html")
+    path = write_report(results, output / "report.html")
+    if options.quick:
+        screen.say("A quick run shows the path, not the result: run again without --quick.")
     screen.say(f"chance is 0.10. Report with pictures: {path}")
 
 

@@ -292,7 +292,10 @@ class _Rows:
                 ) from None
             for name, here in asdict(settings).items():
                 if name != "stages" and there[name] != here:
-                    raise ValueError(f"{path.parent} holds another run: {name} is {there[name]} there and {here} here")
+                    raise ValueError(
+                        f"{path.parent} holds another run: {name} is {there[name]} there and {here} here; "
+                        f"pass another --output, or delete {path.parent}"
+                    )
 
     def add(self, row: Row) -> Row:
         self.stages.append(row)

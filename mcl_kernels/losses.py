@@ -43,7 +43,8 @@ def masked_info_nce(
         loss_i = objective(a_i, b_i) = log(1 + exp(b_i - a_i)) by default
 
     With `positive=None` key i is the positive of query i and keys past N are extra negatives; with
-    `positive=p` (the queue form of MoCo) p is not among the keys. Without labels this is plain InfoNCE. An anchor
+    `positive=p` (the queue form of MoCo) p is not among the keys. **A queue needs `positive=`**: without it its first
+    N rows are taken for the positives. Without labels this is plain InfoNCE. An anchor
     without negatives has loss 0 and gradient 0. NaN or infinity in an embedding is never turned into a finite loss.
 
     Args:

@@ -267,7 +267,7 @@ class MultistageRunner:
                 if there[name] != here[name]:
                     raise ValueError(
                         f"directory {directory} holds a run of another configuration: "
-                        f"{name} is {there[name]!r} there and {here[name]!r} here"
+                        f"{name} is {there[name]!r} there and {here[name]!r} here; choose another directory"
                     )
             read_state = partial(stage_files.read_state, directory, index)
             statistics = description["statistics"]
