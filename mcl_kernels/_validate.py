@@ -30,11 +30,16 @@ def as_integer(name: str, value: object, *, least: int) -> int:
     return integer
 
 
-def check_positive(name: str, value: object) -> None:
-    """A Python number; tensors are not checked, which would synchronise and break a graph."""
+def as_number(name: str, value: object) -> float:
+    """What is not a tensor where either may come."""
     if not isinstance(value, Real):
         raise TypeError(f"{name} must be a number or a tensor: got {type(value).__name__}")
-    if not float(value) > 0:
+    return float(value)
+
+
+def check_positive(name: str, value: object) -> None:
+    """A Python number; tensors are not checked, which would synchronise and break a graph."""
+    if not as_number(name, value) > 0:
         raise ValueError(f"{name} must be positive: got {value}")
 
 

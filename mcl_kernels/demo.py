@@ -219,7 +219,8 @@ def run(settings: Settings, output: Path, screen: Screen) -> Results:
     runner = MultistageRunner(
         n, n_stages=settings.stages, n_clusters=settings.clusters, seed=settings.seed, directory=output / "stages"
     )
-    for row in rows.stages[: len(runner.finished)]:
+    del rows.stages[len(runner.finished) :]  # of stages that were deleted, to be run again
+    for row in rows.stages:
         screen.row(row)
     for index in range(len(rows.stages), len(runner.finished)):  # killed between a stage and its row
         screen.row(rows.add(_evaluate(runner, index, data)))

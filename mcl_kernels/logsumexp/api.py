@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from numbers import Real
 from typing import Any, Literal, overload
 
 import torch
@@ -14,6 +13,7 @@ from mcl_kernels._rows import compute_dtype
 from mcl_kernels._validate import (
     as_integer_vector,
     as_integers,
+    as_number,
     check_choice,
     check_embeddings,
     check_same_width,
@@ -95,9 +95,7 @@ def as_pairs(
 def as_scale(name: str, value: float | Tensor, query: Tensor, dtype: torch.dtype) -> Tensor:
     """A factor of the logits, or a temperature, as a tensor [] or [N] that keeps its graph."""
     if not isinstance(value, Tensor):
-        if not isinstance(value, Real):
-            raise TypeError(f"{name} must be a number or a tensor: got {type(value).__name__}")
-        return torch.full((), float(value), dtype=dtype, device=query.device)
+        return torch.full((), as_number(name, value), dtype=dtype, device=query.device)
     if not value.dtype.is_floating_point:
         raise TypeError(f"{name} must be a float or a floating point tensor: got {value.dtype}")
     if value.ndim > 1 or (value.ndim == 1 and value.shape[0] != query.shape[0]):
