@@ -56,7 +56,7 @@ def positive_ranks(
     norms = [torch.linalg.vector_norm(x.to(dtype), dim=1) for x in (query, positive)]
     rounding = 2.0 * math.sqrt(query.shape[1]) * torch.finfo(dtype).eps * norms[0] * norms[1]
     threshold = row_dot(query, positive, dtype) + rounding
-    impl = resolve_impl(impl)
+    impl = resolve_impl(impl, query.device)
     if impl == "reference":
         return reference.count_above(query, key, threshold, pairs)
     count: Tensor = ops.count_above(query, key, threshold, *pairs, impl)

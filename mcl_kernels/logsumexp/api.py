@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from mcl_kernels import _native
 from mcl_kernels._rows import compute_dtype
 from mcl_kernels._validate import (
     as_integer_vector,
@@ -36,7 +37,9 @@ def capabilities() -> dict[str, dict[str, object]]:
         True
     """
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    native, native_reason = _native.describe()
     return {
+        "native": {"available": native, "devices": ["cpu"] if native else [], "reason": native_reason},
         "reference": {
             "available": True,
             "devices": devices,
@@ -47,14 +50,37 @@ def capabilities() -> dict[str, dict[str, object]]:
             "devices": devices,
             "reason": "PyTorch by tiles, in memory that grows with N + M; runs wherever torch does",
         },
-        "auto": {"available": True, "devices": devices, "reason": "picks blockwise on every device"},
+        "auto": {
+            "available": True,
+            "devices": devices,
+            "reason": f"picks {'native for CPU tensors, else ' if native else ''}blockwise",
+        },
     }
 
 
-def resolve_impl(impl: str) -> str:
+def resolve_impl(impl: str, device: torch.device) -> str:
     """The implementation that `impl` names; an explicit name is never replaced by another."""
     check_choice("impl", impl, IMPLS)
-    return "blockwise" if impl == "auto" else impl
+    if impl == "auto":
+        return "native" if device.type == "cpu" and _native_is_usable() else "blockwise"
+    if impl == "native":
+        if device.type != "cpu":
+            raise ValueError(f"impl='native' computes on CPU tensors: got device {device}")
+        _load_native()
+    return impl
+
+
+def _native_is_usable() -> bool:
+    return _native.usable()
+
+
+def _load_native() -> None:
+    _native.load()
+
+
+# Building and loading are no part of a compiled graph. This is what `torch.compiler.assume_constant_result` sets; the
+# decorator itself would import the compiler with this module.
+_native_is_usable._dynamo_marked_constant = _load_native._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def as_pairs(
@@ -209,7 +235,7 @@ def masked_logsumexp(
 
     # With one scale per row, s is not symmetric: the self form becomes the rectangle with k = q.
     symmetric = key is None and scale.ndim == 0
-    impl = resolve_impl(impl)
+    impl = resolve_impl(impl, query.device)
     if impl == "reference":
         return reference.masked_logsumexp(query, keys, scale, pairs, bidirectional)
     _refuse_forward_mode(query, keys, scale)

@@ -17,7 +17,10 @@ from torch import Tensor
 from mcl_kernels.logsumexp.plan import Pairs, Plan
 
 # Each module has `forward`, `backward` and `count_above`; it is imported when it is first called.
-IMPLEMENTATIONS = {"blockwise": "mcl_kernels.logsumexp.blockwise"}
+IMPLEMENTATIONS = {
+    "native": "mcl_kernels.logsumexp.native",
+    "blockwise": "mcl_kernels.logsumexp.blockwise",
+}
 
 _LABELS_AND_IDS = "Tensor? labels, Tensor? key_labels, Tensor? ids, Tensor? key_ids"
 _INPUTS = f"Tensor query, Tensor? key, Tensor scale, {_LABELS_AND_IDS}"

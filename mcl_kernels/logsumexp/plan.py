@@ -20,7 +20,7 @@ NEGATIVES = ("same", "different", "all")
 class Pairs(NamedTuple):
     """Who may be a negative of whom: labels y and ids u of both sides, int64, None on both sides or on neither.
 
-    In the self form, where the keys are the queries, key_labels and key_ids are None.
+    In the self form, where the keys are the queries, key_labels and key_ids are None, and there are always ids.
     """
 
     labels: Tensor | None  # [N]

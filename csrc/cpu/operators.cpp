@@ -1,0 +1,299 @@
+// The operators of namespace mcl_kernels_native: tensors in, tensors out. Called by mcl_kernels/logsumexp/native.py,
+// which checks the arguments.
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "dispatch.h"
+#include "run.h"
+
+namespace mcl {
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+Dtype dtype_of(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case at::kFloat: return Dtype::float32;
+    case at::kDouble: return Dtype::float64;
+    case at::kBFloat16: return Dtype::bfloat16;
+    case at::kHalf: return Dtype::float16;
+    default: TORCH_CHECK(false, "embeddings must be float16, bfloat16, float32 or float64: got ", x.scalar_type());
+  }
+}
+
+Negatives negatives_of(const std::string& name) {
+  if (name == "same") return Negatives::same;
+  if (name == "different") return Negatives::different;
+  TORCH_CHECK(name == "all", "negatives must be same, different or all: got ", name);
+  return Negatives::all;
+}
+
+OptionalTensor contiguous(const OptionalTensor& x) { return x ? OptionalTensor(x->contiguous()) : std::nullopt; }
+
+const int64_t* integers(const OptionalTensor& x) { return x ? x->const_data_ptr<int64_t>() : nullptr; }
+
+// Any row stride will do, but the entries of a row have to be neighbours.
+Tensor with_dense_rows(const Tensor& x) { return x.size(1) <= 1 || x.stride(1) == 1 ? x : x.contiguous(); }
+
+// Labels and ids of both sides, kept alive; in the self form the keys are the queries.
+struct Identities {
+  OptionalTensor labels, key_labels, ids, key_ids;
+  Identity query, key;
+  Negatives negatives;
+
+  Identities(const Tensor& query, const OptionalTensor& key, const OptionalTensor& labels,
+             const OptionalTensor& key_labels, const OptionalTensor& ids, const OptionalTensor& key_ids,
+             const std::string& negatives)
+      : labels(contiguous(labels)),
+        key_labels(key ? contiguous(key_labels) : this->labels),
+        ids(contiguous(ids)),
+        key_ids(key ? contiguous(key_ids) : this->ids),
+        query{query.size(0), integers(this->labels), integers(this->ids)},
+        key{key ? key->size(0) : query.size(0), integers(this->key_labels), integers(this->key_ids)},
+        negatives(negatives_of(negatives)) {
+    TORCH_CHECK(key || ids, "the self form needs ids");
+  }
+};
+
+struct PlanTensors {
+  Tensor query_order, key_order, key_begin, key_end;  // key_order is [0] in the self form
+
+  const int64_t* sorted_keys(bool self) const {
+    return (self ? query_order : key_order).const_data_ptr<int64_t>();
+  }
+};
+
+PlanTensors make_plan(const Identities& identities, bool self, const Tensor& like) {
+  const auto empty = [&](int64_t size) { return at::empty({size}, like.options().dtype(at::kLong)); };
+  const int64_t n = identities.query.size;
+  PlanTensors plan{empty(n), empty(self ? 0 : identities.key.size), empty(n), empty(n)};
+  sort_rows(identities.query, identities.negatives, plan.query_order.mutable_data_ptr<int64_t>());
+  if (!self) sort_rows(identities.key, identities.negatives, plan.key_order.mutable_data_ptr<int64_t>());
+  find_key_ranges(identities.query, plan.query_order.const_data_ptr<int64_t>(), identities.key, plan.sorted_keys(self),
+                  identities.negatives, plan.key_begin.mutable_data_ptr<int64_t>(),
+                  plan.key_end.mutable_data_ptr<int64_t>());
+  return plan;
+}
+
+void parallel_for(int64_t threads, const std::function<void(int64_t)>& work) {
+  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t thread = begin; thread < end; thread++) work(thread);
+  });
+}
+
+// A problem without its inputs and outputs of one direction, and all it points to.
+template <class T>
+struct Prepared {
+  Tensor query_rows, key_rows, scale;
+  Dropped dropped;
+  Schedule schedule;
+  Problem<T> problem{};
+
+  Prepared(const Tensor& query, const OptionalTensor& key, const OptionalTensor& scale_tensor,
+           const Identities& identities, const PlanTensors& plan)
+      : query_rows(with_dense_rows(query)), key_rows(key ? with_dense_rows(*key) : query_rows) {
+    const bool self = !key;
+    const int64_t n = query.size(0), m = key_rows.size(0), width = query.size(1);
+    const int64_t *query_order = plan.query_order.const_data_ptr<int64_t>(), *key_order = plan.sorted_keys(self);
+    const std::vector<Segment> segments =
+        find_segments(n, plan.key_begin.const_data_ptr<int64_t>(), plan.key_end.const_data_ptr<int64_t>());
+    dropped =
+        find_dropped(identities.query, query_order, identities.key, key_order, identities.negatives, segments);
+    schedule = make_schedule(segments, n, m, self);
+
+    const auto code = [](const std::vector<int32_t>& codes) { return codes.empty() ? nullptr : codes.data(); };
+    problem.query = {query_rows.const_data_ptr(), query_rows.stride(0), dtype_of(query), query_order,
+                     code(dropped.query_code)};
+    problem.key = {key_rows.const_data_ptr(), key_rows.stride(0), dtype_of(key_rows), key_order,
+                   code(dropped.key_code)};
+    problem.width = width;
+    problem.self = self;
+    problem.drop_begin = dropped.begin.data();
+    problem.drop_end = dropped.end.data();
+    if (scale_tensor) {
+      scale = scale_tensor->contiguous();
+      problem.scale = scale.const_data_ptr<T>();
+      problem.scale_stride = scale.dim();
+    }
+  }
+
+  void run(TaskFunction<T> function, const Kernels<T>& kernels) const {
+    if (schedule.tasks.empty()) return;
+    const int64_t threads = at::in_parallel_region() ? 1 : std::min<int64_t>(at::get_num_threads(), schedule.most_tasks);
+    const int64_t bytes = kernels.workspace_bytes(problem.width, schedule.most_rows, schedule.most_columns);
+    const Tensor memory = at::empty({threads * bytes + 64}, at::TensorOptions().dtype(at::kByte));
+    const auto address = reinterpret_cast<uintptr_t>(memory.mutable_data_ptr());
+    char* aligned = reinterpret_cast<char*>((address + 63) / 64 * 64);
+    run_tasks<T>(schedule, function, problem, threads, aligned, bytes, parallel_for);
+  }
+};
+
+// The running sums of one side, in sorted order.
+template <class T>
+struct Sums {
+  std::vector<T> shift, total;
+  explicit Sums(int64_t size) : shift(size, -INFINITY), total(size, 0) {}
+
+  Tensor logsumexp(const int64_t* order, const Tensor& like) const {
+    const int64_t size = shift.size();
+    Tensor result = at::empty({size}, like.options());
+    T* lse = result.mutable_data_ptr<T>();
+    for (int64_t i = 0; i < size; i++) lse[order[i]] = shift[i] + std::log(total[i]);
+    return result;
+  }
+};
+
+template <class T>
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward_as(
+    const Tensor& query, const OptionalTensor& key, const Tensor& scale, const Identities& identities,
+    bool bidirectional) {
+  const Kernels<T> kernels = choose_kernels<T>();
+  const PlanTensors plan = make_plan(identities, !key, query);
+  Prepared<T> prepared(query, key, scale, identities, plan);
+  Problem<T>& problem = prepared.problem;
+
+  Sums<T> rows(query.size(0)), columns(bidirectional ? identities.key.size : 0);
+  problem.row_shift = rows.shift.data();
+  problem.row_total = rows.total.data();
+  if (bidirectional || problem.self) {
+    problem.column_shift = problem.self ? problem.row_shift : columns.shift.data();
+    problem.column_total = problem.self ? problem.row_total : columns.total.data();
+  }
+  prepared.run(kernels.forward, kernels);
+  return {rows.logsumexp(problem.query.order, scale), columns.logsumexp(problem.key.order, scale),
+          plan.query_order, plan.key_order, plan.key_begin, plan.key_end};
+}
+
+// Rows that no task met have gradient 0.
+template <class T>
+void clear_rows(T* grad, const std::vector<bool>& met, const int64_t* order, int64_t width) {
+  for (size_t row = 0; grad && row < met.size(); row++)
+    if (!met[row]) std::fill_n(grad + order[row] * width, width, T(0));
+}
+
+template <class T>
+std::tuple<Tensor, Tensor, Tensor> backward_as(const Tensor& grad_row, const Tensor& grad_column, const Tensor& query,
+                                               const OptionalTensor& key, const Tensor& scale,
+                                               const Identities& identities, const Tensor& row_lse,
+                                               const Tensor& column_lse, const PlanTensors& plan, bool bidirectional,
+                                               c10::ArrayRef<bool> needs_grad) {
+  const Kernels<T> kernels = choose_kernels<T>();
+  Prepared<T> prepared(query, key, scale, identities, plan);
+  Problem<T>& problem = prepared.problem;
+
+  const Tensor row_weight = grad_row.contiguous(), column_weight = grad_column.contiguous();
+  problem.row_lse = row_lse.const_data_ptr<T>();
+  problem.row_grad = row_weight.const_data_ptr<T>();
+  if (bidirectional || problem.self) {
+    problem.column_lse = problem.self ? problem.row_lse : column_lse.const_data_ptr<T>();
+    problem.column_grad = problem.self ? problem.row_grad : column_weight.const_data_ptr<T>();
+  }
+
+  const auto empty = [&](bool needed, at::IntArrayRef size) {
+    return at::empty(needed ? size : at::IntArrayRef{0}, scale.options());
+  };
+  const bool needs_query = needs_grad[0], needs_key = needs_grad[1] && key, needs_scale = needs_grad[2];
+  Tensor grad_query = empty(needs_query, query.sizes());
+  Tensor grad_key = empty(needs_key, prepared.key_rows.sizes());
+  std::vector<T> grad_scale_rows(needs_scale ? query.size(0) : 0);
+  problem.grad_query = needs_query ? grad_query.mutable_data_ptr<T>() : nullptr;
+  problem.grad_key = needs_key ? grad_key.mutable_data_ptr<T>() : nullptr;
+  problem.grad_scale = needs_scale ? grad_scale_rows.data() : nullptr;
+  prepared.run(kernels.backward, kernels);
+  clear_rows(problem.grad_query, prepared.schedule.met_queries, problem.query.order, problem.width);
+  clear_rows(problem.grad_key, prepared.schedule.met_keys, problem.key.order, problem.width);
+
+  Tensor grad_scale = empty(needs_scale, scale.sizes());
+  if (needs_scale) {
+    T* to = grad_scale.mutable_data_ptr<T>();
+    if (scale.dim()) {
+      for (size_t i = 0; i < grad_scale_rows.size(); i++) to[problem.query.order[i]] = grad_scale_rows[i];
+    } else {
+      double sum = 0;
+      for (T part : grad_scale_rows) sum += part;
+      *to = static_cast<T>(sum);
+    }
+  }
+  return {grad_query.to(query.scalar_type()), grad_key.to(prepared.key_rows.scalar_type()), grad_scale};
+}
+
+template <class T>
+Tensor count_above_as(const Tensor& query, const Tensor& key, const Tensor& threshold, const Identities& identities) {
+  const Kernels<T> kernels = choose_kernels<T>();
+  const PlanTensors plan = make_plan(identities, false, query);
+  Prepared<T> prepared(query, key, std::nullopt, identities, plan);
+  const Tensor thresholds = threshold.contiguous();
+  Tensor count = at::zeros({query.size(0)}, query.options().dtype(at::kLong));
+  prepared.problem.threshold = thresholds.const_data_ptr<T>();
+  prepared.problem.count = count.mutable_data_ptr<int64_t>();
+  prepared.run(kernels.count, kernels);
+  return count;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
+    const Tensor& query, const OptionalTensor& key, const Tensor& scale, const OptionalTensor& labels,
+    const OptionalTensor& key_labels, const OptionalTensor& ids, const OptionalTensor& key_ids, std::string negatives,
+    bool bidirectional) {
+  const Identities identities(query, key, labels, key_labels, ids, key_ids, negatives);
+  return scale.scalar_type() == at::kDouble ? forward_as<double>(query, key, scale, identities, bidirectional)
+                                            : forward_as<float>(query, key, scale, identities, bidirectional);
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward(
+    const Tensor& grad_row, const Tensor& grad_column, const Tensor& query, const OptionalTensor& key,
+    const Tensor& scale, const OptionalTensor& labels, const OptionalTensor& key_labels, const OptionalTensor& ids,
+    const OptionalTensor& key_ids, const Tensor& row_lse, const Tensor& column_lse, const Tensor& query_order,
+    const Tensor& key_order, const Tensor& key_begin, const Tensor& key_end, std::string negatives, bool bidirectional,
+    c10::List<bool> needs_grad) {
+  const Identities identities(query, key, labels, key_labels, ids, key_ids, negatives);
+  const PlanTensors plan{query_order, key_order, key_begin, key_end};
+  const bool needs[3] = {needs_grad[0], needs_grad[1], needs_grad[2]};
+  return scale.scalar_type() == at::kDouble
+             ? backward_as<double>(grad_row, grad_column, query, key, scale, identities, row_lse, column_lse, plan,
+                                   bidirectional, needs)
+             : backward_as<float>(grad_row, grad_column, query, key, scale, identities, row_lse, column_lse, plan,
+                                  bidirectional, needs);
+}
+
+Tensor count_above(const Tensor& query, const Tensor& key, const Tensor& threshold, const OptionalTensor& labels,
+                   const OptionalTensor& key_labels, const OptionalTensor& ids, const OptionalTensor& key_ids,
+                   std::string negatives) {
+  const Identities identities(query, key, labels, key_labels, ids, key_ids, negatives);
+  return threshold.scalar_type() == at::kDouble ? count_above_as<double>(query, key, threshold, identities)
+                                                : count_above_as<float>(query, key, threshold, identities);
+}
+
+}  // namespace
+}  // namespace mcl
+
+TORCH_LIBRARY(mcl_kernels_native, library) {
+  library.def(
+      "forward(Tensor query, Tensor? key, Tensor scale, Tensor? labels, Tensor? key_labels, Tensor? ids, "
+      "Tensor? key_ids, str negatives, bool bidirectional) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  library.def(
+      "backward(Tensor grad_row, Tensor grad_column, Tensor query, Tensor? key, Tensor scale, Tensor? labels, "
+      "Tensor? key_labels, Tensor? ids, Tensor? key_ids, Tensor row_lse, Tensor column_lse, Tensor query_order, "
+      "Tensor key_order, Tensor key_begin, Tensor key_end, str negatives, bool bidirectional, bool[] needs_grad) "
+      "-> (Tensor, Tensor, Tensor)");
+  library.def(
+      "count_above(Tensor query, Tensor key, Tensor threshold, Tensor? labels, Tensor? key_labels, Tensor? ids, "
+      "Tensor? key_ids, str negatives) -> Tensor");
+  library.def("instruction_set() -> str", &mcl::instruction_set);
+}
+
+TORCH_LIBRARY_IMPL(mcl_kernels_native, CPU, library) {
+  library.impl("forward", &mcl::forward);
+  library.impl("backward", &mcl::backward);
+  library.impl("count_above", &mcl::count_above);
+}

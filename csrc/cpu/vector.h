@@ -1,0 +1,186 @@
+// Vectors of the widest registers this file is compiled for, and their exponential.
+//
+// GCC and Clang vector types only: the same source serves AVX-512, AVX2 and any other processor. Everything lives in
+// the namespace of the instruction set, and no std function is called: a copy of one, compiled here for AVX-512, could
+// be the one that the linker keeps for the whole library.
+#pragma once
+
+#include <cstdint>
+
+#include "problem.h"
+
+#if defined(__AVX512F__)
+#define MCL_VECTOR_BYTES 64
+#define MCL_PANEL_VECTORS 4  // 6 x 4 accumulators of 32 registers
+#elif defined(__AVX__)
+#define MCL_VECTOR_BYTES 32
+#define MCL_PANEL_VECTORS 2  // 6 x 2 accumulators of 16 registers
+#else
+#define MCL_VECTOR_BYTES 16
+#define MCL_PANEL_VECTORS 2
+#endif
+
+namespace mcl::MCL_INSTRUCTION_SET {
+
+template <class T>
+struct VectorOf;
+template <>
+struct VectorOf<float> {
+  typedef float type __attribute__((vector_size(MCL_VECTOR_BYTES)));
+  typedef int32_t mask __attribute__((vector_size(MCL_VECTOR_BYTES)));
+};
+template <>
+struct VectorOf<double> {
+  typedef double type __attribute__((vector_size(MCL_VECTOR_BYTES)));
+  typedef int64_t mask __attribute__((vector_size(MCL_VECTOR_BYTES)));
+};
+template <class T>
+using Vector = typename VectorOf<T>::type;
+template <class T>
+using Mask = typename VectorOf<T>::mask;  // a lane is 0 or -1
+
+template <class T>
+constexpr int64_t LANES = MCL_VECTOR_BYTES / sizeof(T);
+
+template <class V, class P>
+inline V load(const P* from) {
+  V v;
+  __builtin_memcpy(&v, from, sizeof(V));
+  return v;
+}
+
+template <class V, class P>
+inline void store(P* to, V v) {
+  __builtin_memcpy(to, &v, sizeof(V));
+}
+
+template <class T>
+inline Vector<T> broadcast(T x) {
+  return x - Vector<T>{};
+}
+
+template <class A>
+inline A smaller(A a, A b) {
+  return b < a ? b : a;
+}
+
+template <class A>
+inline A larger(A a, A b) {
+  return a < b ? b : a;
+}
+
+inline int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
+
+// Lane i of the result is lane from[i] of a, or of b counted from LANES on. `from` is a constant.
+template <class T>
+inline Vector<T> shuffle(Vector<T> a, Vector<T> b, Mask<T> from) {
+#if defined(__clang__)
+  Vector<T> result;
+  for (int64_t i = 0; i < LANES<T>; i++) result[i] = from[i] < LANES<T> ? a[from[i]] : b[from[i] - LANES<T>];
+  return result;
+#else
+  return __builtin_shuffle(a, b, from);
+#endif
+}
+
+// a0 b0 a1 b1 ... of the first (HALF 0) or the second half of the lanes.
+template <class T, int HALF>
+inline Vector<T> interleave(Vector<T> a, Vector<T> b) {
+  Mask<T> from;
+  for (int64_t i = 0; i < LANES<T>; i++) from[i] = (HALF * LANES<T> + i) / 2 + i % 2 * LANES<T>;
+  return shuffle<T>(a, b, from);
+}
+
+// Lane i of the result is lane i + BY of v.
+template <class T, int64_t BY>
+inline Vector<T> rotate(Vector<T> v) {
+  Mask<T> from;
+  for (int64_t i = 0; i < LANES<T>; i++) from[i] = (i + BY) % LANES<T>;
+  return shuffle<T>(v, v, from);
+}
+
+template <class T>
+inline T sum_lanes(Vector<T> v) {
+  if constexpr (LANES<T> > 8) v += rotate<T, 8>(v);
+  if constexpr (LANES<T> > 4) v += rotate<T, 4>(v);
+  if constexpr (LANES<T> > 2) v += rotate<T, 2>(v);
+  v += rotate<T, 1>(v);
+  return v[0];
+}
+
+// The largest lane; a NaN is passed over.
+template <class T>
+inline T largest_lane(Vector<T> v) {
+  T lanes[LANES<T>], largest = -__builtin_inf();
+  store(lanes, v);
+  for (T lane : lanes) largest = larger(largest, lane);
+  return largest;
+}
+
+constexpr double LOG2_E = 1.4426950408889634;
+
+// 2^n 2^f for |f| <= 1/2, where n stands in the lowest bits of `shifted`: it was added to EXP_SHIFT, whose last bit is 1.
+constexpr float EXP_SHIFT = 12582912.0f;  // 1.5 * 2^23
+inline Vector<float> exp2_of_parts(Vector<float> shifted, Vector<float> f) {
+  // The minimax polynomial of 2^f with value 1 at 0: relative error 0.9e-7 before rounding.
+  Vector<float> p = f * 0x1.5bba14p-10f + 0x1.3cea88p-7f;
+  p = p * f + 0x1.c6b752p-5f;
+  p = p * f + 0x1.ebf9bcp-3f;
+  p = p * f + 0x1.62e42ap-1f;
+  p = p * f + 1.0f;
+  return (Vector<float>)((Mask<float>)p + ((Mask<float>)shifted << 23));
+}
+
+// A factor of logits in units of ln 2. One float would shift all logits the same way; two hold it to 48 bits.
+template <class T>
+struct Log2Factor {
+  Vector<T> high, low;
+  explicit Log2Factor(T factor)
+      : high(broadcast(T(factor * LOG2_E))), low(broadcast(T(factor * LOG2_E - double(T(factor * LOG2_E))))) {}
+};
+
+// 2^(x * factor), for products from -126 to 127.
+inline Vector<float> exp2_of_product(Vector<float> x, const Log2Factor<float>& factor) {
+  const Vector<float> shifted = x * factor.high + EXP_SHIFT;
+  return exp2_of_parts(shifted, x * factor.high - (shifted - EXP_SHIFT) + x * factor.low);
+}
+
+// 2^(x * factor - offset) for exponents up to 127; below -126 it is 2^-126.
+inline Vector<float> exp2_of_difference(Vector<float> x, const Log2Factor<float>& factor, Vector<float> offset) {
+  Vector<float> y = x * factor.high - offset;
+  y = y < -126.0f ? broadcast(-126.0f) : y;
+  const Vector<float> shifted = y + EXP_SHIFT;
+  return exp2_of_parts(shifted, y - (shifted - EXP_SHIFT) + x * factor.low);
+}
+
+// exp(x) for any x: 0 below the normal numbers, inf above the largest, NaN stays NaN.
+inline Vector<float> exp_anywhere(Vector<float> x) {
+  Vector<float> y = x * float(LOG2_E);
+  const Mask<float> huge = y > 127.0f, tiny = y < -126.0f, over = y >= 128.0f;
+  y = huge ? y - 1.0f : y;
+  y = tiny ? Vector<float>{} : y;
+  const Vector<float> shifted = y + EXP_SHIFT;
+  Vector<float> e = exp2_of_parts(shifted, y - (shifted - EXP_SHIFT));
+  e = huge ? e + e : e;
+  e = over ? broadcast(__builtin_inff()) : e;
+  e = tiny ? Vector<float>{} : e;
+  return x != x ? x : e;
+}
+
+// fp64 is for checks: the library's exponential, lane by lane.
+inline Vector<double> exp_anywhere(Vector<double> x) {
+  for (int64_t i = 0; i < LANES<double>; i++) x[i] = __builtin_exp(x[i]);
+  return x;
+}
+
+inline Vector<double> exp2_of_difference(Vector<double> x, const Log2Factor<double>& factor, Vector<double> offset) {
+  Vector<double> y = x * factor.high - offset;
+  for (int64_t i = 0; i < LANES<double>; i++) y[i] = __builtin_exp2(y[i]);
+  return y;
+}
+
+inline Vector<double> exp2_of_product(Vector<double> x, const Log2Factor<double>& factor) {
+  return exp2_of_difference(x, factor, Vector<double>{});
+}
+
+}  // namespace mcl::MCL_INSTRUCTION_SET

@@ -1,0 +1,202 @@
+"""Finds the compiled CPU kernels, or builds them once and explains when it cannot.
+
+`csrc/cpu` is compiled against the torch that runs it. The library lies in the package where the installation built
+it, else in the user's cache, under a name made of torch's version, the compiler's flags and the content of the
+sources: another torch or another source is another file, and a file that is there is complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+PACKAGE = Path(__file__).parent
+COMPILERS = ("c++", "g++", "clang++")
+FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wno-psabi"]
+# One source is compiled per instruction set; which of them runs is chosen at run time.
+INSTRUCTION_SETS = {
+    "kernels_avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma"],
+    "kernels_avx2.cpp": ["-mavx2", "-mfma"],
+}
+
+
+class NativeUnavailable(RuntimeError):
+    """The native kernels cannot be had here, for the reason that the message gives."""
+
+
+def source_directory() -> Path:
+    """`csrc/cpu`, in the package (installed) or beside it (a checkout)."""
+    for directory in (PACKAGE / "csrc" / "cpu", PACKAGE.parent / "csrc" / "cpu"):
+        if (directory / "operators.cpp").exists():
+            return directory
+    raise NativeUnavailable("the sources of the native kernels, csrc/cpu, are missing from this installation")
+
+
+def library_name(sources: Path) -> str:
+    """The file name of the library that these sources and this torch make."""
+    import torch
+
+    digest = hashlib.sha256(repr((torch.__version__, platform.machine(), FLAGS, INSTRUCTION_SETS)).encode())
+    for path in sorted(sources.iterdir()):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return f"mcl_kernels_native-{digest.hexdigest()[:16]}.so"
+
+
+def find_compiler() -> str:
+    """The C++ compiler: $CXX, or the first known one on the PATH."""
+    for name in (os.environ.get("CXX"), *COMPILERS):
+        if name and (path := shutil.which(name)):
+            return path
+    raise NativeUnavailable(
+        "no C++ compiler is on the PATH; install one (apt install g++, dnf install gcc-c++, conda install gxx)"
+    )
+
+
+def build(sources: Path, library: Path) -> None:
+    """Compiles the sources into `library`, which appears when it is complete.
+
+    Raises:
+        NativeUnavailable: there is no compiler, or it failed; the message holds its first error.
+    """
+    import torch
+
+    compiler = find_compiler()
+    torch_directory = Path(torch.__file__).parent
+    includes = [f"-isystem{torch_directory / 'include' / part}" for part in (".", "torch/csrc/api/include")]
+    # The OpenMP calls resolve to the runtime that torch has loaded: linking another would mean two pools of threads.
+    openmp = ["-Xclang", "-fopenmp"] if sys.platform == "darwin" else ["-fopenmp"]
+    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"
+    intel = platform.machine() in ("x86_64", "AMD64")
+    names = [path.name for path in sorted(sources.glob("*.cpp")) if intel or path.name not in INSTRUCTION_SETS]
+    # The one source that includes torch takes longest.
+    names.sort(key=lambda name: name != "operators.cpp")
+
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=library.parent, prefix=".build-") as directory:
+        objects = [Path(directory) / f"{name}.o" for name in names]
+
+        def compile_source(name: str, output: Path) -> None:
+            special = [*includes, *openmp] if name == "operators.cpp" else INSTRUCTION_SETS.get(name, [])
+            _run(compiler, *FLAGS, abi, *special, "-c", str(sources / name), "-o", str(output))
+
+        with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+            list(pool.map(compile_source, names, objects))
+        linked = Path(directory) / library.name
+        undefined = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
+        libraries = [f"-L{torch_directory / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
+        _run(compiler, "-shared", *map(str, objects), *libraries, *undefined, "-o", str(linked))
+        linked.replace(library)
+
+
+def _run(*command: str) -> None:
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode != 0:
+        errors = [line for line in result.stderr.splitlines() if "error" in line] or result.stderr.splitlines()
+        raise NativeUnavailable(f"{command[0]} failed: {errors[0] if errors else f'exit code {result.returncode}'}")
+
+
+def cache_directory() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mcl_kernels"
+
+
+@contextmanager
+def _only_process(path: Path) -> Iterator[None]:
+    """Holds a lock that the system releases when the process ends, however it ends."""
+    import fcntl
+
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def find_library() -> Path | None:
+    """The library for this torch, where it is built."""
+    sources = source_directory()
+    name = library_name(sources)
+    for path in (PACKAGE / "lib" / name, cache_directory() / name):
+        if path.exists():
+            return path
+    return None
+
+
+def _find_or_build() -> Path:
+    if found := find_library():
+        return found
+    if sys.platform == "win32":
+        raise NativeUnavailable("the native kernels are built with GCC or Clang, not on Windows")
+    sources = source_directory()
+    library = cache_directory() / library_name(sources)
+    find_compiler()
+    try:
+        library.parent.mkdir(parents=True, exist_ok=True)
+        with _only_process(library.with_suffix(".lock")):
+            if not library.exists():  # else another process was first
+                import torch
+
+                print(
+                    f"mcl_kernels: building the native CPU kernels for torch {torch.__version__}, "
+                    f"once, less than a minute, into {library.parent}",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                started = time.monotonic()
+                build(sources, library)
+                print(f"mcl_kernels: built in {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+    except OSError as error:
+        raise NativeUnavailable(f"{library.parent} cannot be written ({error}); set XDG_CACHE_HOME") from error
+    return library
+
+
+@cache
+def _loaded() -> str | None:
+    """Loads the library once a process; what kept it from being loaded, or None."""
+    import torch
+
+    try:
+        torch.ops.load_library(str(_find_or_build()))
+    except NativeUnavailable as error:
+        return str(error)
+    except OSError as error:
+        return f"the built library does not load: {error}"
+    return None
+
+
+def load() -> None:
+    """Loads the kernels into `torch.ops.mcl_kernels_native`, after building them where that is still to be done.
+
+    Raises:
+        NativeUnavailable: with the reason.
+    """
+    if reason := _loaded():
+        raise NativeUnavailable(reason)
+
+
+@cache
+def usable() -> bool:
+    """Whether the kernels load here; if they do not, warns once, in one line, what to do about it."""
+    if reason := _loaded():
+        warnings.warn(f"mcl_kernels: impl='blockwise' computes, several times slower: {reason}", RuntimeWarning, 3)
+        return False
+    return True
+
+
+def describe() -> tuple[bool, str]:
+    """Whether the kernels are or can be built here, and how that stands; builds nothing."""
+    try:
+        if find_library():
+            return True, "C++ kernels by tiles in sorted order (csrc/cpu), built for this torch"
+        return True, f"C++ kernels by tiles in sorted order (csrc/cpu), to be built on first use by {find_compiler()}"
+    except NativeUnavailable as error:
+        return False, str(error)
