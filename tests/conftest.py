@@ -9,6 +9,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from mcl_kernels import _native
 from mcl_kernels.logsumexp.api import IMPLS
 
 # The OpenMP threads of small operations spin against each other when two test processes share the cores.
@@ -19,21 +20,42 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 class Backend(NamedTuple):
     device: str
     impl: str
+    instruction_set: str = ""  # of native
+
+    def __str__(self) -> str:
+        return "-".join(filter(None, self))
 
 
+INSTRUCTION_SETS = ["avx512", "avx2", "portable"]
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
-BACKENDS = [Backend(device, impl) for device in DEVICES for impl in IMPLS if impl != "auto"]
+BACKENDS = [Backend("cpu", "native", name) for name in INSTRUCTION_SETS]
+BACKENDS += [Backend(device, impl) for device in DEVICES for impl in IMPLS if impl not in ("auto", "native")]
 
 
 def pytest_report_header() -> str:
     missing = "" if torch.cuda.is_available() else "; no cuda: torch sees no CUDA device"
-    return "backends: " + ", ".join("-".join(backend) for backend in BACKENDS) + missing
+    return "backends: " + ", ".join(map(str, BACKENDS)) + missing
 
 
-@pytest.fixture(params=BACKENDS, ids="-".join)
-def backend(request: pytest.FixtureRequest) -> Backend:
+@pytest.fixture(params=BACKENDS, ids=str)
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Backend:
     backend: Backend = request.param
+    if backend.impl == "native":
+        available, reason = _native.describe()
+        if not available:
+            pytest.skip(reason)
+        use_instruction_set(backend.instruction_set, monkeypatch)
     return backend
+
+
+def use_instruction_set(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Native kernels of one instruction set for the rest of the test, which is skipped where it does not run."""
+    _native.load()
+    monkeypatch.setenv("MCL_KERNELS_CPU", name)
+    try:
+        assert torch.ops.mcl_kernels_native.instruction_set() == name
+    except RuntimeError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture

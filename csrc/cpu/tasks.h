@@ -351,10 +351,10 @@ void sum_bounded(const Walk<T>& walk, const Tile& tile) {
   alignas(64) T column_sums[TILE] = {};
   for (int64_t i = 0; i < tile.rows; i++) {
     const T* products = walk.tile_row(i);
-    const Log2Factor<T> scale(walk.scale(tile.row + i));
+    const Factor<T> scale(walk.scale(tile.row + i));
     V row_sum{};
     walk.kept_columns(tile, i).for_each_vector([&](int64_t j, auto kept) {
-      const V e = where<T>(kept, exp2_of_product(load<V>(products + j), scale), 0);
+      const V e = where<T>(kept, exp_of_product(load<V>(products + j), scale), 0);
       row_sum += e;
       if (BOTH_SIDES) store(column_sums + j, load<V>(column_sums + j) + e);
     });
@@ -440,8 +440,9 @@ void forward_task(const Problem<T>& problem, const Task& task, char* workspace) 
 // LSE and gradient of the rows and the columns of a task.
 template <class T>
 struct Weights {
-  bool near;  // one exponential for row and column: W_ij = exp(s_ij - middle) (row_factor_i + column_factor_j)
-  T log2_middle;
+  // One exponential for row and column: W_ij = exp(s_ij) 2^-log2_middle (row_factor_i + column_factor_j).
+  bool near;
+  T log2_middle;  // a whole number
 };
 
 template <class T>
@@ -471,7 +472,7 @@ Weights<T> load_weights(const Walk<T>& walk) {
   };
   include(space.row_lse, walk.task.rows);
   if (p.column_lse) include(space.column_lse, walk.task.columns);
-  const Weights<T> weights{ordered && highest - lowest <= NEAR_LSE, T((lowest + highest) / 2 * LOG2_E)};
+  const Weights<T> weights{ordered && highest - lowest <= NEAR_LSE, __builtin_rint((lowest + highest) / 2 * LOG2_E)};
   if (weights.near) {
     const auto fold = [&](const T* lse, T* factor, int64_t count) {
       for (int64_t i = 0; i < count; i++)
@@ -490,12 +491,11 @@ void weigh(const Walk<T>& walk, const Tile& tile, const Weights<T>& weights) {
   const auto& p = walk.problem;
   const T* column_factor = walk.space.column_factor + tile.column;
   const T* column_lse = walk.space.column_lse + tile.column;
-  const V middle = broadcast(weights.log2_middle);
   for (int64_t i = 0; i < tile.rows; i++) {
     T* row = walk.tile_row(i);
-    const V scale = broadcast(walk.scale(tile.row + i)), factor = broadcast(walk.space.row_factor[tile.row + i]);
+    const Factor<T> scale(walk.scale(tile.row + i));
+    const V factor = broadcast(walk.space.row_factor[tile.row + i]);
     const V lse = broadcast(walk.space.row_lse[tile.row + i]);
-    const Log2Factor<T> log2_scale(walk.scale(tile.row + i));
     V grad_scale{};
     const auto kept_columns = walk.kept_columns(tile, i);
     for (int64_t j = 0; j < kept_columns.start; j += LANES<T>) store(row + j, V{});
@@ -503,15 +503,15 @@ void weigh(const Walk<T>& walk, const Tile& tile, const Weights<T>& weights) {
       const V products = load<V>(row + j);
       V w;
       if (NEAR) {
-        w = exp2_of_difference(products, log2_scale, middle) * (factor + load<V>(column_factor + j));
+        w = exp_of_product(products, scale, weights.log2_middle) * (factor + load<V>(column_factor + j));
       } else {
-        const V logits = scale * products;
+        const V logits = scale.natural * products;
         w = factor * exp_anywhere(logits - lse);
         if (p.column_lse) w += load<V>(column_factor + j) * exp_anywhere(logits - load<V>(column_lse + j));
       }
       w = where<T>(kept, w, 0);
       if (SCALE) grad_scale += where<T>(kept, w * products, 0);
-      store(row + j, w * scale);
+      store(row + j, w * scale.natural);
     });
     if (SCALE) p.grad_scale[walk.task.row_begin + tile.row + i] += sum_lanes<T>(grad_scale);
   }

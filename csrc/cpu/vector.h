@@ -131,26 +131,43 @@ inline Vector<float> exp2_of_parts(Vector<float> shifted, Vector<float> f) {
   return (Vector<float>)((Mask<float>)p + ((Mask<float>)shifted << 23));
 }
 
-// A factor of logits in units of ln 2. One float would shift all logits the same way; two hold it to 48 bits.
+// A factor of logits, and the same in units of ln 2 to 48 bits: one float would shift all logits the same way.
 template <class T>
-struct Log2Factor {
-  Vector<T> high, low;
-  explicit Log2Factor(T factor)
-      : high(broadcast(T(factor * LOG2_E))), low(broadcast(T(factor * LOG2_E - double(T(factor * LOG2_E))))) {}
+struct Factor {
+  Vector<T> natural, high, low;
+  explicit Factor(T factor)
+      : natural(broadcast(factor)),
+        high(broadcast(T(factor * LOG2_E))),
+        low(broadcast(T(factor * LOG2_E - double(T(factor * LOG2_E))))) {}
 };
 
-// 2^(x * factor), for products from -126 to 127.
-inline Vector<float> exp2_of_product(Vector<float> x, const Log2Factor<float>& factor) {
-  const Vector<float> shifted = x * factor.high + EXP_SHIFT;
-  return exp2_of_parts(shifted, x * factor.high - (shifted - EXP_SHIFT) + x * factor.low);
+// exp(x * factor) 2^-offset for a whole offset, where it is no overflow and normal.
+inline Vector<float> exp_of_product(Vector<float> x, const Factor<float>& factor, float offset, Vector<float>& shifted) {
+  const float shift = EXP_SHIFT - offset;
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+  // The rounding of x * high is not there in the difference.
+  shifted = x * factor.high + shift;
+  return exp2_of_parts(shifted, x * factor.high - (shifted - shift) + x * factor.low);
+#else
+  const Vector<float> logit = x * factor.natural;
+  shifted = logit * float(LOG2_E) + shift;
+  const Vector<float> n = shifted - shift;
+  const Vector<float> rest = logit - n * 0.693359375f - n * -2.12194440e-4f;  // ln 2 in two parts, one of 9 bits
+  return exp2_of_parts(shifted, rest * float(LOG2_E));
+#endif
 }
 
-// 2^(x * factor - offset) for exponents up to 127; below -126 it is 2^-126.
-inline Vector<float> exp2_of_difference(Vector<float> x, const Log2Factor<float>& factor, Vector<float> offset) {
-  Vector<float> y = x * factor.high - offset;
-  y = y < -126.0f ? broadcast(-126.0f) : y;
-  const Vector<float> shifted = y + EXP_SHIFT;
-  return exp2_of_parts(shifted, y - (shifted - EXP_SHIFT) + x * factor.low);
+// exp(x * factor), for products from -87 to 88.
+inline Vector<float> exp_of_product(Vector<float> x, const Factor<float>& factor) {
+  Vector<float> shifted;
+  return exp_of_product(x, factor, 0, shifted);
+}
+
+// exp(x * factor) 2^-offset for a whole offset; 0 where that is no normal number, undefined where it overflows.
+inline Vector<float> exp_of_product(Vector<float> x, const Factor<float>& factor, float offset) {
+  Vector<float> shifted;
+  const Vector<float> e = exp_of_product(x, factor, offset, shifted);
+  return shifted < EXP_SHIFT - 126 ? Vector<float>{} : e;
 }
 
 // exp(x) for any x: 0 below the normal numbers, inf above the largest, NaN stays NaN.
@@ -173,14 +190,11 @@ inline Vector<double> exp_anywhere(Vector<double> x) {
   return x;
 }
 
-inline Vector<double> exp2_of_difference(Vector<double> x, const Log2Factor<double>& factor, Vector<double> offset) {
-  Vector<double> y = x * factor.high - offset;
-  for (int64_t i = 0; i < LANES<double>; i++) y[i] = __builtin_exp2(y[i]);
-  return y;
-}
-
-inline Vector<double> exp2_of_product(Vector<double> x, const Log2Factor<double>& factor) {
-  return exp2_of_difference(x, factor, Vector<double>{});
+inline Vector<double> exp_of_product(Vector<double> x, const Factor<double>& factor, double offset = 0) {
+  const Vector<double> logit = x * factor.natural;
+  for (int64_t i = 0; i < LANES<double>; i++)
+    x[i] = __builtin_exp(logit[i] - offset * 0.69314718055994531);
+  return x;
 }
 
 }  // namespace mcl::MCL_INSTRUCTION_SET
