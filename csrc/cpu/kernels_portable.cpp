@@ -1,8 +1,8 @@
-// The kernels, compiled for portable.
 #define MCL_INSTRUCTION_SET portable
-#include "tasks.h"
+#include "kernels.h"
+#include "vector_blocks.h"
 
 namespace mcl {
-Kernels<float> portable_float() { return portable::kernels<float>(); }
-Kernels<double> portable_double() { return portable::kernels<double>(); }
+Kernels<float> portable_float() { return portable::kernels<portable::VectorBlocks<float>>(); }
+Kernels<double> portable_double() { return portable::kernels<portable::VectorBlocks<double>>(); }
 }  // namespace mcl

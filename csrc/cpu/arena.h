@@ -1,0 +1,45 @@
+// The working memory of a task, handed out piece by piece.
+#pragma once
+
+#include "vector.h"
+
+namespace mcl::MCL_INSTRUCTION_SET {
+
+// Columns and rows of a tile: whole panels, whole groups and whole matrix registers for every type.
+constexpr int64_t TILE = 192;
+
+class Arena {
+ public:
+  explicit Arena(char* memory) : begin_(memory), next_(memory) {}
+
+  template <class P>
+  P* take(int64_t count) {
+    char* start = next_;
+    next_ += round_up(count * sizeof(P), 64);
+    return reinterpret_cast<P*>(start);
+  }
+
+  int64_t bytes() const { return next_ - begin_; }
+
+ private:
+  char *begin_, *next_;
+};
+
+// A rectangle of a task, at most TILE by TILE.
+struct Tile {
+  int64_t row, rows;
+  int64_t column, columns;
+  bool triangle;  // on the diagonal of the task: only column > row counts
+};
+
+// The products of a tile, later its logits or weights: row i at i * TILE_STRIDE.
+template <class T>
+constexpr int64_t TILE_STRIDE = TILE + LANES<T>;
+
+template <class T>
+int64_t padded_width(int64_t width) {
+  // One vector more than needed: rows a power of two apart would compete for few sets of the cache.
+  return round_up(width, LANES<T>) + LANES<T>;
+}
+
+}  // namespace mcl::MCL_INSTRUCTION_SET

@@ -1,0 +1,87 @@
+// One task: a block of sorted queries against a block of sorted keys, walked in tiles that stay in the cache.
+//
+// A block is packed once a task, its rows in sorted order; the keys of a tile also as columns. The order in which a
+// task adds is fixed, so a sum depends on the order of the tasks that share a block only.
+#pragma once
+
+#include "arena.h"
+#include "kept_columns.h"
+
+namespace mcl::MCL_INSTRUCTION_SET {
+
+// Blocks, the packed rows and their products, is VectorBlocks or MatrixBlocks.
+template <class Blocks>
+class Walk {
+ public:
+  using T = typename Blocks::Value;
+  const Problem<T>& problem;
+  const Task& task;
+  T* tile_memory;
+  T largest_product;  // |<q_i, k_j>| is at most this; NaN where an input is
+
+  Walk(const Problem<T>& problem, const Task& task, Arena& arena)
+      : problem(problem),
+        task(task),
+        tile_memory(arena.take<T>(TILE * TILE_STRIDE<T>)),
+        blocks_(arena, problem.width, task.rows, task.columns) {
+    largest_product = blocks_.pack(problem, task);
+  }
+
+  int64_t query_row(int64_t i) const { return problem.query.order[task.row_begin + i]; }
+  int64_t key_row(int64_t j) const { return problem.key.order[task.column_begin + j]; }
+  T scale(int64_t i) const { return problem.scale[query_row(i) * problem.scale_stride]; }
+
+  // Products of the tile's row i, later its logits or weights.
+  T* tile_row(int64_t i) const { return tile_memory + i * TILE_STRIDE<T>; }
+
+  KeptColumns<T> kept_columns(const Tile& tile, int64_t i) const {
+    const int64_t begin = task.column_begin + tile.column, row = task.row_begin + tile.row + i;
+    KeptColumns<T> kept{0, tile.columns, problem.drop_begin[row] - begin, problem.drop_end[row] - begin, nullptr, 0};
+    // Beyond the tile they may not fit the lanes.
+    kept.drop_begin = larger<int64_t>(0, smaller(kept.drop_begin, tile.columns));
+    kept.drop_end = larger<int64_t>(0, smaller(kept.drop_end, tile.columns));
+    if (task.diagonal) {
+      // The row's own range holds the row itself; what is left of it was met as a column.
+      kept.drop_begin = 0;
+      kept.start = kept.drop_end / LANES<T> * LANES<T>;
+    }
+    if (problem.query.code) {
+      kept.code = problem.query.code[row];
+      kept.codes = problem.key.code + begin;
+    }
+    return kept;
+  }
+
+  // visit(tile) for each tile that may hold a kept pair, with its products computed.
+  template <class Visit>
+  void for_each_tile(Visit visit) {
+    for (int64_t column = 0; column < task.columns; column += TILE) {
+      const int64_t columns = smaller(TILE, task.columns - column);
+      const int64_t last_row = task.diagonal ? smaller(task.rows, column + columns) : task.rows;
+      blocks_.pack_columns(column, columns);
+      for (int64_t row = 0; row < last_row; row += TILE) {
+        const Tile tile{row, smaller(TILE, last_row - row), column, columns, task.diagonal && row == column};
+        if (all_dropped(tile)) continue;
+        blocks_.multiply(tile, tile_memory);
+        visit(tile);
+      }
+    }
+  }
+
+  void add_gradients(const Tile& tile, T* grad_query, T* grad_key) {
+    blocks_.add_gradients(tile, tile_memory, grad_query, grad_key);
+  }
+
+ private:
+  Blocks blocks_;
+
+  bool all_dropped(const Tile& tile) const {
+    const int64_t row = task.row_begin + tile.row;
+    const int64_t begin = task.column_begin + tile.column, end = begin + tile.columns;
+    for (int64_t i = row; i < row + tile.rows; i++)
+      if (problem.drop_begin[i] > begin || problem.drop_end[i] < end) return false;
+    return true;
+  }
+};
+
+}  // namespace mcl::MCL_INSTRUCTION_SET
