@@ -26,7 +26,7 @@ class Backend(NamedTuple):
         return "-".join(filter(None, self))
 
 
-INSTRUCTION_SETS = ["avx512", "avx2", "portable"]
+INSTRUCTION_SETS = ["amx", "avx512", "avx2", "portable"]
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 BACKENDS = [Backend("cpu", "native", name) for name in INSTRUCTION_SETS]
 BACKENDS += [Backend(device, impl) for device in DEVICES for impl in IMPLS if impl not in ("auto", "native")]

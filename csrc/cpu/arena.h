@@ -10,11 +10,11 @@ constexpr int64_t TILE = 192;
 
 class Arena {
  public:
-  explicit Arena(char* memory) : begin_(memory), next_(memory) {}
+  explicit Arena(char* memory) : begin_(reinterpret_cast<uintptr_t>(memory)), next_(begin_) {}
 
   template <class P>
   P* take(int64_t count) {
-    char* start = next_;
+    const uintptr_t start = next_;
     next_ += round_up(count * sizeof(P), 64);
     return reinterpret_cast<P*>(start);
   }
@@ -22,7 +22,7 @@ class Arena {
   int64_t bytes() const { return next_ - begin_; }
 
  private:
-  char *begin_, *next_;
+  uintptr_t begin_, next_;
 };
 
 // A rectangle of a task, at most TILE by TILE.

@@ -7,10 +7,11 @@
 
 namespace mcl {
 
-// "avx512", "avx2" or "portable". Throws std::runtime_error where MCL_KERNELS_CPU names none that runs here.
+// "amx", "avx512", "avx2" or "portable". Throws std::runtime_error where MCL_KERNELS_CPU names none that runs here.
 std::string instruction_set();
 
+// `bfloat16`: both queries and keys are. With AMX these have kernels of their own; all else is AVX-512 there.
 template <class T>
-Kernels<T> choose_kernels();
+Kernels<T> choose_kernels(bool bfloat16);
 
 }  // namespace mcl

@@ -32,6 +32,10 @@ Dtype dtype_of(const Tensor& x) {
   }
 }
 
+bool both_bfloat16(const Tensor& query, const OptionalTensor& key) {
+  return query.scalar_type() == at::kBFloat16 && (!key || key->scalar_type() == at::kBFloat16);
+}
+
 Negatives negatives_of(const std::string& name) {
   if (name == "same") return Negatives::same;
   if (name == "different") return Negatives::different;
@@ -158,7 +162,7 @@ template <class T>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward_as(
     const Tensor& query, const OptionalTensor& key, const Tensor& scale, const Identities& identities,
     bool bidirectional) {
-  const Kernels<T> kernels = choose_kernels<T>();
+  const Kernels<T> kernels = choose_kernels<T>(both_bfloat16(query, key));
   const PlanTensors plan = make_plan(identities, !key, query);
   Prepared<T> prepared(query, key, scale, identities, plan);
   Problem<T>& problem = prepared.problem;
@@ -188,7 +192,7 @@ std::tuple<Tensor, Tensor, Tensor> backward_as(const Tensor& grad_row, const Ten
                                                const Identities& identities, const Tensor& row_lse,
                                                const Tensor& column_lse, const PlanTensors& plan, bool bidirectional,
                                                c10::ArrayRef<bool> needs_grad) {
-  const Kernels<T> kernels = choose_kernels<T>();
+  const Kernels<T> kernels = choose_kernels<T>(both_bfloat16(query, key));
   Prepared<T> prepared(query, key, scale, identities, plan);
   Problem<T>& problem = prepared.problem;
 
@@ -230,7 +234,7 @@ std::tuple<Tensor, Tensor, Tensor> backward_as(const Tensor& grad_row, const Ten
 
 template <class T>
 Tensor count_above_as(const Tensor& query, const Tensor& key, const Tensor& threshold, const Identities& identities) {
-  const Kernels<T> kernels = choose_kernels<T>();
+  const Kernels<T> kernels = choose_kernels<T>(both_bfloat16(query, key));
   const PlanTensors plan = make_plan(identities, false, query);
   Prepared<T> prepared(query, key, std::nullopt, identities, plan);
   const Tensor thresholds = threshold.contiguous();
