@@ -24,7 +24,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent
 COMPILERS = ("c++", "g++", "clang++")
-FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wno-psabi"]
+FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wno-psabi"]
 # One source is compiled per instruction set; which of them runs is chosen at run time.
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma"]
 INSTRUCTION_SETS = {
@@ -123,6 +123,15 @@ def _only_process(path: Path) -> Iterator[None]:
         yield
 
 
+def _remembered_failure(library: Path, compiler: str) -> str | None:
+    """Why this compiler failed before: no process has to wait for it again."""
+    path = library.with_suffix(".failed")
+    if not path.exists():
+        return None
+    failed, reason = path.read_text().split("\n", 1)
+    return f"{reason} (delete {path} to try again)" if failed == compiler else None
+
+
 def find_library() -> Path | None:
     """The library for this torch, where it is built."""
     sources = source_directory()
@@ -140,7 +149,9 @@ def _find_or_build() -> Path:
         raise NativeUnavailable("the native kernels are built with GCC or Clang, not on Windows")
     sources = source_directory()
     library = cache_directory() / library_name(sources)
-    find_compiler()
+    compiler = find_compiler()
+    if reason := _remembered_failure(library, compiler):
+        raise NativeUnavailable(reason)
     try:
         library.parent.mkdir(parents=True, exist_ok=True)
         with _only_process(library.with_suffix(".lock")):
@@ -154,7 +165,11 @@ def _find_or_build() -> Path:
                     flush=True,
                 )
                 started = time.monotonic()
-                build(sources, library)
+                try:
+                    build(sources, library)
+                except NativeUnavailable as error:
+                    library.with_suffix(".failed").write_text(f"{compiler}\n{error}")
+                    raise
                 print(f"mcl_kernels: built in {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
     except OSError as error:
         raise NativeUnavailable(f"{library.parent} cannot be written ({error}); set XDG_CACHE_HOME") from error
@@ -199,6 +214,9 @@ def describe() -> tuple[bool, str]:
     try:
         if find_library():
             return True, "C++ kernels by tiles in sorted order (csrc/cpu), built for this torch"
-        return True, f"C++ kernels by tiles in sorted order (csrc/cpu), to be built on first use by {find_compiler()}"
+        compiler = find_compiler()
+        if reason := _remembered_failure(cache_directory() / library_name(source_directory()), compiler):
+            return False, reason
+        return True, f"C++ kernels by tiles in sorted order (csrc/cpu), to be built on first use by {compiler}"
     except NativeUnavailable as error:
         return False, str(error)

@@ -146,6 +146,8 @@ def nt_xent(
     if normalize:
         view_a, view_b = normalize_rows(view_a), normalize_rows(view_b)
     views = torch.cat((view_a, view_b))
+    # From here on both are parts of `views`, so that the graph holds one copy of the rows.
+    view_a, view_b = views.view(2, *view_a.shape)
     pairs = of_sample.repeated(2)
     scale = _inverse_temperature(temperature, views, compute_dtype(views))
     positive_logit = scale * row_dot(view_a, view_b, scale.dtype).repeat(2)

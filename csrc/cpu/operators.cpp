@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
+#include <pthread.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -90,6 +91,12 @@ PlanTensors make_plan(const Identities& identities, bool self, const Tensor& lik
   return plan;
 }
 
+// The threads of a parent are not there in its forked child, and OpenMP would wait for them forever.
+bool forked = false;
+[[maybe_unused]] const int watches_forks = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+
+int64_t thread_count() { return forked || at::in_parallel_region() ? 1 : at::get_num_threads(); }
+
 void parallel_for(int64_t threads, const std::function<void(int64_t)>& work) {
   at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t thread = begin; thread < end; thread++) work(thread);
@@ -134,7 +141,7 @@ struct Prepared {
 
   void run(TaskFunction<T> function, const Kernels<T>& kernels) const {
     if (schedule.tasks.empty()) return;
-    const int64_t threads = at::in_parallel_region() ? 1 : std::min<int64_t>(at::get_num_threads(), schedule.most_tasks);
+    const int64_t threads = std::min(thread_count(), schedule.most_tasks);
     const int64_t bytes = kernels.workspace_bytes(problem.width, schedule.most_rows, schedule.most_columns);
     const Tensor memory = at::empty({threads * bytes + 64}, at::TensorOptions().dtype(at::kByte));
     const auto address = reinterpret_cast<uintptr_t>(memory.mutable_data_ptr());

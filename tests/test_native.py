@@ -1,0 +1,240 @@
+"""The compiled CPU kernels: the same bits everywhere, no hang anywhere, and how the library comes to be there."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from mcl_kernels import _native, capabilities, masked_logsumexp, nt_xent
+from tests.cases import make_case
+from tests.conftest import INSTRUCTION_SETS, use_instruction_set
+
+pytestmark = pytest.mark.skipif(not _native.describe()[0], reason=_native.describe()[1])
+FORMS = ["self", "rows", "both"]
+
+
+def results(form: str, dtype: torch.dtype, *, n: int = 1500, d: int = 40) -> list[Tensor]:
+    """LSE and gradients of a batch with one cluster of many blocks and several small ones."""
+    case = make_case(n, None if form == "self" else n + 300, d, n_clusters=3, dtype=dtype)
+    labels = case.labels.clamp(max=1)
+    key_labels = None if case.key_labels is None else case.key_labels.clamp(max=1)
+    leaves = [x.requires_grad_() for x in (case.query, case.key) if x is not None]
+    scale = torch.tensor(5.0, requires_grad=True)
+    lse = masked_logsumexp(
+        *leaves, *([None] if case.key is None else []), labels, key_labels, scale=scale, ids=case.ids,
+        key_ids=case.key_ids, bidirectional=form == "both", impl="native",
+    )  # fmt: skip
+    outputs = list(lse) if form == "both" else [lse]
+    weighted = sum((x.where(x.isfinite(), 0) * torch.linspace(-1, 2, len(x))).sum() for x in outputs)
+    return [*outputs, *torch.autograd.grad(weighted, [*leaves, scale])]
+
+
+@pytest.fixture
+def thread_count() -> int:
+    before = torch.get_num_threads()
+    yield before
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("form", FORMS)
+def test_the_same_bits_for_any_number_of_threads(form: str, dtype: torch.dtype, thread_count: int) -> None:
+    torch.set_num_threads(1)
+    expected = results(form, dtype)
+    for threads in (1, 2, 4, 4):
+        torch.set_num_threads(threads)
+        for got, wanted in zip(results(form, dtype), expected, strict=True):
+            assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("name", INSTRUCTION_SETS)
+def test_the_same_bits_from_two_threads_at_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_instruction_set(name, monkeypatch)
+    expected = results("self", torch.bfloat16)
+    found: list[list[Tensor]] = []
+    callers = [threading.Thread(target=lambda: found.append(results("self", torch.bfloat16))) for _ in range(3)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert len(found) == 3
+    for result in found:
+        assert all(torch.equal(got, wanted) for got, wanted in zip(result, expected, strict=True))
+
+
+def test_an_unknown_instruction_set_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MCL_KERNELS_CPU", "mmx")
+    with pytest.raises(RuntimeError, match=r"MCL_KERNELS_CPU must be .* portable.*got mmx"):
+        masked_logsumexp(torch.randn(4, 3), impl="native")
+
+
+def test_auto_is_native_on_the_processor() -> None:
+    x = torch.randn(300, 24)
+    assert torch.equal(masked_logsumexp(x), masked_logsumexp(x, impl="native"))
+    assert "native" in str(capabilities()["auto"]["reason"])
+
+
+def test_native_refuses_other_devices() -> None:
+    with pytest.raises(ValueError, match="impl='native' computes on CPU tensors: got device meta"):
+        masked_logsumexp(torch.empty(4, 3, device="meta"), impl="native")
+
+
+# --- processes ------------------------------------------------------------------------------------------------
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """In a fresh process that may not take forever."""
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=240,
+        env={**os.environ, **environment}, cwd=Path(__file__).parents[1],
+    )  # fmt: skip
+
+
+LOSS = """
+import os, sys, torch
+from mcl_kernels import masked_logsumexp
+torch.set_num_threads(2)
+x = torch.randn(1500, 16, generator=torch.Generator().manual_seed(0), requires_grad=True)
+
+def gradient():
+    # Nothing of PyTorch's own here: in a forked child most of its operations wait for lost threads too.
+    return torch.autograd.grad(masked_logsumexp(x, impl="native"), x, torch.ones(1500))[0]
+
+expected = gradient()
+"""
+
+
+def test_in_a_forked_child() -> None:
+    """The threads of the parent are not there, and waiting for them would last forever."""
+    result = run_python(
+        LOSS + "child = os.fork()\n"
+        "if child == 0:\n"
+        "    os._exit(0 if torch.equal(gradient(), expected) else 1)\n"
+        "sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))"
+    )
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_in_a_data_loader_worker(context: str, tmp_path: Path) -> None:
+    script = tmp_path / "loader.py"
+    script.write_text(
+        LOSS + "class Losses(torch.utils.data.Dataset):\n"
+        "    def __len__(self): return 4\n"
+        "    def __getitem__(self, index): return gradient()\n"
+        "if __name__ == '__main__':\n"
+        f"    loader = torch.utils.data.DataLoader(Losses(), num_workers=2, multiprocessing_context={context!r})\n"
+        "    assert all(torch.equal(batch[0], expected) for batch in loader)\n"
+    )
+    command = [sys.executable, str(script)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs the peak memory of Linux")
+@pytest.mark.parametrize(("what", "most"), [("masked_logsumexp", 3.0), ("nt_xent", 5.0)])
+def test_peak_memory(what: str, most: float) -> None:
+    """At most 3 (with normalisation: 5) times the rows in fp32, gradients included, the inputs not."""
+    rows, d = 65536, 128
+    result = run_python(f"""
+import pathlib, torch, mcl_kernels
+def kib(field):
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith(field)))
+labels = torch.arange({rows}) % 128
+views = torch.randn({rows // 2}, {d}, requires_grad=True), torch.randn({rows // 2}, {d}, requires_grad=True)
+whole = torch.randn({rows}, {d}, requires_grad=True)
+def grad(n):
+    if {what!r} == "nt_xent":
+        loss = mcl_kernels.nt_xent(*(view[: n // 2] if n < {rows} else view for view in views), labels[: n // 2])
+        return torch.autograd.grad(loss, views)
+    loss = mcl_kernels.masked_logsumexp(whole[:n] if n < {rows} else whole, labels=labels[:n]).mean()
+    return torch.autograd.grad(loss, whole)
+grad(512)
+pathlib.Path("/proc/self/clear_refs").write_text("5")
+before = kib("VmRSS")
+grad({rows})
+print(1024 * (kib("VmHWM") - before))
+""")
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout) <= most * rows * d * 4
+
+
+# --- how the library comes to be there ------------------------------------------------------------------------
+
+USE = "import torch, mcl_kernels; print(mcl_kernels.masked_logsumexp(torch.eye(4)).sum().item())"
+
+
+@pytest.mark.slow
+def test_two_processes_build_it_once(tmp_path: Path) -> None:
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    both = [
+        subprocess.Popen([sys.executable, "-c", USE], env=environment, stdout=-1, stderr=-1, text=True)
+        for _ in range(2)
+    ]
+    outputs = [process.communicate(timeout=240) for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
+    assert outputs[0][0] == outputs[1][0]
+    notices = "".join(error for _, error in outputs)
+    assert notices.count("building the native CPU kernels") == 1
+    assert notices.count("built in") == 1
+    (library,) = (tmp_path / "mcl_kernels").glob("*.so")
+    again = subprocess.run([sys.executable, "-c", USE], env=environment, capture_output=True, text=True, check=True)
+    assert again.stderr == ""
+    assert [path.suffix for path in library.parent.iterdir() if path != library] == [".lock"]
+
+
+def test_without_a_compiler_auto_says_so_once(tmp_path: Path) -> None:
+    nowhere = {"PATH": "", "CXX": "", "XDG_CACHE_HOME": str(tmp_path)}
+    result = run_python(f"{USE}\n{USE}", **nowhere)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("no C++ compiler is on the PATH; install one") == 1
+    assert "blockwise" in result.stderr
+    refused = run_python(USE.replace("eye(4)", "eye(4), impl='native'"), **nowhere)
+    assert refused.returncode == 1
+    assert "NativeUnavailable: no C++ compiler is on the PATH" in refused.stderr
+
+
+def test_a_compiler_that_fails_is_quoted(tmp_path: Path) -> None:
+    compiler = tmp_path / "broken-c++"
+    compiler.write_text("#!/bin/sh\necho 'x.cpp:1: error: this is not my day' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    environment = {"CXX": str(compiler), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    result = run_python(USE, **environment)
+    assert result.returncode == 0
+    assert "building" in result.stderr
+    assert "error: this is not my day" in result.stderr
+    assert not list((tmp_path / "cache").rglob("*.so"))
+
+    again = run_python(f"{USE}; print(mcl_kernels.capabilities()['auto']['reason'])", **environment)
+    assert again.stdout.endswith("picks blockwise\n")
+    assert "building" not in again.stderr
+    assert "error: this is not my day (delete" in again.stderr
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    result = run_python(USE, XDG_CACHE_HOME=str(tmp_path / "file"))
+    assert result.returncode == 0
+    assert "set XDG_CACHE_HOME" in result.stderr
+
+
+def test_another_source_is_another_library(tmp_path: Path) -> None:
+    (tmp_path / "operators.cpp").write_text("one")
+    first = _native.library_name(tmp_path)
+    assert first == _native.library_name(tmp_path)
+    (tmp_path / "operators.cpp").write_text("two")
+    assert first != _native.library_name(tmp_path)
+
+
+def test_losses_take_the_kernels() -> None:
+    x, y = torch.randn(2, 200, 16)
+    assert torch.equal(nt_xent(x, y), nt_xent(x, y, impl="native"))
