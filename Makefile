@@ -2,7 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 OLDEST := .venv-oldest
+BENCH := .venv-bench
 DEMO_FLAGS ?=
+CASES ?=
 
 .PHONY: demo test test-oldest lint types bench clean
 
@@ -23,9 +25,9 @@ lint: $(VENV)/installed-test
 types: $(VENV)/installed-test
 	$(VENV)/bin/mypy
 
-# Time and memory against batch size: benchmarks/batch_size.csv, and the README's figure drawn from it.
-bench: $(VENV)/installed-test
-	$(VENV)/bin/python -m benchmarks.batch_size
+# Every case of benchmarks/cases.py: benchmarks/results.csv, and the README's figure drawn from it.
+bench: $(BENCH)/installed
+	$(BENCH)/bin/python -m benchmarks $(CASES)
 
 $(VENV)/installed-%: pyproject.toml constraints.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
@@ -37,5 +39,10 @@ $(OLDEST)/installed: pyproject.toml constraints-oldest.txt
 	$(OLDEST)/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable '.[test]'
 	touch $@
 
+$(BENCH)/installed: pyproject.toml constraints-bench.txt
+	test -x $(BENCH)/bin/python || $(PYTHON) -m venv $(BENCH)
+	$(BENCH)/bin/python -m pip install --quiet --constraint constraints-bench.txt --editable '.[bench]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(OLDEST) build dist *.egg-info
+	rm -rf $(VENV) $(OLDEST) $(BENCH) build dist *.egg-info

@@ -37,7 +37,7 @@ class BuildWithKernels(build_py):
         if NATIVE:
             try:
                 NATIVE.build(SOURCES, package / "lib" / NATIVE.library_name(SOURCES))
-            except NATIVE.NativeUnavailable as error:
+            except NATIVE.NativeUnavailableError as error:
                 print(f"mcl_kernels: the native CPU kernels are left to their first use: {error}", file=sys.stderr)
 
 

@@ -34,7 +34,7 @@ INSTRUCTION_SETS = {
 }
 
 
-class NativeUnavailable(RuntimeError):
+class NativeUnavailableError(RuntimeError):
     """The native kernels cannot be had here, for the reason that the message gives."""
 
 
@@ -43,7 +43,7 @@ def source_directory() -> Path:
     for directory in (PACKAGE / "csrc" / "cpu", PACKAGE.parent / "csrc" / "cpu"):
         if (directory / "operators.cpp").exists():
             return directory
-    raise NativeUnavailable("the sources of the native kernels, csrc/cpu, are missing from this installation")
+    raise NativeUnavailableError("the sources of the native kernels, csrc/cpu, are missing from this installation")
 
 
 def library_name(sources: Path) -> str:
@@ -61,7 +61,7 @@ def find_compiler() -> str:
     for name in (os.environ.get("CXX"), *COMPILERS):
         if name and (path := shutil.which(name)):
             return path
-    raise NativeUnavailable(
+    raise NativeUnavailableError(
         "no C++ compiler is on the PATH; install one (apt install g++, dnf install gcc-c++, conda install gxx)"
     )
 
@@ -70,7 +70,7 @@ def build(sources: Path, library: Path) -> None:
     """Compiles the sources into `library`, which appears when it is complete.
 
     Raises:
-        NativeUnavailable: there is no compiler, or it failed; the message holds its first error.
+        NativeUnavailableError: there is no compiler, or it failed; the message holds its first error.
     """
     import torch
 
@@ -106,7 +106,9 @@ def _run(*command: str) -> None:
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode != 0:
         errors = [line for line in result.stderr.splitlines() if "error" in line] or result.stderr.splitlines()
-        raise NativeUnavailable(f"{command[0]} failed: {errors[0] if errors else f'exit code {result.returncode}'}")
+        raise NativeUnavailableError(
+            f"{command[0]} failed: {errors[0] if errors else f'exit code {result.returncode}'}"
+        )
 
 
 def cache_directory() -> Path:
@@ -146,12 +148,12 @@ def _find_or_build() -> Path:
     if found := find_library():
         return found
     if sys.platform == "win32":
-        raise NativeUnavailable("the native kernels are built with GCC or Clang, not on Windows")
+        raise NativeUnavailableError("the native kernels are built with GCC or Clang, not on Windows")
     sources = source_directory()
     library = cache_directory() / library_name(sources)
     compiler = find_compiler()
     if reason := _remembered_failure(library, compiler):
-        raise NativeUnavailable(reason)
+        raise NativeUnavailableError(reason)
     try:
         library.parent.mkdir(parents=True, exist_ok=True)
         with _only_process(library.with_suffix(".lock")):
@@ -167,12 +169,12 @@ def _find_or_build() -> Path:
                 started = time.monotonic()
                 try:
                     build(sources, library)
-                except NativeUnavailable as error:
+                except NativeUnavailableError as error:
                     library.with_suffix(".failed").write_text(f"{compiler}\n{error}")
                     raise
                 print(f"mcl_kernels: built in {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
     except OSError as error:
-        raise NativeUnavailable(f"{library.parent} cannot be written ({error}); set XDG_CACHE_HOME") from error
+        raise NativeUnavailableError(f"{library.parent} cannot be written ({error}); set XDG_CACHE_HOME") from error
     return library
 
 
@@ -182,8 +184,8 @@ def _loaded() -> str | None:
     import torch
 
     try:
-        torch.ops.load_library(str(_find_or_build()))
-    except NativeUnavailable as error:
+        torch.ops.load_library(str(_find_or_build()))  # type: ignore[no-untyped-call]
+    except NativeUnavailableError as error:
         return str(error)
     except OSError as error:
         return f"the built library does not load: {error}"
@@ -194,10 +196,10 @@ def load() -> None:
     """Loads the kernels into `torch.ops.mcl_kernels_native`, after building them where that is still to be done.
 
     Raises:
-        NativeUnavailable: with the reason.
+        NativeUnavailableError: with the reason.
     """
     if reason := _loaded():
-        raise NativeUnavailable(reason)
+        raise NativeUnavailableError(reason)
 
 
 @cache
@@ -218,5 +220,5 @@ def describe() -> tuple[bool, str]:
         if reason := _remembered_failure(cache_directory() / library_name(source_directory()), compiler):
             return False, reason
         return True, f"C++ kernels by tiles in sorted order (csrc/cpu), to be built on first use by {compiler}"
-    except NativeUnavailable as error:
+    except NativeUnavailableError as error:
         return False, str(error)

@@ -200,7 +200,7 @@ def test_without_a_compiler_auto_says_so_once(tmp_path: Path) -> None:
     assert "blockwise" in result.stderr
     refused = run_python(USE.replace("eye(4)", "eye(4), impl='native'"), **nowhere)
     assert refused.returncode == 1
-    assert "NativeUnavailable: no C++ compiler is on the PATH" in refused.stderr
+    assert "NativeUnavailableError: no C++ compiler is on the PATH" in refused.stderr
 
 
 def test_a_compiler_that_fails_is_quoted(tmp_path: Path) -> None:

@@ -1,0 +1,140 @@
+"""Measures the named cases and draws the README's figure: `python -m benchmarks [CASE ...]`.
+
+Rows go to results.csv, those of other cases stay there. p20, p50 and p80 are seconds of forward and backward; ratio is
+a peer's p50 over ours and fraction_of_limit (least operations / rate of a large product) / p50, all from one process in
+which they took turns; peak_bytes is resident memory above the inputs, each in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+from benchmarks.cases import CASES, Case
+from benchmarks.figure import draw
+from benchmarks.measure import CPU, Row, in_fresh_process, measure_once, measure_peak, time_case
+from mcl_kernels.logsumexp.api import resolve_impl
+
+HERE = Path(__file__).parent
+COLUMNS = (
+    "case", "peer", "impl", "n", "d", "clusters", "dtype", "threads", "p20", "p50", "p80", "peak_bytes",
+    "fraction_of_limit", "ratio", "versions", "processor", "commit",
+)  # fmt: skip
+
+
+def run(case: Case, sizes: tuple[int, ...]) -> list[Row]:
+    rows: list[Row] = []
+    for n in sizes or (_largest(case),):
+        if case.once:
+            measured = [in_fresh_process(measure_once, case.name, n)]
+        else:
+            measured, skipped = in_fresh_process(time_case, case.name, n)
+            for peer, reason in skipped.items():
+                print(f"{case.name:<15} {peer} skipped: {reason}", flush=True)
+        for row in measured:
+            if not case.once:
+                row["peak_bytes"] = in_fresh_process(measure_peak, case.name, n, row["peer"])
+            print(_line(row), flush=True)
+        rows += measured
+    return rows
+
+
+def _largest(case: Case) -> int:
+    """The largest power of two that fits the cap of the case."""
+    n, peer = 64, case.peers[0]
+    while not peer.missing() and in_fresh_process(measure_peak, case.name, 2 * n, peer.name, case.cap_bytes):
+        n *= 2
+    return n
+
+
+def _line(row: Row) -> str:
+    fraction, ratio = row["fraction_of_limit"], row.get("ratio")
+    return (
+        f"{row['case']:<15} {row['peer']:<26} N {row['n']:>9,}  {1e3 * row['p50']:>10.2f} ms"
+        f"  {row['peak_bytes'] / 2**20:>8.1f} MiB"
+        + (f"  {fraction:>6.1%} of the limit" if fraction else " " * 21)
+        + (f"  {ratio:.2f}x ours" if ratio else "")
+    )
+
+
+def conditions() -> dict[str, str]:
+    versions = [f"python {platform.python_version()}"]
+    for package in ("torch", "lightly", "pytorch-metric-learning"):
+        try:
+            versions.append(f"{package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+    commit = _git("rev-parse", "--short", "HEAD")
+    changed = _git("status", "--porcelain", "--", "mcl_kernels", "csrc", "setup.py")
+    return {
+        "versions": "; ".join(versions),
+        "processor": models[0].split(":")[1].strip() if models else platform.processor(),
+        "commit": commit + ("+changes" if changed else ""),
+    }
+
+
+def _git(*arguments: str) -> str:
+    result = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False, cwd=HERE.parent)
+    return result.stdout.strip()
+
+
+def save(results: Path, case: Case, rows: list[Row]) -> None:
+    """Replaces the rows of one case, in the order of the cases."""
+    before: list[Row] = []
+    if results.exists():
+        with results.open(newline="") as file:
+            before = list(csv.DictReader(file))
+    order = [known.name for known in CASES]
+    kept = [row for row in before if row["case"] != case.name and row["case"] in order]
+    rows = sorted(kept + rows, key=lambda row: order.index(row["case"]))
+    written = results.with_suffix(".partial")
+    with written.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({name: f"{v:.4g}" if isinstance(v, float) else v for name, v in row.items()} for row in rows)
+    os.replace(written, results)
+
+
+def main() -> int:
+    names = [case.name for case in CASES]
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("cases", nargs="*", metavar="CASE", help="only these (default: all)")
+    parser.add_argument("--list", action="store_true", help="print each case with its reason and target")
+    parser.add_argument("--draw", action="store_true", help="only draw the figure from the CSV")
+    parser.add_argument("--csv", type=Path, default=HERE / "results.csv", help="another CSV; the figure goes beside it")
+    parser.add_argument("--n", type=int, help="every case at this N: to try the suite, with another --csv")
+    options = parser.parse_args()
+    if unknown := set(options.cases) - set(names):
+        parser.error(f"no such case: {', '.join(sorted(unknown))}; there are {', '.join(names)}")
+    if options.list:
+        for case in CASES:
+            print(f"{case.name:<15} {case.reason} [{case.target}]")
+        return 0
+    failed, chosen = [], [] if options.draw else [c for c in CASES if c.name in (options.cases or names)]
+    recorded = conditions()
+    if chosen:
+        print(f"impl='auto' is {resolve_impl('auto', CPU)!r}", flush=True)  # builds it once, before the processes
+    for case in chosen:
+        try:
+            rows = run(case, (options.n,) if options.n else case.sizes)
+        except RuntimeError as error:  # the other cases are worth their time all the same
+            print(f"{case.name:<15} FAILED: {error}", flush=True)
+            failed.append(case.name)
+            continue
+        save(options.csv, case, [{**row, **recorded} for row in rows])
+    if options.draw or "batch-size" in {case.name for case in chosen} - set(failed):
+        draw(options.csv, options.csv.with_name("batch_size.png"))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

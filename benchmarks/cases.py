@@ -1,0 +1,215 @@
+"""The named cases: what is measured, on which inputs, against whom and why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.peers import (
+    CLIP,
+    COMPILED,
+    DENSE,
+    LIGHTLY,
+    LOOP,
+    LOOP_LOGSUMEXP,
+    METRIC_LEARNING,
+    MOCO,
+    SCALE,
+    TEMPERATURE,
+    Contender,
+)
+from mcl_kernels import clip_loss, masked_info_nce, masked_logsumexp, nt_xent
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The arguments of a loss: first those that get a gradient; and the least operations of both passes."""
+
+    leaves: tuple[Tensor, ...]
+    fixed: tuple[Tensor, ...]
+    clusters: int
+    operations: float
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    reason: str
+    target: str
+    sizes: tuple[int, ...]  # N: samples, or rows where the loss is masked_logsumexp
+    make: Callable[[int], Inputs]
+    ours: Callable[..., Tensor]
+    peers: tuple[Contender, ...] = ()
+    dtype: torch.dtype = torch.float32
+    once: bool = False  # one pass, for what matters is its memory
+    cap_bytes: int | None = None  # N is doubled while the peak of the only peer stays below
+
+    @property
+    def contenders(self) -> tuple[Contender, ...]:
+        return (Contender("ours", self.ours), *self.peers)
+
+
+def own_nt_xent(view_a: Tensor, view_b: Tensor, labels: Tensor | None = None) -> Tensor:
+    return nt_xent(view_a, view_b, labels, temperature=TEMPERATURE)
+
+
+def own_logsumexp(rows: Tensor, labels: Tensor | None = None) -> Tensor:
+    return masked_logsumexp(rows, labels=labels, scale=SCALE).mean()
+
+
+def own_moco(query: Tensor, positive: Tensor, queue: Tensor) -> Tensor:
+    query = F.normalize(query, dim=1)
+    return masked_info_nce(query, queue, positive=positive, temperature=TEMPERATURE, normalize=False)
+
+
+def own_clip(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
+    return clip_loss(image, text, logit_scale=logit_scale)
+
+
+def one_cluster(n: int) -> Tensor:
+    return torch.zeros(n, dtype=torch.long)
+
+
+def ten_clusters(n: int) -> Tensor:
+    return torch.randint(0, 10, (n,), generator=_generator())
+
+
+def clusters_of_512(n: int) -> Tensor:
+    return torch.randperm(n, generator=_generator()) // 512
+
+
+def zipf_clusters(n: int) -> Tensor:
+    """1000 clusters whose sizes fall as 1 / rank, fewer where n would leave a sample alone in the last."""
+    share = 1 / torch.arange(1, min(1000, n // 32) + 1)
+    sizes = (n * share / share.sum()).long()
+    sizes[0] += n - sizes.sum()
+    return torch.arange(len(sizes)).repeat_interleave(sizes)[torch.randperm(n, generator=_generator())]
+
+
+def two_views(n: int, labels_of: Callable[[int], Tensor] = one_cluster) -> Inputs:
+    view_a, view_b = (_normal(n, 128, seed) for seed in (0, 1))
+    labels = labels_of(n)
+    # Without clusters the call has no labels, as its user's has none.
+    return Inputs((view_a, view_b), _given(labels), *_least_work(labels.repeat(2), 128))
+
+
+def unit_rows(n: int, d: int = 128, labels_of: Callable[[int], Tensor] = one_cluster) -> Inputs:
+    labels = labels_of(n)
+    return Inputs((F.normalize(_normal(n, d, 0), dim=1),), _given(labels), *_least_work(labels, d))
+
+
+def moco_queue(n: int) -> Inputs:
+    """256 keys for each query. Positive and queue come from the momentum encoder: normalised and without gradient."""
+    queue = F.normalize(_normal(256 * n, 128, 2), dim=1)
+    # Forward 1, backward 2: the logits again and the gradient of the queries.
+    operations = 3 * 2 * n * len(queue) * 128
+    return Inputs((_normal(n, 128, 0),), (F.normalize(_normal(n, 128, 1), dim=1), queue), 1, operations)
+
+
+def image_text(n: int) -> Inputs:
+    image, text = (F.normalize(_normal(n, 512, seed), dim=1) for seed in (0, 1))
+    # Bidirectional: forward 1, backward 3. CLIP learns its logit_scale.
+    return Inputs((image, text, torch.tensor(100.0)), (), 1, 4 * 2 * n * n * 512)
+
+
+def _normal(n: int, d: int, seed: int) -> Tensor:
+    return torch.randn(n, d, generator=_generator(seed))
+
+
+def _generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def _given(labels: Tensor) -> tuple[Tensor, ...]:
+    return (labels,) if labels.any() else ()
+
+
+def _least_work(labels: Tensor, d: int) -> tuple[int, float]:
+    """The number of clusters; operations of the self form: forward half a product of the kept pairs, backward 1.5."""
+    sizes = labels.unique(return_counts=True)[1]
+    return len(sizes), 2 * 2 * float(sizes.square().sum()) * d
+
+
+def _one_thread_here() -> str | None:
+    return None if torch.get_num_threads() > 1 else "needs a second thread: torch.get_num_threads() is 1"
+
+
+_LIMIT = "at least 0.75 of the limit"
+
+
+def _limit(name: str, d: int, labels_of: Callable[[int], Tensor], reason: str) -> Case:
+    make = partial(unit_rows, d=d, labels_of=labels_of)
+    return Case(name, reason, _LIMIT, (8192,), make, own_logsumexp)
+
+
+def _half(case: Case, reason: str) -> Case:
+    fp32 = Contender("own, fp32", own_logsumexp, dtype=torch.float32)
+    name = case.name.replace("limit", "bf16")
+    target = "1.5x over own fp32"
+    return replace(case, name=name, reason=reason, target=target, peers=(fp32,), dtype=torch.bfloat16)
+
+
+LIMITS = (
+    _limit("limit-d128-k1", 128, one_cluster, "SimCLR's and MoCo's width, plain: most exponentials per product"),
+    _limit("limit-d128-k10", 128, ten_clusters, "the same within clusters: sorting and ragged tiles cost too"),
+    _limit("limit-d512-k1", 512, one_cluster, "the width of CLIP and of a ResNet-18: the product is nearly all"),
+    _limit("limit-d512-k10", 512, ten_clusters, "wide and clustered: few rows per cluster, long rows"),
+)
+
+CASES = (
+    Case(
+        "clusters-10", "what MCL trains with", "60x over the dense mask, 3.5x over the loop, 30x over torch.compile",
+        (4096,), partial(two_views, labels_of=ten_clusters), own_nt_xent, (DENSE, LOOP, COMPILED),
+    ),
+    Case(
+        "plain-nt-xent", "the drop-in user who has no clusters", "10x over lightly",
+        (2048,), two_views, own_nt_xent, (LIGHTLY, DENSE),
+    ),
+    *LIMITS,
+    _half(LIMITS[1], "mixed precision training, half the bytes: narrow and clustered"),
+    _half(LIMITS[2], "mixed precision training where the product is nearly all"),
+    Case(
+        "growth", "a data set grows, its clusters do not: linear time", "time per row at most 1.15x from first to last",
+        (16384, 32768, 65536, 131072), partial(unit_rows, labels_of=clusters_of_512), own_logsumexp,
+    ),
+    Case(
+        "zipf", "real pseudo labels are uneven, and a loop pays for every small cluster", "10x over the loop",
+        (32768,), partial(unit_rows, labels_of=zipf_clusters), own_logsumexp, (LOOP_LOGSUMEXP,),
+    ),
+    Case(
+        "threads", "one cluster must be shared by all cores, to the same bits", "1.8x over own 1 thread",
+        (8192,), unit_rows, own_logsumexp,
+        (Contender("own, 1 thread", own_logsumexp, missing=_one_thread_here, threads=1, exact=True),),
+    ),
+    Case(
+        "memory-1m", "a whole data set in one call", "peak at most 3 x N x D fp32 (1536 MiB), gradients included",
+        (1_048_576,), partial(unit_rows, labels_of=clusters_of_512), own_logsumexp, once=True,
+    ),
+    Case(
+        "memory-nt-xent", "the same with the views, normalised inside", "peak at most 5 x 2N x D fp32 (640 MiB)",
+        (131_072,), partial(two_views, labels_of=clusters_of_512), own_nt_xent, once=True,
+    ),
+    # 256: the smallest batch anybody trains SimCLR with; 16,384: one that the dense mask makes impractical.
+    Case(
+        "batch-size", "the figure: what a larger batch costs", "below every peer at every size",
+        (256, 512, 1024, 2048, 4096, 8192, 16384), partial(two_views, labels_of=ten_clusters), own_nt_xent,
+        (replace(DENSE, largest=8192), LOOP),  # at 16,384 a dense step takes most of a minute and 16 GiB
+    ),
+    Case(
+        "cubic-memory", "pytorch-metric-learning's largest batch in 4 GiB", "none: it shows where the peer ends",
+        (), partial(two_views, labels_of=ten_clusters), own_nt_xent, (METRIC_LEARNING,), cap_bytes=4 << 30,
+    ),
+    Case(
+        "queue", "MoCo: 256 queries against 65,536 keys", "faster than the dense product",
+        (256,), moco_queue, own_moco, (MOCO,),
+    ),
+    Case(
+        "clip", "CLIP: both directions, logit_scale 100", "faster than two cross entropies",
+        (4096,), image_text, own_clip, (CLIP,),
+    ),
+)  # fmt: skip

@@ -1,0 +1,68 @@
+"""Draws the figure of the README from the CSV alone."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable
+from pathlib import Path
+
+# Rows of "batch-size", and the one point of the peer that does not get further.
+STYLES = {
+    "ours": ("mcl_kernels", "#1b6ca8", "o"),
+    "eager, dense mask": ("eager, dense mask", "#c0392b", "s"),
+    "eager, loop over clusters": ("eager, loop over clusters", "#6b7280", "D"),
+    "pytorch-metric-learning": ("pytorch-metric-learning, its largest N in 4 GiB", "#7d3c98", "^"),
+}
+
+
+def draw(results: Path, figure_path: Path) -> None:
+    """Time and peak memory against batch size, log-log, each with its limit."""
+    from matplotlib.figure import Figure
+
+    with results.open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["case"] in ("batch-size", "cubic-memory")]
+    swept = [row for row in rows if row["case"] == "batch-size"]
+    if not swept:
+        raise SystemExit(f"no rows of the case batch-size in {results}: run `python -m benchmarks batch-size`")
+    sizes = sorted({int(row["n"]) for row in swept})
+    ours = [row for row in swept if row["peer"] == "ours"]
+
+    def line(axes, of: list[dict[str, str]], value: Callable[[dict[str, str]], float], **style) -> None:
+        points = sorted((int(row["n"]), value(row)) for row in of)
+        if points:
+            axes.plot(*zip(*points, strict=True), **style)
+
+    def milliseconds(row: dict[str, str]) -> float:
+        return 1e3 * float(row["p50"])
+
+    def mebibytes(row: dict[str, str]) -> float:
+        return float(row["peak_bytes"]) / 2**20
+
+    def limit(row: dict[str, str]) -> float:
+        return milliseconds(row) * float(row["fraction_of_limit"])
+
+    def promise(row: dict[str, str]) -> float:
+        return 5 * 2 * int(row["n"]) * int(row["d"]) * 4 / 2**20
+
+    figure = Figure(figsize=(9, 4.1), dpi=140, layout="constrained")
+    time, memory = figure.subplots(1, 2)
+    for axes, value in ((time, milliseconds), (memory, mebibytes)):
+        for peer, (label, color, marker) in STYLES.items():
+            # The other case has a row of ours too, measured beside its peer.
+            of_peer = [row for row in (rows if peer == "pytorch-metric-learning" else swept) if row["peer"] == peer]
+            line(axes, of_peer, value, color=color, marker=marker, markersize=4, label=label)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xticks(sizes, [f"{n:,}" for n in sizes], rotation=30)
+        axes.minorticks_off()
+        axes.set_xlabel("batch size N (2N rows)")
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    thin = {"color": "black", "linewidth": 1}
+    line(time, ours, limit, **thin, linestyle="--", label="limit: least operations / rate of a product")
+    line(memory, ours, promise, **thin, linestyle=":", label="ours at most: 5 x 2N x D fp32")
+    time.set_title("time of forward + backward, ms", fontsize=10)
+    memory.set_title("peak memory above the inputs, MiB", fontsize=10)
+    lines = {each.get_label(): each for axes in (time, memory) for each in axes.get_lines()}
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    figure.savefig(figure_path)

@@ -1,0 +1,191 @@
+"""How a case is measured: contenders in turns in one process, each peak in a process of its own."""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import resource
+import statistics
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.cases import CASES, Case, Inputs
+from benchmarks.peers import Contender
+from mcl_kernels.logsumexp.api import resolve_impl
+
+SMALL = 128  # samples: losses are compared there, every cluster has pairs, and cubic memory still fits
+BUDGET = 3.0  # seconds for the passes of one contender
+CPU = torch.device("cpu")
+PRODUCT = 2048  # rows and columns of the product whose rate is the limit's
+
+Step = Callable[[], tuple[Tensor, ...]]
+Row = dict[str, Any]
+
+
+def find(name: str) -> Case:
+    return next(case for case in CASES if case.name == name)
+
+
+def step_of(case: Case, contender: Contender, inputs: Inputs) -> Step:
+    """Loss and gradients of one contender; all see the rows as rounded to the dtype of the case."""
+    dtype = contender.dtype or case.dtype
+    leaves = [leaf.detach().to(case.dtype).to(dtype).requires_grad_() for leaf in inputs.leaves]
+
+    def step() -> tuple[Tensor, ...]:
+        loss = contender.loss(*leaves, *inputs.fixed)
+        return loss.detach(), *torch.autograd.grad(loss, leaves)
+
+    def step_with_threads() -> tuple[Tensor, ...]:
+        before = torch.get_num_threads()
+        torch.set_num_threads(contender.threads or before)
+        try:
+            return step()
+        finally:
+            torch.set_num_threads(before)
+
+    return step_with_threads if contender.threads else step
+
+
+def check_agreement(case: Case, contender: Contender, n: int) -> None:
+    """Raises unless the contender's loss and gradients are ours: a comparison of costs needs the same result."""
+    inputs = case.make(n if contender.exact else min(n, SMALL))
+    half = torch.bfloat16 in (case.dtype, contender.dtype)
+    ours, theirs = (step_of(case, each, inputs)() for each in (case.contenders[0], contender))
+    for index, (expected, actual) in enumerate(zip(ours, theirs, strict=True)):
+        difference = (actual.double() - expected.double()).abs().max()
+        allowed = 0 if contender.exact else (1e-2 if half else 1e-3) * expected.double().abs().max()
+        if not difference <= allowed:
+            what = f"gradient {index - 1}" if index else "loss"
+            raise AssertionError(f"{case.name}: {what} of {contender.name} differs by {difference:.2g} from ours")
+
+
+def time_case(name: str, n: int) -> tuple[list[Row], dict[str, str]]:
+    """A row for each contender, timed in turns with a large product, and why the others have none."""
+    case = find(name)
+    skipped = {contender.name: reason for contender in case.contenders if (reason := contender.missing())}
+    contenders = [c for c in case.contenders if c.name not in skipped and n <= (c.largest or n)]
+    for contender in contenders[1:]:
+        check_agreement(case, contender, n)
+    inputs = case.make(n)
+    steps = {contender.name: step_of(case, contender, inputs) for contender in contenders}
+    seconds = _in_turns({**steps, "product": _product()})
+    rate = 2 * PRODUCT**3 / statistics.median(seconds["product"])
+    ours = statistics.median(seconds["ours"])
+    rows = [_row(case, contender, n, inputs, seconds[contender.name], rate) for contender in contenders]
+    for row in rows[1:]:
+        row["ratio"] = row["p50"] / ours
+    return rows, skipped
+
+
+def measure_peak(name: str, n: int, peer: str, cap_bytes: int | None = None) -> int | None:
+    """Bytes of resident memory above the inputs in one pass, gradients included; None above the cap."""
+    case = find(name)
+    contender = next(c for c in case.contenders if c.name == peer)
+    try:
+        peak = _peak(case, contender, n, case.make(n), cap_bytes)[0]
+    except (RuntimeError, MemoryError):
+        if cap_bytes is None:
+            raise
+        return None
+    return peak if cap_bytes is None or peak <= cap_bytes else None
+
+
+def measure_once(name: str, n: int) -> Row:
+    """The row of our only pass: its time and its peak."""
+    case = find(name)
+    inputs = case.make(n)
+    peak, seconds = _peak(case, case.contenders[0], n, inputs)
+    rate = 2 * PRODUCT**3 / statistics.median(_in_turns({"product": _product()})["product"])
+    return {**_row(case, case.contenders[0], n, inputs, [seconds], rate), "peak_bytes": peak}
+
+
+def _peak(case: Case, contender: Contender, n: int, inputs: Inputs, cap_bytes: int | None = None) -> tuple[int, float]:
+    step = step_of(case, contender, inputs)
+    # Loads what is loaded on first use; the compiler works for one size only.
+    (step if contender.compiled else step_of(case, contender, case.make(64)))()
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed and kept would hide as much of the peak
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts here
+    before = _status("VmRSS")
+    if cap_bytes is not None:
+        resource.setrlimit(resource.RLIMIT_AS, (_status("VmSize") + cap_bytes, resource.RLIM_INFINITY))
+    seconds = _seconds(step)
+    return _status("VmHWM") - before, seconds
+
+
+def _status(field: str) -> int:
+    """A line of /proc/self/status in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line.split()[1] for line in lines if line.startswith(field)))
+
+
+def _row(case: Case, contender: Contender, n: int, inputs: Inputs, seconds: list[float], rate: float) -> Row:
+    in_order = sorted(seconds)
+    p20, p80 = (in_order[round(q * (len(in_order) - 1))] for q in (0.2, 0.8))
+    p50 = statistics.median(in_order)
+    return {
+        "case": case.name, "peer": contender.name, "impl": resolve_impl("auto", CPU) if contender.own else "", "n": n,
+        "d": inputs.leaves[0].shape[1], "clusters": inputs.clusters,
+        "dtype": str(contender.dtype or case.dtype).removeprefix("torch."),
+        "threads": contender.threads or torch.get_num_threads(), "p20": p20, "p50": p50, "p80": p80,
+        # The rate is that of all threads.
+        "fraction_of_limit": None if contender.threads else inputs.operations / rate / p50,
+    }  # fmt: skip
+
+
+def _product() -> Callable[[], Tensor]:
+    a, b = (torch.randn(PRODUCT, PRODUCT) for _ in range(2))
+    return lambda: torch.mm(a, b)
+
+
+def _in_turns(steps: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
+    """Seconds of each step. A slow one is called less often, but all over the same stretch of time."""
+    first = {name: _seconds(step) for name, step in steps.items()}  # warms up, and says what a call costs
+    passes = {name: max(3 if t < 5 else 2, min(20, int(BUDGET / t))) for name, t in first.items()}
+    rounds = max(passes.values())
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(rounds):
+        for name, step in steps.items():
+            if turn * passes[name] // rounds != (turn - 1) * passes[name] // rounds:
+                seconds[name].append(_seconds(step))
+    return seconds
+
+
+def _seconds(step: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    step()
+    return time.perf_counter() - started
+
+
+def in_fresh_process(measure: Callable[..., Any], *arguments: object) -> Any:
+    """The result of a function of this module, in a process that has imported torch and computed nothing."""
+    # A fork of a server with torch imported saves 3 s a point; spawn would do as well.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["benchmarks.measure"])
+    for name in ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE"):  # one machine's tuning is not what a user runs
+        os.environ.pop(name, None)
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_answer, args=(sender, measure, arguments))
+    process.start()
+    sender.close()
+    try:
+        result, error = receiver.recv()
+    except EOFError:
+        result, error = None, "the process died"
+    process.join()
+    if error:
+        raise RuntimeError(f"{measure.__name__}{arguments}: {error} (exit code {process.exitcode})")
+    return result
+
+
+def _answer(sender: Any, measure: Callable[..., Any], arguments: tuple[object, ...]) -> None:
+    try:
+        sender.send((measure(*arguments), None))
+    except Exception:
+        sender.send((None, traceback.format_exc()))

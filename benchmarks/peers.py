@@ -1,0 +1,134 @@
+"""What people write or install instead of `mcl_kernels`: each peer is the same loss, so that only cost differs."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+TEMPERATURE = 0.2  # between SimCLR's 0.1 and 0.5; no cost depends on it
+SCALE = 1 / TEMPERATURE
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to compute the loss of a case, and the reason why it cannot run here, if there is one."""
+
+    name: str
+    loss: Callable[..., Tensor]
+    missing: Callable[[], str | None] = lambda: None
+    dtype: torch.dtype | None = None  # of its embeddings, where not the case's
+    threads: int | None = None  # where not all of them
+    largest: int | None = None  # samples; beyond, a step is too slow or too large to be measured
+    exact: bool = False  # must give our bits, not only our value
+    compiled: bool = False
+
+    @property
+    def own(self) -> bool:
+        return self.name.startswith(("ours", "own"))
+
+
+def dense_nt_xent(view_a: Tensor, view_b: Tensor, labels: Tensor | None = None) -> Tensor:
+    """What people write: all logits, a mask, cross entropy."""
+    n = len(view_a)
+    z = F.normalize(torch.cat((view_a, view_b)), dim=1)
+    logits = z @ z.T / TEMPERATURE
+    if labels is not None:
+        both = labels.repeat(2)
+        logits = logits.masked_fill_(both[:, None] != both, -math.inf)
+    return F.cross_entropy(logits.fill_diagonal_(-math.inf), torch.arange(2 * n).roll(n))
+
+
+def loop_nt_xent(view_a: Tensor, view_b: Tensor, labels: Tensor) -> Tensor:
+    """The best plain PyTorch: sorted once, then the dense loss of each cluster by itself."""
+    order, sizes = labels.argsort(), labels.unique(return_counts=True)[1].tolist()
+    total = view_a.new_zeros(())
+    for a, b in zip(view_a[order].split(sizes), view_b[order].split(sizes), strict=True):
+        total = total + dense_nt_xent(a, b) * len(a)
+    return total / len(view_a)
+
+
+def loop_logsumexp(rows: Tensor, labels: Tensor) -> Tensor:
+    """The mean of `masked_logsumexp` in its self form, one cluster at a time."""
+    parts = rows[labels.argsort()].split(labels.unique(return_counts=True)[1].tolist())
+    logits = ((SCALE * part @ part.T).fill_diagonal_(-math.inf) for part in parts)
+    return torch.cat([s.logsumexp(1) for s in logits]).mean()
+
+
+@functools.cache
+def _compiled_nt_xent() -> Callable[..., Tensor]:
+    # Static shapes: what a training loop gets, and faster than code for all sizes.
+    return torch.compile(dense_nt_xent, fullgraph=True, dynamic=False)
+
+
+def compiled_nt_xent(view_a: Tensor, view_b: Tensor, labels: Tensor) -> Tensor:
+    return _compiled_nt_xent()(view_a, view_b, labels)
+
+
+def lightly_nt_xent(view_a: Tensor, view_b: Tensor) -> Tensor:
+    from lightly.loss import NTXentLoss
+
+    return NTXentLoss(temperature=TEMPERATURE)(view_a, view_b)
+
+
+def metric_learning_nt_xent(view_a: Tensor, view_b: Tensor, labels: Tensor) -> Tensor:
+    """The pairs are those of the mask; the library compares every positive pair with every negative one."""
+    from pytorch_metric_learning.losses import NTXentLoss
+
+    sample, both = torch.arange(len(view_a)).repeat(2), labels.repeat(2)
+    same_sample = sample[:, None] == sample
+    negative = torch.where((both[:, None] == both) & ~same_sample)
+    positive = torch.where(same_sample.fill_diagonal_(False))
+    return NTXentLoss(temperature=TEMPERATURE)(torch.cat((view_a, view_b)), indices_tuple=(*positive, *negative))
+
+
+def dense_moco(query: Tensor, positive: Tensor, queue: Tensor) -> Tensor:
+    """MoCo's own lines; positive and queue come normalised."""
+    query = F.normalize(query, dim=1)
+    positive_logit = (query * positive).sum(1, keepdim=True)
+    logits = torch.cat((positive_logit, query @ queue.T), dim=1) / TEMPERATURE
+    return F.cross_entropy(logits, torch.zeros(len(query), dtype=torch.long))
+
+
+def dense_clip(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
+    """open_clip's two cross entropies of one product."""
+    logits, target = logit_scale * image @ text.T, torch.arange(len(image))
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+def _package(name: str) -> Callable[[], str | None]:
+    def missing() -> str | None:
+        try:
+            importlib.import_module(name)
+        except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision of another torch
+            return f"{name} cannot be imported ({error}); it comes with the bench extra"
+        return None
+
+    return missing
+
+
+def _no_compiler() -> str | None:
+    view, labels = torch.randn(8, 4), torch.zeros(8, dtype=torch.long)
+    try:
+        compiled_nt_xent(view, view, labels)
+    except Exception as error:  # each of the many parts of a compiler has its own
+        return f"torch.compile does not work here: {str(error).strip().splitlines()[0]}"
+    return None
+
+
+DENSE = Contender("eager, dense mask", dense_nt_xent)
+LOOP = Contender("eager, loop over clusters", loop_nt_xent)
+COMPILED = Contender("torch.compile, dense mask", compiled_nt_xent, missing=_no_compiler, compiled=True)
+LIGHTLY = Contender("lightly", lightly_nt_xent, missing=_package("lightly.loss"))
+METRIC_LEARNING = Contender(
+    "pytorch-metric-learning", metric_learning_nt_xent, missing=_package("pytorch_metric_learning.losses")
+)
+LOOP_LOGSUMEXP = Contender("eager, loop over clusters", loop_logsumexp)
+MOCO = Contender("eager, dense", dense_moco)
+CLIP = Contender("eager, dense", dense_clip)

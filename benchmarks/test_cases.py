@@ -1,0 +1,45 @@
+"""The same cases under pytest-benchmark: `pytest benchmarks`, with its --benchmark-json, --benchmark-compare and so on.
+
+Each case is a group. Sweeps over N are timed at their first size; the whole of them, the peaks, ratios and limits
+from one run are `python -m benchmarks`.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.cases import CASES, Case
+from benchmarks.measure import SMALL, check_agreement, step_of
+from benchmarks.peers import Contender
+
+pytest.importorskip("pytest_benchmark", reason="timing needs pytest-benchmark, of the bench extra")
+
+ALL = [
+    pytest.param(case, contender, id=f"{case.name}: {contender.name}")
+    for case in CASES
+    for contender in case.contenders
+]
+PEERS = [param for param in ALL if param.values[1].name != "ours"]
+
+
+def skip_if_missing(contender: Contender) -> None:
+    if reason := contender.missing():
+        pytest.skip(f"{contender.name}: {reason}")
+
+
+@pytest.mark.parametrize(("case", "contender"), PEERS)
+def test_same_loss(case: Case, contender: Contender) -> None:
+    skip_if_missing(contender)
+    check_agreement(case, contender, SMALL)
+
+
+@pytest.mark.parametrize(("case", "contender"), ALL)
+def test_time(benchmark, case: Case, contender: Contender) -> None:
+    skip_if_missing(contender)
+    n = case.sizes[0] if case.sizes else SMALL
+    if contender.name != "ours":
+        check_agreement(case, contender, n)
+    benchmark.group = case.name
+    benchmark.extra_info = {"reason": case.reason, "target": case.target, "n": n}
+    step = step_of(case, contender, case.make(n))
+    benchmark.pedantic(step, rounds=1 if case.once else 5, warmup_rounds=0 if case.once else 1)
