@@ -30,6 +30,7 @@ struct Tile {
   int64_t row, rows;
   int64_t column, columns;
   bool triangle;  // on the diagonal of the task: only column > row counts
+  bool whole;     // every pair is kept
 };
 
 // The products of a tile, later its logits or weights: row i at i * TILE_STRIDE.

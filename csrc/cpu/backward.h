@@ -74,7 +74,7 @@ void weigh(const Walk& walk, const Tile& tile, const PairWeights<T>& weights) {
   const T *column_factor = weights.columns.factor + tile.column, *column_lse = weights.columns.lse + tile.column;
   for (int64_t i = 0; i < tile.rows; i++) {
     T* row = walk.tile_row(i);
-    const Factor<T> scale(walk.scale(tile.row + i));
+    const Factor<T> scale = walk.factor(tile.row + i);
     const V factor = broadcast(weights.rows.factor[tile.row + i]), lse = broadcast(weights.rows.lse[tile.row + i]);
     V grad_scale{};
     const auto kept_columns = walk.kept_columns(tile, i);

@@ -35,7 +35,7 @@ void sum_bounded(const Walk& walk, const Tile& tile) {
   alignas(64) T column_sums[TILE] = {};
   for (int64_t i = 0; i < tile.rows; i++) {
     const T* products = walk.tile_row(i);
-    const Factor<T> scale(walk.scale(tile.row + i));
+    const Factor<T> scale = walk.factor(tile.row + i);
     V row_sum{};
     walk.kept_columns(tile, i).for_each_vector([&](int64_t j, auto kept) {
       const V e = where<T>(kept, exp_of_product(load<V>(products + j), scale), 0);
@@ -63,7 +63,7 @@ void sum_shifted(const Walk& walk, const Tile& tile, bool both_sides) {
 
   for (int64_t i = 0; i < tile.rows; i++) {
     T* logits = walk.tile_row(i);
-    const V scale = broadcast(walk.scale(tile.row + i));
+    const V scale = walk.factor(tile.row + i).natural;
     V maximum = broadcast(lowest);
     const auto kept_columns = walk.kept_columns(tile, i);
     kept_columns.for_each_vector([&](int64_t j, auto kept) {

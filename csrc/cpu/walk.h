@@ -23,18 +23,21 @@ class Walk {
       : problem(problem),
         task(task),
         tile_memory(arena.take<T>(TILE * TILE_STRIDE<T>)),
-        blocks_(arena, problem.width, task.rows, task.columns) {
+        blocks_(arena, problem.width, task.rows, task.columns),
+        one_factor_(problem.scale && problem.scale_stride == 0 ? *problem.scale : T(1)) {
     largest_product = blocks_.pack(problem, task);
   }
 
   int64_t query_row(int64_t i) const { return problem.query.order[task.row_begin + i]; }
   int64_t key_row(int64_t j) const { return problem.key.order[task.column_begin + j]; }
   T scale(int64_t i) const { return problem.scale[query_row(i) * problem.scale_stride]; }
+  Factor<T> factor(int64_t i) const { return problem.scale_stride ? Factor<T>(scale(i)) : one_factor_; }
 
   // Products of the tile's row i, later its logits or weights.
   T* tile_row(int64_t i) const { return tile_memory + i * TILE_STRIDE<T>; }
 
   KeptColumns<T> kept_columns(const Tile& tile, int64_t i) const {
+    if (tile.whole) return {0, tile.columns, 0, 0, nullptr, 0};
     const int64_t begin = task.column_begin + tile.column, row = task.row_begin + tile.row + i;
     KeptColumns<T> kept{0, tile.columns, problem.drop_begin[row] - begin, problem.drop_end[row] - begin, nullptr, 0};
     // Beyond the tile they may not fit the lanes.
@@ -60,8 +63,9 @@ class Walk {
       const int64_t last_row = task.diagonal ? smaller(task.rows, column + columns) : task.rows;
       blocks_.pack_columns(column, columns);
       for (int64_t row = 0; row < last_row; row += TILE) {
-        const Tile tile{row, smaller(TILE, last_row - row), column, columns, task.diagonal && row == column};
-        if (all_dropped(tile)) continue;
+        Tile tile{row, smaller(TILE, last_row - row), column, columns, task.diagonal && row == column, false};
+        tile.whole = none_dropped(tile);
+        if (!tile.whole && all_dropped(tile)) continue;
         blocks_.multiply(tile, tile_memory);
         visit(tile);
       }
@@ -74,6 +78,14 @@ class Walk {
 
  private:
   Blocks blocks_;
+  Factor<T> one_factor_;  // where all rows have one scale
+
+  // The dropped ranges of a segment begin and end later from row to row.
+  bool none_dropped(const Tile& tile) const {
+    const int64_t first = task.row_begin + tile.row, begin = task.column_begin + tile.column;
+    return !problem.query.code && !tile.triangle &&
+           (problem.drop_begin[first] >= begin + tile.columns || problem.drop_end[first + tile.rows - 1] <= begin);
+  }
 
   bool all_dropped(const Tile& tile) const {
     const int64_t row = task.row_begin + tile.row;
