@@ -6,13 +6,22 @@ BENCH := .venv-bench
 DEMO_FLAGS ?=
 CASES ?=
 
-.PHONY: demo test test-oldest lint types bench clean
+.PHONY: demo test sanitize test-oldest lint types bench clean
 
 demo: $(VENV)/installed-demo
 	$(VENV)/bin/mcl-kernels demo $(DEMO_FLAGS)
 
 test: $(VENV)/installed-test
 	$(VENV)/bin/python -m pytest -n logical
+
+# The kernels without torch, under AddressSanitizer with UndefinedBehaviorSanitizer and under ThreadSanitizer.
+sanitize: build/sanitized-address,undefined build/sanitized-thread
+	build/sanitized-address,undefined
+	build/sanitized-thread
+
+build/sanitized-%: $(wildcard csrc/cpu/*) tests/sanitized_kernels.cpp mcl_kernels/_native.py
+	mkdir -p build
+	$(PYTHON) -m tests.build_sanitized '$*' $@
 
 # The lower bounds of pyproject.toml: what `pip install mcl-kernels` may meet.
 test-oldest: $(OLDEST)/installed

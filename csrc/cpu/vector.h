@@ -128,7 +128,8 @@ inline Vector<float> exp2_of_parts(Vector<float> shifted, Vector<float> f) {
   p = p * f + 0x1.ebf9bcp-3f;
   p = p * f + 0x1.62e42ap-1f;
   p = p * f + 1.0f;
-  return (Vector<float>)((Mask<float>)p + ((Mask<float>)shifted << 23));
+  typedef uint32_t Bits __attribute__((vector_size(MCL_VECTOR_BYTES)));  // that may wrap
+  return (Vector<float>)((Bits)p + ((Bits)shifted << 23));
 }
 
 // A factor of logits, and the same in units of ln 2 to 48 bits: one float would shift all logits the same way.

@@ -1,0 +1,272 @@
+// The kernels without torch: forward, backward and counting against sums in double precision, and the same bits for any
+// number of threads. Built and run by `make sanitize` under AddressSanitizer and UndefinedBehaviorSanitizer, and
+// under ThreadSanitizer; threads are std::thread, since ThreadSanitizer does not know those of OpenMP.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "dispatch.h"
+#include "run.h"
+
+namespace {
+
+using mcl::Negatives;
+
+struct Rows {
+  int64_t size, width;
+  std::vector<float> values;
+  std::vector<uint16_t> halves;  // the same in bfloat16, where the case is of bfloat16
+  std::vector<int64_t> labels, ids;
+};
+
+struct Case {
+  const char* name;
+  int64_t queries, keys, width;  // keys 0: the self form
+  int64_t labels, ids;           // how many there are
+  Negatives negatives;
+  bool both_sides, bfloat16;
+  float scale;
+};
+
+Rows make_rows(int64_t size, const Case& c, uint32_t seed) {
+  std::mt19937 random(seed);
+  std::normal_distribution<float> normal(0, 1 / std::sqrt(float(c.width)));
+  Rows rows{size, c.width, {}, {}, {}, {}};
+  for (int64_t i = 0; i < size * c.width; i++) {
+    float value = normal(random);
+    if (c.bfloat16) {
+      uint32_t bits;
+      std::memcpy(&bits, &value, 4);
+      rows.halves.push_back(bits >> 16);
+      bits &= 0xffff0000u;
+      std::memcpy(&value, &bits, 4);
+    }
+    rows.values.push_back(value);
+  }
+  for (int64_t i = 0; i < size; i++) {
+    rows.labels.push_back(int64_t(random() % (c.labels + 1)) - 1);  // -1: matches nothing
+    rows.ids.push_back(c.keys ? random() % c.ids : i % c.ids);
+  }
+  return rows;
+}
+
+struct Results {
+  std::vector<float> row_lse, column_lse, grad_query, grad_key, grad_scale;
+  std::vector<int64_t> count;
+
+  bool same_bits(const Results& other) const {
+    const auto same = [](const auto& a, const auto& b) {
+      return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof a[0]) == 0);
+    };
+    return same(row_lse, other.row_lse) && same(column_lse, other.column_lse) && same(grad_query, other.grad_query) &&
+           same(grad_key, other.grad_key) && same(grad_scale, other.grad_scale) && same(count, other.count);
+  }
+};
+
+void on_threads(int64_t threads, const std::function<void(int64_t)>& work) {
+  std::vector<std::thread> pool;
+  for (int64_t thread = 0; thread < threads; thread++) pool.emplace_back(work, thread);
+  for (std::thread& thread : pool) thread.join();
+}
+
+float weight(int64_t i) { return 0.5f + i % 7; }  // the gradient of an LSE
+
+Results compute(const Case& c, const Rows& query, const Rows& key, int64_t threads) {
+  const bool self = !c.keys;
+  const mcl::Identity of_query{query.size, query.labels.data(), query.ids.data()};
+  const mcl::Identity of_key{key.size, key.labels.data(), key.ids.data()};
+  std::vector<int64_t> query_order(query.size), key_order(key.size), begin(query.size), end(query.size);
+  mcl::sort_rows(of_query, c.negatives, query_order.data());
+  mcl::sort_rows(of_key, c.negatives, key_order.data());
+  mcl::find_key_ranges(of_query, query_order.data(), of_key, key_order.data(), c.negatives, begin.data(), end.data());
+  const auto segments = mcl::find_segments(query.size, begin.data(), end.data());
+  const mcl::Dropped dropped =
+      mcl::find_dropped(of_query, query_order.data(), of_key, key_order.data(), c.negatives, segments);
+  const mcl::Schedule schedule = mcl::make_schedule(segments, query.size, key.size, self);
+
+  mcl::Problem<float> p{};
+  const auto side = [&](const Rows& rows, const std::vector<int64_t>& order, const std::vector<int32_t>& code) {
+    const void* data = c.bfloat16 ? static_cast<const void*>(rows.halves.data()) : rows.values.data();
+    const auto dtype = c.bfloat16 ? mcl::Dtype::bfloat16 : mcl::Dtype::float32;
+    return mcl::Side{data, rows.width, dtype, order.data(), code.empty() ? nullptr : code.data()};
+  };
+  p.query = side(query, query_order, dropped.query_code);
+  p.key = side(key, key_order, dropped.key_code);
+  p.width = c.width;
+  p.self = self;
+  p.scale = &c.scale;
+  p.drop_begin = dropped.begin.data();
+  p.drop_end = dropped.end.data();
+
+  const mcl::Kernels<float> kernels = mcl::choose_kernels<float>(c.bfloat16);
+  const int64_t bytes = kernels.workspace_bytes(c.width, schedule.most_rows, schedule.most_columns);
+  char* workspace = static_cast<char*>(std::aligned_alloc(64, threads * bytes));
+  const auto run = [&](mcl::TaskFunction<float> function) {
+    mcl::run_tasks<float>(schedule, function, p, threads, workspace, bytes, on_threads);
+  };
+
+  const float lowest = -INFINITY;
+  std::vector<float> row_shift(query.size, lowest), row_total(query.size), column_shift(key.size, lowest),
+      column_total(key.size);
+  p.row_shift = row_shift.data();
+  p.row_total = row_total.data();
+  if (self || c.both_sides) {
+    p.column_shift = self ? row_shift.data() : column_shift.data();
+    p.column_total = self ? row_total.data() : column_total.data();
+  }
+  run(kernels.forward);
+
+  Results r;
+  r.row_lse.resize(query.size);
+  for (int64_t i = 0; i < query.size; i++) r.row_lse[query_order[i]] = row_shift[i] + std::log(row_total[i]);
+  std::vector<float> row_grad, column_grad;
+  for (int64_t i = 0; i < query.size; i++) row_grad.push_back(weight(i));
+  p.row_lse = r.row_lse.data();
+  p.row_grad = row_grad.data();
+  if (self) {
+    p.column_lse = p.row_lse;
+    p.column_grad = p.row_grad;
+  } else if (c.both_sides) {
+    r.column_lse.resize(key.size);
+    for (int64_t j = 0; j < key.size; j++) r.column_lse[key_order[j]] = column_shift[j] + std::log(column_total[j]);
+    for (int64_t j = 0; j < key.size; j++) column_grad.push_back(weight(j));
+    p.column_lse = r.column_lse.data();
+    p.column_grad = column_grad.data();
+  }
+  r.grad_query.resize(query.size * c.width);
+  r.grad_key.resize(self ? 0 : key.size * c.width);
+  r.grad_scale.resize(query.size);
+  p.grad_query = r.grad_query.data();
+  p.grad_key = self ? nullptr : r.grad_key.data();
+  p.grad_scale = r.grad_scale.data();
+  run(kernels.backward);
+
+  if (!self) {
+    const std::vector<float> threshold(query.size, 0.01f);
+    r.count.resize(query.size);
+    p.threshold = threshold.data();
+    p.count = r.count.data();
+    run(kernels.count);
+  }
+  std::free(workspace);
+  return r;
+}
+
+bool kept(const Case& c, const Rows& query, int64_t i, const Rows& key, int64_t j) {
+  if (query.labels[i] < 0 || key.labels[j] < 0 || query.ids[i] == key.ids[j]) return false;
+  if (c.negatives == Negatives::all) return true;
+  return (query.labels[i] == key.labels[j]) == (c.negatives == Negatives::same);
+}
+
+Results definition(const Case& c, const Rows& query, const Rows& key) {
+  const int64_t n = query.size, m = key.size, d = c.width;
+  std::vector<double> row(n), column(m), products(n * m);
+  for (int64_t i = 0; i < n; i++)
+    for (int64_t j = 0; j < m; j++) {
+      if (!kept(c, query, i, key, j)) continue;
+      double& product = products[i * m + j];
+      for (int64_t k = 0; k < d; k++) product += double(query.values[i * d + k]) * key.values[j * d + k];
+      row[i] += std::exp(c.scale * product);
+      column[j] += std::exp(c.scale * product);
+    }
+  Results r;
+  for (double sum : row) r.row_lse.push_back(std::log(sum));
+  if (c.keys && c.both_sides)
+    for (double sum : column) r.column_lse.push_back(std::log(sum));
+  std::vector<double> grad_query(n * d), grad_key(m * d), grad_scale(n);
+  double total = 0;
+  for (int64_t i = 0; i < n; i++) {
+    if (c.keys) r.count.push_back(0);
+    for (int64_t j = 0; j < m; j++) {
+      if (!kept(c, query, i, key, j)) continue;
+      const double product = products[i * m + j];
+      if (c.keys) r.count.back() += !(product <= 0.01);
+      double w = weight(i) * std::exp(c.scale * product) / row[i];
+      if (c.keys && c.both_sides) w += weight(j) * std::exp(c.scale * product) / column[j];
+      total += w * product;
+      for (int64_t k = 0; k < d; k++) {
+        grad_query[i * d + k] += c.scale * w * key.values[j * d + k];
+        grad_key[j * d + k] += c.scale * w * query.values[i * d + k];
+      }
+    }
+  }
+  if (!c.keys)
+    for (int64_t i = 0; i < n * d; i++) grad_query[i] += grad_key[i];
+  r.grad_query.assign(grad_query.begin(), grad_query.end());
+  if (c.keys) r.grad_key.assign(grad_key.begin(), grad_key.end());
+  r.grad_scale.push_back(total);
+  return r;
+}
+
+bool near(const char* what, const std::vector<float>& got, const std::vector<float>& wanted, float tolerance) {
+  float largest = 0, error = 0;
+  bool same_infinities = got.size() == wanted.size();
+  for (size_t i = 0; i < wanted.size() && same_infinities; i++) {
+    same_infinities = std::isfinite(got[i]) == std::isfinite(wanted[i]);
+    if (!std::isfinite(wanted[i])) continue;
+    largest = std::max(largest, std::abs(wanted[i]));
+    error = std::max(error, std::abs(got[i] - wanted[i]));
+  }
+  const bool good = same_infinities && error <= tolerance * largest;
+  if (!good) std::printf("  %s: error %g of %g\n", what, error, largest);
+  return good;
+}
+
+bool check(const Case& c) {
+  const Rows query = make_rows(c.queries, c, 1), key = c.keys ? make_rows(c.keys, c, 2) : query;
+  const Results one = compute(c, query, key, 1), exact = definition(c, query, key);
+  bool good = true;
+  for (const int64_t threads : {2, 4})
+    if (!one.same_bits(compute(c, query, key, threads))) {
+      std::printf("  other bits with %d threads\n", int(threads));
+      good = false;
+    }
+  // The weights of bfloat16 rows are rounded to bfloat16.
+  const float gradient_tolerance = c.bfloat16 ? 1e-2f : 2e-5f;
+  good &= near("row LSE", one.row_lse, exact.row_lse, 1e-5f);
+  good &= near("column LSE", one.column_lse, exact.column_lse, 1e-5f);
+  good &= near("gradient of the queries", one.grad_query, exact.grad_query, gradient_tolerance);
+  good &= near("gradient of the keys", one.grad_key, exact.grad_key, gradient_tolerance);
+  float grad_scale = 0;
+  for (float part : one.grad_scale) grad_scale += part;
+  good &= near("gradient of the scale", {grad_scale}, exact.grad_scale, 1e-4f);
+  good &= one.count == exact.count;
+  std::printf("%-8s %-32s %s\n", mcl::instruction_set().c_str(), c.name, good ? "good" : "WRONG");
+  return good;
+}
+
+}  // namespace
+
+int main() {
+  // Sizes around a tile of 192 and a vector of 16; many blocks in one cluster; ids shared across labels.
+  const Case cases[] = {
+      {"self, one cluster", 700, 0, 20, 1, 700, Negatives::same, true, false, 5},
+      {"self, small clusters", 385, 0, 7, 60, 385, Negatives::same, true, false, 5},
+      {"self, two views", 400, 0, 33, 3, 200, Negatives::same, true, false, 100},
+      {"self, different", 300, 0, 16, 4, 40, Negatives::different, true, false, 5},
+      {"one direction", 193, 577, 17, 2, 100, Negatives::same, false, false, 10},
+      {"both directions", 500, 300, 64, 1, 300, Negatives::all, true, false, 100},
+      {"both directions, different", 200, 250, 3, 5, 50, Negatives::different, true, false, 5},
+      {"self, bfloat16", 450, 0, 40, 2, 225, Negatives::same, true, true, 5},
+      {"both directions, bfloat16", 210, 390, 129, 1, 100, Negatives::same, true, true, 20},
+      {"one row", 1, 0, 4, 1, 1, Negatives::same, true, false, 1},
+  };
+  bool good = true;
+  for (const char* name : {"amx", "avx512", "avx2", "portable"}) {
+    setenv("MCL_KERNELS_CPU", name, 1);
+    try {
+      mcl::instruction_set();
+    } catch (const std::runtime_error&) {
+      std::printf("%-8s does not run on this processor\n", name);
+      continue;
+    }
+    for (const Case& c : cases) good &= check(c);
+  }
+  return good ? 0 : 1;
+}
