@@ -42,11 +42,13 @@ class _Normalize(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
-        return _projected(*ctx.saved_tensors, grad)
+        (x,) = ctx.saved_tensors
+        return _projected(x, grad)
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor) -> Tensor:  # type: ignore[override]
-        return _projected(*ctx.saved_tensors, tangent)
+        (x,) = ctx.saved_tensors
+        return _projected(x, tangent)
 
 
 def _inverse_norm(x: Tensor) -> Tensor:

@@ -136,6 +136,21 @@ def test_a_cluster_far_below_zero(backend: Backend) -> None:
     assert lse[case.labels == 0].max() < -20
 
 
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_logits_at_both_ends_of_their_range(backend: Backend, bidirectional: bool) -> None:
+    # In one tile rows near 100 and rows near -100: one reference for both would lose the second.
+    case = make_case(60, 70, 16, n_clusters=None, with_ids=False, device=backend.device)
+    ends = torch.where(torch.arange(60, device=backend.device) % 2 == 0, 30.0, -30.0).unsqueeze(1)
+    direction = torch.eye(16, device=backend.device)[0]
+    query = torch.nn.functional.normalize(case.query + ends * direction, dim=1)
+    key = torch.nn.functional.normalize(case.key + 30.0 * direction, dim=1)
+    case = case._replace(query=query, key=key)
+    check(case, 100.0, backend, bidirectional=bidirectional)
+    lse = masked_logsumexp(query, key, scale=100.0, impl=backend.impl)
+    assert lse[0::2].min() > 90
+    assert lse[1::2].max() < -80
+
+
 ONE_SIDE = [("self", wanted) for wanted in (("query",), ("scale",))]
 TWO_SIDES = [("query",), ("key",), ("scale",), ("query", "key"), ("query", "scale"), ("key", "scale")]
 

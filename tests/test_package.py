@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import venv
@@ -11,6 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from mcl_kernels import _native
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = """
@@ -52,6 +55,10 @@ def test_the_wheel_in_a_fresh_environment(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("mcl_kernels-*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert not [name for name in names if not name.startswith(("mcl_kernels/", "mcl_kernels-"))]
+    assert wheel.name.endswith("-py3-none-any.whl")
+    sources = {f"mcl_kernels/csrc/cpu/{path.name}" for path in (ROOT / "csrc" / "cpu").iterdir()}
+    assert sources <= set(names)
+    assert not [name for name in names if name.endswith(".so")]
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
     venv.create(tmp_path / "venv", with_pip=True)
@@ -62,3 +69,23 @@ def test_the_wheel_in_a_fresh_environment(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     assert run(python, "-c", SCRIPT, cwd=tmp_path / "elsewhere") == "done\n"
     assert "blockwise" in run(tmp_path / "venv" / "bin" / "mcl-kernels", "info", cwd=tmp_path)
+
+
+@pytest.mark.slow
+def test_built_at_install_where_torch_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without build isolation the library is in the package, and nothing is built on first use."""
+    if not _native.describe()[0]:
+        pytest.skip(_native.describe()[1])
+    shutil.copytree(ROOT, tmp_path / "checkout", ignore=shutil.ignore_patterns(".*", "build", "*.egg-info"))
+    run(
+        sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--target",
+        tmp_path / "site", tmp_path / "checkout",
+    )  # fmt: skip
+    (library,) = (tmp_path / "site" / "mcl_kernels" / "lib").iterdir()
+    assert library.suffix == ".so"
+    code = "import sys; sys.path.insert(0, sys.argv[1] + '/site'); import torch, mcl_kernels\n"
+    code += "assert mcl_kernels.__file__.startswith(sys.argv[1]), mcl_kernels.__file__\n"
+    code += "mcl_kernels.masked_logsumexp(torch.eye(3), impl='native')"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    run(sys.executable, "-c", code, tmp_path, cwd=tmp_path)
+    assert not (tmp_path / "cache").exists()

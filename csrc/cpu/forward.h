@@ -5,8 +5,10 @@
 
 namespace mcl::MCL_INSTRUCTION_SET {
 
-// With |s_ij| at most this, no sum of exponentials leaves the range of fp32, and no maximum has to be found first.
+// With s_ij at most this above its reference, no sum of exponentials overflows fp32.
 constexpr double BOUNDED_LOGIT = 60;
+// Below this, what exp flushes to zero, 1e-38, could matter to a sum.
+constexpr double SMALLEST_SUM = 1e-26;
 
 template <class T>
 inline void merge(T& shift, T& total, T new_shift, T new_total) {
@@ -26,29 +28,44 @@ inline T finite_or_zero(T maximum) {
   return maximum - maximum == 0 ? maximum : T(0);
 }
 
-// |s_ij| <= BOUNDED_LOGIT: exp(s_ij) itself.
-template <bool BOTH_SIDES, class Walk>
-void sum_bounded(const Walk& walk, const Tile& tile) {
+// One reference for all pairs, log2_reference (a whole number) in units of ln 2: no maximum has to be found first. False,
+// with nothing merged, where the reference is too far above the logits of some row or column to tell their sum.
+template <bool BOTH_SIDES, bool ZERO, class Walk>
+bool sum_bounded(const Walk& walk, const Tile& tile, typename Walk::T log2_reference) {
   using T = typename Walk::T;
   using V = Vector<T>;
   const auto& p = walk.problem;
-  alignas(64) T column_sums[TILE] = {};
+  alignas(64) T row_sums[TILE], column_sums[TILE] = {};
   for (int64_t i = 0; i < tile.rows; i++) {
     const T* products = walk.tile_row(i);
     const Factor<T> scale = walk.factor(tile.row + i);
     V row_sum{};
     walk.kept_columns(tile, i).for_each_vector([&](int64_t j, auto kept) {
-      const V e = where<T>(kept, exp_of_product(load<V>(products + j), scale), 0);
+      const V x = load<V>(products + j);
+      const V e = where<T>(kept, ZERO ? exp_of_product(x, scale) : exp_of_product(x, scale, log2_reference), 0);
       row_sum += e;
       if (BOTH_SIDES) store(column_sums + j, load<V>(column_sums + j) + e);
     });
-    merge(p.row_shift[walk.task.row_begin + tile.row + i], p.row_total[walk.task.row_begin + tile.row + i], T(0), sum_lanes<T>(row_sum));
+    row_sums[i] = sum_lanes<T>(row_sum);
   }
-  if (BOTH_SIDES)
-    for (int64_t j = 0; j < tile.columns; j++) {
-      const int64_t column = walk.task.column_begin + tile.column + j;
-      merge(p.column_shift[column], p.column_total[column], T(0), column_sums[j]);
-    }
+
+  if (!ZERO) {
+    T smallest = row_sums[0];
+    for (int64_t i = 0; i < tile.rows; i++) smallest = smaller(smallest, row_sums[i]);
+    for (int64_t j = 0; j < tile.columns && BOTH_SIDES; j++) smallest = smaller(smallest, column_sums[j]);
+    if (smallest < SMALLEST_SUM) return false;
+  }
+  // The sums are in units of 2^log2_reference; exp(shift) is near it, and shift is no rounded number.
+  const T shift = __builtin_rint(log2_reference / LOG2_E), unit = __builtin_exp(log2_reference / LOG2_E - shift);
+  for (int64_t i = 0; i < tile.rows; i++) {
+    const int64_t row = walk.task.row_begin + tile.row + i;
+    merge(p.row_shift[row], p.row_total[row], shift, row_sums[i] * unit);
+  }
+  for (int64_t j = 0; j < tile.columns && BOTH_SIDES; j++) {
+    const int64_t column = walk.task.column_begin + tile.column + j;
+    merge(p.column_shift[column], p.column_total[column], shift, column_sums[j] * unit);
+  }
+  return true;
 }
 
 // Any logits: exp(s_ij - maximum), with the maximum of the row and with that of the column.
@@ -108,17 +125,22 @@ auto largest_scale(const Walk& walk) {
 
 template <class Blocks>
 void forward_task(const Problem<typename Blocks::Value>& problem, const Task& task, char* workspace) {
+  using T = typename Blocks::Value;
   Arena arena(workspace);
   Walk<Blocks> walk(problem, task, arena);
   const bool both_sides = problem.column_total;
-  const bool bounded = largest_scale(walk) * walk.largest_product <= BOUNDED_LOGIT;
+  // The reference is 0 for all but large logits, as those of CLIP, whose scale is up to 100.
+  const T bound = largest_scale(walk) * walk.largest_product;
+  const bool bounded = bound <= 4 * BOUNDED_LOGIT;
+  const T log2_reference = bound <= BOUNDED_LOGIT ? T(0) : T(__builtin_ceil((bound - BOUNDED_LOGIT) * LOG2_E));
   walk.for_each_tile([&](const Tile& tile) {
-    if (!bounded)
-      sum_shifted(walk, tile, both_sides);
-    else if (both_sides)
-      sum_bounded<true>(walk, tile);
-    else
-      sum_bounded<false>(walk, tile);
+    bool done = false;
+    if (bounded && log2_reference == 0)
+      done = both_sides ? sum_bounded<true, true>(walk, tile, 0) : sum_bounded<false, true>(walk, tile, 0);
+    else if (bounded)
+      done = both_sides ? sum_bounded<true, false>(walk, tile, log2_reference)
+                        : sum_bounded<false, false>(walk, tile, log2_reference);
+    if (!done) sum_shifted(walk, tile, both_sides);
   });
 }
 
