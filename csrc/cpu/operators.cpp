@@ -103,6 +103,8 @@ void parallel_for(int64_t threads, const std::function<void(int64_t)>& work) {
   });
 }
 
+constexpr int64_t SMALL_WORKSPACE = 16 << 20;  // bytes that nobody misses, whatever the size of the batch
+
 // A problem without its inputs and outputs of one direction, and all it points to.
 template <class T>
 struct Prepared {
@@ -141,8 +143,11 @@ struct Prepared {
 
   void run(TaskFunction<T> function, const Kernels<T>& kernels) const {
     if (schedule.tasks.empty()) return;
-    const int64_t threads = std::min(thread_count(), schedule.most_tasks);
     const int64_t bytes = kernels.workspace_bytes(problem.width, schedule.most_rows, schedule.most_columns);
+    // With the gradients at most three times the rows in all, however many threads there are.
+    const int64_t rows = query_rows.size(0) + (problem.self ? 0 : key_rows.size(0));
+    const int64_t affordable = std::max<int64_t>(2 * rows * problem.width * sizeof(T), SMALL_WORKSPACE) / bytes;
+    const int64_t threads = std::min({thread_count(), schedule.most_tasks, std::max<int64_t>(affordable, 1)});
     const Tensor memory = at::empty({threads * bytes + 64}, at::TensorOptions().dtype(at::kByte));
     const auto address = reinterpret_cast<uintptr_t>(memory.mutable_data_ptr());
     char* aligned = reinterpret_cast<char*>((address + 63) / 64 * 64);

@@ -8,7 +8,7 @@ Rows are sorted by (label, id) and met in blocks, each pair of blocks by one tas
 block, so each sum has one order for any number of threads. In the self form a pair is met once, for both its rows.
 
 Cost in products over the kept pairs: 0.5 + 1.5 (self), 1 + 3 (otherwise). Memory beyond inputs and outputs: the
-blocks that are being worked on, at most twice the rows, and 0.3 MiB a thread; fp32 gradients of half-precision inputs.
+blocks that are being worked on, at most 2 (N + M) D fp32 or 16 MiB; fp32 gradients of half-precision inputs.
 """
 
 from __future__ import annotations
