@@ -60,8 +60,9 @@ std::string instruction_set() {
   const char* forced = std::getenv("MCL_KERNELS_CPU");
   if (forced && *forced) {
     if (!runs_here(forced))
-      throw std::runtime_error("MCL_KERNELS_CPU must be amx, avx512, avx2 or portable, and run on this processor: got " +
-                               std::string(forced));
+      throw std::runtime_error(
+          "MCL_KERNELS_CPU must be amx, avx512, avx2 or portable, and run on this processor: got " +
+          std::string(forced));
     return forced;
   }
   for (const char* name : {"amx", "avx512", "avx2"})

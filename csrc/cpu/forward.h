@@ -28,8 +28,8 @@ inline T finite_or_zero(T maximum) {
   return maximum - maximum == 0 ? maximum : T(0);
 }
 
-// One reference for all pairs, log2_reference (a whole number) in units of ln 2: no maximum has to be found first. False,
-// with nothing merged, where the reference is too far above the logits of some row or column to tell their sum.
+// One reference for all pairs, log2_reference (a whole number) in units of ln 2: no maximum has to be found first.
+// False, with nothing merged, where it is too far above the logits of some row or column to tell their sum.
 template <bool BOTH_SIDES, bool ZERO, class Walk>
 bool sum_bounded(const Walk& walk, const Tile& tile, typename Walk::T log2_reference) {
   using T = typename Walk::T;
@@ -93,7 +93,8 @@ void sum_shifted(const Walk& walk, const Tile& tile, bool both_sides) {
     const T shift = finite_or_zero(largest_lane<T>(maximum));
     V row_sum{};
     kept_columns.for_each_vector([&](int64_t j, auto) { row_sum += exp_anywhere(load<V>(logits + j) - shift); });
-    merge(p.row_shift[walk.task.row_begin + tile.row + i], p.row_total[walk.task.row_begin + tile.row + i], shift, sum_lanes<T>(row_sum));
+    const int64_t row = walk.task.row_begin + tile.row + i;
+    merge(p.row_shift[row], p.row_total[row], shift, sum_lanes<T>(row_sum));
   }
 
   if (!both_sides) return;

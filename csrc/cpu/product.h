@@ -74,7 +74,9 @@ void multiply_add(const Operands<T>& o, Band band = {}) {
         const T* b = b_panel + first * o.b_stride;
         T* c = o.c + i * o.c_stride + j;
         const bool accumulate = o.accumulate || pass > 0;
-        const auto run = [&](auto kernel) { kernel(accumulate, end - first, a, o.a_stride, b, o.b_stride, c, o.c_stride); };
+        const auto run = [&](auto kernel) {
+          kernel(accumulate, end - first, a, o.a_stride, b, o.b_stride, c, o.c_stride);
+        };
         switch (vectors) {
           case 1: run(micro_kernel<T, 1, TRANSPOSED>); break;
           case 2: run(micro_kernel<T, 2, TRANSPOSED>); break;
