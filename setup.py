@@ -33,7 +33,9 @@ class BuildWithKernels(build_py):
         if self.editable_mode:  # a checkout is used as it is
             return
         package = Path(self.build_lib) / "mcl_kernels"
-        shutil.copytree(SOURCES, package / "csrc" / "cpu", dirs_exist_ok=True)
+        for directory in ("csrc", "lib"):  # an earlier build may have left other sources, of another library
+            shutil.rmtree(package / directory, ignore_errors=True)
+        shutil.copytree(SOURCES, package / "csrc" / "cpu")
         if NATIVE:
             try:
                 NATIVE.build(SOURCES, package / "lib" / NATIVE.library_name(SOURCES))

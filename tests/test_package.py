@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import venv
 import zipfile
 from pathlib import Path
@@ -77,6 +78,11 @@ def test_built_at_install_where_torch_is(tmp_path: Path, monkeypatch: pytest.Mon
     if not _native.describe()[0]:
         pytest.skip(_native.describe()[1])
     shutil.copytree(ROOT, tmp_path / "checkout", ignore=shutil.ignore_patterns(".*", "build", "*.egg-info"))
+    # What an earlier build of other sources left behind would make the library that of nobody's sources.
+    built = f"lib.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+    stale = tmp_path / "checkout" / "build" / built / "mcl_kernels" / "csrc" / "cpu" / "removed.h"
+    stale.parent.mkdir(parents=True)
+    stale.write_text("// of an earlier version")
     run(
         sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--target",
         tmp_path / "site", tmp_path / "checkout",
