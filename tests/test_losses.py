@@ -322,6 +322,21 @@ def test_duplicates_are_negatives_unless_they_share_an_id(backend: Backend) -> N
     torch.testing.assert_close(shared, decoupled + torch.log(torch.tensor(2.0)))
 
 
+def test_derivatives_through_the_normalisation() -> None:
+    """In both modes, of second order and under torch.func, since it has a derivative of its own."""
+    x, y, tangent = torch.randn(3, 6, 4, dtype=torch.float64)
+
+    def loss(x: Tensor) -> Tensor:
+        return nt_xent(x, y, impl="reference")
+
+    derivative = torch.func.jvp(loss, (x,), (tangent,))[1]
+    torch.testing.assert_close(derivative, (torch.func.grad(loss)(x) * tangent).sum())
+    x.requires_grad_()
+    assert torch.autograd.gradcheck(loss, (x,), check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(loss, (x,))
+    assert torch.func.hessian(loss)(x.detach()).isfinite().all()
+
+
 # --- dtypes and autocast --------------------------------------------------------------------------------------
 
 
