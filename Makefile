@@ -19,9 +19,8 @@ sanitize: build/sanitized-address,undefined build/sanitized-thread
 	build/sanitized-address,undefined
 	build/sanitized-thread
 
-build/sanitized-%: $(wildcard csrc/cpu/*) tests/sanitized_kernels.cpp mcl_kernels/_native.py
-	mkdir -p build
-	$(PYTHON) -m tests.build_sanitized '$*' $@
+build/sanitized-%: $(wildcard csrc/cpu/*) tests/sanitized_kernels.cpp mcl_kernels/_native.py | $(VENV)/installed-test
+	$(VENV)/bin/python -m tests.build_sanitized '$*' $@
 
 # The lower bounds of pyproject.toml: what `pip install mcl-kernels` may meet.
 test-oldest: $(OLDEST)/installed

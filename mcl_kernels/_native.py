@@ -51,7 +51,7 @@ def library_name(sources: Path) -> str:
     import torch
 
     digest = hashlib.sha256(repr((torch.__version__, platform.machine(), FLAGS, INSTRUCTION_SETS)).encode())
-    for path in sorted(sources.iterdir()):
+    for path in sorted([*sources.glob("*.cpp"), *sources.glob("*.h")]):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return f"mcl_kernels_native-{digest.hexdigest()[:16]}.so"
 
@@ -74,32 +74,47 @@ def build(sources: Path, library: Path) -> None:
     """
     import torch
 
-    compiler = find_compiler()
     torch_directory = Path(torch.__file__).parent
     includes = [f"-isystem{torch_directory / 'include' / part}" for part in (".", "torch/csrc/api/include")]
     # The OpenMP calls resolve to the runtime that torch has loaded: linking another would mean two pools of threads.
     openmp = ["-Xclang", "-fopenmp"] if sys.platform == "darwin" else ["-fopenmp"]
-    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"
+    undefined = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
+    libraries = [f"-L{torch_directory / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
+    # The one source that includes torch takes longest, so it comes first.
+    compile_and_link(
+        {sources / "operators.cpp": [*includes, *openmp], **kernel_sources(sources)},
+        [*FLAGS, f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"],
+        ["-shared", *libraries, *undefined],
+        library,
+    )
+
+
+def kernel_sources(sources: Path) -> dict[Path, list[str]]:
+    """The sources without torch that this machine compiles, each with the flags of its instruction set."""
     intel = platform.machine() in ("x86_64", "AMD64")
-    names = [path.name for path in sorted(sources.glob("*.cpp")) if intel or path.name not in INSTRUCTION_SETS]
-    # The one source that includes torch takes longest.
-    names.sort(key=lambda name: name != "operators.cpp")
+    names = [path.name for path in sorted(sources.glob("*.cpp")) if path.name != "operators.cpp"]
+    return {sources / name: INSTRUCTION_SETS.get(name, []) for name in names if intel or name not in INSTRUCTION_SETS}
 
-    library.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=library.parent, prefix=".build-") as directory:
-        objects = [Path(directory) / f"{name}.o" for name in names]
 
-        def compile_source(name: str, output: Path) -> None:
-            special = [*includes, *openmp] if name == "operators.cpp" else INSTRUCTION_SETS.get(name, [])
-            _run(compiler, *FLAGS, abi, *special, "-c", str(sources / name), "-o", str(output))
+def compile_and_link(sources: dict[Path, list[str]], flags: list[str], link: list[str], output: Path) -> None:
+    """Compiles each source with its own flags and all of `flags`, side by side, and links them with those of `link`.
+
+    Raises:
+        NativeUnavailableError: as `build`.
+    """
+    compiler = find_compiler()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".build-") as directory:
+        objects = {source: f"{directory}/{source.name}.o" for source in sources}
+
+        def compile_source(source: Path) -> None:
+            _run(compiler, *flags, *sources[source], "-c", str(source), "-o", objects[source])
 
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-            list(pool.map(compile_source, names, objects))
-        linked = Path(directory) / library.name
-        undefined = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
-        libraries = [f"-L{torch_directory / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
-        _run(compiler, "-shared", *map(str, objects), *libraries, *undefined, "-o", str(linked))
-        linked.replace(library)
+            list(pool.map(compile_source, sources))
+        linked = Path(directory) / output.name
+        _run(compiler, *flags, *objects.values(), *link, "-o", str(linked))
+        linked.replace(output)
 
 
 def _run(*command: str) -> None:
@@ -134,23 +149,19 @@ def _remembered_failure(library: Path, compiler: str) -> str | None:
     return f"{reason} (delete {path} to try again)" if failed == compiler else None
 
 
-def find_library() -> Path | None:
-    """The library for this torch, where it is built."""
-    sources = source_directory()
-    name = library_name(sources)
-    for path in (PACKAGE / "lib" / name, cache_directory() / name):
-        if path.exists():
-            return path
-    return None
+def _places() -> tuple[Path, Path]:
+    """Where the library for this torch lies: in the package, or in the cache, into which it is built."""
+    name = library_name(source_directory())
+    return PACKAGE / "lib" / name, cache_directory() / name
 
 
 def _find_or_build() -> Path:
-    if found := find_library():
-        return found
+    installed, library = _places()
+    for place in (installed, library):
+        if place.exists():
+            return place
     if sys.platform == "win32":
         raise NativeUnavailableError("the native kernels are built with GCC or Clang, not on Windows")
-    sources = source_directory()
-    library = cache_directory() / library_name(sources)
     compiler = find_compiler()
     if reason := _remembered_failure(library, compiler):
         raise NativeUnavailableError(reason)
@@ -168,7 +179,7 @@ def _find_or_build() -> Path:
                 )
                 started = time.monotonic()
                 try:
-                    build(sources, library)
+                    build(source_directory(), library)
                 except NativeUnavailableError as error:
                     library.with_suffix(".failed").write_text(f"{compiler}\n{error}")
                     raise
@@ -214,10 +225,11 @@ def usable() -> bool:
 def describe() -> tuple[bool, str]:
     """Whether the kernels are or can be built here, and how that stands; builds nothing."""
     try:
-        if find_library():
+        installed, library = _places()
+        if installed.exists() or library.exists():
             return True, "C++ kernels by tiles in sorted order (csrc/cpu), built for this torch"
         compiler = find_compiler()
-        if reason := _remembered_failure(cache_directory() / library_name(source_directory()), compiler):
+        if reason := _remembered_failure(library, compiler):
             return False, reason
         return True, f"C++ kernels by tiles in sorted order (csrc/cpu), to be built on first use by {compiler}"
     except NativeUnavailableError as error:

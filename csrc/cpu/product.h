@@ -1,15 +1,15 @@
-// C += A B of blocks that lie in the cache: the one routine all matrix products of this library go through.
+// C += A B of blocks that lie in the cache, on the vector unit.
 #pragma once
 
 #include "vector.h"
 
 namespace mcl::MCL_INSTRUCTION_SET {
 
-constexpr int64_t GROUP = 6;  // rows of C that a micro-kernel holds in registers; blocks are padded to it
+constexpr int64_t GROUP = 6;    // rows of C that a micro-kernel holds in registers; blocks are padded to it
 constexpr int64_t DEPTH = 128;  // of one pass over C: a panel of B that deep stays in the first-level cache
 
 template <class T>
-constexpr int64_t PANEL = MCL_PANEL_VECTORS* LANES<T>;  // columns of C that a micro-kernel holds
+constexpr int64_t PANEL = MCL_PANEL_VECTORS * LANES<T>;  // columns of C that a micro-kernel holds
 
 // Which part of A is not zero, where it is a triangle: row group i uses depth first + i .. last + i + GROUP - 1.
 struct Band {
