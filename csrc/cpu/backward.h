@@ -133,10 +133,10 @@ void backward_task(const Problem<typename Blocks::Value>& p, const Task& task, c
   const PairWeights<T> weights(arena, p, task);
   // In the self form columns are rows, and on its diagonal those of the same block.
   T* whole_grad_key = p.self ? p.grad_query : p.grad_key;
-  const BlockGradient<T> rows(arena, p.grad_query, p.query.order + task.row_begin, task.rows, task.first_of_rows,
-                              p.width);
+  const BlockGradient<T> rows(arena, p.grad_query, p.query.order + task.row_begin, task.rows,
+                              task.before_of_rows == NO_TASK, p.width);
   const BlockGradient<T> columns(arena, task.diagonal ? nullptr : whole_grad_key, p.key.order + task.column_begin,
-                                 task.columns, task.first_of_columns, p.width);
+                                 task.columns, task.before_of_columns == NO_TASK, p.width);
   T* grad_columns = task.diagonal ? rows.sums : columns.sums;
 
   walk.for_each_tile([&](const Tile& tile) {

@@ -93,27 +93,23 @@ struct Blocks {
   int64_t length(int64_t block) const { return start(block + 1) - start(block); }
 };
 
+// The tasks of each segment fall into rounds in which no two share a block. Rounds of different segments run side by
+// side, those that end a segment last: so a long chain of rounds begins first, and a task seldom has to wait.
 class Rounds {
  public:
-  void add(int64_t round, const Task& task) {
-    if (round >= int64_t(rounds_.size())) rounds_.resize(round + 1);
-    rounds_[round].push_back(task);
-  }
-
   // The upper triangle of `blocks` against themselves, as a round robin: each block meets every other once, and
   // itself in the round in which it would sit out (with an even number of blocks: in a round of its own).
   void add_triangle(const Blocks& blocks) {
     const int64_t players = blocks.count % 2 ? blocks.count : blocks.count - 1;  // that move in the circle
+    const int64_t rounds = blocks.count;
     for (int64_t round = 0; round < players; round++) {
+      const int64_t left = rounds - round;
+      add_pair(left, blocks, round, players < blocks.count ? players : round);
       for (int64_t k = 1; k <= players / 2; k++)
-        add_pair(round, blocks, (round + k) % players, (round - k + players) % players);
-      if (players < blocks.count)
-        add_pair(round, blocks, round, players);
-      else
-        add_pair(round, blocks, round, round);
+        add_pair(left, blocks, (round + k) % players, (round - k + players) % players);
     }
     if (players < blocks.count)
-      for (int64_t block = 0; block < blocks.count; block++) add_pair(players, blocks, block, block);
+      for (int64_t block = 0; block < blocks.count; block++) add_pair(1, blocks, block, block);
   }
 
   // All pairs of row and column blocks, as a Latin square.
@@ -122,50 +118,52 @@ class Rounds {
     for (int64_t round = 0; round < size; round++)
       for (int64_t row = 0; row < rows.count; row++) {
         const int64_t column = (row + round) % size;
-        if (column >= columns.count) continue;
-        add(round, {rows.start(row), rows.length(row), columns.start(column), columns.length(column), false,
-                    false, false});
+        if (column < columns.count) add(size - round, rows, row, columns, column, false);
       }
   }
 
-  // The largest task of a round first.
   Schedule schedule(int64_t queries, int64_t keys, bool self) {
+    // The smallest tasks at the very end, so that all threads finish together.
+    const auto cost = [](const Task& task) { return task.rows * task.columns / (task.diagonal ? 2 : 1); };
+    if (!rounds_.empty())
+      std::stable_sort(rounds_[0].begin(), rounds_[0].end(),
+                       [&](const Task& a, const Task& b) { return cost(a) > cost(b); });
+
     Schedule result;
-    result.rounds.push_back(0);
     result.met_queries.resize(queries);
     result.met_keys.resize(self ? 0 : keys);
-    std::vector<bool>& met_keys = self ? result.met_queries : result.met_keys;
-    const auto cost = [](const Task& task) { return task.rows * task.columns / (task.diagonal ? 2 : 1); };
-    for (std::vector<Task>& round : rounds_) {
-      std::stable_sort(round.begin(), round.end(), [&](const Task& a, const Task& b) { return cost(a) > cost(b); });
-      for (Task& task : round) {
-        task.first_of_rows = meet(result.met_queries, task.row_begin, task.rows);
-        task.first_of_columns = meet(met_keys, task.column_begin, task.columns);
+    std::vector<int64_t> last_of_query(queries, NO_TASK), last_of_key(self ? 0 : keys, NO_TASK);  // where blocks begin
+    for (auto round = rounds_.rbegin(); round != rounds_.rend(); ++round) {
+      for (Task& task : *round) {
+        int64_t& last_of_rows = last_of_query[task.row_begin];
+        int64_t& last_of_columns = (self ? last_of_query : last_of_key)[task.column_begin];
+        task.before_of_rows = last_of_rows;
+        task.before_of_columns = last_of_columns;
+        last_of_rows = last_of_columns = result.tasks.size();
+        result.tasks.push_back(task);
         result.most_rows = std::max(result.most_rows, task.rows);
         result.most_columns = std::max(result.most_columns, task.columns);
+        std::fill_n(result.met_queries.begin() + task.row_begin, task.rows, true);
+        std::fill_n((self ? result.met_queries : result.met_keys).begin() + task.column_begin, task.columns, true);
       }
-      result.most_tasks = std::max<int64_t>(result.most_tasks, round.size());
-      result.tasks.insert(result.tasks.end(), round.begin(), round.end());
-      result.rounds.push_back(result.tasks.size());
-      std::vector<Task>().swap(round);
+      result.most_tasks = std::max<int64_t>(result.most_tasks, round->size());
+      std::vector<Task>().swap(*round);
     }
     return result;
   }
 
  private:
-  std::vector<std::vector<Task>> rounds_;
+  std::vector<std::vector<Task>> rounds_;  // by how many rounds of its segment are left after it
 
-  // Blocks are met whole.
-  static bool meet(std::vector<bool>& met, int64_t begin, int64_t count) {
-    if (met[begin]) return false;
-    std::fill_n(met.begin() + begin, count, true);
-    return true;
+  // `left` counts the round itself.
+  void add(int64_t left, const Blocks& rows, int64_t row, const Blocks& columns, int64_t column, bool diagonal) {
+    if (left > int64_t(rounds_.size())) rounds_.resize(left);
+    rounds_[left - 1].push_back({rows.start(row), rows.length(row), columns.start(column), columns.length(column),
+                                 diagonal, NO_TASK, NO_TASK});
   }
 
-  void add_pair(int64_t round, const Blocks& blocks, int64_t a, int64_t b) {
-    const int64_t row = std::min(a, b), column = std::max(a, b);
-    add(round, {blocks.start(row), blocks.length(row), blocks.start(column), blocks.length(column), row == column,
-                false, false});
+  void add_pair(int64_t left, const Blocks& blocks, int64_t a, int64_t b) {
+    add(left, blocks, std::min(a, b), blocks, std::max(a, b), a == b);
   }
 };
 

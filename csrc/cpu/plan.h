@@ -1,4 +1,4 @@
-// Which pairs are kept, in the order the kernels visit them, and the rounds of tasks that cover them.
+// Which pairs are kept, in the order the kernels visit them, and the tasks that cover them.
 //
 //   keep_ij = match(y_i, y_j) and u_i != u_j        y: pseudo label, u: sample id
 //
@@ -47,14 +47,13 @@ struct Dropped {
 Dropped find_dropped(const Identity& query, const int64_t* query_order, const Identity& key, const int64_t* key_order,
                      Negatives negatives, const std::vector<Segment>& segments);
 
-// Tasks of one round share no row and no column block, so a round needs no locks, and every sum is taken in the order
-// of the rounds whatever the number of threads.
+// Tasks that share a row or a column block run one after the other, in the order they stand here: that needs no locks,
+// and every sum has one order whatever the number of threads.
 struct Schedule {
-  std::vector<Task> tasks;      // round by round, the largest of a round first
-  std::vector<int64_t> rounds;  // where each begins, and where the last ends
+  std::vector<Task> tasks;
   std::vector<bool> met_queries, met_keys;  // by any task; no keys in the self form
   int64_t most_rows = 0, most_columns = 0;  // of a task
-  int64_t most_tasks = 0;                   // of a round
+  int64_t most_tasks = 0;                   // that may run at once
 };
 
 // Blocks are as large as leaves a large segment enough tasks for many threads: each packs its rows and passes over

@@ -47,12 +47,14 @@ struct Problem {
   int64_t* count;      // [N], original order
 };
 
+constexpr int64_t NO_TASK = -1;
+
 // A rectangle of sorted queries and keys. On the diagonal both ranges are the same, and pairs with column > row count.
 struct Task {
   int64_t row_begin, rows;
   int64_t column_begin, columns;
   bool diagonal;
-  bool first_of_rows, first_of_columns;  // no earlier task has these queries, these keys
+  int64_t before_of_rows, before_of_columns;  // the last task before it that has these queries, these keys
 };
 
 template <class T>
