@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <numeric>
 #include <stdexcept>
+#include <thread>
 
 namespace mcl {
 namespace {
@@ -85,11 +86,15 @@ void find_codes(const Identity& query, const int64_t* query_order, const Identit
   for (int64_t j = 0; j < key.size; j++) dropped.key_code[j] = code[n + key_order[j]];
 }
 
-// Equal parts of `size`, of at most `most` each.
+// Nearly equal parts of `size`, of about `most` at most, in whole grains but for the last.
 struct Blocks {
+  static constexpr int64_t GRAIN = 48;  // whole groups of 6 rows, and whole vectors of 16 columns
   int64_t begin, size, count;
   Blocks(int64_t begin, int64_t size, int64_t most) : begin(begin), size(size), count((size + most - 1) / most) {}
-  int64_t start(int64_t block) const { return begin + size * block / count; }
+  int64_t start(int64_t block) const {
+    const int64_t grains = (size + GRAIN - 1) / GRAIN;
+    return begin + std::min(size, grains * block / count * GRAIN);
+  }
   int64_t length(int64_t block) const { return start(block + 1) - start(block); }
 };
 
@@ -244,9 +249,16 @@ Dropped find_dropped(const Identity& query, const int64_t* query_order, const Id
   return dropped;
 }
 
-// The largest blocks that leave a round enough tasks, wherever most of the work lies.
+// Tasks that should be able to run at once: enough for any number of threads that this machine has cores for. The
+// number of threads itself has no say, since the blocks decide the order of the sums.
+int64_t enough_tasks() {
+  static const int64_t tasks = std::clamp<int64_t>(2 * std::thread::hardware_concurrency(), 4, 64);
+  return tasks;
+}
+
+// The largest blocks that leave enough tasks side by side, wherever most of the work lies.
 int64_t block_size(const std::vector<Segment>& segments, bool self) {
-  constexpr int64_t FEWEST_ROWS = 96, MOST_ROWS = 1024, ENOUGH_TASKS = 8;
+  constexpr int64_t FEWEST_ROWS = 96, MOST_ROWS = 1024;
   for (int64_t size = MOST_ROWS;; size = size * 3 / 4) {
     // In pairs of rows: all there is to do, and what the longest chain of rounds of one segment has.
     double work = 0, chain = 0;
@@ -259,7 +271,7 @@ int64_t block_size(const std::vector<Segment>& segments, bool self) {
       else
         chain = std::max(chain, std::max(queries / rows, keys / columns) * rows * columns);
     }
-    if (chain * ENOUGH_TASKS <= work || size <= FEWEST_ROWS) return std::max(size, FEWEST_ROWS);
+    if (chain * enough_tasks() <= work || size <= FEWEST_ROWS) return std::max(size, FEWEST_ROWS);
   }
 }
 

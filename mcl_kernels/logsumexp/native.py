@@ -4,8 +4,9 @@
     backward  W_ij = where(keep_ij, gb_i exp(s_ij - b_i) + gc_j exp(s_ij - c_j), 0)
               dq_i = scale_i sum_j W_ij k_j,  dk_j = sum_i scale_i W_ij q_i,  dscale_i = sum_j W_ij <q_i, k_j>
 
-Rows are sorted by (label, id) and met in blocks, each pair of blocks by one task; tasks run in rounds that share no
-block, so each sum has one order for any number of threads. In the self form a pair is met once, for both its rows.
+Rows are sorted by (label, id) and met in blocks, each pair of blocks by one task. Tasks that share a block run in one
+order, so the bits of a result are those of the machine (its instructions and how many cores it has), whatever the
+number of threads. In the self form a pair is met once, for both its rows.
 
 Cost in products over the kept pairs: 0.5 + 1.5 (self), 1 + 3 (otherwise). Memory beyond inputs and outputs: the
 blocks that are being worked on, at most 2 (N + M) D fp32 or 16 MiB; fp32 gradients of half-precision inputs.
