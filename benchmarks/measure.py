@@ -20,7 +20,6 @@ from benchmarks.cases import CASES, Case, Inputs
 from benchmarks.peers import Contender
 from mcl_kernels.logsumexp.api import resolve_impl
 
-SMALL = 128  # samples: losses are compared there, every cluster has pairs, and cubic memory still fits
 BUDGET = 3.0  # seconds for the passes of one contender
 CPU = torch.device("cpu")
 PRODUCT = 2048  # rows and columns of the product whose rate is the limit's
@@ -55,7 +54,7 @@ def step_of(case: Case, contender: Contender, inputs: Inputs) -> Step:
 
 def check_agreement(case: Case, contender: Contender, n: int) -> None:
     """Raises unless the contender's loss and gradients are ours: a comparison of costs needs the same result."""
-    inputs = case.make(n if contender.exact else min(n, SMALL))
+    inputs = case.make(n)
     half = torch.bfloat16 in (case.dtype, contender.dtype)
     ours, theirs = (step_of(case, each, inputs)() for each in (case.contenders[0], contender))
     for index, (expected, actual) in enumerate(zip(ours, theirs, strict=True)):

@@ -14,6 +14,10 @@
 #include "dispatch.h"
 #include "run.h"
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
+
 namespace {
 
 using mcl::Negatives;
@@ -32,6 +36,7 @@ struct Case {
   Negatives negatives;
   bool both_sides, bfloat16;
   float scale;
+  int64_t enough_tasks = 16;  // fewer: larger blocks
 };
 
 Rows make_rows(int64_t size, const Case& c, uint32_t seed) {
@@ -88,7 +93,7 @@ Results compute(const Case& c, const Rows& query, const Rows& key, int64_t threa
   const auto segments = mcl::find_segments(query.size, begin.data(), end.data());
   const mcl::Dropped dropped =
       mcl::find_dropped(of_query, query_order.data(), of_key, key_order.data(), c.negatives, segments);
-  const mcl::Schedule schedule = mcl::make_schedule(segments, query.size, key.size, self);
+  const mcl::Schedule schedule = mcl::make_schedule(segments, query.size, key.size, self, c.enough_tasks);
 
   mcl::Problem<float> p{};
   const auto side = [&](const Rows& rows, const std::vector<int64_t>& order, const std::vector<int32_t>& code) {
@@ -154,6 +159,9 @@ Results compute(const Case& c, const Rows& query, const Rows& key, int64_t threa
     p.count = r.count.data();
     run(kernels.count);
   }
+#if defined(__SANITIZE_ADDRESS__)
+  __asan_unpoison_memory_region(workspace, threads * bytes);
+#endif
   std::free(workspace);
   return r;
 }
@@ -255,6 +263,10 @@ int main() {
       {"both directions, different", 200, 250, 3, 5, 50, Negatives::different, true, false, 5},
       {"self, bfloat16", 450, 0, 40, 2, 225, Negatives::same, true, true, 5},
       {"both directions, bfloat16", 210, 390, 129, 1, 100, Negatives::same, true, true, 20},
+      {"self, a block of many tiles", 576, 0, 20, 1, 576, Negatives::same, true, false, 5, 1},
+      {"self, blocks of one tile", 1150, 0, 9, 1, 1150, Negatives::same, true, false, 5, 3},
+      {"both directions, large blocks", 400, 577, 12, 1, 300, Negatives::same, true, false, 5, 1},
+      {"self, bfloat16, large blocks", 576, 0, 40, 1, 576, Negatives::same, true, true, 5, 1},
       {"one row", 1, 0, 4, 1, 1, Negatives::same, true, false, 1},
   };
   bool good = true;

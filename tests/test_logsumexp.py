@@ -70,6 +70,14 @@ def test_one_row_and_one_column_beyond_a_tile(backend: Backend, poisoned_memory:
     check(case, 10.0, backend, bidirectional=form == "both")
 
 
+@pytest.mark.parametrize("n_clusters", [None, 4, 9])
+@pytest.mark.parametrize("form", FORMS)
+def test_clusters_of_many_tiles(backend: Backend, form: str, n_clusters: int | None) -> None:
+    """One that is shared by many threads, and several that are each for one thread alone."""
+    case = make_case(2700, None if form == "self" else 2000, 24, n_clusters=n_clusters, device=backend.device)
+    check(case, 5.0, backend, bidirectional=form == "both")
+
+
 @pytest.mark.parametrize("d", FEATURES)
 @pytest.mark.parametrize("form", FORMS)
 def test_features(backend: Backend, poisoned_memory: None, d: int, form: str) -> None:

@@ -11,6 +11,7 @@
 #include <cmath>
 #include <optional>
 #include <string>
+#include <thread>
 #include <tuple>
 #include <vector>
 
@@ -103,6 +104,13 @@ void parallel_for(int64_t threads, const std::function<void(int64_t)>& work) {
   });
 }
 
+// Tasks that should be able to run side by side: enough for as many threads as this machine has cores. How many threads
+// there are has no say, since the blocks decide the order of the sums.
+int64_t enough_tasks() {
+  static const int64_t tasks = std::clamp<int64_t>(2 * std::thread::hardware_concurrency(), 4, 64);
+  return tasks;
+}
+
 constexpr int64_t SMALL_WORKSPACE = 16 << 20;  // bytes that nobody misses, whatever the size of the batch
 
 // A problem without its inputs and outputs of one direction, and all it points to.
@@ -123,7 +131,7 @@ struct Prepared {
         find_segments(n, plan.key_begin.const_data_ptr<int64_t>(), plan.key_end.const_data_ptr<int64_t>());
     dropped =
         find_dropped(identities.query, query_order, identities.key, key_order, identities.negatives, segments);
-    schedule = make_schedule(segments, n, m, self);
+    schedule = make_schedule(segments, n, m, self, enough_tasks());
 
     const auto code = [](const std::vector<int32_t>& codes) { return codes.empty() ? nullptr : codes.data(); };
     problem.query = {query_rows.const_data_ptr(), query_rows.stride(0), dtype_of(query), query_order,

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <numeric>
 #include <stdexcept>
-#include <thread>
 
 namespace mcl {
 namespace {
@@ -249,15 +248,8 @@ Dropped find_dropped(const Identity& query, const int64_t* query_order, const Id
   return dropped;
 }
 
-// Tasks that should be able to run at once: enough for any number of threads that this machine has cores for. The
-// number of threads itself has no say, since the blocks decide the order of the sums.
-int64_t enough_tasks() {
-  static const int64_t tasks = std::clamp<int64_t>(2 * std::thread::hardware_concurrency(), 4, 64);
-  return tasks;
-}
-
 // The largest blocks that leave enough tasks side by side, wherever most of the work lies.
-int64_t block_size(const std::vector<Segment>& segments, bool self) {
+int64_t block_size(const std::vector<Segment>& segments, bool self, int64_t enough_tasks) {
   constexpr int64_t FEWEST_ROWS = 96, MOST_ROWS = 1024;
   for (int64_t size = MOST_ROWS;; size = size * 3 / 4) {
     // In pairs of rows: all there is to do, and what the longest chain of rounds of one segment has.
@@ -271,13 +263,14 @@ int64_t block_size(const std::vector<Segment>& segments, bool self) {
       else
         chain = std::max(chain, std::max(queries / rows, keys / columns) * rows * columns);
     }
-    if (chain * enough_tasks() <= work || size <= FEWEST_ROWS) return std::max(size, FEWEST_ROWS);
+    if (chain * enough_tasks <= work || size <= FEWEST_ROWS) return std::max(size, FEWEST_ROWS);
   }
 }
 
-Schedule make_schedule(const std::vector<Segment>& segments, int64_t queries, int64_t keys, bool self) {
+Schedule make_schedule(const std::vector<Segment>& segments, int64_t queries, int64_t keys, bool self,
+                       int64_t enough_tasks) {
   Rounds rounds;
-  const int64_t size = block_size(segments, self);
+  const int64_t size = block_size(segments, self, enough_tasks);
   for (const Segment& segment : segments) {
     const Blocks rows(segment.query_begin, segment.queries, size), columns(segment.key_begin, segment.keys, size);
     if (!self)

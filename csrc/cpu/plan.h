@@ -56,8 +56,9 @@ struct Schedule {
   int64_t most_tasks = 0;                   // that may run at once
 };
 
-// Blocks are as large as leaves a large segment enough tasks for many threads: each packs its rows and passes over
-// their gradients once, so the larger, the less of that.
-Schedule make_schedule(const std::vector<Segment>& segments, int64_t queries, int64_t keys, bool self);
+// Blocks are as large as leaves enough tasks that can run side by side: each task packs its rows and passes over their
+// gradients once, so the larger, the less of that.
+Schedule make_schedule(const std::vector<Segment>& segments, int64_t queries, int64_t keys, bool self,
+                       int64_t enough_tasks);
 
 }  // namespace mcl

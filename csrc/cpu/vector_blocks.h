@@ -36,13 +36,15 @@ class VectorBlocks {
 
   // products_ij = <q_i, k_j>
   void multiply(const Tile& tile, T* products) const {
+    // In a triangle: the rows above the panel, and then for each vector of its columns the rows beside it. Whole
+    // groups, so that no row is met twice, and none behind the tile.
+    const auto groups_to = [&](int64_t row) { return round_up(smaller(row, tile.rows), GROUP); };
     for (int64_t j = 0; j < tile.columns; j += PANEL<T>) {
       const int64_t columns = round_up(smaller(PANEL<T>, tile.columns - j), LANES<T>);
-      // In a triangle: the rows above the panel, and then for each vector of its columns the rows beside it.
-      multiply_panel(tile, 0, tile.triangle ? smaller(j, tile.rows) : tile.rows, j, columns, products);
+      multiply_panel(tile, 0, groups_to(tile.triangle ? j : tile.rows), j, columns, products);
       if (tile.triangle)
         for (int64_t v = 0; v < columns; v += LANES<T>)
-          multiply_panel(tile, j + v, smaller(LANES<T>, tile.rows - j - v), j + v, columns - v, products);
+          multiply_panel(tile, groups_to(j + v), groups_to(j + v + LANES<T>), j + v, columns - v, products);
     }
   }
 
@@ -67,10 +69,10 @@ class VectorBlocks {
   T *query_, *key_;  // [rows, stride], [columns, stride]: zeros behind D and behind the last row
   T* key_panels_;    // [TILE / PANEL, stride, PANEL]: the keys of the tiles at hand as columns
 
-  // The products of `rows` rows of the tile with columns first .. first + columns - 1, which are of one panel.
-  void multiply_panel(const Tile& tile, int64_t row, int64_t rows, int64_t first, int64_t columns, T* products) const {
+  // The products of rows row .. end - 1 of the tile with columns first .. first + columns - 1, which are of one panel.
+  void multiply_panel(const Tile& tile, int64_t row, int64_t end, int64_t first, int64_t columns, T* products) const {
     const T* panel = key_panels_ + first / PANEL<T> * PANEL<T> * stride_ + first % PANEL<T>;
-    multiply_add<T, false>({rows, columns, width_, query_ + (tile.row + row) * stride_, stride_, panel, PANEL<T>, 0,
+    multiply_add<T, false>({end - row, columns, width_, query_ + (tile.row + row) * stride_, stride_, panel, PANEL<T>, 0,
                             products + row * TILE_STRIDE<T> + first, TILE_STRIDE<T>, false});
   }
 };
