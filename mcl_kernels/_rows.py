@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
@@ -13,42 +14,90 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
 
 
-def normalize_rows(x: Tensor) -> Tensor:
+def normalize_rows(x: Tensor, impl: str = "reference") -> Tensor:
     """x_i / |x_i| in fp32 (fp64 for fp64), rounded once to the dtype of x.
 
     A row without a direction (a norm of at most 1e-12, or below the normal numbers of its dtype) becomes 0, and so
     does its gradient: divided by a norm that small it would be infinite in half precision.
     """
+    return _normalized(x, None, impl)[0]
+
+
+def unit_views(view_a: Tensor, view_b: Tensor, impl: str) -> tuple[Tensor, Tensor]:
+    """Both views normalised as by `normalize_rows`, one after the other, [2N, D], and their cosines, [N]."""
+    return _normalized(view_a, view_b, impl)
+
+
+def joined_views(view_a: Tensor, view_b: Tensor) -> tuple[Tensor, Tensor]:
+    """One view after the other, [2N, D], and <a_i, b_i>, [N]."""
+    rows = torch.cat((view_a, view_b))
+    # Parts of `rows` from here on, so that a graph holds one copy of them.
+    part_a, part_b = rows.view(2, *view_a.shape)
+    return rows, row_dot(part_a, part_b, compute_dtype(rows))
+
+
+def _normalized(view_a: Tensor, view_b: Tensor | None, impl: str) -> tuple[Tensor, Tensor]:
     # A compiler fuses the plain composition by itself, and does not take the forward mode of a Function.
     if torch.compiler.is_compiling():
-        return _scaled(x, _inverse_norm(x))
-    normalized: Tensor = _Normalize.apply(x)  # type: ignore[no-untyped-call]
-    return normalized
+        return _composed(view_a, view_b)
+    views = (view_a,) if view_b is None else (view_a, view_b)
+    native = impl == "native" and all(
+        type(view) in (Tensor, Parameter) and view.dtype == view_a.dtype == compute_dtype(view) for view in views
+    )
+    rows, cosine = _Normalize.apply(view_a, view_b, native)  # type: ignore[no-untyped-call]
+    return rows, cosine
 
 
 class _Normalize(torch.autograd.Function):
-    """PyTorch's own derivative of a division by the norm passes over the rows twice as often."""
+    """PyTorch's own derivative passes over the rows, and writes them, once for each of the steps."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        return _scaled(x, _inverse_norm(x))
+    def forward(view_a: Tensor, view_b: Tensor | None, native: bool) -> tuple[Tensor, Tensor]:
+        if native:
+            rows, cosine = torch.ops.mcl_kernels_native.unit_rows(view_a, view_b)
+            return rows, cosine
+        return _composed(view_a, view_b)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        view_a, view_b, ctx.native = inputs
+        rows = None if view_b is None else output[0]
+        ctx.save_for_backward(view_a, view_b, rows)
+        ctx.save_for_forward(view_a, view_b, rows)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
-        (x,) = ctx.saved_tensors
-        return _projected(x, grad)
+    def backward(ctx: Any, grad_rows: Tensor, grad_cosine: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        view_a, view_b, rows = ctx.saved_tensors
+        if ctx.native and not torch.is_grad_enabled():
+            gradients = torch.ops.mcl_kernels_native.unit_rows_backward(view_a, view_b, grad_rows, grad_cosine)
+            return gradients[0], None if view_b is None else gradients[1], None
+        if view_b is None:
+            return _projected(view_a, grad_rows), None, None
+        unit_a, unit_b = rows.view(2, *view_a.shape).to(grad_cosine.dtype)
+        grad_a, grad_b = grad_rows.view(2, *view_a.shape).to(grad_cosine.dtype)
+        along = grad_cosine.unsqueeze(1)
+        grad_a, grad_b = torch.addcmul(grad_a, unit_b, along), torch.addcmul(grad_b, unit_a, along)
+        return _projected(view_a, grad_a), _projected(view_b, grad_b), None
 
     @staticmethod
-    def jvp(ctx: Any, tangent: Tensor) -> Tensor:  # type: ignore[override]
-        (x,) = ctx.saved_tensors
-        return _projected(x, tangent)
+    def jvp(ctx: Any, tangent_a: Tensor, tangent_b: Tensor, native: None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        view_a, view_b, rows = ctx.saved_tensors
+        moved_a = _projected(view_a, tangent_a)
+        if view_b is None:
+            return moved_a, moved_a.new_empty(0)
+        unit_a, unit_b = rows.view(2, *view_a.shape)
+        moved_b = _projected(view_b, tangent_b)
+        dtype = compute_dtype(rows)
+        return torch.cat((moved_a, moved_b)), row_dot(moved_a, unit_b, dtype) + row_dot(unit_a, moved_b, dtype)
+
+
+def _composed(view_a: Tensor, view_b: Tensor | None) -> tuple[Tensor, Tensor]:
+    unit_a = _scaled(view_a, _inverse_norm(view_a))
+    if view_b is None:
+        return unit_a, unit_a.new_empty(0)
+    return joined_views(unit_a, _scaled(view_b, _inverse_norm(view_b)))
 
 
 def _inverse_norm(x: Tensor) -> Tensor:

@@ -7,13 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mcl_kernels._rows import compute_dtype, normalize_rows, row_dot
+from mcl_kernels._rows import compute_dtype, joined_views, normalize_rows, row_dot, unit_views
 from mcl_kernels._validate import check_choice, check_embeddings, check_positive, check_same_shape, check_same_width
-from mcl_kernels.logsumexp.api import (
-    as_pairs,
-    as_scale,
-    masked_logsumexp,
-)
+from mcl_kernels.logsumexp.api import as_pairs, as_scale, masked_logsumexp, resolve_impl
 from mcl_kernels.logsumexp.plan import Pairs, count_kept
 from mcl_kernels.objectives import Objective, info_nce
 
@@ -82,7 +78,7 @@ def masked_info_nce(
     """
     check_choice("reduction", reduction, REDUCTIONS)
     query, key, positive, pairs = query_key_positive(
-        query, key, labels, key_labels, positive, ids, key_ids, negatives, normalize
+        query, key, labels, key_labels, positive, ids, key_ids, negatives, normalize, impl
     )
     scale = _inverse_temperature(temperature, query, compute_dtype(query, key, positive))
     positive_logit = scale * row_dot(query, positive, scale.dtype)
@@ -143,14 +139,11 @@ def nt_xent(
         ids = torch.arange(len(view_a), device=view_a.device)
     names = ("view_a", "view_b", "labels")
     of_sample = as_pairs(view_a, view_b, labels, labels, ids, ids, negatives, key_is_query=True, names=names)
-    if normalize:
-        view_a, view_b = normalize_rows(view_a), normalize_rows(view_b)
-    views = torch.cat((view_a, view_b))
-    # From here on both are parts of `views`, so that the graph holds one copy of the rows.
-    view_a, view_b = views.view(2, *view_a.shape)
+    impl = resolve_impl(impl, view_a.device)
+    views, cosine = unit_views(view_a, view_b, impl) if normalize else joined_views(view_a, view_b)
     pairs = of_sample.repeated(2)
     scale = _inverse_temperature(temperature, views, compute_dtype(views))
-    positive_logit = scale * row_dot(view_a, view_b, scale.dtype).repeat(2)
+    positive_logit = scale * torch.cat((cosine, cosine))
     factors, counts = _needs(objective)
     lse = [_logsumexp(views, None, pairs, scale * factor, impl) for factor in factors]
     count = count_kept(views, views, pairs) if counts else None
@@ -214,8 +207,9 @@ def clip_loss(
     pairs = as_pairs(
         image_features, text_features, labels, text_labels, ids, ids, negatives, key_is_query=True, names=names
     )
+    impl = resolve_impl(impl, image_features.device)
     if normalize:
-        image_features, text_features = normalize_rows(image_features), normalize_rows(text_features)
+        image_features, text_features = normalize_rows(image_features, impl), normalize_rows(text_features, impl)
     dtype = compute_dtype(image_features, text_features)
     if isinstance(logit_scale, Tensor):
         if logit_scale.numel() != 1:
@@ -250,6 +244,7 @@ def query_key_positive(
     key_ids: Tensor | None,
     negatives: str,
     normalize: bool,
+    impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Pairs]:
     """The checked arguments of the query-key form, its positives [N, D] and who may be a negative of whom."""
     check_embeddings("query", query)
@@ -266,8 +261,9 @@ def query_key_positive(
     key_is_query = positive is None and m == n
     pairs = as_pairs(query, key, labels, key_labels, ids, key_ids, negatives, key_is_query=key_is_query)
     if normalize:
-        query, key = normalize_rows(query), normalize_rows(key)
-        positive = None if positive is None else normalize_rows(positive)
+        impl = resolve_impl(impl, query.device)
+        query, key = normalize_rows(query, impl), normalize_rows(key, impl)
+        positive = None if positive is None else normalize_rows(positive, impl)
     return query, key, key[:n] if positive is None else positive, pairs
 
 
@@ -301,7 +297,7 @@ def _per_anchor(objective: Objective, a: Tensor, lse: list[Tensor], count: Tenso
     """The objective, [N]; where there are no negatives the loss is 0 and its gradient exactly 0."""
     lonely = lse[0].detach() == -torch.inf
     # Twice `where`: the objective sees values that are safe to differentiate, then its result is dropped.
-    safe_lse = tuple(torch.where(lonely, 0.0, b) for b in lse)
+    safe_lse = tuple(b.masked_fill(lonely, 0.0) for b in lse)
     safe_a = torch.where(lonely, a.detach(), a)
     n = None if count is None else count.clamp(min=1).to(a.dtype)
     mixed = (~lonely,) if getattr(objective, "mixes_anchors", False) else ()

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mcl_kernels._validate import check_positive
@@ -40,7 +41,8 @@ def info_nce(a: Tensor, b: Tensor, n: Tensor | None, scale: Tensor) -> Tensor:
         >>> float(info_nce(torch.tensor(2.0), torch.tensor(2.0), None, torch.tensor(1.0)))
         0.6931471824645996
     """
-    return torch.logaddexp(torch.zeros_like(b), b - a)
+    # Above 50 the logarithm is b - a itself, to the last bit of fp64.
+    return F.softplus(b - a, threshold=50)
 
 
 def decoupled(a: Tensor, b: Tensor, n: Tensor | None, scale: Tensor) -> Tensor:

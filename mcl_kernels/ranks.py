@@ -50,7 +50,7 @@ def positive_ranks(
         tensor([2, 2, 0])
     """
     query, key, positive, pairs = query_key_positive(
-        query, key, labels, key_labels, positive, ids, key_ids, negatives, normalize
+        query, key, labels, key_labels, positive, ids, key_ids, negatives, normalize, impl
     )
     dtype = compute_dtype(query, key, positive)
     norms = [torch.linalg.vector_norm(x.to(dtype), dim=1) for x in (query, positive)]

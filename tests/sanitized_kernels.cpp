@@ -1,6 +1,7 @@
 // The kernels without torch: forward, backward and counting against sums in double precision, and the same bits for any
 // number of threads. Built and run by `make sanitize` under AddressSanitizer and UndefinedBehaviorSanitizer, and
 // under ThreadSanitizer; threads are std::thread, since ThreadSanitizer does not know those of OpenMP.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -249,6 +250,58 @@ bool check(const Case& c) {
   return good;
 }
 
+// Unit rows and their gradient of any width, with a row of zeros, in blocks of memory of exactly their size.
+bool check_unit_rows(int64_t width, bool paired) {
+  const int64_t size = 7, total = size * width;
+  std::mt19937 random(3);
+  std::normal_distribution<float> normal(0, 1);
+  const auto draw = [&](int64_t count) {
+    std::vector<float> values(count);
+    for (float& value : values) value = normal(random);
+    return values;
+  };
+  std::vector<float> x[2] = {draw(total), draw(total)};
+  std::fill_n(x[0].begin() + 2 * width, width, 0.0f);
+  const std::vector<float> g[2] = {draw(total), draw(total)}, w = draw(size);
+  std::vector<float> unit[2] = {x[0], x[1]}, grad[2] = {x[0], x[1]}, cosine(size);
+  const mcl::Views<float> views{x[0].data(), paired ? x[1].data() : nullptr, width, width, width};
+  const mcl::Kernels<float> kernels = mcl::choose_kernels<float>(false);
+  kernels.unit_rows(views, 0, size, unit[0].data(), unit[1].data(), cosine.data());
+  kernels.unit_rows_backward(views, 0, size, g[0].data(), g[1].data(), w.data(), grad[0].data(), grad[1].data());
+
+  Results got, exact;
+  for (int64_t i = 0; i < size; i++) {
+    double inverse[2], product = 0;
+    const auto at = [&](const std::vector<float>* rows, int v, int64_t d) -> double { return rows[v][i * width + d]; };
+    for (int v = 0; v < 2; v++) {
+      double square = 0;
+      for (int64_t d = 0; d < width; d++) square += at(x, v, d) * at(x, v, d);
+      inverse[v] = square == 0 ? 0 : 1 / std::sqrt(square);
+    }
+    for (int64_t d = 0; d < width; d++) product += at(x, 0, d) * at(x, 1, d) * inverse[0] * inverse[1];
+    if (paired) got.column_lse.push_back(cosine[i]), exact.column_lse.push_back(product);
+    for (int v = 0; v < (paired ? 2 : 1); v++) {
+      const auto incoming = [&](int64_t d) {
+        return at(g, v, d) + (paired ? w[i] * at(x, 1 - v, d) * inverse[1 - v] : 0);
+      };
+      double along = 0;
+      for (int64_t d = 0; d < width; d++) along += at(x, v, d) * inverse[v] * incoming(d);
+      for (int64_t d = 0; d < width; d++) {
+        got.row_lse.push_back(at(unit, v, d)), exact.row_lse.push_back(at(x, v, d) * inverse[v]);
+        got.grad_query.push_back(at(grad, v, d));
+        exact.grad_query.push_back((incoming(d) - at(x, v, d) * inverse[v] * along) * inverse[v]);
+      }
+    }
+  }
+  bool good = near("unit rows", got.row_lse, exact.row_lse, 1e-6f);
+  good &= near("cosines", got.column_lse, exact.column_lse, 1e-6f);
+  // A row of one number has gradient 0: what is left is rounding.
+  good &= width == 1 || near("gradient of the rows", got.grad_query, exact.grad_query, 1e-5f);
+  std::printf("%-8s unit rows of %3d, %-18s %s\n", mcl::instruction_set().c_str(), int(width),
+              paired ? "two views" : "one", good ? "good" : "WRONG");
+  return good;
+}
+
 }  // namespace
 
 int main() {
@@ -279,6 +332,8 @@ int main() {
       continue;
     }
     for (const Case& c : cases) good &= check(c);
+    for (const int64_t width : {1, 15, 16, 129})
+      for (const bool paired : {false, true}) good &= check_unit_rows(width, paired);
   }
   return good ? 0 : 1;
 }

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mcl_kernels import ClipLoss, MaskedInfoNCE, NTXentLoss, clip_loss, masked_info_nce, nt_xent, objectives
 from tests import oracles
+from tests.accuracy import assert_accurate
 from tests.cases import OBJECTIVES
 from tests.conftest import Backend
 
@@ -320,6 +321,41 @@ def test_duplicates_are_negatives_unless_they_share_an_id(backend: Backend) -> N
     shared = nt_xent(*twice, labels, ids=ids, objective=objectives.decoupled, impl=backend.impl)
     decoupled = nt_xent(x, y, labels[:6], objective=objectives.decoupled, impl=backend.impl)
     torch.testing.assert_close(shared, decoupled + torch.log(torch.tensor(2.0)))
+
+
+@pytest.mark.parametrize("layout", ["rows", "sliced rows", "every other column"])
+@pytest.mark.parametrize("d", [3, 16, 17, 200])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_normalisation(backend: Backend, loss: str, d: int, layout: str) -> None:
+    """Rows from short to long, one without a direction, of any strides."""
+    n = 150  # more numbers than one thread takes
+    views = {
+        "rows": pair(n, d),
+        "sliced rows": [z[::2, 1 : d + 1] for z in pair(2 * n, d + 3)],
+        "every other column": [z[:, ::2] for z in pair(n, 2 * d)],
+    }[layout]
+    views[0][4] = 0
+    labels = torch.arange(n) % 3
+
+    def run(impl: str, dtype: torch.dtype) -> dict[str, Tensor]:
+        x, y = leaves = [z.to(dtype).requires_grad_() for z in views]
+        value = LOSSES[loss](x, y, labels, temperature=0.2, reduction="none", impl=impl)
+        weight = torch.linspace(-1, 2, len(value), dtype=value.dtype)
+        return {"loss": value.detach(), **dict(zip("xy", torch.autograd.grad(weight @ value, leaves), strict=True))}
+
+    got, reference = run(backend.impl, torch.float32), run("reference", torch.float32)
+    exact = run("reference", torch.float64)
+    for name, value in exact.items():
+        assert_accurate(got[name], reference[name], value, name)
+
+
+def test_one_view_alone_has_a_gradient(backend: Backend) -> None:
+    x, y = pair(40)
+    both = torch.autograd.grad(nt_xent(x.requires_grad_(), y.requires_grad_(), impl=backend.impl), (x, y))
+    alone = torch.autograd.grad(nt_xent(x, y.detach(), impl=backend.impl), x)
+    torch.testing.assert_close(alone[0], both[0])
+    recorded = torch.autograd.grad(nt_xent(x, y, impl=backend.impl), (x, y), create_graph=True)
+    torch.testing.assert_close(recorded, both)
 
 
 def test_derivatives_through_the_normalisation() -> None:

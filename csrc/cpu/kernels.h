@@ -4,12 +4,15 @@
 #include "backward.h"
 #include "count.h"
 #include "forward.h"
+#include "unit_rows.h"
 
 namespace mcl::MCL_INSTRUCTION_SET {
 
 template <class Blocks>
 Kernels<typename Blocks::Value> kernels() {
-  return {forward_task<Blocks>, backward_task<Blocks>, count_task<Blocks>, workspace_bytes<Blocks>};
+  using T = typename Blocks::Value;
+  return {forward_task<Blocks>,    backward_task<Blocks>, count_task<Blocks>,
+          workspace_bytes<Blocks>, unit_rows<T>,          unit_rows_backward<T>};
 }
 
 }  // namespace mcl::MCL_INSTRUCTION_SET

@@ -1,5 +1,5 @@
-// The operators of namespace mcl_kernels_native: tensors in, tensors out. Called by mcl_kernels/logsumexp/native.py,
-// which checks the arguments.
+// The operators of namespace mcl_kernels_native: tensors in, tensors out. Called by mcl_kernels/logsumexp/native.py and
+// mcl_kernels/_rows.py, which check the arguments.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -298,6 +298,73 @@ Tensor count_above(const Tensor& query, const Tensor& key, const Tensor& thresho
                                                 : count_above_as<float>(query, key, threshold, identities);
 }
 
+// Rows and their unit vectors: of one tensor, or of two views of the same samples.
+template <class T>
+struct ViewTensors {
+  Tensor a, b;
+  Views<T> views;
+
+  ViewTensors(const Tensor& view_a, const OptionalTensor& view_b)
+      : a(with_dense_rows(view_a)), b(view_b ? with_dense_rows(*view_b) : Tensor()) {
+    views = {a.const_data_ptr<T>(), view_b ? b.const_data_ptr<T>() : nullptr, a.stride(0), view_b ? b.stride(0) : 0,
+             a.size(1)};
+  }
+
+  // work(begin, end) of the samples, on all threads where there are enough of them.
+  template <class Work>
+  void for_each_part(const Work& work) const {
+    constexpr int64_t PART = 1 << 14;  // numbers that are worth a thread
+    const int64_t size = a.size(0);
+    if (thread_count() == 1)
+      work(0, size);
+    else
+      at::parallel_for(0, size, PART / std::max<int64_t>(views.width, 1) + 1, work);
+  }
+};
+
+template <class T>
+std::tuple<Tensor, Tensor> unit_rows_as(const Tensor& view_a, const OptionalTensor& view_b) {
+  const ViewTensors<T> tensors(view_a, view_b);
+  const int64_t n = view_a.size(0), width = view_a.size(1);
+  Tensor rows = at::empty({view_b ? 2 * n : n, width}, view_a.options());
+  Tensor cosine = at::empty({view_b ? n : 0}, view_a.options());
+  T *unit = rows.mutable_data_ptr<T>(), *to = cosine.mutable_data_ptr<T>();
+  const Kernels<T> kernels = choose_kernels<T>(false);
+  tensors.for_each_part([&](int64_t begin, int64_t end) {
+    kernels.unit_rows(tensors.views, begin, end, unit, unit + n * width, to);
+  });
+  return {rows, cosine};
+}
+
+template <class T>
+std::tuple<Tensor, Tensor> unit_rows_backward_as(const Tensor& view_a, const OptionalTensor& view_b,
+                                                 const Tensor& grad_rows, const Tensor& grad_cosine) {
+  const ViewTensors<T> tensors(view_a, view_b);
+  const int64_t n = view_a.size(0), width = view_a.size(1);
+  const Tensor dense_rows = grad_rows.contiguous(), dense_cosine = grad_cosine.contiguous();
+  Tensor grad_a = at::empty(view_a.sizes(), view_a.options());
+  Tensor grad_b = at::empty(view_b ? view_a.sizes() : at::IntArrayRef{0}, view_a.options());
+  const T *grad_unit = dense_rows.const_data_ptr<T>(), *weight = dense_cosine.const_data_ptr<T>();
+  T *to_a = grad_a.mutable_data_ptr<T>(), *to_b = grad_b.mutable_data_ptr<T>();
+  const Kernels<T> kernels = choose_kernels<T>(false);
+  tensors.for_each_part([&](int64_t begin, int64_t end) {
+    kernels.unit_rows_backward(tensors.views, begin, end, grad_unit, grad_unit + n * width, weight, to_a, to_b);
+  });
+  return {grad_a, grad_b};
+}
+
+std::tuple<Tensor, Tensor> unit_rows(const Tensor& view_a, const OptionalTensor& view_b) {
+  return view_a.scalar_type() == at::kDouble ? unit_rows_as<double>(view_a, view_b)
+                                             : unit_rows_as<float>(view_a, view_b);
+}
+
+std::tuple<Tensor, Tensor> unit_rows_backward(const Tensor& view_a, const OptionalTensor& view_b,
+                                              const Tensor& grad_rows, const Tensor& grad_cosine) {
+  return view_a.scalar_type() == at::kDouble
+             ? unit_rows_backward_as<double>(view_a, view_b, grad_rows, grad_cosine)
+             : unit_rows_backward_as<float>(view_a, view_b, grad_rows, grad_cosine);
+}
+
 }  // namespace
 }  // namespace mcl
 
@@ -313,6 +380,9 @@ TORCH_LIBRARY(mcl_kernels_native, library) {
   library.def(
       "count_above(Tensor query, Tensor key, Tensor threshold, Tensor? labels, Tensor? key_labels, Tensor? ids, "
       "Tensor? key_ids, str negatives) -> Tensor");
+  library.def("unit_rows(Tensor view_a, Tensor? view_b) -> (Tensor, Tensor)");
+  library.def(
+      "unit_rows_backward(Tensor view_a, Tensor? view_b, Tensor grad_rows, Tensor grad_cosine) -> (Tensor, Tensor)");
   library.def("instruction_set() -> str", &mcl::instruction_set);
 }
 
@@ -320,4 +390,6 @@ TORCH_LIBRARY_IMPL(mcl_kernels_native, CPU, library) {
   library.impl("forward", &mcl::forward);
   library.impl("backward", &mcl::backward);
   library.impl("count_above", &mcl::count_above);
+  library.impl("unit_rows", &mcl::unit_rows);
+  library.impl("unit_rows_backward", &mcl::unit_rows_backward);
 }

@@ -60,11 +60,22 @@ struct Task {
 template <class T>
 using TaskFunction = void (*)(const Problem<T>& problem, const Task& task, char* workspace);
 
+// Two views [size, D] of the same samples; null b: rows alone. The innermost strides are 1.
+template <class T>
+struct Views {
+  const T *a, *b;
+  int64_t a_stride, b_stride;  // in elements
+  int64_t width;
+};
+
 // The functions of one instruction set.
 template <class T>
 struct Kernels {
   TaskFunction<T> forward, backward, count;
   int64_t (*workspace_bytes)(int64_t width, int64_t rows, int64_t columns);
+  void (*unit_rows)(const Views<T>& views, int64_t begin, int64_t end, T* unit_a, T* unit_b, T* cosine);
+  void (*unit_rows_backward)(const Views<T>& views, int64_t begin, int64_t end, const T* grad_unit_a,
+                             const T* grad_unit_b, const T* grad_cosine, T* grad_a, T* grad_b);
 };
 
 }  // namespace mcl

@@ -37,11 +37,11 @@ class Pairs(NamedTuple):
         """Of a batch that holds every row `times` times, one copy of the batch after the other."""
 
         def repeat(values: Tensor | None) -> Tensor | None:
-            return None if values is None else values.repeat(times)
+            return None if values is None else torch.cat((values,) * times)
 
-        return Pairs(
-            repeat(self.labels), repeat(self.key_labels), repeat(self.ids), repeat(self.key_ids), self.negatives
-        )
+        labels, ids = repeat(self.labels), repeat(self.ids)
+        key_labels = labels if self.key_labels is self.labels else repeat(self.key_labels)
+        return Pairs(labels, key_labels, ids, ids if self.key_ids is self.ids else repeat(self.key_ids), self.negatives)
 
 
 class Plan(NamedTuple):
