@@ -1,6 +1,7 @@
 # Every target makes its own virtual environment; only Python >= 3.10 is needed.
 PYTHON ?= python3
 VENV := .venv
+comma := ,
 OLDEST := .venv-oldest
 BENCH := .venv-bench
 DEMO_FLAGS ?=
@@ -39,7 +40,7 @@ bench: $(BENCH)/installed
 
 $(VENV)/installed-%: pyproject.toml constraints.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[$*]'
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[$*$(if $(filter test,$*),$(comma)gpu)]'
 	touch $@ $(if $(filter test,$*),$(VENV)/installed-demo)  # the test extra holds the demo's
 
 $(OLDEST)/installed: pyproject.toml constraints-oldest.txt

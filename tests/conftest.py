@@ -10,7 +10,12 @@ import pytest
 import torch
 
 from mcl_kernels import _native
+from mcl_kernels.logsumexp import triton
 from mcl_kernels.logsumexp.api import IMPLS
+
+# Without a GPU the Triton kernels are interpreted; what is read when they are first imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # The OpenMP threads of small operations spin against each other when two test processes share the cores.
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -29,7 +34,9 @@ class Backend(NamedTuple):
 INSTRUCTION_SETS = ["amx", "avx512", "avx2", "portable"]
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 BACKENDS = [Backend("cpu", "native", name) for name in INSTRUCTION_SETS]
-BACKENDS += [Backend(device, impl) for device in DEVICES for impl in IMPLS if impl not in ("auto", "native")]
+BACKENDS += [Backend(DEVICES[-1], "triton")]
+BACKENDS += [Backend(device, impl) for device in DEVICES for impl in ("blockwise", "reference")]
+assert {backend.impl for backend in BACKENDS} == set(IMPLS) - {"auto"}
 
 
 def pytest_report_header() -> str:
@@ -45,6 +52,8 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         if not available:
             pytest.skip(reason)
         use_instruction_set(backend.instruction_set, monkeypatch)
+    if backend.impl == "triton" and (reason := triton.why_not(torch.device(backend.device))):
+        pytest.skip(reason)
     return backend
 
 

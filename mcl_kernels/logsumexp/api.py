@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
+from functools import cache
 from typing import Any, Literal, overload
 
 import torch
@@ -19,7 +21,7 @@ from mcl_kernels._validate import (
     check_embeddings,
     check_same_width,
 )
-from mcl_kernels.logsumexp import ops, reference
+from mcl_kernels.logsumexp import ops, reference, triton
 from mcl_kernels.logsumexp.plan import NEGATIVES, Pairs, count_kept
 
 IMPLS = ("auto", *ops.IMPLEMENTATIONS, "reference")
@@ -38,8 +40,17 @@ def capabilities() -> dict[str, dict[str, object]]:
     """
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     native, native_reason = _native.describe()
+    reasons = {device: triton.why_not(torch.device(device)) for device in devices}
+    on_triton = [device for device, reason in reasons.items() if reason is None]
+    picks = ("native for CPU tensors, " if native else "") + ("triton for CUDA's, " if "cuda" in on_triton else "")
+    picks += "else " if picks else ""
     return {
         "native": {"available": native, "devices": ["cpu"] if native else [], "reason": native_reason},
+        "triton": {
+            "available": bool(on_triton),
+            "devices": on_triton,
+            "reason": "the kernels for GPUs" if on_triton else reasons[devices[-1]],
+        },
         "reference": {
             "available": True,
             "devices": devices,
@@ -53,7 +64,7 @@ def capabilities() -> dict[str, dict[str, object]]:
         "auto": {
             "available": True,
             "devices": devices,
-            "reason": f"picks {'native for CPU tensors, else ' if native else ''}blockwise",
+            "reason": f"picks {picks}blockwise",
         },
     }
 
@@ -62,11 +73,15 @@ def resolve_impl(impl: str, device: torch.device) -> str:
     """The implementation that `impl` names; an explicit name is never replaced by another."""
     check_choice("impl", impl, IMPLS)
     if impl == "auto":
-        return "native" if device.type == "cpu" and _native_is_usable() else "blockwise"
+        if device.type == "cpu":
+            return "native" if _native_is_usable() else "blockwise"
+        return "triton" if device.type == "cuda" and _triton_is_usable(device) else "blockwise"
     if impl == "native":
         if device.type != "cpu":
             raise ValueError(f"impl='native' computes on CPU tensors: got device {device}")
         _load_native()
+    if impl == "triton":
+        _check_triton(device)
     return impl
 
 
@@ -78,9 +93,24 @@ def _load_native() -> None:
     _native.load()
 
 
+@cache
+def _triton_is_usable(device: torch.device) -> bool:
+    """Whether the Triton kernels run on a GPU; if they do not, warns once, in one line, what to do about it."""
+    if reason := triton.why_not(device):
+        warnings.warn(f"mcl_kernels: impl='blockwise' computes, several times slower: {reason}", RuntimeWarning, 3)
+    return reason is None
+
+
+def _check_triton(device: torch.device) -> None:
+    if reason := triton.why_not(device):
+        raise RuntimeError(f"impl='triton': {reason}")
+
+
 # Building and loading are no part of a compiled graph. This is what `torch.compiler.assume_constant_result` sets; the
 # decorator itself would import the compiler with this module.
-_native_is_usable._dynamo_marked_constant = _load_native._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_FUNCTIONS: tuple[Any, ...] = (_native_is_usable, _load_native, _triton_is_usable, _check_triton)
+for _function in _FUNCTIONS:
+    _function._dynamo_marked_constant = True
 
 
 def as_pairs(

@@ -19,6 +19,7 @@ from mcl_kernels.logsumexp.plan import Pairs, Plan
 # Each module has `forward`, `backward` and `count_above`; it is imported when it is first called.
 IMPLEMENTATIONS = {
     "native": "mcl_kernels.logsumexp.native",
+    "triton": "mcl_kernels.logsumexp.triton",
     "blockwise": "mcl_kernels.logsumexp.blockwise",
 }
 

@@ -56,25 +56,32 @@ class Plan(NamedTuple):
 def make_plan(query: Tensor, key: Tensor | None, pairs: Pairs) -> Plan:
     """Sorts both sides and finds the range of keys of each query, without a host synchronisation."""
     labels, key_labels, ids, key_ids, negatives = pairs
-    group = None if labels is None else _matching_group(labels, negatives)
-    query_order = _lexicographic_order(len(query), query.device, group, ids)
+    query_order = _visiting_order(query, labels, ids, negatives)
     if key is None:
-        key_order, key_group, n_keys = query_order, group, len(query)
-    else:
-        key_group = None if key_labels is None else _matching_group(key_labels, negatives)
-        key_order, n_keys = _lexicographic_order(len(key), key.device, key_group, key_ids), len(key)
+        key_begin, key_end = key_ranges(query_order, labels, query_order, labels, negatives)
+        return Plan(query_order, query_order.new_empty(0), key_begin, key_end)
+    key_order = _visiting_order(key, key_labels, key_ids, negatives)
+    return Plan(query_order, key_order, *key_ranges(query_order, labels, key_order, key_labels, negatives))
 
-    if group is None or key_group is None:
-        key_begin = torch.zeros_like(query_order)
-        key_end = torch.full_like(query_order, n_keys)
-    else:
-        row_group, column_group = group[query_order], key_group[key_order]
-        # "different" and "all" meet every key with a valid label, "same" those of the query's own group.
-        first = row_group if negatives == "same" else row_group.clamp(max=0)
-        last = row_group if negatives == "same" else torch.full_like(row_group, torch.iinfo(torch.int64).max)
-        key_begin = torch.searchsorted(column_group, first)
-        key_end = torch.where(row_group < 0, key_begin, torch.searchsorted(column_group, last, right=True))
-    return Plan(query_order, query_order.new_empty(0) if key is None else key_order, key_begin, key_end)
+
+def key_ranges(
+    query_order: Tensor, labels: Tensor | None, key_order: Tensor, key_labels: Tensor | None, negatives: str
+) -> tuple[Tensor, Tensor]:
+    """Begin and end of the sorted keys that each sorted query meets; of keys and queries exchanged, of the queries."""
+    if labels is None or key_labels is None:
+        return torch.zeros_like(query_order), torch.full_like(query_order, len(key_order))
+    row_group = _matching_group(labels, negatives)[query_order]
+    column_group = _matching_group(key_labels, negatives)[key_order]
+    # "different" and "all" meet every key with a valid label, "same" those of the query's own group.
+    first = row_group if negatives == "same" else row_group.clamp(max=0)
+    last = row_group if negatives == "same" else torch.full_like(row_group, torch.iinfo(torch.int64).max)
+    begin = torch.searchsorted(column_group, first)
+    return begin, torch.where(row_group < 0, begin, torch.searchsorted(column_group, last, right=True))
+
+
+def _visiting_order(x: Tensor, labels: Tensor | None, ids: Tensor | None, negatives: str) -> Tensor:
+    group = None if labels is None else _matching_group(labels, negatives)
+    return _lexicographic_order(len(x), x.device, group, ids)
 
 
 def _matching_group(labels: Tensor, negatives: str) -> Tensor:

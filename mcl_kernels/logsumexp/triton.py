@@ -1,0 +1,292 @@
+"""The operation as Triton kernels: on CUDA tensors, or on the CPU's under TRITON_INTERPRET=1.
+
+    forward   b_i = log sum_j exp(s_ij), and c_j alike with rows and columns exchanged
+    backward  W_ij = where(keep_ij, gb_i exp(s_ij - b_i) + gc_j exp(s_ij - c_j), 0)
+              dq_i = scale_i sum_j W_ij k_j,  dk_j = sum_i scale_i W_ij q_i,  dscale_i = sum_j W_ij <q_i, k_j>
+
+Each program owns a tile of sorted rows and writes each of them once: no atomics, and sums in one order. Rows meet the
+columns from the first of their first cluster to the last of their last, which is read on the device: the grid depends
+on N alone, and nothing waits for the GPU.
+
+Cost in products over the kept pairs, rounded up to tiles: forward 1 (2 where bidirectional); backward 2 (self), 4
+(otherwise), and one more a side for each part of the features but the first where a program cannot hold them all.
+Memory beyond inputs and outputs: the plan and a few vectors [N] and [M].
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mcl_kernels.logsumexp.plan import Pairs, Plan, key_ranges, make_plan
+
+OLDEST = 8  # major compute capability: what Triton itself supports
+PLAN_ROWS = 256  # of a program that looks for dropped columns
+
+
+def why_not(device: torch.device) -> str | None:
+    """What is missing for these kernels on a device, and what to use instead; None: nothing."""
+    try:
+        import triton
+    except ImportError as error:
+        return f"triton cannot be imported ({error}); pip install triton, or use impl='blockwise'"
+    if device.type == "cpu":
+        if triton.knobs.runtime.interpret:
+            return None
+        return "computes on CUDA tensors: got device cpu (TRITON_INTERPRET=1 interprets it, for tests)"
+    if device.type != "cuda":
+        return f"computes on CUDA tensors: got device {device}; use impl='blockwise'"
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < OLDEST:
+        return f"needs compute capability {OLDEST}.0 or later: got {major}.{minor}; use impl='blockwise'"
+    return None
+
+
+class Tiles(NamedTuple):
+    """The sizes of a kernel's tile and how it is run."""
+
+    rows: int
+    columns: int
+    features: int  # of both sides that are multiplied at a time
+    gradients: int  # features whose gradient a program of the backward pass holds
+    warps: int
+    stages: int
+
+
+# By kernel, precision and architecture (oldest first): the tiles for rows of at most so many numbers. Each is the
+# fastest-looking of those tried that compile without a spill on that architecture (`python -m benchmarks.gpu_static`):
+# - forward: 128 rows read each key once per 128 queries. Wide rows pass in parts of 64 features, three in flight.
+# - backward: as many features of the gradient as the registers hold, since each part computes the logits again. That
+#   leaves 16 columns beside 64 x 512 sums; sm_100 keeps sums in a memory of their own, and has room for 32.
+# - fp32 rows are twice as large, and tf32x3 splits each operand in two.
+_WIDEST = 1 << 62
+_BACKWARD_HALF = ((128, Tiles(128, 64, 128, 128, 8, 2)), (512, Tiles(64, 64, 64, 256, 8, 2)))
+TABLE: dict[tuple[str, str, int], tuple[tuple[int, Tiles], ...]] = {
+    ("forward", "half", 80): (
+        (128, Tiles(128, 128, 128, 128, 8, 2)),
+        (_WIDEST, Tiles(128, 128, 64, 64, 8, 3)),
+    ),
+    ("forward", "tf32", 80): ((_WIDEST, Tiles(128, 64, 32, 32, 8, 2)),),
+    ("forward", "tf32x3", 80): ((_WIDEST, Tiles(128, 64, 32, 32, 8, 2)),),
+    ("backward", "half", 80): (*_BACKWARD_HALF, (_WIDEST, Tiles(64, 16, 64, 512, 8, 2))),
+    ("backward", "half", 100): (*_BACKWARD_HALF, (_WIDEST, Tiles(64, 32, 64, 512, 8, 2))),
+    ("backward", "tf32", 80): ((_WIDEST, Tiles(64, 32, 32, 256, 8, 2)),),
+    ("backward", "tf32x3", 80): ((_WIDEST, Tiles(64, 16, 16, 256, 8, 2)),),
+    ("backward", "tf32x3", 90): ((_WIDEST, Tiles(64, 32, 32, 128, 8, 2)),),
+    ("backward", "tf32x3", 100): ((_WIDEST, Tiles(64, 16, 16, 256, 8, 2)),),
+}
+INTERPRETED = Tiles(128, 256, 1024, 1024, 4, 1)  # few and large: its cost is that of calls
+
+
+def choose_tiles(kernel: str, precision: str, width: int, capability: tuple[int, int] | None) -> Tiles:
+    """Of `kernel` ("forward" or "backward") for rows of `width` numbers.
+
+    Precision is "half", "tf32" or "tf32x3"; capability None is the interpreter's.
+    """
+    tiles = INTERPRETED
+    if capability is not None:
+        architecture = 10 * min(capability[0], 10)
+        newest = max(each for name, of, each in TABLE if (name, of) == (kernel, precision) and each <= architecture)
+        tiles = next(tiles for most, tiles in TABLE[kernel, precision, newest] if width <= most)
+    whole = max(16, 1 << (width - 1).bit_length())
+    return tiles._replace(features=min(tiles.features, whole), gradients=min(tiles.gradients, whole))
+
+
+class _Side(NamedTuple):
+    """Queries or keys."""
+
+    x: Tensor
+    order: Tensor  # int64, sorted
+    begin: Tensor  # int64: the range of the other side that each sorted row meets
+    end: Tensor
+    labels: Tensor | None
+    ids: Tensor | None
+
+
+def _sides(query: Tensor, key: Tensor | None, pairs: Pairs, plan: Plan) -> tuple[_Side, _Side]:
+    labels, key_labels, ids, key_ids = (None if v is None else v.contiguous() for v in pairs[:4])
+    queries = _Side(query, plan.query_order, plan.key_begin, plan.key_end, labels, ids)
+    if key is None:
+        return queries, queries
+    begin, end = key_ranges(plan.key_order, key_labels, plan.query_order, labels, pairs.negatives)
+    return queries, _Side(key, plan.key_order, begin, end, key_labels, key_ids)
+
+
+def _common_arguments(kernel: str, rows: _Side, columns: _Side, scale: Tensor, negatives: str) -> dict[str, Any]:
+    """What every kernel of one side's rows against the other's needs to know."""
+    width = rows.x.shape[1]
+    precision = _precision(rows.x, columns.x, scale)
+    capability = torch.cuda.get_device_capability(rows.x.device) if rows.x.is_cuda else None
+    # fp64 is for checks: it takes the tiles of what is nearest in size.
+    tiles = choose_tiles(kernel, "tf32x3" if precision == "ieee" else precision, width, capability)
+    by_label = negatives == "different"
+    # What a row drops of the columns it meets has its label or its id, so it is sorted together.
+    values, column_values = (rows.labels, columns.labels) if by_label else (rows.ids, columns.ids)
+    dropped = None if values is None else _dropped(rows, columns, values, column_values)
+    # Under "different" the same sample may have other labels, and is then anywhere.
+    compares_ids = by_label and rows.ids is not None
+    unused = rows.order
+    return {
+        "x": rows.x, "x_stride": rows.x.stride(0), "x_step": rows.x.stride(1), "row_order": rows.order,
+        "row_begin": rows.begin, "row_end": rows.end,
+        "drop_begin": unused if dropped is None else dropped[0], "drop_end": unused if dropped is None else dropped[1],
+        "row_ids": rows.ids if compares_ids else unused,
+        "y": columns.x, "y_stride": columns.x.stride(0), "y_step": columns.x.stride(1), "column_order": columns.order,
+        "column_ids": columns.ids if compares_ids else unused,
+        "scale": scale, "scale_stride": scale.stride(0) if scale.ndim else 0, "n": len(rows.order), "width": width,
+        "HAS_DROPPED": dropped is not None, "COMPARES_IDS": compares_ids, **_types(precision, rows.x),
+        "ROWS": tiles.rows, "COLUMNS": tiles.columns, "FEATURES": tiles.features, "ONE_PART": width <= tiles.features,
+        **({"GRADIENTS": tiles.gradients} if kernel == "backward" else {}),
+        "num_warps": tiles.warps, "num_stages": tiles.stages,
+    }  # fmt: skip
+
+
+def _precision(x: Tensor, y: Tensor, scale: Tensor) -> str:
+    """How rows are multiplied: "half" as they are, fp32 and mixed ones as torch says, fp64 (for checks) exactly."""
+    if scale.dtype == torch.float64:
+        return "ieee"
+    if x.dtype == y.dtype and x.dtype.itemsize == 2:
+        return "half"
+    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def _types(precision: str, x: Tensor) -> dict[str, Any]:
+    """What rows are multiplied in, what is summed in, and what the compiler calls the precision."""
+    import triton.language as tl
+
+    wide = tl.float64 if precision == "ieee" else tl.float32
+    half = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+    return {
+        "DTYPE": half[x.dtype] if precision == "half" else wide,
+        "SUM": wide,
+        "PRECISION": "tf32" if precision == "half" else precision,
+    }
+
+
+def _dropped(rows: _Side, columns: _Side, values: Tensor, column_values: Tensor | None) -> tuple[Tensor, Tensor]:
+    from mcl_kernels.logsumexp.triton_tiles import drop_kernel
+
+    n = len(rows.order)
+    begin, end = torch.empty(2, n, dtype=torch.int32, device=rows.order.device).unbind()
+    if n:
+        with _on_device_of(begin):
+            drop_kernel[(-(-n // PLAN_ROWS),)](
+                rows.order, rows.begin, rows.end, values, columns.order, column_values, begin, end, n,
+                len(columns.order).bit_length(), ROWS=PLAN_ROWS,
+            )  # fmt: skip
+    return begin, end
+
+
+def _on_device_of(x: Tensor) -> AbstractContextManager[object]:
+    """A launch goes to the current device, whatever the tensors' own is; nothing on a CPU."""
+    device: AbstractContextManager[object] = torch.cuda.device_of(x)  # type: ignore[no-untyped-call]
+    return device
+
+
+def _run_forward(rows: _Side, columns: _Side, scale: Tensor, negatives: str, result: Tensor, **special: Any) -> None:
+    from mcl_kernels.logsumexp.triton_forward import forward_kernel
+
+    if len(result) == 0:
+        return
+    arguments = _common_arguments("forward", rows, columns, scale, negatives)
+    with _on_device_of(result):
+        forward_kernel[(-(-len(result) // arguments["ROWS"]),)](**arguments, result=result, **special)
+
+
+def _run_backward(rows: _Side, columns: _Side, scale: Tensor, negatives: str, **special: Any) -> None:
+    from mcl_kernels.logsumexp.triton_backward import backward_kernel
+
+    n, width = rows.x.shape
+    if n == 0:
+        return
+    arguments = _common_arguments("backward", rows, columns, scale, negatives)
+    parts = -(-width // arguments["GRADIENTS"]) if special["NEEDS_X"] else 1
+    with _on_device_of(rows.x):
+        backward_kernel[(-(-n // arguments["ROWS"]), parts)](**arguments, **special)
+
+
+def forward(
+    query: Tensor, key: Tensor | None, scale: Tensor, pairs: Pairs, bidirectional: bool
+) -> tuple[Tensor, Tensor, Plan]:
+    """Row LSE [N], column LSE ([M] where bidirectional, else [0]) and the plan."""
+    plan = make_plan(query, key, pairs)
+    queries, keys = _sides(query, key, pairs, plan)
+    row_lse, column_lse = scale.new_empty(len(query)), scale.new_empty(len(keys.x) if bidirectional else 0)
+    _run_forward(queries, keys, scale, pairs.negatives, row_lse, threshold=scale, COUNT=False)
+    _run_forward(keys, queries, scale, pairs.negatives, column_lse, threshold=scale, COUNT=False)
+    return row_lse, column_lse, plan
+
+
+def backward(
+    grad_row: Tensor,  # [N], the gradient of the row LSE
+    grad_column: Tensor,  # [M] where bidirectional, else [0]
+    query: Tensor,
+    key: Tensor | None,
+    scale: Tensor,
+    pairs: Pairs,
+    row_lse: Tensor,
+    column_lse: Tensor,
+    plan: Plan,
+    bidirectional: bool,
+    needs_grad: tuple[bool, bool, bool],  # of query, key, scale
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of query, key and scale; [0] for one that is not needed (and for the key of the self form)."""
+    needs_query, needs_key, needs_scale = needs_grad
+    needs_key = needs_key and key is not None
+    queries, keys = _sides(query, key, pairs, plan)
+    grad_query = query.new_empty(query.shape if needs_query else 0)
+    grad_key = keys.x.new_empty(keys.x.shape if needs_key else 0)
+    grad_scale = scale.new_empty(len(query) if needs_scale else 0)
+    grad_row, grad_column = grad_row.contiguous(), grad_column.contiguous()
+    if key is None:
+        column_lse, grad_column = row_lse, grad_row
+
+    if needs_query or needs_scale:
+        _run_backward(
+            queries, keys, scale, pairs.negatives, grad_x=grad_query, grad_scale=grad_scale,
+            unit=_unit(query, keys.x, grad_row, grad_column),
+            row_lse=row_lse, row_weight=grad_row, column_lse=column_lse, column_weight=grad_column,
+            ROW_TERM=True, COLUMN_TERM=bidirectional or key is None, NEEDS_X=needs_query, SCALE_OF_COLUMNS=False,
+            # In the self form every pair is met from both its rows.
+            ROW_SCALE_TERM=needs_scale, COLUMN_SCALE_TERM=needs_scale and bidirectional,
+        )  # fmt: skip
+    if needs_key:
+        _run_backward(
+            keys, queries, scale, pairs.negatives, grad_x=grad_key, grad_scale=grad_scale,
+            # Scales that differ from column to column are in the pair weights.
+            unit=_unit(query, keys.x, grad_row * scale, grad_column * (scale if bidirectional else 1.0)),
+            row_lse=column_lse, row_weight=grad_column, column_lse=row_lse, column_weight=grad_row,
+            ROW_TERM=bidirectional, COLUMN_TERM=True, NEEDS_X=True, SCALE_OF_COLUMNS=True,
+            ROW_SCALE_TERM=False, COLUMN_SCALE_TERM=False,
+        )  # fmt: skip
+    return grad_query, grad_key, grad_scale.sum_to_size(scale.shape) if needs_scale else grad_scale
+
+
+def _unit(query: Tensor, key: Tensor, *weights: Tensor) -> Tensor:
+    """The power of 2 that brings the pair weights of fp16 products, which are fp16 too, into its range; else 1."""
+    if query.dtype != torch.float16 or key.dtype != torch.float16:
+        return weights[0].new_ones(())
+    smallest = torch.finfo(weights[0].dtype).tiny
+    largest = torch.cat((*weights, weights[0].new_full((1,), smallest))).abs().amax()
+    # Of two terms, each at most the largest gradient.
+    return torch.where(largest.isfinite(), (14 - largest.log2().ceil()).clamp(-126, 126).exp2(), 1.0)
+
+
+def count_above(
+    query: Tensor,
+    key: Tensor,
+    threshold: Tensor,  # [N]
+    pairs: Pairs,
+) -> Tensor:
+    """For each query, how many kept keys have not <q_i, k_j> <= threshold_i; int64 [N]."""
+    plan = make_plan(query, key, pairs)
+    queries, keys = _sides(query, key, pairs, plan)
+    count = torch.empty_like(plan.query_order)
+    one = threshold.new_ones(())
+    _run_forward(queries, keys, one, pairs.negatives, count, threshold=threshold.contiguous(), COUNT=True)
+    return count

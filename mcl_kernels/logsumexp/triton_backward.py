@@ -1,0 +1,116 @@
+"""The backward kernel: the gradient of the rows of one side, in a single pass over what they meet."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from mcl_kernels.logsumexp.triton_tiles import (
+    load_features,
+    multiply,
+    ranges_of_rows,
+    rounded,
+    span,
+    tile_products,
+    where_kept,
+)
+
+
+@triton.jit(do_not_specialize=["n"])
+def backward_kernel(
+    x, x_stride, x_step, row_order, row_begin, row_end, drop_begin, drop_end, row_ids,
+    y, y_stride, y_step, column_order, column_ids,
+    row_lse, row_weight, column_lse, column_weight, scale, scale_stride, unit, grad_x, grad_scale, n, width,
+    ROW_TERM: tl.constexpr, COLUMN_TERM: tl.constexpr, ROW_SCALE_TERM: tl.constexpr, COLUMN_SCALE_TERM: tl.constexpr,
+    SCALE_OF_COLUMNS: tl.constexpr, NEEDS_X: tl.constexpr, HAS_DROPPED: tl.constexpr, COMPARES_IDS: tl.constexpr,
+    DTYPE: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, FEATURES: tl.constexpr, ONE_PART: tl.constexpr, GRADIENTS: tl.constexpr,
+):  # fmt: skip
+    """dx_i = sum_j scale W_ij y_j of ROWS sorted rows, with W_ij = gb_i exp(s_ij - b_i) + gc_j exp(s_ij - c_j).
+
+    1 unit of products for the logits and 1 for the sum; one more for each part of GRADIENTS features but the first.
+    With a *_SCALE_TERM, too: grad_scale_i = sum_j W_ij <x_i, y_j> of that term.
+    """
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    first_feature = tl.program_id(1) * GRADIENTS
+    row_valid = rows < n
+    row = tl.load(row_order + rows, mask=row_valid, other=0)
+    begin, end, dropped_from, dropped_to = ranges_of_rows(
+        rows, row_valid, row_begin, row_end, drop_begin, drop_end, HAS_DROPPED
+    )
+    row_id = tl.load(row_ids + row) if COMPARES_IDS else row
+    if not SCALE_OF_COLUMNS:
+        row_scale = tl.load(scale + row * scale_stride)[:, None]
+    row_at = row * x_stride
+    row_part = load_features(x, row_at, row_valid, x_step, width, 0, FEATURES, DTYPE) if ONE_PART else row
+    # What rows of half precision are multiplied with is at most 2^15, and not lost where gradients are small.
+    to_unit = tl.load(unit)
+    if ROW_TERM:
+        lse = tl.load(row_lse + row)[:, None]
+        weight = tl.load(row_weight + row)[:, None]
+
+    sums = tl.zeros((ROWS, GRADIENTS), SUM)
+    scale_sums = tl.zeros((ROWS,), SUM)
+    first, last = span(begin, end)
+    for start in range(first, last, COLUMNS):
+        columns = start + tl.arange(0, COLUMNS)
+        column_valid = columns < last
+        column = tl.load(column_order + columns, mask=column_valid, other=0)
+        column_at = column * y_stride
+        column_part = (
+            load_features(y, column_at, column_valid, y_step, width, 0, FEATURES, DTYPE) if ONE_PART else column
+        )
+        products = tile_products(
+            x, row_at, row_valid, x_step, row_part, y, column_at, column_valid, y_step, column_part,
+            width, tl.zeros((ROWS, COLUMNS), SUM), FEATURES, ONE_PART, DTYPE, PRECISION,
+        )  # fmt: skip
+        # The scale belongs to the queries, which are the rows or the columns.
+        if SCALE_OF_COLUMNS:
+            column_scale = tl.load(scale + column * scale_stride)[None, :]
+            logits = products * column_scale
+        else:
+            logits = products * row_scale
+        weights = tl.zeros((ROWS, COLUMNS), SUM)
+        scale_weights = tl.zeros((ROWS, COLUMNS), SUM)
+        if ROW_TERM:
+            weights = weight * tl.exp(logits - lse)
+            if ROW_SCALE_TERM:
+                scale_weights += weights
+        if COLUMN_TERM:
+            column_term = tl.load(column_weight + column)[None, :] * tl.exp(
+                logits - tl.load(column_lse + column)[None, :]
+            )
+            weights += column_term
+            if COLUMN_SCALE_TERM:
+                scale_weights += column_term
+        weights = where_kept(
+            weights, 0.0, start, column, column_valid, begin, end, dropped_from, dropped_to, row_id, column_ids,
+            HAS_DROPPED, COMPARES_IDS, COLUMNS,
+        )  # fmt: skip
+        if ROW_SCALE_TERM or COLUMN_SCALE_TERM:
+            products = where_kept(
+                scale_weights * products, 0.0, start, column, column_valid, begin, end, dropped_from, dropped_to,
+                row_id, column_ids, HAS_DROPPED, COMPARES_IDS, COLUMNS,
+            )  # fmt: skip
+            scale_sums += tl.sum(products, 1)
+        if NEEDS_X:
+            if SCALE_OF_COLUMNS:
+                weights = weights * column_scale
+            if ONE_PART:
+                gradient_part = column_part
+            else:
+                gradient_part = load_features(
+                    y, column_at, column_valid, y_step, width, first_feature, GRADIENTS, DTYPE
+                )
+            sums = multiply(rounded(weights * to_unit, DTYPE), gradient_part, sums, PRECISION)
+
+    if NEEDS_X:
+        if not SCALE_OF_COLUMNS:
+            sums = sums * row_scale
+        sums = sums / to_unit
+        feature = first_feature + tl.arange(0, GRADIENTS)
+        at = grad_x + row[:, None] * width + feature.to(tl.int64)[None, :]
+        tl.store(at, rounded(sums, grad_x.dtype.element_ty), mask=row_valid[:, None] & (feature < width)[None, :])
+    if ROW_SCALE_TERM or COLUMN_SCALE_TERM:
+        if first_feature == 0:  # all parts of the features have it
+            tl.store(grad_scale + row, scale_sums, mask=row_valid)

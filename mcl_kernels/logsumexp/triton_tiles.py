@@ -1,0 +1,136 @@
+"""What the Triton kernels share: rows of a tile, products, and which pairs are kept.
+
+A tile is ROWS sorted rows against COLUMNS sorted columns. Tiles do not align with clusters: a tile of rows meets the
+columns from the first of its first row's cluster to the last of its last row's, so the grid depends on N alone.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+
+@triton.jit
+def multiply(a, b, sums, PRECISION: tl.constexpr):
+    """sums + a b. Every product goes through here: the interpreter multiplies bfloat16 wrongly, so it gets fp32."""
+    if INTERPRET:
+        return tl.dot(a.to(sums.dtype), b.to(sums.dtype), sums, out_dtype=sums.dtype)
+    return tl.dot(a, b, sums, input_precision=PRECISION, out_dtype=sums.dtype)
+
+
+@triton.jit
+def rounded(x, DTYPE: tl.constexpr):
+    """x in DTYPE, to the nearest, ties to even: the interpreter rounds fp32 to bfloat16 toward zero."""
+    if INTERPRET and tl.bfloat16 == DTYPE:
+        bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
+        to_nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        return tl.where(x == x, to_nearest, bits | 0x00400000).to(tl.float32, bitcast=True).to(DTYPE)
+    return x.to(DTYPE)
+
+
+@triton.jit
+def finite_or_zero(maximum):
+    """An infinite maximum is not subtracted: -inf has to stay -inf, and inf to stay inf."""
+    return tl.where(tl.abs(maximum) == float("inf"), 0.0, maximum)
+
+
+@triton.jit
+def load_features(x, offsets, valid, step, width, first, FEATURES: tl.constexpr, DTYPE: tl.constexpr):
+    """Features first .. first + FEATURES - 1 of the rows at `offsets`; zeros behind the last, and where not valid."""
+    feature = first + tl.arange(0, FEATURES)
+    at = x + offsets[:, None] + feature.to(tl.int64)[None, :] * step
+    return tl.load(at, mask=valid[:, None] & (feature < width)[None, :], other=0.0).to(DTYPE)
+
+
+@triton.jit
+def tile_products(
+    row_x, row_at, row_valid, row_step, row_part,
+    column_x, column_at, column_valid, column_step, column_part,
+    width, sums, FEATURES: tl.constexpr, ONE_PART: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """<x_i, y_j> of a tile. Where all features are one part, both sides were loaded before."""
+    if ONE_PART:
+        sums = multiply(row_part, tl.trans(column_part), sums, PRECISION)
+    else:
+        for first in range(0, width, FEATURES):
+            a = load_features(row_x, row_at, row_valid, row_step, width, first, FEATURES, DTYPE)
+            b = load_features(column_x, column_at, column_valid, column_step, width, first, FEATURES, DTYPE)
+            sums = multiply(a, tl.trans(b), sums, PRECISION)
+    return sums
+
+
+@triton.jit
+def ranges_of_rows(rows, row_valid, row_begin, row_end, drop_begin, drop_end, HAS_DROPPED: tl.constexpr):
+    """Begin and end of the sorted columns that each sorted row meets, and of those among them that it drops."""
+    begin = tl.load(row_begin + rows, mask=row_valid, other=0).to(tl.int32)
+    end = tl.load(row_end + rows, mask=row_valid, other=0).to(tl.int32)
+    dropped_from, dropped_to = end, end
+    if HAS_DROPPED:
+        dropped_from = tl.load(drop_begin + rows, mask=row_valid, other=0)
+        dropped_to = tl.load(drop_end + rows, mask=row_valid, other=0)
+    return begin, end, dropped_from, dropped_to
+
+
+@triton.jit
+def span(begin, end):
+    """From the first begin to the last end of the ranges that are not empty; empty where all are."""
+    return tl.min(tl.where(begin < end, begin, 0x7FFFFFFF), 0), tl.max(tl.where(begin < end, end, 0), 0)
+
+
+@triton.jit
+def where_kept(
+    values, otherwise, start, column, column_valid, begin, end, dropped_from, dropped_to, row_id, column_ids,
+    HAS_DROPPED: tl.constexpr, COMPARES_IDS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """The values of a tile, `otherwise` where a pair is not kept. Pairs are looked at only where some may not be."""
+    stop = start + COLUMNS
+    mixed = (tl.max(begin, 0) > start) | (tl.min(end, 0) < stop)
+    if HAS_DROPPED:
+        first_dropped, last_dropped = span(dropped_from, dropped_to)
+        mixed = mixed | ((first_dropped < stop) & (last_dropped > start))
+    if COMPARES_IDS:
+        mixed = True
+    if mixed:
+        columns = (start + tl.arange(0, COLUMNS))[None, :]
+        keep = (columns >= begin[:, None]) & (columns < end[:, None])
+        if HAS_DROPPED:
+            keep = keep & ((columns < dropped_from[:, None]) | (columns >= dropped_to[:, None]))
+        if COMPARES_IDS:
+            column_id = tl.load(column_ids + column, mask=column_valid, other=0)
+            keep = keep & (row_id[:, None] != column_id[None, :])
+        values = tl.where(keep, values, otherwise)
+    return values
+
+
+@triton.jit(do_not_specialize=["n", "steps"])
+def drop_kernel(
+    row_order, row_begin, row_end, row_values, column_order, column_values,
+    drop_begin, drop_end,  # int32 [n], sorted
+    n, steps, ROWS: tl.constexpr,
+):  # fmt: skip
+    """The columns a row meets but drops, since they have its value: neighbours, found by bisection in `steps` steps."""
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    row_valid = rows < n
+    value = tl.load(row_values + tl.load(row_order + rows, mask=row_valid, other=0))
+    begin = tl.load(row_begin + rows, mask=row_valid, other=0)
+    end = tl.load(row_end + rows, mask=row_valid, other=0)
+    # The first column whose value is not below the row's, and the first whose value is above it.
+    first_low, first_high, last_low, last_high = begin, end, begin, end
+    for _ in range(0, steps):
+        middle = (first_low + first_high) // 2
+        searching = first_low < first_high
+        at = tl.load(column_values + tl.load(column_order + middle, mask=searching, other=0))
+        below = searching & (at < value)
+        first_low = tl.where(below, middle + 1, first_low)
+        first_high = tl.where(searching & (at >= value), middle, first_high)
+
+        middle = (last_low + last_high) // 2
+        searching = last_low < last_high
+        at = tl.load(column_values + tl.load(column_order + middle, mask=searching, other=0))
+        below = searching & (at <= value)
+        last_low = tl.where(below, middle + 1, last_low)
+        last_high = tl.where(searching & (at > value), middle, last_high)
+    tl.store(drop_begin + rows, first_low.to(tl.int32), mask=row_valid)
+    tl.store(drop_end + rows, last_low.to(tl.int32), mask=row_valid)
