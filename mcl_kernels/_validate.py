@@ -44,11 +44,13 @@ def check_positive(name: str, value: object) -> None:
 
 
 def check_embeddings(name: str, x: object) -> None:
-    """A 2-d floating point tensor, one row per sample."""
+    """A 2-d floating point tensor, one row per sample, of at least one feature."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor: got {type(x).__name__}")
     if x.ndim != 2:
         raise ValueError(f"{name} must have shape [rows, features]: got {list(x.shape)}")
+    if x.shape[1] == 0:
+        raise ValueError(f"{name} must have at least one feature: got shape {list(x.shape)}")
     if x.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64: got {x.dtype}")
 

@@ -49,6 +49,7 @@ CASES: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: masked_info_nce(X, Y[:255]), ValueError, "positive=None: got 255 keys for 256 queries"),
     (lambda: positive_ranks(X, Y[:255]), ValueError, "positive=None: got 255 keys for 256 queries"),
     (lambda: masked_logsumexp(X[0]), ValueError, "query must have shape [rows, features]: got [8]"),
+    (lambda: nt_xent(X[:, :0], Y[:, :0]), ValueError, "view_a must have at least one feature: got shape ["),
     (lambda: masked_logsumexp(X, scale=torch.ones(3)), ValueError, "scale must be a float, a 0-d tensor or a vector [256]"),
     (lambda: nt_xent(X, Y, temperature=torch.ones(256)), ValueError, "temperature must be a float, a 0-d tensor or a vector [512]"),
     (lambda: clip_loss(X, Y, logit_scale=torch.ones(256)), ValueError, "logit_scale must be one number: got shape [256]"),

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mcl_kernels import masked_logsumexp
 from mcl_kernels.logsumexp import triton
-from mcl_kernels.logsumexp.plan import Pairs, make_plan
-from tests.cases import make_case
+from mcl_kernels.logsumexp.plan import Pairs, kept_pairs, make_plan
+from tests.accuracy import assert_accurate
+from tests.cases import Case, make_case
+from tests.test_logsumexp import as_float64, run
 
 pytest.importorskip("triton", reason="the test extra brings it, where there is one")
 
@@ -102,19 +106,81 @@ def test_tiles_that_are_visited(negatives: str, monkeypatch: pytest.MonkeyPatch)
     torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)
 
     plan = make_plan(x, None, Pairs(labels[order], None, ids, None, negatives))
+    sorted_labels = labels[order][plan.query_order]
     visited = 0
     for first in range(0, n, tiles.rows):
-        begin, end = plan.key_begin[first : first + tiles.rows], plan.key_end[first : first + tiles.rows]
-        if (met := begin < end).any():
-            visited += -(-int(end[met].max() - begin[met].min()) // tiles.columns)
+        rows = slice(first, first + tiles.rows)
+        meets = plan.key_begin[rows] < plan.key_end[rows]
+        if not meets.any():
+            continue
+        begin, end = int(plan.key_begin[rows][meets].min()), int(plan.key_end[rows][meets].max())
+        for start in range(begin, end, tiles.columns):
+            differ = sorted_labels[rows][meets].unsqueeze(1) != sorted_labels[start : start + tiles.columns]
+            visited += bool(negatives != "different" or differ.any())
     assert products == visited
-    # Nobody meets the negative labels: less than a row of tiles per tile of rows.
-    assert visited <= -(-n // tiles.rows) * -(-(n - sizes[0]) // tiles.columns)
+    # The negative labels cost no tile, and under "different" the huge cluster next to none.
+    most = -(-n // tiles.rows) * -(-(n - sizes[0]) // tiles.columns)
+    assert visited <= (most // 2 if negatives == "different" else most)
+
+
+# --- what the interpreter does not show: how the tensor cores round their operands ------------------------------
+
+
+def to_tf32(x: Tensor) -> Tensor:
+    """10 bits behind the point of the mantissa, to nearest, ties to even."""
+    bits = x.view(torch.int32)
+    return ((bits + 0x0FFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32)
+
+
+def multiply(a: Tensor, b: Tensor, precision: str) -> Tensor:
+    """As the tensor cores do: operands rounded, exact products, sums in fp32."""
+    if precision == "half":
+        return a.float() @ b.float()
+    high_a, high_b = to_tf32(a), to_tf32(b)
+    if precision == "tf32":
+        return high_a @ high_b
+    low_a, low_b = to_tf32(a - high_a), to_tf32(b - high_b)
+    return high_a @ low_b + low_a @ high_b + high_a @ high_b
+
+
+def emulated(case: Case, scale: float, precision: str) -> dict[str, Tensor]:
+    """LSE and gradient of the self form with the roundings of the kernels, for the weights that `run` gives the LSE."""
+    x, dtype = case.query, case.query.dtype
+    keep = kept_pairs(Pairs(case.labels, case.labels, case.ids, case.ids, "same"))
+    assert keep is not None
+    logits = (scale * multiply(x, x.T, precision)).masked_fill(~keep, -torch.inf)
+    lse = logits.logsumexp(1)
+    weight = torch.linspace(-1, 2, len(x)).masked_fill(lse.isinf(), 0)
+    terms = torch.where(keep, (logits - lse.unsqueeze(1)).exp(), 0) * weight.unsqueeze(1)
+    weights = torch.where(keep, terms + terms.T, 0)
+    unit = 2.0**13 if dtype == torch.float16 else 1.0
+    rounded = (unit * weights).to(dtype) if precision == "half" else weights
+    return {"lse": lse, "grad_query": (scale * multiply(rounded, x, precision) / unit).to(dtype)}
+
+
+@pytest.mark.parametrize("scale", [1.0, 10.0])
+@pytest.mark.parametrize("d", [24, 512])
+@pytest.mark.parametrize(
+    ("precision", "dtype"),
+    [("half", torch.bfloat16), ("half", torch.float16), ("tf32x3", torch.float32), ("tf32", torch.float32)],
+    ids=str,
+)
+def test_operands_as_the_tensor_cores_round_them(precision: str, dtype: torch.dtype, d: int, scale: float) -> None:
+    """As accurate as the definition; in tf32, which is asked for, to the 11 bits of its operands."""
+    case = make_case(300, None, d, dtype=dtype)
+    got = emulated(case, scale, precision)
+    exact = run(as_float64(case), scale, "reference")
+    reference = run(case, scale, "reference")
+    for name, value in got.items():
+        if precision == "tf32":
+            finite = exact[name].isfinite()
+            error = (value.double() - exact[name])[finite].norm() / exact[name][finite].norm()
+            assert error <= 2**-10 * max(scale, 1), name
+        else:
+            assert_accurate(value, reference[name], exact[name], name)
 
 
 def run_python(code: str) -> subprocess.CompletedProcess[str]:
-    import os
-
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     return subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120, env=environment
@@ -136,3 +202,23 @@ def test_without_triton() -> None:
     assert "'available': False" in result.stdout
     assert "triton cannot be imported" in result.stderr
     assert "use impl='blockwise'" in result.stderr
+
+
+def test_either_switch_of_torch_asks_for_tf32() -> None:
+    """Once the newer one was used, torch refuses to answer through the older one."""
+    result = run_python(
+        "import torch; from mcl_kernels.logsumexp import triton\n"
+        "x = torch.eye(3)\n"
+        "print(triton._precision(x, x, torch.ones(())))\n"
+        "torch.backends.cuda.matmul.fp32_precision = 'tf32'\n"
+        "print(triton._precision(x, x, torch.ones(())))"
+    )
+    assert result.stdout.split() == ["tf32x3", "tf32"], result.stderr
+
+
+def test_before_triton_3_4() -> None:
+    result = run_python(
+        "import sys, types; old = types.ModuleType('triton'); old.__version__ = '3.2.0'; sys.modules['triton'] = old\n"
+        "import mcl_kernels; print(mcl_kernels.capabilities()['triton'])"
+    )
+    assert "needs triton 3.4 or later: got 3.2.0" in result.stdout, result.stderr

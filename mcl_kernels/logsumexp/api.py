@@ -93,8 +93,12 @@ def _load_native() -> None:
     _native.load()
 
 
-@cache
 def _triton_is_usable(device: torch.device) -> bool:
+    return _triton_runs_on(device)
+
+
+@cache
+def _triton_runs_on(device: torch.device) -> bool:
     """Whether the Triton kernels run on a GPU; if they do not, warns once, in one line, what to do about it."""
     if reason := triton.why_not(device):
         warnings.warn(f"mcl_kernels: impl='blockwise' computes, several times slower: {reason}", RuntimeWarning, 3)

@@ -33,6 +33,8 @@ def why_not(device: torch.device) -> str | None:
         import triton
     except ImportError as error:
         return f"triton cannot be imported ({error}); pip install triton, or use impl='blockwise'"
+    if not hasattr(triton, "knobs"):
+        return f"needs triton 3.4 or later: got {triton.__version__}; use impl='blockwise'"
     if device.type == "cpu":
         if triton.knobs.runtime.interpret:
             return None
@@ -41,6 +43,8 @@ def why_not(device: torch.device) -> str | None:
         return f"computes on CUDA tensors: got device {device}; use impl='blockwise'"
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
+    if torch.version.hip:
+        return "is for NVIDIA's GPUs: torch is built for ROCm; use impl='blockwise'"
     major, minor = torch.cuda.get_device_capability(device)
     if major < OLDEST:
         return f"needs compute capability {OLDEST}.0 or later: got {major}.{minor}; use impl='blockwise'"
@@ -90,7 +94,8 @@ def choose_tiles(kernel: str, precision: str, width: int, capability: tuple[int,
     """
     tiles = INTERPRETED
     if capability is not None:
-        architecture = 10 * min(capability[0], 10)
+        # Beyond 10 come chips with the tensor cores and the shared memory of the first.
+        architecture = 10 * capability[0] if capability[0] <= 10 else 80
         newest = max(each for name, of, each in TABLE if (name, of) == (kernel, precision) and each <= architecture)
         tiles = next(tiles for most, tiles in TABLE[kernel, precision, newest] if width <= most)
     whole = max(16, 1 << (width - 1).bit_length())
@@ -152,7 +157,11 @@ def _precision(x: Tensor, y: Tensor, scale: Tensor) -> str:
         return "ieee"
     if x.dtype == y.dtype and x.dtype.itemsize == 2:
         return "half"
-    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    try:
+        highest = torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # torch does not answer once its newer switch was used
+        highest = torch.backends.cuda.matmul.fp32_precision != "tf32"  # type: ignore[attr-defined]
+    return "tf32x3" if highest else "tf32"
 
 
 def _types(precision: str, x: Tensor) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from mcl_kernels.logsumexp.triton_tiles import (
+    hole_in,
     load_features,
     multiply,
     ranges_of_rows,
@@ -52,7 +53,9 @@ def backward_kernel(
     sums = tl.zeros((ROWS, GRADIENTS), SUM)
     scale_sums = tl.zeros((ROWS,), SUM)
     first, last = span(begin, end)
-    for start in range(first, last, COLUMNS):
+    hole_first, hole = hole_in(first, last, begin, end, dropped_from, dropped_to, COLUMNS)
+    for start in range(first, last - hole, COLUMNS):
+        start = tl.where(start < hole_first, start, start + hole)
         columns = start + tl.arange(0, COLUMNS)
         column_valid = columns < last
         column = tl.load(column_order + columns, mask=column_valid, other=0)

@@ -7,6 +7,7 @@ import triton.language as tl
 
 from mcl_kernels.logsumexp.triton_tiles import (
     finite_or_zero,
+    hole_in,
     load_features,
     ranges_of_rows,
     span,
@@ -43,7 +44,9 @@ def forward_kernel(
     maximum = tl.full((ROWS,), float("-inf"), SUM)
     total = tl.zeros((ROWS,), tl.int64 if COUNT else SUM)
     first, last = span(begin, end)
-    for start in range(first, last, COLUMNS):
+    hole_first, hole = hole_in(first, last, begin, end, dropped_from, dropped_to, COLUMNS)
+    for start in range(first, last - hole, COLUMNS):
+        start = tl.where(start < hole_first, start, start + hole)
         columns = start + tl.arange(0, COLUMNS)
         column_valid = columns < last
         column = tl.load(column_order + columns, mask=column_valid, other=0)

@@ -75,8 +75,24 @@ def ranges_of_rows(rows, row_valid, row_begin, row_end, drop_begin, drop_end, HA
 
 @triton.jit
 def span(begin, end):
-    """From the first begin to the last end of the ranges that are not empty; empty where all are."""
-    return tl.min(tl.where(begin < end, begin, 0x7FFFFFFF), 0), tl.max(tl.where(begin < end, end, 0), 0)
+    """From the first begin to the last end of the ranges that are not empty; 0 to 0 where all are."""
+    last = tl.max(tl.where(begin < end, end, 0), 0)
+    # Not above the last: what the compiler adds to an empty loop's first column must not wrap around.
+    return tl.minimum(tl.min(tl.where(begin < end, begin, 0x7FFFFFFF), 0), last), last
+
+
+@triton.jit
+def hole_in(first, last, begin, end, dropped_from, dropped_to, COLUMNS: tl.constexpr):
+    """Begin and length of the whole tiles of columns, counted from the first one, that every row drops: no work."""
+    meets = begin < end
+    drop_first = tl.max(tl.where(meets, dropped_from, 0), 0)
+    drop_last = tl.min(tl.where(meets, dropped_to, 0x7FFFFFFF), 0)
+    drop_last = tl.where(
+        drop_last < last, drop_last, last + COLUMNS - 1
+    )  # the last tile, too, where it is no whole one
+    hole_first = first + (drop_first - first + COLUMNS - 1) // COLUMNS * COLUMNS
+    hole = first + (drop_last - first) // COLUMNS * COLUMNS - hole_first
+    return hole_first, tl.where((first < last) & (hole > 0), hole, 0)
 
 
 @triton.jit
