@@ -39,6 +39,11 @@ BACKENDS += [Backend(device, impl) for device in DEVICES for impl in ("blockwise
 assert {backend.impl for backend in BACKENDS} == set(IMPLS) - {"auto"}
 
 
+# What computes on a CPU tensor here, for tests that need no more than one of each.
+CPU_IMPLS = [impl for impl in IMPLS if impl not in ("auto", "triton")]
+CPU_IMPLS += [] if triton.why_not(torch.device("cpu")) else ["triton"]
+
+
 def pytest_report_header() -> str:
     missing = "" if torch.cuda.is_available() else "; no cuda: torch sees no CUDA device"
     return "backends: " + ", ".join(map(str, BACKENDS)) + missing

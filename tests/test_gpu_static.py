@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks import gpu_static
 
-pytest.importorskip("triton", reason="the gpu extra brings it")
+pytest.importorskip("triton.knobs", reason="the gpu extra brings it")
 
 # A few bytes may stay where nothing that was tried avoids them: 64 x 512 sums on sm_90 take 128 of 255 registers, and
 # 16 columns are the fewest that its tensor cores multiply.

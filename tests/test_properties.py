@@ -12,9 +12,8 @@ from hypothesis import given, settings
 from torch import Tensor
 
 from mcl_kernels import KMeans, compose_labels, count_negatives, masked_logsumexp, nt_xent
-from mcl_kernels.logsumexp.api import IMPLS
+from tests.conftest import CPU_IMPLS
 
-IMPLEMENTATIONS = [impl for impl in IMPLS if impl != "auto"]
 settings.register_profile("mcl_kernels", deadline=None, max_examples=40, derandomize=True)
 settings.load_profile("mcl_kernels")
 
@@ -33,7 +32,7 @@ def batches(draw: Any, max_rows: int = 40) -> tuple[Tensor, Tensor, Tensor]:
 MODES = st.sampled_from(["same", "different", "all"])
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("impl", CPU_IMPLS)
 @given(batch=batches(), negatives=MODES, random=st.randoms(use_true_random=False))
 def test_permuting_the_batch_permutes_the_result(impl: str, batch, negatives: str, random) -> None:  # type: ignore[no-untyped-def]
     x, labels, ids = batch
@@ -43,7 +42,7 @@ def test_permuting_the_batch_permutes_the_result(impl: str, batch, negatives: st
     torch.testing.assert_close(permuted, lse[order])
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("impl", CPU_IMPLS)
 @given(batch=batches(), negatives=MODES, split=st.floats(0, 1))
 def test_splitting_the_keys_adds_up(impl: str, batch, negatives: str, split: float) -> None:  # type: ignore[no-untyped-def]
     x, labels, ids = batch
@@ -58,7 +57,7 @@ def test_splitting_the_keys_adds_up(impl: str, batch, negatives: str, split: flo
     torch.testing.assert_close(torch.logaddexp(*parts), whole)
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("impl", CPU_IMPLS)
 @given(batch=batches())
 def test_a_duplicate_with_the_same_id_changes_nothing_for_its_sample(impl: str, batch) -> None:  # type: ignore[no-untyped-def]
     x, labels, _ = batch
@@ -72,7 +71,7 @@ def test_a_duplicate_with_the_same_id_changes_nothing_for_its_sample(impl: str, 
     torch.testing.assert_close(with_copy[[0, -1]], lse[[0, 0]])
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("impl", CPU_IMPLS)
 @given(batch=batches())
 def test_merging_all_clusters_gives_the_plain_loss(impl: str, batch) -> None:  # type: ignore[no-untyped-def]
     x, labels, ids = batch
@@ -80,7 +79,7 @@ def test_merging_all_clusters_gives_the_plain_loss(impl: str, batch) -> None:  #
     torch.testing.assert_close(merged, nt_xent(x, x + 1, ids=ids, impl=impl))
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("impl", CPU_IMPLS)
 @given(batch=batches(), negatives=MODES)
 def test_bidirectional_is_both_single_directions(impl: str, batch, negatives: str) -> None:  # type: ignore[no-untyped-def]
     x, labels, ids = batch

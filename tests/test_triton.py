@@ -19,7 +19,7 @@ from tests.accuracy import assert_accurate
 from tests.cases import Case, make_case
 from tests.test_logsumexp import as_float64, run
 
-pytest.importorskip("triton", reason="the test extra brings it, where there is one")
+pytest.importorskip("triton.knobs", reason="the test extra brings it, where there is one")
 
 FORMS = [("self", None, False), ("rows", 40, False), ("both", 40, True)]
 
