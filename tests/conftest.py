@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
 import os
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -14,12 +12,6 @@ import torch
 from mcl_kernels import _native
 from mcl_kernels.logsumexp import triton
 from mcl_kernels.logsumexp.api import IMPLS
-
-# Without a GPU the Triton kernels are interpreted, which is read when Triton is imported; one that is too old for them
-# is left as it is.
-TRITON = importlib.metadata.version("triton") if importlib.util.find_spec("triton") else "0.0"
-if not torch.cuda.is_available() and tuple(map(int, TRITON.split(".")[:2])) >= (3, 4):
-    os.environ["TRITON_INTERPRET"] = "1"
 
 # The OpenMP threads of small operations spin against each other when two test processes share the cores.
 if "PYTEST_XDIST_WORKER" in os.environ:
