@@ -21,7 +21,9 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from mcl_kernels.logsumexp.triton import Tiles, choose_tiles
+import torch
+
+from mcl_kernels.logsumexp.triton import Tiles, choose_tiles, tile_constants
 
 HERE = Path(__file__).parent
 ARCHITECTURES = (80, 90, 100)
@@ -64,7 +66,7 @@ def compile_kernel(kernel: str, architecture: int, precision: str, width: int) -
 
 
 def _tiles(kernel: str, precision: str, width: int, architecture: int) -> Tiles:
-    return choose_tiles(kernel, "half" if precision == "bf16" else precision, width, (architecture // 10, 0))
+    return choose_tiles(kernel, _of_launcher(precision), width, (architecture // 10, 0))
 
 
 def units(precision: str, width: int, architecture: int) -> int:
@@ -81,20 +83,19 @@ def _function(kernel: str) -> Any:
 
 def _constants(kernel: str, precision: str, width: int, tiles: Tiles) -> Row:
     """As the launcher gives them for the self form of contiguous rows with ids and one scale."""
-    import triton.language as tl
-
-    common = {
-        "x_step": 1, "y_step": 1, "scale_stride": 0, "HAS_DROPPED": True, "COMPARES_IDS": False,
-        "DTYPE": tl.bfloat16 if precision == "bf16" else tl.float32, "SUM": tl.float32,
-        "PRECISION": "tf32" if precision == "bf16" else precision, "ROWS": tiles.rows, "COLUMNS": tiles.columns,
-        "FEATURES": tiles.features, "ONE_PART": width <= tiles.features,
-    }  # fmt: skip
+    tile = tile_constants(kernel, _of_launcher(precision), torch.bfloat16, width, tiles)
+    same = {"HAS_DROPPED": True, "COMPARES_IDS": False, "SKIPS_TILES": False}  # cluster
+    common = {**tile, **same, "x_step": 1, "y_step": 1, "scale_stride": 0}
     if kernel == "forward":
         return {**common, "COUNT": False}
     return {
-        **common, "GRADIENTS": tiles.gradients, "ROW_TERM": True, "COLUMN_TERM": True, "ROW_SCALE_TERM": False,
-        "COLUMN_SCALE_TERM": False, "SCALE_OF_COLUMNS": False, "NEEDS_X": True,
+        **common, "ROW_TERM": True, "COLUMN_TERM": True, "ROW_SCALE_TERM": False, "COLUMN_SCALE_TERM": False,
+        "SCALE_OF_COLUMNS": False, "NEEDS_X": True,
     }  # fmt: skip
+
+
+def _of_launcher(precision: str) -> str:
+    return "half" if precision == "bf16" else precision
 
 
 def _type(name: str, precision: str) -> str:

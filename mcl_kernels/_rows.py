@@ -20,23 +20,14 @@ def normalize_rows(x: Tensor, impl: str = "reference") -> Tensor:
     A row without a direction (a norm of at most 1e-12, or below the normal numbers of its dtype) becomes 0, and so
     does its gradient: divided by a norm that small it would be infinite in half precision.
     """
-    return _normalized(x, None, impl)[0]
+    return unit_views(x, None, impl)[0]
 
 
-def unit_views(view_a: Tensor, view_b: Tensor, impl: str) -> tuple[Tensor, Tensor]:
-    """Both views normalised as by `normalize_rows`, one after the other, [2N, D], and their cosines, [N]."""
-    return _normalized(view_a, view_b, impl)
+def unit_views(view_a: Tensor, view_b: Tensor | None, impl: str) -> tuple[Tensor, Tensor]:
+    """Both views normalised as by `normalize_rows`, one after the other, [2N, D], and their cosines, [N].
 
-
-def joined_views(view_a: Tensor, view_b: Tensor) -> tuple[Tensor, Tensor]:
-    """One view after the other, [2N, D], and <a_i, b_i>, [N]."""
-    rows = torch.cat((view_a, view_b))
-    # Parts of `rows` from here on, so that a graph holds one copy of them.
-    part_a, part_b = rows.view(2, *view_a.shape)
-    return rows, row_dot(part_a, part_b, compute_dtype(rows))
-
-
-def _normalized(view_a: Tensor, view_b: Tensor | None, impl: str) -> tuple[Tensor, Tensor]:
+    Without view_b the rows of view_a alone, [N, D], and no cosines, [0].
+    """
     # A compiler fuses the plain composition by itself, and does not take the forward mode of a Function.
     if torch.compiler.is_compiling():
         return _composed(view_a, view_b)
@@ -46,6 +37,14 @@ def _normalized(view_a: Tensor, view_b: Tensor | None, impl: str) -> tuple[Tenso
     )
     rows, cosine = _Normalize.apply(view_a, view_b, native)  # type: ignore[no-untyped-call]
     return rows, cosine
+
+
+def joined_views(view_a: Tensor, view_b: Tensor) -> tuple[Tensor, Tensor]:
+    """One view after the other, [2N, D], and <a_i, b_i>, [N]."""
+    rows = torch.cat((view_a, view_b))
+    # Parts of `rows` from here on, so that a graph holds one copy of them.
+    part_a, part_b = rows.view(2, *view_a.shape)
+    return rows, row_dot(part_a, part_b, compute_dtype(rows))
 
 
 class _Normalize(torch.autograd.Function):

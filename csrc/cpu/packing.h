@@ -70,9 +70,7 @@ T pack_rows(const Side& side, int64_t begin, int64_t count, int64_t width, int64
     if (r + PREFETCH_ROWS < count) prefetch_row(side, side.order[begin + r + PREFETCH_ROWS], width);
     copy_row(side, side.order[begin + r], width, row);
     for (int64_t d = width; d < stride; d++) row[d] = 0;
-    Vector<T> squares{};
-    for (int64_t d = 0; d < stride; d += LANES<T>) squares += load<Vector<T>>(row + d) * load<Vector<T>>(row + d);
-    const T norm = sum_lanes<T>(squares);
+    const T norm = dot(row, row, stride);
     largest = norm <= largest || largest != largest ? largest : norm;
   }
   // Whole groups of rows are multiplied, and whole vectors of them transposed.

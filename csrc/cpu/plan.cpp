@@ -137,18 +137,23 @@ class Rounds {
     result.met_queries.resize(queries);
     result.met_keys.resize(self ? 0 : keys);
     std::vector<int64_t> last_of_query(queries, NO_TASK), last_of_key(self ? 0 : keys, NO_TASK);  // where blocks begin
+    std::vector<int64_t>& last_of_column_block = self ? last_of_query : last_of_key;
+    std::vector<bool>& met_columns = self ? result.met_queries : result.met_keys;
     for (auto round = rounds_.rbegin(); round != rounds_.rend(); ++round) {
       for (Task& task : *round) {
         int64_t& last_of_rows = last_of_query[task.row_begin];
-        int64_t& last_of_columns = (self ? last_of_query : last_of_key)[task.column_begin];
+        int64_t& last_of_columns = last_of_column_block[task.column_begin];
         task.before_of_rows = last_of_rows;
         task.before_of_columns = last_of_columns;
         last_of_rows = last_of_columns = result.tasks.size();
         result.tasks.push_back(task);
         result.most_rows = std::max(result.most_rows, task.rows);
         result.most_columns = std::max(result.most_columns, task.columns);
-        std::fill_n(result.met_queries.begin() + task.row_begin, task.rows, true);
-        std::fill_n((self ? result.met_queries : result.met_keys).begin() + task.column_begin, task.columns, true);
+        // Blocks are met whole, so once.
+        if (task.before_of_rows == NO_TASK)
+          std::fill_n(result.met_queries.begin() + task.row_begin, task.rows, true);
+        if (task.before_of_columns == NO_TASK)
+          std::fill_n(met_columns.begin() + task.column_begin, task.columns, true);
       }
       result.most_tasks = std::max<int64_t>(result.most_tasks, round->size());
       std::vector<Task>().swap(*round);

@@ -6,16 +6,6 @@
 
 namespace mcl::MCL_INSTRUCTION_SET {
 
-template <class T>
-T dot(const T* x, const T* y, int64_t width) {
-  Vector<T> sums{};
-  int64_t d = 0;
-  for (; d + LANES<T> <= width; d += LANES<T>) sums += load<Vector<T>>(x + d) * load<Vector<T>>(y + d);
-  T sum = sum_lanes<T>(sums);
-  for (; d < width; d++) sum += x[d] * y[d];
-  return sum;
-}
-
 // 1 / |x|; 0 for a row without a direction.
 template <class T>
 T inverse_norm(const T* x, int64_t width) {

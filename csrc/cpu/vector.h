@@ -108,6 +108,17 @@ inline T sum_lanes(Vector<T> v) {
   return v[0];
 }
 
+// <x, y> of two rows.
+template <class T>
+inline T dot(const T* x, const T* y, int64_t width) {
+  Vector<T> sums{};
+  int64_t d = 0;
+  for (; d + LANES<T> <= width; d += LANES<T>) sums += load<Vector<T>>(x + d) * load<Vector<T>>(y + d);
+  T sum = sum_lanes<T>(sums);
+  for (; d < width; d++) sum += x[d] * y[d];
+  return sum;
+}
+
 // The largest lane; a NaN is passed over.
 template <class T>
 inline T largest_lane(Vector<T> v) {

@@ -102,28 +102,51 @@ def choose_tiles(kernel: str, precision: str, width: int, capability: tuple[int,
     return tiles._replace(features=min(tiles.features, whole), gradients=min(tiles.gradients, whole))
 
 
+def tile_constants(kernel: str, precision: str, dtype: torch.dtype, width: int, tiles: Tiles) -> dict[str, Any]:
+    """What a kernel is compiled for, beside its options: types, and the sizes of its tiles."""
+    import triton.language as tl
+
+    wide = tl.float64 if precision == "ieee" else tl.float32
+    half = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+    return {
+        "DTYPE": half[dtype] if precision == "half" else wide,
+        "SUM": wide,
+        "PRECISION": "tf32" if precision == "half" else precision,
+        "ROWS": tiles.rows, "COLUMNS": tiles.columns, "FEATURES": tiles.features, "ONE_PART": width <= tiles.features,
+        **({"GRADIENTS": tiles.gradients} if kernel == "backward" else {}),
+    }  # fmt: skip
+
+
 class _Side(NamedTuple):
     """Queries or keys."""
 
     x: Tensor
     order: Tensor  # int64, sorted
-    begin: Tensor  # int64: the range of the other side that each sorted row meets
-    end: Tensor
     labels: Tensor | None
     ids: Tensor | None
 
 
+class _Rows(NamedTuple):
+    """The side whose rows programs own, and the range of the other side's sorted rows that each sorted row meets."""
+
+    side: _Side
+    begin: Tensor  # int64
+    end: Tensor
+
+
 def _sides(query: Tensor, key: Tensor | None, pairs: Pairs, plan: Plan) -> tuple[_Side, _Side]:
     labels, key_labels, ids, key_ids = (None if v is None else v.contiguous() for v in pairs[:4])
-    queries = _Side(query, plan.query_order, plan.key_begin, plan.key_end, labels, ids)
-    if key is None:
-        return queries, queries
-    begin, end = key_ranges(plan.key_order, key_labels, plan.query_order, labels, pairs.negatives)
-    return queries, _Side(key, plan.key_order, begin, end, key_labels, key_ids)
+    queries = _Side(query, plan.query_order, labels, ids)
+    return queries, queries if key is None else _Side(key, plan.key_order, key_labels, key_ids)
 
 
-def _common_arguments(kernel: str, rows: _Side, columns: _Side, scale: Tensor, negatives: str) -> dict[str, Any]:
+def _key_rows(queries: _Side, keys: _Side, negatives: str) -> _Rows:
+    return _Rows(keys, *key_ranges(keys.order, keys.labels, queries.order, queries.labels, negatives))
+
+
+def _common_arguments(kernel: str, owned: _Rows, columns: _Side, scale: Tensor, negatives: str) -> dict[str, Any]:
     """What every kernel of one side's rows against the other's needs to know."""
+    rows = owned.side
     width = rows.x.shape[1]
     precision = _precision(rows.x, columns.x, scale)
     capability = torch.cuda.get_device_capability(rows.x.device) if rows.x.is_cuda else None
@@ -132,21 +155,20 @@ def _common_arguments(kernel: str, rows: _Side, columns: _Side, scale: Tensor, n
     by_label = negatives == "different"
     # What a row drops of the columns it meets has its label or its id, so it is sorted together.
     values, column_values = (rows.labels, columns.labels) if by_label else (rows.ids, columns.ids)
-    dropped = None if values is None else _dropped(rows, columns, values, column_values)
+    dropped = None if values is None else _dropped(owned, columns, values, column_values)
     # Under "different" the same sample may have other labels, and is then anywhere.
     compares_ids = by_label and rows.ids is not None
     unused = rows.order
     return {
         "x": rows.x, "x_stride": rows.x.stride(0), "x_step": rows.x.stride(1), "row_order": rows.order,
-        "row_begin": rows.begin, "row_end": rows.end,
+        "row_begin": owned.begin, "row_end": owned.end,
         "drop_begin": unused if dropped is None else dropped[0], "drop_end": unused if dropped is None else dropped[1],
         "row_ids": rows.ids if compares_ids else unused,
         "y": columns.x, "y_stride": columns.x.stride(0), "y_step": columns.x.stride(1), "column_order": columns.order,
         "column_ids": columns.ids if compares_ids else unused,
         "scale": scale, "scale_stride": scale.stride(0) if scale.ndim else 0, "n": len(rows.order), "width": width,
-        "HAS_DROPPED": dropped is not None, "COMPARES_IDS": compares_ids, **_types(precision, rows.x),
-        "ROWS": tiles.rows, "COLUMNS": tiles.columns, "FEATURES": tiles.features, "ONE_PART": width <= tiles.features,
-        **({"GRADIENTS": tiles.gradients} if kernel == "backward" else {}),
+        "HAS_DROPPED": dropped is not None, "COMPARES_IDS": compares_ids, "SKIPS_TILES": by_label,
+        **tile_constants(kernel, precision, rows.x.dtype, width, tiles),
         "num_warps": tiles.warps, "num_stages": tiles.stages,
     }  # fmt: skip
 
@@ -164,28 +186,16 @@ def _precision(x: Tensor, y: Tensor, scale: Tensor) -> str:
     return "tf32x3" if highest else "tf32"
 
 
-def _types(precision: str, x: Tensor) -> dict[str, Any]:
-    """What rows are multiplied in, what is summed in, and what the compiler calls the precision."""
-    import triton.language as tl
-
-    wide = tl.float64 if precision == "ieee" else tl.float32
-    half = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-    return {
-        "DTYPE": half[x.dtype] if precision == "half" else wide,
-        "SUM": wide,
-        "PRECISION": "tf32" if precision == "half" else precision,
-    }
-
-
-def _dropped(rows: _Side, columns: _Side, values: Tensor, column_values: Tensor | None) -> tuple[Tensor, Tensor]:
+def _dropped(rows: _Rows, columns: _Side, values: Tensor, column_values: Tensor | None) -> tuple[Tensor, Tensor]:
     from mcl_kernels.logsumexp.triton_tiles import drop_kernel
 
-    n = len(rows.order)
-    begin, end = torch.empty(2, n, dtype=torch.int32, device=rows.order.device).unbind()
+    order = rows.side.order
+    n = len(order)
+    begin, end = torch.empty(2, n, dtype=torch.int32, device=order.device).unbind()
     if n:
         with _on_device_of(begin):
             drop_kernel[(-(-n // PLAN_ROWS),)](
-                rows.order, rows.begin, rows.end, values, columns.order, column_values, begin, end, n,
+                order, rows.begin, rows.end, values, columns.order, column_values, begin, end, n,
                 len(columns.order).bit_length(), ROWS=PLAN_ROWS,
             )  # fmt: skip
     return begin, end
@@ -197,7 +207,7 @@ def _on_device_of(x: Tensor) -> AbstractContextManager[object]:
     return device
 
 
-def _run_forward(rows: _Side, columns: _Side, scale: Tensor, negatives: str, result: Tensor, **special: Any) -> None:
+def _run_forward(rows: _Rows, columns: _Side, scale: Tensor, negatives: str, result: Tensor, **special: Any) -> None:
     from mcl_kernels.logsumexp.triton_forward import forward_kernel
 
     if len(result) == 0:
@@ -207,15 +217,15 @@ def _run_forward(rows: _Side, columns: _Side, scale: Tensor, negatives: str, res
         forward_kernel[(-(-len(result) // arguments["ROWS"]),)](**arguments, result=result, **special)
 
 
-def _run_backward(rows: _Side, columns: _Side, scale: Tensor, negatives: str, **special: Any) -> None:
+def _run_backward(rows: _Rows, columns: _Side, scale: Tensor, negatives: str, **special: Any) -> None:
     from mcl_kernels.logsumexp.triton_backward import backward_kernel
 
-    n, width = rows.x.shape
+    n, width = rows.side.x.shape
     if n == 0:
         return
     arguments = _common_arguments("backward", rows, columns, scale, negatives)
     parts = -(-width // arguments["GRADIENTS"]) if special["NEEDS_X"] else 1
-    with _on_device_of(rows.x):
+    with _on_device_of(rows.side.x):
         backward_kernel[(-(-n // arguments["ROWS"]), parts)](**arguments, **special)
 
 
@@ -226,8 +236,11 @@ def forward(
     plan = make_plan(query, key, pairs)
     queries, keys = _sides(query, key, pairs, plan)
     row_lse, column_lse = scale.new_empty(len(query)), scale.new_empty(len(keys.x) if bidirectional else 0)
-    _run_forward(queries, keys, scale, pairs.negatives, row_lse, threshold=scale, COUNT=False)
-    _run_forward(keys, queries, scale, pairs.negatives, column_lse, threshold=scale, COUNT=False)
+    query_rows = _Rows(queries, plan.key_begin, plan.key_end)
+    _run_forward(query_rows, keys, scale, pairs.negatives, row_lse, threshold=scale, COUNT=False)
+    if bidirectional:
+        key_rows = _key_rows(queries, keys, pairs.negatives)
+        _run_forward(key_rows, queries, scale, pairs.negatives, column_lse, threshold=scale, COUNT=False)
     return row_lse, column_lse, plan
 
 
@@ -257,8 +270,8 @@ def backward(
 
     if needs_query or needs_scale:
         _run_backward(
-            queries, keys, scale, pairs.negatives, grad_x=grad_query, grad_scale=grad_scale,
-            unit=_unit(query, keys.x, grad_row, grad_column),
+            _Rows(queries, plan.key_begin, plan.key_end), keys, scale, pairs.negatives, grad_x=grad_query,
+            grad_scale=grad_scale, unit=_unit(query, keys.x, grad_row, grad_column),
             row_lse=row_lse, row_weight=grad_row, column_lse=column_lse, column_weight=grad_column,
             ROW_TERM=True, COLUMN_TERM=bidirectional or key is None, NEEDS_X=needs_query, SCALE_OF_COLUMNS=False,
             # In the self form every pair is met from both its rows.
@@ -266,7 +279,8 @@ def backward(
         )  # fmt: skip
     if needs_key:
         _run_backward(
-            keys, queries, scale, pairs.negatives, grad_x=grad_key, grad_scale=grad_scale,
+            _key_rows(queries, keys, pairs.negatives), queries, scale, pairs.negatives, grad_x=grad_key,
+            grad_scale=grad_scale,
             # Scales that differ from column to column are in the pair weights.
             unit=_unit(query, keys.x, grad_row * scale, grad_column * (scale if bidirectional else 1.0)),
             row_lse=column_lse, row_weight=grad_column, column_lse=row_lse, column_weight=grad_row,
@@ -277,9 +291,12 @@ def backward(
 
 
 def _unit(query: Tensor, key: Tensor, *weights: Tensor) -> Tensor:
-    """The power of 2 that brings the pair weights of fp16 products, which are fp16 too, into its range; else 1."""
+    """The power of 2 that brings the pair weights of fp16 products, which are fp16 too, into its range.
+
+    Products of other dtypes do not read it.
+    """
     if query.dtype != torch.float16 or key.dtype != torch.float16:
-        return weights[0].new_ones(())
+        return weights[0]
     smallest = torch.finfo(weights[0].dtype).tiny
     largest = torch.cat((*weights, weights[0].new_full((1,), smallest))).abs().amax()
     # Of two terms, each at most the largest gradient.
@@ -297,5 +314,6 @@ def count_above(
     queries, keys = _sides(query, key, pairs, plan)
     count = torch.empty_like(plan.query_order)
     one = threshold.new_ones(())
-    _run_forward(queries, keys, one, pairs.negatives, count, threshold=threshold.contiguous(), COUNT=True)
+    query_rows = _Rows(queries, plan.key_begin, plan.key_end)
+    _run_forward(query_rows, keys, one, pairs.negatives, count, threshold=threshold.contiguous(), COUNT=True)
     return count

@@ -9,9 +9,9 @@ from mcl_kernels.logsumexp.triton_tiles import (
     finite_or_zero,
     hole_in,
     load_features,
-    ranges_of_rows,
+    load_rows,
+    multiply_tile,
     span,
-    tile_products,
     where_kept,
 )
 
@@ -22,18 +22,15 @@ def forward_kernel(
     y, y_stride, y_step, column_order, column_ids,
     scale, scale_stride, threshold, result, n, width,
     COUNT: tl.constexpr, HAS_DROPPED: tl.constexpr, COMPARES_IDS: tl.constexpr,
-    DTYPE: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr,
+    SKIPS_TILES: tl.constexpr, DTYPE: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, FEATURES: tl.constexpr, ONE_PART: tl.constexpr,
 ):  # fmt: skip
     """result_i = log sum_j exp(s_ij) of ROWS sorted rows, by a running maximum and sum: 1 unit of products.
 
     With COUNT how many kept columns have not <x_i, y_j> <= threshold_i.
     """
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    row_valid = rows < n
-    row = tl.load(row_order + rows, mask=row_valid, other=0)
-    begin, end, dropped_from, dropped_to = ranges_of_rows(
-        rows, row_valid, row_begin, row_end, drop_begin, drop_end, HAS_DROPPED
+    row, row_valid, begin, end, dropped_from, dropped_to = load_rows(
+        row_order, row_begin, row_end, drop_begin, drop_end, n, HAS_DROPPED, ROWS
     )
     row_id = tl.load(row_ids + row) if COMPARES_IDS else row
     row_scale = tl.load(scale + row * scale_stride)
@@ -44,19 +41,16 @@ def forward_kernel(
     maximum = tl.full((ROWS,), float("-inf"), SUM)
     total = tl.zeros((ROWS,), tl.int64 if COUNT else SUM)
     first, last = span(begin, end)
-    hole_first, hole = hole_in(first, last, begin, end, dropped_from, dropped_to, COLUMNS)
-    for start in range(first, last - hole, COLUMNS):
-        start = tl.where(start < hole_first, start, start + hole)
-        columns = start + tl.arange(0, COLUMNS)
-        column_valid = columns < last
-        column = tl.load(column_order + columns, mask=column_valid, other=0)
-        column_at = column * y_stride
-        column_part = (
-            load_features(y, column_at, column_valid, y_step, width, 0, FEATURES, DTYPE) if ONE_PART else column
-        )
-        products = tile_products(
-            x, row_at, row_valid, x_step, row_part, y, column_at, column_valid, y_step, column_part,
-            width, tl.zeros((ROWS, COLUMNS), SUM), FEATURES, ONE_PART, DTYPE, PRECISION,
+    end_of_tiles = last
+    if SKIPS_TILES:
+        hole_first, hole = hole_in(first, last, begin, end, dropped_from, dropped_to, COLUMNS)
+        end_of_tiles = last - hole
+    for start in range(first, end_of_tiles, COLUMNS):
+        if SKIPS_TILES:
+            start = tl.where(start < hole_first, start, start + hole)
+        column, column_valid, _, products = multiply_tile(
+            x, row_at, row_valid, x_step, row_part, y, y_stride, y_step, column_order, start, last, width,
+            ROWS, COLUMNS, FEATURES, ONE_PART, DTYPE, SUM, PRECISION,
         )  # fmt: skip
         if COUNT:
             above = where_kept(

@@ -45,32 +45,47 @@ def load_features(x, offsets, valid, step, width, first, FEATURES: tl.constexpr,
 
 
 @triton.jit
-def tile_products(
-    row_x, row_at, row_valid, row_step, row_part,
-    column_x, column_at, column_valid, column_step, column_part,
-    width, sums, FEATURES: tl.constexpr, ONE_PART: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+def load_rows(
+    row_order, row_begin, row_end, drop_begin, drop_end, n, HAS_DROPPED: tl.constexpr, ROWS: tl.constexpr
 ):  # fmt: skip
-    """<x_i, y_j> of a tile. Where all features are one part, both sides were loaded before."""
-    if ONE_PART:
-        sums = multiply(row_part, tl.trans(column_part), sums, PRECISION)
-    else:
-        for first in range(0, width, FEATURES):
-            a = load_features(row_x, row_at, row_valid, row_step, width, first, FEATURES, DTYPE)
-            b = load_features(column_x, column_at, column_valid, column_step, width, first, FEATURES, DTYPE)
-            sums = multiply(a, tl.trans(b), sums, PRECISION)
-    return sums
+    """The program's rows, which of them there are, the sorted columns each meets, and those among them it drops."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    valid = rows < n
+    row = tl.load(row_order + rows, mask=valid, other=0)
+    begin = tl.load(row_begin + rows, mask=valid, other=0).to(tl.int32)
+    end = tl.load(row_end + rows, mask=valid, other=0).to(tl.int32)
+    dropped_from, dropped_to = end, end
+    if HAS_DROPPED:
+        dropped_from = tl.load(drop_begin + rows, mask=valid, other=0)
+        dropped_to = tl.load(drop_end + rows, mask=valid, other=0)
+    return row, valid, begin, end, dropped_from, dropped_to
 
 
 @triton.jit
-def ranges_of_rows(rows, row_valid, row_begin, row_end, drop_begin, drop_end, HAS_DROPPED: tl.constexpr):
-    """Begin and end of the sorted columns that each sorted row meets, and of those among them that it drops."""
-    begin = tl.load(row_begin + rows, mask=row_valid, other=0).to(tl.int32)
-    end = tl.load(row_end + rows, mask=row_valid, other=0).to(tl.int32)
-    dropped_from, dropped_to = end, end
-    if HAS_DROPPED:
-        dropped_from = tl.load(drop_begin + rows, mask=row_valid, other=0)
-        dropped_to = tl.load(drop_end + rows, mask=row_valid, other=0)
-    return begin, end, dropped_from, dropped_to
+def multiply_tile(
+    x, row_at, row_valid, x_step, row_part, y, y_stride, y_step, column_order, start, last, width,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, FEATURES: tl.constexpr, ONE_PART: tl.constexpr,
+    DTYPE: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The columns of a tile, which of them there are, their features and the products <x_i, y_j>.
+
+    Where all features are one part, they stay for the gradient, and `row_part` are the rows'; else both are unused.
+    """
+    columns = start + tl.arange(0, COLUMNS)
+    valid = columns < last
+    column = tl.load(column_order + columns, mask=valid, other=0)
+    column_at = column * y_stride
+    products = tl.zeros((ROWS, COLUMNS), SUM)
+    part = column
+    if ONE_PART:
+        part = load_features(y, column_at, valid, y_step, width, 0, FEATURES, DTYPE)
+        products = multiply(row_part, tl.trans(part), products, PRECISION)
+    else:
+        for first in range(0, width, FEATURES):
+            a = load_features(x, row_at, row_valid, x_step, width, first, FEATURES, DTYPE)
+            b = load_features(y, column_at, valid, y_step, width, first, FEATURES, DTYPE)
+            products = multiply(a, tl.trans(b), products, PRECISION)
+    return column, valid, part, products
 
 
 @triton.jit
@@ -87,9 +102,8 @@ def hole_in(first, last, begin, end, dropped_from, dropped_to, COLUMNS: tl.const
     meets = begin < end
     drop_first = tl.max(tl.where(meets, dropped_from, 0), 0)
     drop_last = tl.min(tl.where(meets, dropped_to, 0x7FFFFFFF), 0)
-    drop_last = tl.where(
-        drop_last < last, drop_last, last + COLUMNS - 1
-    )  # the last tile, too, where it is no whole one
+    # The last tile counts as whole too.
+    drop_last = tl.where(drop_last < last, drop_last, last + COLUMNS - 1)
     hole_first = first + (drop_first - first + COLUMNS - 1) // COLUMNS * COLUMNS
     hole = first + (drop_last - first) // COLUMNS * COLUMNS - hole_first
     return hole_first, tl.where((first < last) & (hole > 0), hole, 0)
