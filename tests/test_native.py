@@ -122,6 +122,27 @@ def test_in_a_forked_child() -> None:
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="finds the OpenMP runtime of torch as Linux shows it")
+def test_in_a_nested_parallel_region() -> None:
+    """Both threads of an OpenMP region compute: each by itself, to the same bits, and without threads of their own."""
+    result = run_python(
+        LOSS + "import ctypes\n"
+        "runtime = {line.split()[-1] for line in open('/proc/self/maps') if 'libgomp' in line}\n"
+        "assert len(runtime) == 1, runtime\n"
+        "results = []\n"
+        "def body(data):\n"
+        "    results.append(torch.equal(gradient(), expected))\n"
+        "def threads():\n"
+        "    return len(os.listdir('/proc/self/task'))\n"
+        "callback = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(body)\n"
+        "before = threads()\n"
+        "ctypes.CDLL(runtime.pop()).GOMP_parallel(callback, None, 2, 0)\n"
+        "assert results == [True, True], results\n"
+        "assert threads() == before, (threads(), before)\n"
+    )
+    assert result.returncode == 0, result.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("context", ["fork", "spawn"])
 def test_in_a_data_loader_worker(context: str, tmp_path: Path) -> None:
