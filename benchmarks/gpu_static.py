@@ -1,16 +1,17 @@
-"""What the compiler makes of the Triton kernels for every row of their table: `python -m benchmarks.gpu_static`.
+"""What the compiler makes of the Triton kernels, ours and the peers': `python -m benchmarks.gpu_static`.
 
 Needs no GPU: Triton's own compiler and disassembler build for any architecture. A row of gpu_static.csv is one kernel
-for one architecture, precision and D, specialised as the launcher does it (contiguous rows, D divisible by 16):
-registers of a thread, bytes of its stack, local stores and loads (what does not fit the registers), shared memory,
-instructions of the tensor cores by name, special-function instructions, warps that fit a multiprocessor at a time, and
-the units of products of the whole loss (DESIGN: kept pairs x D, forward and backward of the self form).
+for one architecture, precision and D, specialised as its launcher does it: registers of a thread, bytes of its stack,
+local stores and loads (what does not fit the registers), shared memory and its limit, columns of tensor memory,
+instructions of the tensor cores by name, loads and special-function instructions, warps that fit a multiprocessor at a
+time, and the units of products of a whole loss by its form (DESIGN: pairs x D, forward and backward).
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import importlib.util
 import multiprocessing
 import os
 import re
@@ -21,94 +22,65 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from mcl_kernels.logsumexp.triton import Tiles, choose_tiles, tile_constants
+from benchmarks.gpu_kernels import INF_CL, MEMEFF, OWN, Launch, own_kernel, own_units, peer_kernel, peer_units
 
 HERE = Path(__file__).parent
 ARCHITECTURES = (80, 90, 100)
 PRECISIONS = ("bf16", "tf32", "tf32x3")
 WIDTHS = (64, 128, 256, 512, 768, 1024)
-KERNELS = ("forward", "backward")
 SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes that a program may have
 SHARED_OF_PROCESSOR = {80: 167_936, 90: 233_472, 100: 233_472}
 REGISTERS_OF_PROCESSOR, WARPS_OF_PROCESSOR = 65_536, 64
+TENSOR_MEMORY = 512  # columns of a multiprocessor, from sm_100 on
 TENSOR_CORES = {80: r"\bHMMA", 90: r"\bHGMMA", 100: r"\bUTC\w*MMA"}  # the fast path of each
+COLUMNS = (
+    "library", "kernel", "architecture", "precision", "d", "rows", "columns", "features", "gradients", "chunk", "warps",
+    "stages", "units_self", "units_one_direction", "units_both_directions", "pairs", "registers", "stack", "spills",
+    "shared", "shared_limit", "tensor_memory", "tensor_core", "loads", "special_function", "warps_of_processor",
+    "triton",
+)  # fmt: skip
 
 Row = dict[str, Any]
 
 
-def compile_kernel(kernel: str, architecture: int, precision: str, width: int) -> Row:
-    """One row of the table."""
+def compile_kernel(kernel: str, architecture: int, precision: str, width: int) -> Row | None:
+    """One row of the table; None where there is no such kernel."""
+    own = kernel in OWN
+    launch = (own_kernel if own else peer_kernel)(kernel, architecture, precision, width)
+    if launch is None:
+        return None
+    units = own_units(architecture, precision, width) if own else peer_units(kernel, architecture, width)
+    return {
+        "library": launch.library, "kernel": kernel, "architecture": f"sm_{architecture}", "precision": precision,
+        "d": width, **launch.tiles, "warps": launch.warps, "stages": launch.stages,
+        "units_self": units.self_form, "units_one_direction": units.one_direction,
+        "units_both_directions": units.both_directions, "pairs": units.pairs, **_compile(launch, architecture),
+    }  # fmt: skip
+
+
+def _compile(launch: Launch, architecture: int) -> Row:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    tiles = _tiles(kernel, precision, width, architecture)
-    function, constants = _function(kernel), _constants(kernel, precision, width, tiles)
-    signature, attributes = {}, {}
-    for index, name in enumerate(function.arg_names):
-        if name in constants:
-            signature[name] = "constexpr"
-            continue
-        signature[name] = _type(name, precision)
-        if signature[name].startswith("*") or name in ("x_stride", "y_stride", "width"):
-            attributes[(index,)] = [["tt.divisibility", 16]]
-    positions = {(function.arg_names.index(name),): value for name, value in constants.items()}
-    source = ASTSource(fn=function, signature=signature, constexprs=positions, attrs=attributes)
-    options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
+    names = launch.function.arg_names
+    attributes = {
+        (names.index(name),): [["tt.divisibility", 16]]
+        for name, of in launch.types.items()
+        if of.startswith("*") or (of == "i32" and name not in launch.undivided)
+    }
+    source = ASTSource(
+        fn=launch.function,
+        signature={name: launch.types.get(name, "constexpr") for name in names},
+        constexprs={(names.index(name),): value for name, value in launch.constants.items()},
+        attrs=attributes,
+    )
+    options = {"num_warps": launch.warps, "num_stages": launch.stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
-    return {
-        "kernel": kernel, "architecture": f"sm_{architecture}", "precision": precision, "d": width,
-        **tiles._asdict(), "units": units(precision, width, architecture), **_resources(compiled, architecture, tiles),
-        "triton": triton.__version__,
-    }  # fmt: skip
+    return {**_resources(compiled, architecture, launch.warps), "triton": triton.__version__}
 
 
-def _tiles(kernel: str, precision: str, width: int, architecture: int) -> Tiles:
-    return choose_tiles(kernel, _of_launcher(precision), width, (architecture // 10, 0))
-
-
-def units(precision: str, width: int, architecture: int) -> int:
-    """Products of the self form's loss: forward 1; backward 1 for the logits of each part of the features, and 1."""
-    return 2 + -(-width // _tiles("backward", precision, width, architecture).gradients)
-
-
-def _function(kernel: str) -> Any:
-    from mcl_kernels.logsumexp.triton_backward import backward_kernel
-    from mcl_kernels.logsumexp.triton_forward import forward_kernel
-
-    return {"forward": forward_kernel, "backward": backward_kernel}[kernel]
-
-
-def _constants(kernel: str, precision: str, width: int, tiles: Tiles) -> Row:
-    """As the launcher gives them for the self form of contiguous rows with ids and one scale."""
-    tile = tile_constants(kernel, _of_launcher(precision), torch.bfloat16, width, tiles)
-    same = {"HAS_DROPPED": True, "COMPARES_IDS": False, "SKIPS_TILES": False}  # cluster
-    common = {**tile, **same, "x_step": 1, "y_step": 1, "scale_stride": 0}
-    if kernel == "forward":
-        return {**common, "COUNT": False}
-    return {
-        **common, "ROW_TERM": True, "COLUMN_TERM": True, "ROW_SCALE_TERM": False, "COLUMN_SCALE_TERM": False,
-        "SCALE_OF_COLUMNS": False, "NEEDS_X": True,
-    }  # fmt: skip
-
-
-def _of_launcher(precision: str) -> str:
-    return "half" if precision == "bf16" else precision
-
-
-def _type(name: str, precision: str) -> str:
-    if name in ("x", "y", "grad_x"):
-        return "*bf16" if precision == "bf16" else "*fp32"
-    if name in ("drop_begin", "drop_end"):
-        return "*i32"
-    if name in ("row_order", "row_begin", "row_end", "row_ids", "column_order", "column_ids"):
-        return "*i64"
-    return "i32" if name in ("x_stride", "y_stride", "n", "width") else "*fp32"
-
-
-def _resources(compiled: Any, architecture: int, tiles: Tiles) -> Row:
+def _resources(compiled: Any, architecture: int, warps: int) -> Row:
     import triton.backends.nvidia
 
     tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
@@ -120,28 +92,41 @@ def _resources(compiled: Any, architecture: int, tiles: Tiles) -> Row:
             for option in ("-res-usage", "-sass")
         )
     registers, stack = (int(re.search(rf"{word}:(\d+)", usage).group(1)) for word in ("REG", "STACK"))
-    shared = compiled.metadata.shared
+    shared, tensor_memory = compiled.metadata.shared, getattr(compiled.metadata, "tmem_size", None) or 0
     fit = min(
-        REGISTERS_OF_PROCESSOR // (registers * 32 * tiles.warps),
+        REGISTERS_OF_PROCESSOR // (registers * 32 * warps),
         SHARED_OF_PROCESSOR[architecture] // (shared + 1024),
-        WARPS_OF_PROCESSOR // tiles.warps,
+        TENSOR_MEMORY // max(tensor_memory, 1),
+        WARPS_OF_PROCESSOR // warps,
     )
+
+    def count(instruction: str) -> int:
+        return len(re.findall(instruction, code))
+
     return {
-        "registers": registers, "stack": stack, "spills": len(re.findall(r"\b(?:STL|LDL)", code)),
-        "shared": shared, "shared_limit": SHARED_LIMIT[architecture],
-        "tensor_core": len(re.findall(TENSOR_CORES[architecture], code)),
-        "special_function": len(re.findall(r"\bMUFU", code)), "warps": fit * tiles.warps,
+        "registers": registers, "stack": stack, "spills": count(r"\b(?:STL|LDL)"), "shared": shared,
+        "shared_limit": SHARED_LIMIT[architecture], "tensor_memory": tensor_memory,
+        "tensor_core": count(TENSOR_CORES[architecture]), "loads": count(r"\b(?:LDG|LDGSTS)\b"),
+        "special_function": count(r"\bMUFU"), "warps_of_processor": fit * warps,
     }  # fmt: skip
 
 
-def compile_all() -> list[Row]:
-    """Every row of the table, compiled side by side. In ours the interpreter may be on: not in these processes."""
-    cases = list(product(KERNELS, ARCHITECTURES, PRECISIONS, WIDTHS))
+def compile_all(kernels: tuple[str, ...] = OWN, every_width_of: tuple[str, ...] | None = None) -> list[Row]:
+    """Every row of the table, compiled side by side; a kernel not in `every_width_of`, if given, for two widths only.
+
+    In this process the interpreter may be on: in those that compile it is not.
+    """
+    cases = [
+        (kernel, architecture, precision, width)
+        for kernel, architecture, precision, width in product(kernels, ARCHITECTURES, PRECISIONS, WIDTHS)
+        if every_width_of is None or kernel in every_width_of or width in (128, 1024)
+    ]
     context = multiprocessing.get_context("spawn")
     interpreted = os.environ.pop("TRITON_INTERPRET", None)
     try:
         with ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
-            return list(pool.map(compile_kernel, *zip(*cases, strict=True)))
+            rows = pool.map(compile_kernel, *zip(*cases, strict=True))
+            return [row for row in rows if row is not None]
     finally:
         if interpreted is not None:
             os.environ["TRITON_INTERPRET"] = interpreted
@@ -151,15 +136,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--csv", type=Path, default=HERE / "gpu_static.csv")
     options = parser.parse_args()
-    rows = compile_all()
+    kernels = OWN
+    for package, of_package in (("inf_cl", INF_CL), ("memeff", MEMEFF)):
+        if importlib.util.find_spec(package):
+            kernels += of_package
+        else:
+            print(f"no rows of {package}, which comes with the bench extra")
+    rows = compile_all(kernels)
     for row in rows:
         print(
-            f"{row['kernel']:<8} {row['architecture']:<6} {row['precision']:<6} D {row['d']:>4}  {row['units']} units"
-            f"  {row['registers']:>3} registers  {row['stack']:>3} B stack  {row['spills']:>2} spills"
-            f"  {row['shared']:>6} B shared  {row['tensor_core']:>3} tensor core  {row['warps']:>2} warps"
+            f"{row['kernel']:<25} {row['architecture']:<6} {row['precision']:<6} D {row['d']:>4}"
+            f"  {row['registers']:>3} registers  {row['stack']:>4} B stack  {row['spills']:>3} spills"
+            f"  {row['shared']:>6} B shared  {row['tensor_core']:>3} tensor core  {row['warps_of_processor']:>2} warps"
         )
     with options.csv.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
 

@@ -57,34 +57,39 @@ class Tiles(NamedTuple):
     rows: int
     columns: int
     features: int  # of both sides that are multiplied at a time
-    gradients: int  # features whose gradient a program of the backward pass holds
     warps: int
     stages: int
+    gradients: int = 0  # features whose gradient a program of the backward pass holds
+    chunk: int = 0  # of them that one product sums
 
 
 # By kernel, precision and architecture (oldest first): the tiles for rows of at most so many numbers. Each is the
 # fastest-looking of those tried that compile without a spill on that architecture (`python -m benchmarks.gpu_static`):
 # - forward: 128 rows read each key once per 128 queries. Wide rows pass in parts of 64 features, three in flight.
-# - backward: as many features of the gradient as the registers hold, since each part computes the logits again. That
-#   leaves 16 columns beside 64 x 512 sums; sm_100 keeps sums in a memory of their own, and has room for 32.
+# - backward: as many features of the gradient as the registers hold, since each part computes the logits again: 64 x 512
+#   sums are half of them. Products of a chunk of those leave room for operands, as sm_100 does, which keeps sums in a
+#   memory of their own; then as many columns as fit. sm_80 multiplies 8 by tf32, and no fewer than 16 by half.
 # - fp32 rows are twice as large, and tf32x3 splits each operand in two.
 _WIDEST = 1 << 62
-_BACKWARD_HALF = ((128, Tiles(128, 64, 128, 128, 8, 2)), (512, Tiles(64, 64, 64, 256, 8, 2)))
+_BACKWARD_HALF = ((128, Tiles(128, 64, 128, 8, 2, 128, 64)), (256, Tiles(64, 64, 64, 8, 2, 256, 256)))
 TABLE: dict[tuple[str, str, int], tuple[tuple[int, Tiles], ...]] = {
-    ("forward", "half", 80): (
-        (128, Tiles(128, 128, 128, 128, 8, 2)),
-        (_WIDEST, Tiles(128, 128, 64, 64, 8, 3)),
+    ("forward", "half", 80): ((128, Tiles(128, 128, 128, 8, 2)), (_WIDEST, Tiles(128, 128, 64, 8, 3))),
+    ("forward", "tf32", 80): ((_WIDEST, Tiles(128, 64, 32, 8, 2)),),
+    ("forward", "tf32x3", 80): ((_WIDEST, Tiles(128, 64, 16, 8, 2)),),
+    ("backward", "half", 80): (*_BACKWARD_HALF, (_WIDEST, Tiles(64, 32, 64, 8, 2, 512, 128))),
+    ("backward", "half", 90): (*_BACKWARD_HALF, (_WIDEST, Tiles(64, 32, 64, 8, 2, 512, 256))),
+    ("backward", "half", 100): (*_BACKWARD_HALF, (_WIDEST, Tiles(64, 32, 64, 8, 2, 512, 512))),
+    ("backward", "tf32", 80): ((256, Tiles(64, 32, 32, 8, 2, 256, 256)), (_WIDEST, Tiles(64, 16, 16, 8, 2, 512, 128))),
+    ("backward", "tf32", 90): ((256, Tiles(64, 32, 32, 8, 2, 256, 128)), (_WIDEST, Tiles(64, 32, 32, 8, 2, 512, 64))),
+    ("backward", "tf32", 100): ((256, Tiles(64, 32, 32, 8, 2, 256, 256)), (_WIDEST, Tiles(64, 16, 16, 8, 1, 512, 512))),
+    ("backward", "tf32x3", 80): ((256, Tiles(64, 16, 32, 8, 2, 256, 128)), (_WIDEST, Tiles(64, 8, 16, 8, 2, 512, 128))),
+    ("backward", "tf32x3", 90): ((256, Tiles(64, 16, 32, 8, 2, 256, 64)), (_WIDEST, Tiles(64, 16, 16, 8, 1, 512, 32))),
+    ("backward", "tf32x3", 100): (
+        (256, Tiles(64, 32, 32, 8, 2, 256, 256)),
+        (_WIDEST, Tiles(64, 8, 16, 8, 2, 512, 512)),
     ),
-    ("forward", "tf32", 80): ((_WIDEST, Tiles(128, 64, 32, 32, 8, 2)),),
-    ("forward", "tf32x3", 80): ((_WIDEST, Tiles(128, 64, 32, 32, 8, 2)),),
-    ("backward", "half", 80): (*_BACKWARD_HALF, (_WIDEST, Tiles(64, 16, 64, 512, 8, 2))),
-    ("backward", "half", 100): (*_BACKWARD_HALF, (_WIDEST, Tiles(64, 32, 64, 512, 8, 2))),
-    ("backward", "tf32", 80): ((_WIDEST, Tiles(64, 32, 32, 256, 8, 2)),),
-    ("backward", "tf32x3", 80): ((_WIDEST, Tiles(64, 16, 16, 256, 8, 2)),),
-    ("backward", "tf32x3", 90): ((_WIDEST, Tiles(64, 32, 32, 128, 8, 2)),),
-    ("backward", "tf32x3", 100): ((_WIDEST, Tiles(64, 16, 16, 256, 8, 2)),),
 }
-INTERPRETED = Tiles(128, 256, 1024, 1024, 4, 1)  # few and large: its cost is that of calls
+INTERPRETED = Tiles(128, 256, 1024, 4, 1, 1024, 512)  # few and large: its cost is that of calls
 
 
 def choose_tiles(kernel: str, precision: str, width: int, capability: tuple[int, int] | None) -> Tiles:
@@ -99,7 +104,8 @@ def choose_tiles(kernel: str, precision: str, width: int, capability: tuple[int,
         newest = max(each for name, of, each in TABLE if (name, of) == (kernel, precision) and each <= architecture)
         tiles = next(tiles for most, tiles in TABLE[kernel, precision, newest] if width <= most)
     whole = max(16, 1 << (width - 1).bit_length())
-    return tiles._replace(features=min(tiles.features, whole), gradients=min(tiles.gradients, whole))
+    gradients, chunk = min(tiles.gradients, whole), min(tiles.chunk, whole)
+    return tiles._replace(features=min(tiles.features, whole), gradients=gradients, chunk=chunk)
 
 
 def tile_constants(kernel: str, precision: str, dtype: torch.dtype, width: int, tiles: Tiles) -> dict[str, Any]:
@@ -108,13 +114,17 @@ def tile_constants(kernel: str, precision: str, dtype: torch.dtype, width: int, 
 
     wide = tl.float64 if precision == "ieee" else tl.float32
     half = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-    return {
+    constants = {
         "DTYPE": half[dtype] if precision == "half" else wide,
         "SUM": wide,
         "PRECISION": "tf32" if precision == "half" else precision,
         "ROWS": tiles.rows, "COLUMNS": tiles.columns, "FEATURES": tiles.features, "ONE_PART": width <= tiles.features,
-        **({"GRADIENTS": tiles.gradients} if kernel == "backward" else {}),
     }  # fmt: skip
+    if kernel == "backward":
+        # A constant too: what is computed of it would be in registers all the time.
+        parts = -(-width // tiles.gradients)
+        constants |= {"GRADIENTS": tiles.gradients, "CHUNK": tiles.chunk, "PARTS": parts}
+    return constants
 
 
 class _Side(NamedTuple):
@@ -220,13 +230,14 @@ def _run_forward(rows: _Rows, columns: _Side, scale: Tensor, negatives: str, res
 def _run_backward(rows: _Rows, columns: _Side, scale: Tensor, negatives: str, **special: Any) -> None:
     from mcl_kernels.logsumexp.triton_backward import backward_kernel
 
-    n, width = rows.side.x.shape
+    n = len(rows.side.x)
     if n == 0:
         return
     arguments = _common_arguments("backward", rows, columns, scale, negatives)
-    parts = -(-width // arguments["GRADIENTS"]) if special["NEEDS_X"] else 1
+    if not special["NEEDS_X"]:
+        arguments["PARTS"] = 1
     with _on_device_of(rows.side.x):
-        backward_kernel[(-(-n // arguments["ROWS"]), parts)](**arguments, **special)
+        backward_kernel[(-(-n // arguments["ROWS"]) * arguments["PARTS"],)](**arguments, **special)
 
 
 def forward(
@@ -271,20 +282,23 @@ def backward(
     if needs_query or needs_scale:
         _run_backward(
             _Rows(queries, plan.key_begin, plan.key_end), keys, scale, pairs.negatives, grad_x=grad_query,
-            grad_scale=grad_scale, unit=_unit(query, keys.x, grad_row, grad_column),
+            grad_scale=grad_scale, unit=_unit(query, keys.x, grad_row, grad_column), column_scale=scale,
             row_lse=row_lse, row_weight=grad_row, column_lse=column_lse, column_weight=grad_column,
-            ROW_TERM=True, COLUMN_TERM=bidirectional or key is None, NEEDS_X=needs_query, SCALE_OF_COLUMNS=False,
+            ROW_TERM=True, COLUMN_TERM=bidirectional or key is None, NEEDS_X=needs_query, SCALES_COLUMNS=False,
             # In the self form every pair is met from both its rows.
             ROW_SCALE_TERM=needs_scale, COLUMN_SCALE_TERM=needs_scale and bidirectional,
         )  # fmt: skip
     if needs_key:
+        # A scale of each query differs from column to column of the keys' rows: there it is a part of the weights.
+        varies = scale.ndim > 0
+        if varies:
+            grad_row = grad_row * scale
         _run_backward(
-            _key_rows(queries, keys, pairs.negatives), queries, scale, pairs.negatives, grad_x=grad_key,
-            grad_scale=grad_scale,
-            # Scales that differ from column to column are in the pair weights.
-            unit=_unit(query, keys.x, grad_row * scale, grad_column * (scale if bidirectional else 1.0)),
+            _key_rows(queries, keys, pairs.negatives), queries, scale.new_ones(()) if varies else scale,
+            pairs.negatives, grad_x=grad_key, grad_scale=grad_scale,
+            unit=_unit(query, keys.x, grad_row, grad_column), column_scale=scale,
             row_lse=column_lse, row_weight=grad_column, column_lse=row_lse, column_weight=grad_row,
-            ROW_TERM=bidirectional, COLUMN_TERM=True, NEEDS_X=True, SCALE_OF_COLUMNS=True,
+            ROW_TERM=bidirectional, COLUMN_TERM=True, NEEDS_X=True, SCALES_COLUMNS=varies,
             ROW_SCALE_TERM=False, COLUMN_SCALE_TERM=False,
         )  # fmt: skip
     return grad_query, grad_key, grad_scale.sum_to_size(scale.shape) if needs_scale else grad_scale

@@ -21,11 +21,12 @@ from mcl_kernels.logsumexp.triton_tiles import (
 def backward_kernel(
     x, x_stride, x_step, row_order, row_begin, row_end, drop_begin, drop_end, row_ids,
     y, y_stride, y_step, column_order, column_ids,
-    row_lse, row_weight, column_lse, column_weight, scale, scale_stride, unit, grad_x, grad_scale, n, width,
+    row_lse, row_weight, column_lse, column_weight, scale, scale_stride, column_scale, unit, grad_x, grad_scale, n, width,
     ROW_TERM: tl.constexpr, COLUMN_TERM: tl.constexpr, ROW_SCALE_TERM: tl.constexpr, COLUMN_SCALE_TERM: tl.constexpr,
-    SCALE_OF_COLUMNS: tl.constexpr, NEEDS_X: tl.constexpr, HAS_DROPPED: tl.constexpr, COMPARES_IDS: tl.constexpr,
+    SCALES_COLUMNS: tl.constexpr, NEEDS_X: tl.constexpr, HAS_DROPPED: tl.constexpr, COMPARES_IDS: tl.constexpr,
     SKIPS_TILES: tl.constexpr, DTYPE: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, FEATURES: tl.constexpr, ONE_PART: tl.constexpr, GRADIENTS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, FEATURES: tl.constexpr, ONE_PART: tl.constexpr,
+    GRADIENTS: tl.constexpr, CHUNK: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """dx_i = sum_j scale W_ij y_j of ROWS sorted rows, with W_ij = gb_i exp(s_ij - b_i) + gc_j exp(s_ij - c_j).
 
@@ -33,12 +34,11 @@ def backward_kernel(
     With a *_SCALE_TERM, too: grad_scale_i = sum_j W_ij <x_i, y_j> of that term.
     """
     row, row_valid, begin, end, dropped_from, dropped_to = load_rows(
-        row_order, row_begin, row_end, drop_begin, drop_end, n, HAS_DROPPED, ROWS
+        tl.program_id(0) // PARTS, row_order, row_begin, row_end, drop_begin, drop_end, n, HAS_DROPPED, ROWS
     )
-    first_feature = tl.program_id(1) * GRADIENTS
+    first_feature = tl.program_id(0) % PARTS * GRADIENTS
     row_id = tl.load(row_ids + row) if COMPARES_IDS else row
-    if not SCALE_OF_COLUMNS:
-        row_scale = tl.load(scale + row * scale_stride)[:, None]
+    row_scale = tl.load(scale + row * scale_stride)[:, None]
     row_at = row * x_stride
     row_part = load_features(x, row_at, row_valid, x_step, width, 0, FEATURES, DTYPE) if ONE_PART else row
     if tl.float16 == DTYPE:
@@ -48,7 +48,9 @@ def backward_kernel(
         lse = tl.load(row_lse + row)[:, None]
         weight = tl.load(row_weight + row)[:, None]
 
-    sums = tl.zeros((ROWS, GRADIENTS), SUM)
+    sums = ()  # a tensor for each CHUNK of the features
+    for _ in tl.static_range(GRADIENTS // CHUNK):
+        sums = sums + (tl.zeros((ROWS, CHUNK), SUM),)
     scale_sums = tl.zeros((ROWS,), SUM)
     first, last = span(begin, end)
     end_of_tiles = last
@@ -62,12 +64,7 @@ def backward_kernel(
             x, row_at, row_valid, x_step, row_part, y, y_stride, y_step, column_order, start, last, width,
             ROWS, COLUMNS, FEATURES, ONE_PART, DTYPE, SUM, PRECISION,
         )  # fmt: skip
-        # The scale belongs to the queries, which are the rows or the columns.
-        if SCALE_OF_COLUMNS:
-            column_scale = tl.load(scale + column * scale_stride)[None, :]
-            logits = products * column_scale
-        else:
-            logits = products * row_scale
+        logits = products * (tl.load(column_scale + column)[None, :] if SCALES_COLUMNS else row_scale)
         weights = tl.zeros((ROWS, COLUMNS), SUM)
         scale_weights = tl.zeros((ROWS, COLUMNS), SUM)
         if ROW_TERM:
@@ -92,24 +89,27 @@ def backward_kernel(
             )  # fmt: skip
             scale_sums += tl.sum(products, 1)
         if NEEDS_X:
-            if SCALE_OF_COLUMNS:
-                weights = weights * column_scale
             if tl.float16 == DTYPE:
                 weights = weights * to_unit
-            if not ONE_PART:
-                gradient_part = load_features(
-                    y, column * y_stride, column_valid, y_step, width, first_feature, GRADIENTS, DTYPE
-                )
-            sums = multiply(rounded(weights, DTYPE), gradient_part, sums, PRECISION)
+            weights = rounded(weights, DTYPE)
+            added = ()
+            for chunk in tl.static_range(GRADIENTS // CHUNK):
+                if not ONE_PART or CHUNK < GRADIENTS:
+                    gradient_part = load_features(
+                        y, column * y_stride, column_valid, y_step, width, first_feature + chunk * CHUNK, CHUNK, DTYPE
+                    )
+                added = added + (multiply(weights, gradient_part, sums[chunk], PRECISION),)
+            sums = added
 
-    if NEEDS_X:
-        if not SCALE_OF_COLUMNS:
-            sums = sums * row_scale
-        if tl.float16 == DTYPE:
-            sums = sums / to_unit
-        feature = first_feature + tl.arange(0, GRADIENTS)
-        at = grad_x + row[:, None] * width + feature.to(tl.int64)[None, :]
-        tl.store(at, rounded(sums, grad_x.dtype.element_ty), mask=row_valid[:, None] & (feature < width)[None, :])
     if ROW_SCALE_TERM or COLUMN_SCALE_TERM:
         if first_feature == 0:  # all parts of the features have it
             tl.store(grad_scale + row, scale_sums, mask=row_valid)
+    if NEEDS_X:
+        for chunk in tl.static_range(GRADIENTS // CHUNK):
+            gradient = sums[chunk] * row_scale
+            if tl.float16 == DTYPE:
+                gradient = gradient / to_unit
+            feature = first_feature + chunk * CHUNK + tl.arange(0, CHUNK)
+            at = grad_x + row[:, None] * width + feature.to(tl.int64)[None, :]
+            written = row_valid[:, None] & (feature < width)[None, :]
+            tl.store(at, rounded(gradient, grad_x.dtype.element_ty), mask=written)

@@ -30,7 +30,7 @@ def forward_kernel(
     With COUNT how many kept columns have not <x_i, y_j> <= threshold_i.
     """
     row, row_valid, begin, end, dropped_from, dropped_to = load_rows(
-        row_order, row_begin, row_end, drop_begin, drop_end, n, HAS_DROPPED, ROWS
+        tl.program_id(0), row_order, row_begin, row_end, drop_begin, drop_end, n, HAS_DROPPED, ROWS
     )
     row_id = tl.load(row_ids + row) if COMPARES_IDS else row
     row_scale = tl.load(scale + row * scale_stride)

@@ -1,0 +1,185 @@
+"""The GPU kernels of this library and of its peers, specialised as their launchers do it: what gpu_static compiles.
+
+For contiguous rows of D numbers, D and the numbers of rows divisible by 16. Cost in units of products (D x pairs,
+forward and backward of a whole loss), of the pairs that the kernels visit.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import torch
+
+from mcl_kernels.logsumexp.triton import choose_tiles, tile_constants
+
+DTYPES = {"bf16": torch.bfloat16, "tf32": torch.float32, "tf32x3": torch.float32}
+POINTERS = {"bf16": "*bf16", "tf32": "*fp32", "tf32x3": "*fp32"}
+
+
+class Launch(NamedTuple):
+    """A kernel with all that it is compiled for."""
+
+    library: str
+    kernel: str
+    function: Any
+    types: dict[str, str]  # of the arguments that are not constants
+    constants: dict[str, Any]
+    undivided: tuple[str, ...]  # integers that it does not assume divisible by 16
+    tiles: dict[str, int]  # rows, columns, features, gradients, chunk: what there is of it
+    warps: int
+    stages: int
+
+
+class Units(NamedTuple):
+    """Products of a whole loss; None where a library does not have that loss."""
+
+    self_form: int | None
+    one_direction: int | None
+    both_directions: int | None
+    pairs: str  # "kept": rounded up to tiles; or "all"
+
+
+# --- ours -----------------------------------------------------------------------------------------------------------
+
+SAME = {"HAS_DROPPED": True, "COMPARES_IDS": False, "SKIPS_TILES": False}
+DIFFERENT = {"HAS_DROPPED": True, "COMPARES_IDS": True, "SKIPS_TILES": True}
+ONE_SIDE = {
+    "ROW_TERM": True, "COLUMN_TERM": True, "ROW_SCALE_TERM": False, "COLUMN_SCALE_TERM": False,
+    "SCALES_COLUMNS": False, "NEEDS_X": True,
+}  # fmt: skip
+# What most calls need comes first: the self form with a fixed temperature, negatives of the same cluster.
+FORWARD = {"forward": {**SAME, "COUNT": False}, "forward, different": {**DIFFERENT, "COUNT": False}}
+BACKWARD = {
+    "backward": {**SAME, **ONE_SIDE},
+    "backward, different": {**DIFFERENT, **ONE_SIDE},
+    "backward, scale too": {**SAME, **ONE_SIDE, "ROW_SCALE_TERM": True, "COLUMN_SCALE_TERM": True},
+    "backward, keys, scale of each query": {**SAME, **ONE_SIDE, "ROW_TERM": False, "SCALES_COLUMNS": True},
+}
+OWN = (*FORWARD, *BACKWARD)
+
+
+def own_kernel(kernel: str, architecture: int, precision: str, width: int) -> Launch:
+    from mcl_kernels.logsumexp.triton_backward import backward_kernel
+    from mcl_kernels.logsumexp.triton_forward import forward_kernel
+
+    function = forward_kernel if kernel in FORWARD else backward_kernel
+    name, of_launcher = kernel.split(",")[0], _of_launcher(precision)
+    tiles = choose_tiles(name, of_launcher, width, (architecture // 10, 0))
+    constants = {
+        **tile_constants(name, of_launcher, DTYPES[precision], width, tiles), **(FORWARD | BACKWARD)[kernel],
+        "x_step": 1, "y_step": 1,
+    }  # fmt: skip
+    types = {argument: _type(argument, precision) for argument in function.arg_names if argument not in constants}
+    sizes = tiles._asdict()
+    warps, stages = sizes.pop("warps"), sizes.pop("stages")
+    return Launch(f"mcl_kernels {version('mcl_kernels')}", kernel, function, types, constants, ("n",), sizes, warps, stages)
+
+
+def own_units(architecture: int, precision: str, width: int) -> Units:
+    """Forward 1 of a side; backward of a side 1 for the sum, and 1 for the logits of each part of the features."""
+    tiles = choose_tiles("backward", _of_launcher(precision), width, (architecture // 10, 0))
+    side = 1 - (-width // tiles.gradients)
+    return Units(1 + side, 1 + 2 * side, 2 + 2 * side, "kept")
+
+
+def _of_launcher(precision: str) -> str:
+    return "half" if precision == "bf16" else precision
+
+
+def _type(argument: str, precision: str) -> str:
+    if argument in ("x", "y", "grad_x"):
+        return POINTERS[precision]
+    if argument in ("drop_begin", "drop_end"):
+        return "*i32"
+    if argument in ("row_order", "row_begin", "row_end", "row_ids", "column_order", "column_ids"):
+        return "*i64"
+    return "i32" if argument in ("x_stride", "y_stride", "scale_stride", "n", "width") else "*fp32"
+
+
+# --- the peers' -----------------------------------------------------------------------------------------------------
+
+INF_CL = ("inf-cl: forward", "inf-cl: backward, queries", "inf-cl: backward, keys")
+MEMEFF = ("memeff: forward", "memeff: backward")
+
+
+def peer_kernel(kernel: str, architecture: int, precision: str, width: int) -> Launch | None:
+    """None where the library does not multiply in that precision."""
+    if kernel in INF_CL:
+        return _inf_cl_kernel(kernel, width) if precision == "tf32" else None
+    return _memeff_kernel(kernel, architecture, precision, width) if precision != "tf32x3" else None
+
+
+def peer_units(kernel: str, architecture: int, width: int) -> Units:
+    """Inf-CL computes the logits again for each head of each side and direction; memeff those of both directions once.
+
+    Where memeff's rows are too wide for its row-owner kernels, its backward pass is 3, with atomic sums.
+    """
+    if kernel in INF_CL:
+        return Units(None, 5, 10, "all")
+    return Units(None, None, 5 if _memeff_owns_rows(architecture, width) else 4, "all")
+
+
+def _inf_cl_kernel(kernel: str, width: int) -> Launch:
+    from inf_cl import flash
+
+    names = ("_prob_fwd_kernel", "_dq_prob_bwd_kernel", "_dk_prob_bwd_kernel")
+    function = getattr(flash, names[INF_CL.index(kernel)])
+    head = min(width, 256)  # its launcher's default; rows are heads of so many numbers, in fp32 always
+    constants = {"BLOCK_HEADDIM": head, "BLOCK_M": 64, "BLOCK_N": 64}
+    heads = width // head
+    if heads == 1:
+        constants["nheads"] = 1  # an integer of 1 becomes a constant
+    types = {
+        argument: "i32" if argument in ("nheads", "seqlen_q", "seqlen_k") else "*fp32"
+        for argument in function.arg_names
+        if argument not in constants
+    }
+    tiles = {"rows": 64, "columns": 64, "features": head}
+    return Launch(f"inf-cl {version('inf-cl')}", kernel, function, types, constants, ("nheads",), tiles, 8, 1)
+
+
+def _memeff_kernel(kernel: str, architecture: int, precision: str, width: int) -> Launch:
+    from memeff import _common, clip_loss, distributed_clip_loss
+
+    features = _common.check_dims(width)
+    constants = {"D_MODEL": width, "INPUT_PRECISION": "tf32"}
+    with _capability(architecture):
+        if kernel == "memeff: forward":
+            function = distributed_clip_loss.clip_denom_kernel
+            rows, columns, warps, stages = 128, 128, 4, 3  # Triton's defaults
+            constants["BLOCK_SIZE_D"] = features
+        elif _common.fa_ok(width, None):
+            function = clip_loss.clip_fa_grad_kernel
+            rows, columns, warps, stages = _common.fa_blocks(None, width)
+            features = constants["D_POW2"] = 1 << (width - 1).bit_length()
+            constants["BIDIR"] = True
+        else:
+            function = distributed_clip_loss.clip_grad_both_kernel
+            rows, columns, warps, stages = _common.backward_blocks(None)
+            constants["BLOCK_SIZE_D"] = features
+    constants |= {"BLOCK_SIZE_I": rows, "BLOCK_SIZE_J": columns}
+    types = {argument: _memeff_type(argument, precision) for argument in function.arg_names if argument not in constants}
+    tiles = {"rows": rows, "columns": columns, "features": features}
+    return Launch(f"memeff {version('memeff')}", kernel, function, types, constants, (), tiles, warps, stages)
+
+
+def _memeff_owns_rows(architecture: int, width: int) -> bool:
+    from memeff import _common
+
+    with _capability(architecture):
+        return bool(_common.fa_ok(width, None))
+
+
+def _memeff_type(argument: str, precision: str) -> str:
+    if argument in ("A_ptr", "B_ptr", "X_ptr", "Y_ptr"):
+        return POINTERS[precision]
+    if argument in ("n_own", "n_other", "n_i", "n_j", "batch_size"):
+        return "i32"
+    return "*fp32" if argument.endswith("_ptr") else "fp32"
+
+
+def _capability(architecture: int) -> Any:
+    """memeff asks the device for its tiles."""
+    return patch("torch.cuda.get_device_capability", return_value=divmod(architecture, 10))
