@@ -2,7 +2,8 @@
 
 Rows go to results.csv, those of other cases stay there. p20, p50 and p80 are seconds of forward and backward; ratio is
 a peer's p50 over ours and fraction_of_limit (least operations / rate of a large product) / p50, all from one process in
-which they took turns; peak_bytes is resident memory above the inputs, each in a process of its own.
+which they took turns; peak_bytes is memory above the inputs, each in a process of its own. With `--device cuda` rows go
+to gpu_results.csv.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
 from benchmarks.cases import CASES, Case
 from benchmarks.figure import draw
-from benchmarks.measure import CPU, Row, in_fresh_process, measure_once, measure_peak, time_case
+from benchmarks.measure import Row, in_fresh_process, measure_once, measure_peak, time_case
 from mcl_kernels.logsumexp.api import resolve_impl
 
 HERE = Path(__file__).parent
@@ -28,27 +31,27 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def run(case: Case, sizes: tuple[int, ...]) -> list[Row]:
+def run(case: Case, sizes: tuple[int, ...], device: torch.device) -> list[Row]:
     rows: list[Row] = []
-    for n in sizes or (_largest(case),):
+    for n in sizes or (_largest(case, device),):
         if case.once:
-            measured = [in_fresh_process(measure_once, case.name, n)]
+            measured = [in_fresh_process(measure_once, case.name, n, device)]
         else:
-            measured, skipped = in_fresh_process(time_case, case.name, n)
+            measured, skipped = in_fresh_process(time_case, case.name, n, device)
             for peer, reason in skipped.items():
                 print(f"{case.name:<15} {peer} skipped: {reason}", flush=True)
         for row in measured:
             if not case.once:
-                row["peak_bytes"] = in_fresh_process(measure_peak, case.name, n, row["peer"])
+                row["peak_bytes"] = in_fresh_process(measure_peak, case.name, n, device, row["peer"])
             print(_line(row), flush=True)
         rows += measured
     return rows
 
 
-def _largest(case: Case) -> int:
+def _largest(case: Case, device: torch.device) -> int:
     """The largest power of two that fits the cap of the case."""
     n, peer = 64, case.peers[0]
-    while not peer.missing() and in_fresh_process(measure_peak, case.name, 2 * n, peer.name, case.cap_bytes):
+    while not peer.missing() and in_fresh_process(measure_peak, case.name, 2 * n, device, peer.name, case.cap_bytes):
         n *= 2
     return n
 
@@ -63,19 +66,23 @@ def _line(row: Row) -> str:
     )
 
 
-def conditions() -> dict[str, str]:
+def conditions(device: torch.device) -> dict[str, str]:
     versions = [f"python {platform.python_version()}"]
-    for package in ("torch", "lightly", "pytorch-metric-learning"):
+    for package in ("torch", "triton", "lightly", "pytorch-metric-learning", "inf-cl", "memeff"):
         try:
             versions.append(f"{package} {importlib.metadata.version(package)}")
         except importlib.metadata.PackageNotFoundError:
             continue
-    models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+    if device.type == "cuda":
+        processor = torch.cuda.get_device_name(device)
+    else:
+        models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+        processor = models[0].split(":")[1].strip() if models else platform.processor()
     commit = _git("rev-parse", "--short", "HEAD")
     changed = _git("status", "--porcelain", "--", "mcl_kernels", "csrc", "setup.py")
     return {
         "versions": "; ".join(versions),
-        "processor": models[0].split(":")[1].strip() if models else platform.processor(),
+        "processor": processor,
         "commit": commit + ("+changes" if changed else ""),
     }
 
@@ -110,7 +117,8 @@ def main() -> int:
     parser.add_argument("cases", nargs="*", metavar="CASE", help="only these (default: all)")
     parser.add_argument("--list", action="store_true", help="print each case with its reason and target")
     parser.add_argument("--draw", action="store_true", help="only draw the figure from the CSV")
-    parser.add_argument("--csv", type=Path, default=HERE / "results.csv", help="another CSV; the figure goes beside it")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute (default: cpu)")
+    parser.add_argument("--csv", type=Path, help="another CSV; the figure goes beside it")
     parser.add_argument("--n", type=int, help="every case at this N: to try the suite, with another --csv")
     options = parser.parse_args()
     if unknown := set(options.cases) - set(names):
@@ -119,20 +127,28 @@ def main() -> int:
         for case in CASES:
             print(f"{case.name:<15} {case.reason} [{case.target}]")
         return 0
-    failed, chosen = [], [] if options.draw else [c for c in CASES if c.name in (options.cases or names)]
-    recorded = conditions()
+    device = torch.device(options.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no CUDA device")
+    gpu = "gpu_" if device.type == "cuda" else ""
+    results = options.csv or HERE / f"{gpu}results.csv"
+    failed: list[str] = []
+    chosen = [c for c in CASES if c.name in (options.cases or names) and c.runs_on(device) and not options.draw]
+    if without := set(options.cases) - {case.name for case in chosen} if not options.draw else set():
+        parser.error(f"not on {device}: {', '.join(sorted(without))}")
+    recorded = conditions(device)
     if chosen:
-        print(f"impl='auto' is {resolve_impl('auto', CPU)!r}", flush=True)  # builds it once, before the processes
+        print(f"impl='auto' is {resolve_impl('auto', device)!r}", flush=True)  # builds it once, before the processes
     for case in chosen:
         try:
-            rows = run(case, (options.n,) if options.n else case.sizes)
+            rows = run(case, (options.n,) if options.n else case.sizes_on(device), device)
         except RuntimeError as error:  # the other cases are worth their time all the same
             print(f"{case.name:<15} FAILED: {error}", flush=True)
             failed.append(case.name)
             continue
-        save(options.csv, case, [{**row, **recorded} for row in rows])
+        save(results, case, [{**row, **recorded} for row in rows])
     if options.draw or "batch-size" in {case.name for case in chosen} - set(failed):
-        draw(options.csv, options.csv.with_name("batch_size.png"))
+        draw(results, results.with_name(f"{gpu}batch_size.png"))
     return 1 if failed else 0
 
 

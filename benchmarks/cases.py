@@ -12,11 +12,14 @@ from torch import Tensor
 
 from benchmarks.peers import (
     CLIP,
+    CLIP_FIXED,
     COMPILED,
     DENSE,
+    INF_CL,
     LIGHTLY,
     LOOP,
     LOOP_LOGSUMEXP,
+    MEMEFF,
     METRIC_LEARNING,
     MOCO,
     SCALE,
@@ -35,6 +38,10 @@ class Inputs:
     clusters: int
     operations: float
 
+    def to(self, device: torch.device) -> Inputs:
+        leaves, fixed = (tuple(x.to(device) for x in of) for of in (self.leaves, self.fixed))
+        return replace(self, leaves=leaves, fixed=fixed)
+
 
 @dataclass(frozen=True)
 class Case:
@@ -48,6 +55,13 @@ class Case:
     dtype: torch.dtype = torch.float32
     once: bool = False  # one pass, for what matters is its memory
     cap_bytes: int | None = None  # N is doubled while the peak of the only peer stays below
+    gpu_sizes: tuple[int, ...] | None = None  # where not the same; (): not on a GPU
+
+    def sizes_on(self, device: torch.device) -> tuple[int, ...]:
+        return self.sizes if device.type == "cpu" or self.gpu_sizes is None else self.gpu_sizes
+
+    def runs_on(self, device: torch.device) -> bool:
+        return bool(self.sizes_on(device)) or (self.cap_bytes is not None and device.type == "cpu")
 
     @property
     def contenders(self) -> tuple[Contender, ...]:
@@ -69,6 +83,10 @@ def own_moco(query: Tensor, positive: Tensor, queue: Tensor) -> Tensor:
 
 def own_clip(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
     return clip_loss(image, text, logit_scale=logit_scale)
+
+
+def own_clip_fixed(image: Tensor, text: Tensor) -> Tensor:
+    return clip_loss(image, text, logit_scale=SCALE)
 
 
 def one_cluster(n: int) -> Tensor:
@@ -117,6 +135,12 @@ def image_text(n: int) -> Inputs:
     return Inputs((image, text, torch.tensor(100.0)), (), 1, 4 * 2 * n * n * 512)
 
 
+def image_text_fixed(n: int) -> Inputs:
+    """Of a fixed logit_scale, since not every peer can learn it."""
+    inputs = image_text(n)
+    return replace(inputs, leaves=inputs.leaves[:2])
+
+
 def _normal(n: int, d: int, seed: int) -> Tensor:
     return torch.randn(n, d, generator=_generator(seed))
 
@@ -144,7 +168,7 @@ _LIMIT = "at least 0.75 of the limit"
 
 def _limit(name: str, d: int, labels_of: Callable[[int], Tensor], reason: str) -> Case:
     make = partial(unit_rows, d=d, labels_of=labels_of)
-    return Case(name, reason, _LIMIT, (8192,), make, own_logsumexp)
+    return Case(name, reason, _LIMIT, (8192,), make, own_logsumexp, gpu_sizes=(65536,))
 
 
 def _half(case: Case, reason: str) -> Case:
@@ -164,11 +188,11 @@ LIMITS = (
 CASES = (
     Case(
         "clusters-10", "what MCL trains with", "60x over the dense mask, 3.5x over the loop, 30x over torch.compile",
-        (4096,), partial(two_views, labels_of=ten_clusters), own_nt_xent, (DENSE, LOOP, COMPILED),
+        (4096,), partial(two_views, labels_of=ten_clusters), own_nt_xent, (DENSE, LOOP, COMPILED), gpu_sizes=(16384,),
     ),
     Case(
         "plain-nt-xent", "the drop-in user who has no clusters", "10x over lightly",
-        (2048,), two_views, own_nt_xent, (LIGHTLY, DENSE),
+        (2048,), two_views, own_nt_xent, (LIGHTLY, DENSE), gpu_sizes=(8192,),
     ),
     *LIMITS,
     _half(LIMITS[1], "mixed precision training, half the bytes: narrow and clustered"),
@@ -184,7 +208,7 @@ CASES = (
     Case(
         "threads", "one cluster must be shared by all cores, to the same bits", "1.8x over own 1 thread",
         (8192,), unit_rows, own_logsumexp,
-        (Contender("own, 1 thread", own_logsumexp, missing=_one_thread_here, threads=1, exact=True),),
+        (Contender("own, 1 thread", own_logsumexp, missing=_one_thread_here, threads=1, exact=True),), gpu_sizes=(),
     ),
     Case(
         "memory-1m", "a whole data set in one call", "peak at most 3 x N x D fp32 (1536 MiB), gradients included",
@@ -199,6 +223,7 @@ CASES = (
         "batch-size", "the figure: what a larger batch costs", "below every peer at every size",
         (256, 512, 1024, 2048, 4096, 8192, 16384), partial(two_views, labels_of=ten_clusters), own_nt_xent,
         (replace(DENSE, largest=8192), LOOP),  # at 16,384 a dense step takes most of a minute and 16 GiB
+        gpu_sizes=(256, 1024, 4096, 16384, 65536),
     ),
     Case(
         "cubic-memory", "pytorch-metric-learning's largest batch in 4 GiB", "none: it shows where the peer ends",
@@ -210,6 +235,10 @@ CASES = (
     ),
     Case(
         "clip", "CLIP: both directions, logit_scale 100", "faster than two cross entropies",
-        (4096,), image_text, own_clip, (CLIP,),
+        (4096,), image_text, own_clip, (CLIP,), gpu_sizes=(16384,),
+    ),
+    Case(
+        "clip-bf16", "CLIP's large batches, against the kernels written for them", "faster than every peer",
+        (), image_text_fixed, own_clip_fixed, (CLIP_FIXED, MEMEFF, INF_CL), torch.bfloat16, gpu_sizes=(16384, 65536),
     ),
 )  # fmt: skip

@@ -74,7 +74,9 @@ def own_kernel(kernel: str, architecture: int, precision: str, width: int) -> La
     types = {argument: _type(argument, precision) for argument in function.arg_names if argument not in constants}
     sizes = tiles._asdict()
     warps, stages = sizes.pop("warps"), sizes.pop("stages")
-    return Launch(f"mcl_kernels {version('mcl_kernels')}", kernel, function, types, constants, ("n",), sizes, warps, stages)
+    return Launch(
+        f"mcl_kernels {version('mcl_kernels')}", kernel, function, types, constants, ("n",), sizes, warps, stages
+    )
 
 
 def own_units(architecture: int, precision: str, width: int) -> Units:
@@ -160,7 +162,9 @@ def _memeff_kernel(kernel: str, architecture: int, precision: str, width: int) -
             rows, columns, warps, stages = _common.backward_blocks(None)
             constants["BLOCK_SIZE_D"] = features
     constants |= {"BLOCK_SIZE_I": rows, "BLOCK_SIZE_J": columns}
-    types = {argument: _memeff_type(argument, precision) for argument in function.arg_names if argument not in constants}
+    types = {
+        argument: _memeff_type(argument, precision) for argument in function.arg_names if argument not in constants
+    }
     tiles = {"rows": rows, "columns": columns, "features": features}
     return Launch(f"memeff {version('memeff')}", kernel, function, types, constants, (), tiles, warps, stages)
 

@@ -1,4 +1,7 @@
-"""How a case is measured: contenders in turns in one process, each peak in a process of its own."""
+"""How a case is measured: contenders in turns in one process, each peak in a process of its own.
+
+Seconds are the clock's on a CPU and between two events of the stream on a GPU; memory is the process's or the device's.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ from mcl_kernels.logsumexp.api import resolve_impl
 
 BUDGET = 3.0  # seconds for the passes of one contender
 CPU = torch.device("cpu")
-PRODUCT = 2048  # rows and columns of the product whose rate is the limit's
+PRODUCT = {"cpu": 2048, "cuda": 8192}  # rows and columns of the product whose rate is the limit's
 
 Step = Callable[[], tuple[Tensor, ...]]
 Row = dict[str, Any]
@@ -52,9 +55,9 @@ def step_of(case: Case, contender: Contender, inputs: Inputs) -> Step:
     return step_with_threads if contender.threads else step
 
 
-def check_agreement(case: Case, contender: Contender, n: int) -> None:
+def check_agreement(case: Case, contender: Contender, n: int, device: torch.device = CPU) -> None:
     """Raises unless the contender's loss and gradients are ours: a comparison of costs needs the same result."""
-    inputs = case.make(n)
+    inputs = case.make(n).to(device)
     half = torch.bfloat16 in (case.dtype, contender.dtype)
     ours, theirs = (step_of(case, each, inputs)() for each in (case.contenders[0], contender))
     for index, (expected, actual) in enumerate(zip(ours, theirs, strict=True)):
@@ -65,17 +68,17 @@ def check_agreement(case: Case, contender: Contender, n: int) -> None:
             raise AssertionError(f"{case.name}: {what} of {contender.name} differs by {difference:.2g} from ours")
 
 
-def time_case(name: str, n: int) -> tuple[list[Row], dict[str, str]]:
+def time_case(name: str, n: int, device: torch.device) -> tuple[list[Row], dict[str, str]]:
     """A row for each contender, timed in turns with a large product, and why the others have none."""
     case = find(name)
     skipped = {contender.name: reason for contender in case.contenders if (reason := contender.missing())}
     contenders = [c for c in case.contenders if c.name not in skipped and n <= (c.largest or n)]
     for contender in contenders[1:]:
-        check_agreement(case, contender, n)
-    inputs = case.make(n)
+        check_agreement(case, contender, n, device)
+    inputs = case.make(n).to(device)
     steps = {contender.name: step_of(case, contender, inputs) for contender in contenders}
-    seconds = _in_turns({**steps, "product": _product()})
-    rate = 2 * PRODUCT**3 / statistics.median(seconds["product"])
+    seconds = _in_turns({**steps, "product": _product(case, device)}, device)
+    rate = _rate(seconds["product"], device)
     ours = statistics.median(seconds["ours"])
     rows = [_row(case, contender, n, inputs, seconds[contender.name], rate) for contender in contenders]
     for row in rows[1:]:
@@ -83,12 +86,12 @@ def time_case(name: str, n: int) -> tuple[list[Row], dict[str, str]]:
     return rows, skipped
 
 
-def measure_peak(name: str, n: int, peer: str, cap_bytes: int | None = None) -> int | None:
-    """Bytes of resident memory above the inputs in one pass, gradients included; None above the cap."""
+def measure_peak(name: str, n: int, device: torch.device, peer: str, cap_bytes: int | None = None) -> int | None:
+    """Bytes of memory above the inputs in one pass, gradients included; None above the cap."""
     case = find(name)
     contender = next(c for c in case.contenders if c.name == peer)
     try:
-        peak = _peak(case, contender, n, case.make(n), cap_bytes)[0]
+        peak = _peak(case, contender, case.make(n).to(device), device, cap_bytes)[0]
     except (RuntimeError, MemoryError):
         if cap_bytes is None:
             raise
@@ -96,25 +99,32 @@ def measure_peak(name: str, n: int, peer: str, cap_bytes: int | None = None) -> 
     return peak if cap_bytes is None or peak <= cap_bytes else None
 
 
-def measure_once(name: str, n: int) -> Row:
+def measure_once(name: str, n: int, device: torch.device) -> Row:
     """The row of our only pass: its time and its peak."""
     case = find(name)
-    inputs = case.make(n)
-    peak, seconds = _peak(case, case.contenders[0], n, inputs)
-    rate = 2 * PRODUCT**3 / statistics.median(_in_turns({"product": _product()})["product"])
+    inputs = case.make(n).to(device)
+    peak, seconds = _peak(case, case.contenders[0], inputs, device)
+    rate = _rate(_in_turns({"product": _product(case, device)}, device)["product"], device)
     return {**_row(case, case.contenders[0], n, inputs, [seconds], rate), "peak_bytes": peak}
 
 
-def _peak(case: Case, contender: Contender, n: int, inputs: Inputs, cap_bytes: int | None = None) -> tuple[int, float]:
+def _peak(
+    case: Case, contender: Contender, inputs: Inputs, device: torch.device, cap_bytes: int | None = None
+) -> tuple[int, float]:
     step = step_of(case, contender, inputs)
     # Loads what is loaded on first use; the compiler works for one size only.
-    (step if contender.compiled else step_of(case, contender, case.make(64)))()
+    (step if contender.compiled else step_of(case, contender, case.make(64).to(device)))()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        seconds = _seconds(step, device)
+        return torch.cuda.max_memory_allocated(device) - before, seconds
     ctypes.CDLL(None).malloc_trim(0)  # what was freed and kept would hide as much of the peak
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts here
     before = _status("VmRSS")
     if cap_bytes is not None:
         resource.setrlimit(resource.RLIMIT_AS, (_status("VmSize") + cap_bytes, resource.RLIM_INFINITY))
-    seconds = _seconds(step)
+    seconds = _seconds(step, device)
     return _status("VmHWM") - before, seconds
 
 
@@ -125,12 +135,12 @@ def _status(field: str) -> int:
 
 
 def _row(case: Case, contender: Contender, n: int, inputs: Inputs, seconds: list[float], rate: float) -> Row:
-    in_order = sorted(seconds)
+    device, in_order = inputs.leaves[0].device, sorted(seconds)
     p20, p80 = (in_order[round(q * (len(in_order) - 1))] for q in (0.2, 0.8))
     p50 = statistics.median(in_order)
     return {
-        "case": case.name, "peer": contender.name, "impl": resolve_impl("auto", CPU) if contender.own else "", "n": n,
-        "d": inputs.leaves[0].shape[1], "clusters": inputs.clusters,
+        "case": case.name, "peer": contender.name, "impl": resolve_impl("auto", device) if contender.own else "",
+        "n": n, "d": inputs.leaves[0].shape[1], "clusters": inputs.clusters,
         "dtype": str(contender.dtype or case.dtype).removeprefix("torch."),
         "threads": contender.threads or torch.get_num_threads(), "p20": p20, "p50": p50, "p80": p80,
         # The rate is that of all threads.
@@ -138,25 +148,42 @@ def _row(case: Case, contender: Contender, n: int, inputs: Inputs, seconds: list
     }  # fmt: skip
 
 
-def _product() -> Callable[[], Tensor]:
-    a, b = (torch.randn(PRODUCT, PRODUCT) for _ in range(2))
+def _product(case: Case, device: torch.device) -> Callable[[], Tensor]:
+    """A CPU's is of fp32, whatever the case: what bf16 gains shows too. A GPU has a rate for each dtype."""
+    size, dtype = PRODUCT[device.type], torch.float32 if device.type == "cpu" else case.dtype
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     return lambda: torch.mm(a, b)
 
 
-def _in_turns(steps: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
+def _rate(seconds: list[float], device: torch.device) -> float:
+    return 2 * PRODUCT[device.type] ** 3 / statistics.median(seconds)
+
+
+def _in_turns(steps: dict[str, Callable[[], object]], device: torch.device) -> dict[str, list[float]]:
     """Seconds of each step. A slow one is called less often, but all over the same stretch of time."""
-    first = {name: _seconds(step) for name, step in steps.items()}  # warms up, and says what a call costs
+    if device.type == "cuda":
+        for step in steps.values():
+            step()  # compiles
+    first = {name: _seconds(step, device) for name, step in steps.items()}  # warms up, and says what a call costs
     passes = {name: max(3 if t < 5 else 2, min(20, int(BUDGET / t))) for name, t in first.items()}
     rounds = max(passes.values())
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(rounds):
         for name, step in steps.items():
             if turn * passes[name] // rounds != (turn - 1) * passes[name] // rounds:
-                seconds[name].append(_seconds(step))
+                seconds[name].append(_seconds(step, device))
     return seconds
 
 
-def _seconds(step: Callable[[], object]) -> float:
+def _seconds(step: Callable[[], object], device: torch.device) -> float:
+    if device.type == "cuda":
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(device)
+        begin.record()
+        step()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3
     started = time.perf_counter()
     step()
     return time.perf_counter() - started

@@ -42,7 +42,7 @@ def dense_nt_xent(view_a: Tensor, view_b: Tensor, labels: Tensor | None = None) 
     if labels is not None:
         both = labels.repeat(2)
         logits = logits.masked_fill_(both[:, None] != both, -math.inf)
-    return F.cross_entropy(logits.fill_diagonal_(-math.inf), torch.arange(2 * n).roll(n))
+    return F.cross_entropy(logits.fill_diagonal_(-math.inf), torch.arange(2 * n, device=z.device).roll(n))
 
 
 def loop_nt_xent(view_a: Tensor, view_b: Tensor, labels: Tensor) -> Tensor:
@@ -81,7 +81,7 @@ def metric_learning_nt_xent(view_a: Tensor, view_b: Tensor, labels: Tensor) -> T
     """The pairs are those of the mask; the library compares every positive pair with every negative one."""
     from pytorch_metric_learning.losses import NTXentLoss
 
-    sample, both = torch.arange(len(view_a)).repeat(2), labels.repeat(2)
+    sample, both = torch.arange(len(view_a), device=labels.device).repeat(2), labels.repeat(2)
     same_sample = sample[:, None] == sample
     negative = torch.where((both[:, None] == both) & ~same_sample)
     positive = torch.where(same_sample.fill_diagonal_(False))
@@ -93,13 +93,30 @@ def dense_moco(query: Tensor, positive: Tensor, queue: Tensor) -> Tensor:
     query = F.normalize(query, dim=1)
     positive_logit = (query * positive).sum(1, keepdim=True)
     logits = torch.cat((positive_logit, query @ queue.T), dim=1) / TEMPERATURE
-    return F.cross_entropy(logits, torch.zeros(len(query), dtype=torch.long))
+    return F.cross_entropy(logits, torch.zeros(len(query), dtype=torch.long, device=query.device))
 
 
 def dense_clip(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
     """open_clip's two cross entropies of one product."""
-    logits, target = logit_scale * image @ text.T, torch.arange(len(image))
+    logits, target = logit_scale * image @ text.T, torch.arange(len(image), device=image.device)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+def dense_clip_fixed(image: Tensor, text: Tensor) -> Tensor:
+    return dense_clip(image, text, torch.full((), SCALE, device=image.device))
+
+
+def inf_cl(image: Tensor, text: Tensor) -> Tensor:
+    from inf_cl.flash import cal_flash_loss
+
+    directions = ((image, text), (text, image))
+    return sum(cal_flash_loss(a, b, scale=SCALE).mean() for a, b in directions) / 2
+
+
+def memeff(image: Tensor, text: Tensor) -> Tensor:
+    from memeff import MemoryEfficientCLIPLoss
+
+    return MemoryEfficientCLIPLoss(temperature=1 / SCALE, normalized_inputs=True, stable=False)(image, text)
 
 
 def _package(name: str) -> Callable[[], str | None]:
@@ -132,3 +149,6 @@ METRIC_LEARNING = Contender(
 LOOP_LOGSUMEXP = Contender("eager, loop over clusters", loop_logsumexp)
 MOCO = Contender("eager, dense", dense_moco)
 CLIP = Contender("eager, dense", dense_clip)
+CLIP_FIXED = Contender("eager, dense", dense_clip_fixed, largest=32_768)  # beyond, its logits do not fit
+INF_CL = Contender("inf-cl", inf_cl, missing=_package("inf_cl"))
+MEMEFF = Contender("memeff", memeff, missing=_package("memeff"))

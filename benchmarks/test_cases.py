@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.cases import CASES, Case
-from benchmarks.measure import check_agreement, step_of
+from benchmarks.measure import CPU, check_agreement, step_of
 from benchmarks.peers import Contender
 
 pytest.importorskip("pytest_benchmark", reason="timing needs pytest-benchmark, of the bench extra")
@@ -17,6 +17,7 @@ pytest.importorskip("pytest_benchmark", reason="timing needs pytest-benchmark, o
 ALL = [
     pytest.param(case, contender, id=f"{case.name}: {contender.name}")
     for case in CASES
+    if case.runs_on(CPU)
     for contender in case.contenders
 ]
 PEERS = [param for param in ALL if param.values[1].name != "ours"]

@@ -41,10 +41,10 @@ def make_case(
     seed: int = 0,
 ) -> Case:
     """Unit rows with planted duplicates, near-duplicates and opposites; -1 labels, a lonely label, repeated ids."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
 
     def rows(size: int) -> Tensor:
-        x = torch.nn.functional.normalize(torch.randn(size, d, generator=generator), dim=1)
+        x = torch.nn.functional.normalize(torch.randn(size, d, generator=generator, device="cpu"), dim=1)
         if size > 8:
             x[1], x[2], x[3] = x[0], -x[0], x[0] + 1e-3 * x[4]
         return x.to(dtype).to(device)
@@ -52,7 +52,7 @@ def make_case(
     def labels(size: int) -> Tensor | None:
         if n_clusters is None:
             return None
-        y = torch.randint(0, n_clusters, (size,), generator=generator)
+        y = torch.randint(0, n_clusters, (size,), generator=generator, device="cpu")
         if size > 8:
             y[:4] = 0
             y[5] = -1
@@ -60,7 +60,7 @@ def make_case(
         return y.to(device)
 
     def ids(size: int) -> Tensor | None:
-        u = torch.randint(0, max(2 * n, 1), (size,), generator=generator)
+        u = torch.randint(0, max(2 * n, 1), (size,), generator=generator, device="cpu")
         return u.to(device) if with_ids else None
 
     query, query_labels, query_ids = rows(n), labels(n), ids(n)

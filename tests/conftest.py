@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -46,7 +47,8 @@ def pytest_report_header() -> str:
 
 
 @pytest.fixture(params=BACKENDS, ids=str)
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Backend:
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Backend]:
+    """What computes; tensors that a test makes are on its device."""
     backend: Backend = request.param
     if backend.impl == "native":
         available, reason = _native.describe()
@@ -55,7 +57,13 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         use_instruction_set(backend.instruction_set, monkeypatch)
     if backend.impl == "triton" and (reason := triton.why_not(torch.device(backend.device))):
         pytest.skip(reason)
-    return backend
+    with torch.device(backend.device) if backend.device != "cpu" else contextlib.nullcontext():
+        yield backend
+
+
+def is_slow(backend: Backend) -> bool:
+    """Interpreted: too slow for gradients checked entry by entry."""
+    return backend == Backend("cpu", "triton")
 
 
 def use_instruction_set(name: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -242,7 +242,7 @@ def test_a_tile_of_every_kind_of_row(backend: Backend, negatives: str) -> None:
     sizes = ((-1, 9), (1, 256), (2, 4), (3, 5), (8, 300), (9, 6), (10, 7), (12, 113))
     key_sizes = ((-2, 5), (1, 100), (3, 3), (4, 8), (8, 700), (10, 4), (12, 80))
     labels, key_labels = (torch.cat([torch.full((size,), y) for y, size in every]) for every in (sizes, key_sizes))
-    order = torch.randperm(700, generator=torch.Generator().manual_seed(1))
+    order = torch.randperm(700, generator=torch.Generator("cpu").manual_seed(1), device="cpu").to(backend.device)
     case = case._replace(labels=labels[order].to(backend.device), key_labels=key_labels.flip(0).to(backend.device))
     check(case, 10.0, backend, negatives=negatives, bidirectional=True)
     lse = masked_logsumexp(*case[:4], negatives=negatives, impl=backend.impl)

@@ -66,9 +66,9 @@ class Tiles(NamedTuple):
 # By kernel, precision and architecture (oldest first): the tiles for rows of at most so many numbers. Each is the
 # fastest-looking of those tried that compile without a spill on that architecture (`python -m benchmarks.gpu_static`):
 # - forward: 128 rows read each key once per 128 queries. Wide rows pass in parts of 64 features, three in flight.
-# - backward: as many features of the gradient as the registers hold, since each part computes the logits again: 64 x 512
-#   sums are half of them. Products of a chunk of those leave room for operands, as sm_100 does, which keeps sums in a
-#   memory of their own; then as many columns as fit. sm_80 multiplies 8 by tf32, and no fewer than 16 by half.
+# - backward: as many features of the gradient as a program can hold, since each part computes the logits again: 64 x
+#   512 sums are half of the registers, and all of sm_100's tensor memory. One product sums a chunk of them, so that its
+#   operands fit beside; then come as many columns as still do.
 # - fp32 rows are twice as large, and tf32x3 splits each operand in two.
 _WIDEST = 1 << 62
 _BACKWARD_HALF = ((128, Tiles(128, 64, 128, 8, 2, 128, 64)), (256, Tiles(64, 64, 64, 8, 2, 256, 256)))
@@ -81,7 +81,10 @@ TABLE: dict[tuple[str, str, int], tuple[tuple[int, Tiles], ...]] = {
     ("backward", "half", 100): (*_BACKWARD_HALF, (_WIDEST, Tiles(64, 32, 64, 8, 2, 512, 512))),
     ("backward", "tf32", 80): ((256, Tiles(64, 32, 32, 8, 2, 256, 256)), (_WIDEST, Tiles(64, 16, 16, 8, 2, 512, 128))),
     ("backward", "tf32", 90): ((256, Tiles(64, 32, 32, 8, 2, 256, 128)), (_WIDEST, Tiles(64, 32, 32, 8, 2, 512, 64))),
-    ("backward", "tf32", 100): ((256, Tiles(64, 32, 32, 8, 2, 256, 256)), (_WIDEST, Tiles(64, 16, 16, 8, 1, 512, 512))),
+    ("backward", "tf32", 100): (
+        (256, Tiles(64, 32, 32, 8, 2, 256, 256)),
+        (_WIDEST, Tiles(64, 16, 16, 8, 1, 512, 512)),
+    ),
     ("backward", "tf32x3", 80): ((256, Tiles(64, 16, 32, 8, 2, 256, 128)), (_WIDEST, Tiles(64, 8, 16, 8, 2, 512, 128))),
     ("backward", "tf32x3", 90): ((256, Tiles(64, 16, 32, 8, 2, 256, 64)), (_WIDEST, Tiles(64, 16, 16, 8, 1, 512, 32))),
     ("backward", "tf32x3", 100): (

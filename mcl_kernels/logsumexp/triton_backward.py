@@ -21,14 +21,15 @@ from mcl_kernels.logsumexp.triton_tiles import (
 def backward_kernel(
     x, x_stride, x_step, row_order, row_begin, row_end, drop_begin, drop_end, row_ids,
     y, y_stride, y_step, column_order, column_ids,
-    row_lse, row_weight, column_lse, column_weight, scale, scale_stride, column_scale, unit, grad_x, grad_scale, n, width,
+    row_lse, row_weight, column_lse, column_weight, scale, scale_stride, column_scale, unit, grad_x, grad_scale,
+    n, width,
     ROW_TERM: tl.constexpr, COLUMN_TERM: tl.constexpr, ROW_SCALE_TERM: tl.constexpr, COLUMN_SCALE_TERM: tl.constexpr,
     SCALES_COLUMNS: tl.constexpr, NEEDS_X: tl.constexpr, HAS_DROPPED: tl.constexpr, COMPARES_IDS: tl.constexpr,
     SKIPS_TILES: tl.constexpr, DTYPE: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, FEATURES: tl.constexpr, ONE_PART: tl.constexpr,
     GRADIENTS: tl.constexpr, CHUNK: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """dx_i = sum_j scale W_ij y_j of ROWS sorted rows, with W_ij = gb_i exp(s_ij - b_i) + gc_j exp(s_ij - c_j).
+    """dx_i = scale_i sum_j W_ij y_j of ROWS sorted rows, with W_ij = gb_i exp(s_ij - b_i) + gc_j exp(s_ij - c_j).
 
     1 unit of products for the logits and 1 for the sum; one more for each part of GRADIENTS features but the first.
     With a *_SCALE_TERM, too: grad_scale_i = sum_j W_ij <x_i, y_j> of that term.
