@@ -46,15 +46,14 @@ class Units(NamedTuple):
 SAME = {"HAS_DROPPED": True, "COMPARES_IDS": False, "SKIPS_TILES": False}
 DIFFERENT = {"HAS_DROPPED": True, "COMPARES_IDS": True, "SKIPS_TILES": True}
 ONE_SIDE = {
-    "ROW_TERM": True, "COLUMN_TERM": True, "ROW_SCALE_TERM": False, "COLUMN_SCALE_TERM": False,
-    "SCALES_COLUMNS": False, "NEEDS_X": True,
+    "ROW_TERM": True, "COLUMN_TERM": True, "SCALES_COLUMNS": False, "NEEDS_X": True, "NEEDS_SCALE": False,
 }  # fmt: skip
 # What most calls need comes first: the self form with a fixed temperature, negatives of the same cluster.
 FORWARD = {"forward": {**SAME, "COUNT": False}, "forward, different": {**DIFFERENT, "COUNT": False}}
 BACKWARD = {
     "backward": {**SAME, **ONE_SIDE},
     "backward, different": {**DIFFERENT, **ONE_SIDE},
-    "backward, scale too": {**SAME, **ONE_SIDE, "ROW_SCALE_TERM": True, "COLUMN_SCALE_TERM": True},
+    "backward, scale too": {**SAME, **ONE_SIDE, "NEEDS_SCALE": True},
     "backward, keys, scale of each query": {**SAME, **ONE_SIDE, "ROW_TERM": False, "SCALES_COLUMNS": True},
 }
 OWN = (*FORWARD, *BACKWARD)
@@ -69,7 +68,7 @@ def own_kernel(kernel: str, architecture: int, precision: str, width: int) -> La
     tiles = choose_tiles(name, of_launcher, width, (architecture // 10, 0))
     constants = {
         **tile_constants(name, of_launcher, DTYPES[precision], width, tiles), **(FORWARD | BACKWARD)[kernel],
-        "x_step": 1, "y_step": 1,
+        "x_step": 1, "y_step": 1, "scale_stride": 0,
     }  # fmt: skip
     types = {argument: _type(argument, precision) for argument in function.arg_names if argument not in constants}
     sizes = tiles._asdict()
@@ -97,7 +96,7 @@ def _type(argument: str, precision: str) -> str:
         return "*i32"
     if argument in ("row_order", "row_begin", "row_end", "row_ids", "column_order", "column_ids"):
         return "*i64"
-    return "i32" if argument in ("x_stride", "y_stride", "scale_stride", "n", "width") else "*fp32"
+    return "i32" if argument in ("x_stride", "y_stride", "n", "width") else "*fp32"
 
 
 # --- the peers' -----------------------------------------------------------------------------------------------------

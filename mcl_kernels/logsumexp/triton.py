@@ -179,7 +179,7 @@ def _common_arguments(kernel: str, owned: _Rows, columns: _Side, scale: Tensor, 
         "row_ids": rows.ids if compares_ids else unused,
         "y": columns.x, "y_stride": columns.x.stride(0), "y_step": columns.x.stride(1), "column_order": columns.order,
         "column_ids": columns.ids if compares_ids else unused,
-        "scale": scale, "scale_stride": scale.stride(0) if scale.ndim else 0, "n": len(rows.order), "width": width,
+        "scale": scale, "scale_stride": scale.ndim, "n": len(rows.order), "width": width,
         "HAS_DROPPED": dropped is not None, "COMPARES_IDS": compares_ids, "SKIPS_TILES": by_label,
         **tile_constants(kernel, precision, rows.x.dtype, width, tiles),
         "num_warps": tiles.warps, "num_stages": tiles.stages,
@@ -247,7 +247,7 @@ def forward(
     query: Tensor, key: Tensor | None, scale: Tensor, pairs: Pairs, bidirectional: bool
 ) -> tuple[Tensor, Tensor, Plan]:
     """Row LSE [N], column LSE ([M] where bidirectional, else [0]) and the plan."""
-    plan = make_plan(query, key, pairs)
+    plan, scale = make_plan(query, key, pairs), scale.contiguous()
     queries, keys = _sides(query, key, pairs, plan)
     row_lse, column_lse = scale.new_empty(len(query)), scale.new_empty(len(keys.x) if bidirectional else 0)
     query_rows = _Rows(queries, plan.key_begin, plan.key_end)
@@ -278,7 +278,7 @@ def backward(
     grad_query = query.new_empty(query.shape if needs_query else 0)
     grad_key = keys.x.new_empty(keys.x.shape if needs_key else 0)
     grad_scale = scale.new_empty(len(query) if needs_scale else 0)
-    grad_row, grad_column = grad_row.contiguous(), grad_column.contiguous()
+    scale, grad_row, grad_column = (values.contiguous() for values in (scale, grad_row, grad_column))
     if key is None:
         column_lse, grad_column = row_lse, grad_row
 
@@ -287,9 +287,8 @@ def backward(
             _Rows(queries, plan.key_begin, plan.key_end), keys, scale, pairs.negatives, grad_x=grad_query,
             grad_scale=grad_scale, unit=_unit(query, keys.x, grad_row, grad_column), column_scale=scale,
             row_lse=row_lse, row_weight=grad_row, column_lse=column_lse, column_weight=grad_column,
-            ROW_TERM=True, COLUMN_TERM=bidirectional or key is None, NEEDS_X=needs_query, SCALES_COLUMNS=False,
-            # In the self form every pair is met from both its rows.
-            ROW_SCALE_TERM=needs_scale, COLUMN_SCALE_TERM=needs_scale and bidirectional,
+            ROW_TERM=True, COLUMN_TERM=bidirectional or key is None, SCALES_COLUMNS=False, NEEDS_X=needs_query,
+            NEEDS_SCALE=needs_scale,
         )  # fmt: skip
     if needs_key:
         # A scale of each query differs from column to column of the keys' rows: there it is a part of the weights.
@@ -301,10 +300,13 @@ def backward(
             pairs.negatives, grad_x=grad_key, grad_scale=grad_scale,
             unit=_unit(query, keys.x, grad_row, grad_column), column_scale=scale,
             row_lse=column_lse, row_weight=grad_column, column_lse=row_lse, column_weight=grad_row,
-            ROW_TERM=bidirectional, COLUMN_TERM=True, NEEDS_X=True, SCALES_COLUMNS=varies,
-            ROW_SCALE_TERM=False, COLUMN_SCALE_TERM=False,
+            ROW_TERM=bidirectional, COLUMN_TERM=True, SCALES_COLUMNS=varies, NEEDS_X=True, NEEDS_SCALE=False,
         )  # fmt: skip
-    return grad_query, grad_key, grad_scale.sum_to_size(scale.shape) if needs_scale else grad_scale
+    if needs_scale:
+        grad_scale = grad_scale.sum_to_size(scale.shape)
+        if key is None:
+            grad_scale = grad_scale / 2  # every pair was met from both its rows, with the terms of both
+    return grad_query, grad_key, grad_scale
 
 
 def _unit(query: Tensor, key: Tensor, *weights: Tensor) -> Tensor:

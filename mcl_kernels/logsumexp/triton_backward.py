@@ -21,10 +21,9 @@ from mcl_kernels.logsumexp.triton_tiles import (
 def backward_kernel(
     x, x_stride, x_step, row_order, row_begin, row_end, drop_begin, drop_end, row_ids,
     y, y_stride, y_step, column_order, column_ids,
-    row_lse, row_weight, column_lse, column_weight, scale, scale_stride, column_scale, unit, grad_x, grad_scale,
-    n, width,
-    ROW_TERM: tl.constexpr, COLUMN_TERM: tl.constexpr, ROW_SCALE_TERM: tl.constexpr, COLUMN_SCALE_TERM: tl.constexpr,
-    SCALES_COLUMNS: tl.constexpr, NEEDS_X: tl.constexpr, HAS_DROPPED: tl.constexpr, COMPARES_IDS: tl.constexpr,
+    row_lse, row_weight, column_lse, column_weight, scale, column_scale, unit, grad_x, grad_scale, n, width,
+    scale_stride: tl.constexpr, ROW_TERM: tl.constexpr, COLUMN_TERM: tl.constexpr, SCALES_COLUMNS: tl.constexpr,
+    NEEDS_X: tl.constexpr, NEEDS_SCALE: tl.constexpr, HAS_DROPPED: tl.constexpr, COMPARES_IDS: tl.constexpr,
     SKIPS_TILES: tl.constexpr, DTYPE: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, FEATURES: tl.constexpr, ONE_PART: tl.constexpr,
     GRADIENTS: tl.constexpr, CHUNK: tl.constexpr, PARTS: tl.constexpr,
@@ -32,7 +31,7 @@ def backward_kernel(
     """dx_i = scale_i sum_j W_ij y_j of ROWS sorted rows, with W_ij = gb_i exp(s_ij - b_i) + gc_j exp(s_ij - c_j).
 
     1 unit of products for the logits and 1 for the sum; one more for each part of GRADIENTS features but the first.
-    With a *_SCALE_TERM, too: grad_scale_i = sum_j W_ij <x_i, y_j> of that term.
+    Where it is needed, too: grad_scale_i = sum_j W_ij <x_i, y_j>.
     """
     row, row_valid, begin, end, dropped_from, dropped_to = load_rows(
         tl.program_id(0) // PARTS, row_order, row_begin, row_end, drop_begin, drop_end, n, HAS_DROPPED, ROWS
@@ -67,25 +66,18 @@ def backward_kernel(
         )  # fmt: skip
         logits = products * (tl.load(column_scale + column)[None, :] if SCALES_COLUMNS else row_scale)
         weights = tl.zeros((ROWS, COLUMNS), SUM)
-        scale_weights = tl.zeros((ROWS, COLUMNS), SUM)
         if ROW_TERM:
             weights = weight * tl.exp(logits - lse)
-            if ROW_SCALE_TERM:
-                scale_weights += weights
         if COLUMN_TERM:
-            column_term = tl.load(column_weight + column)[None, :] * tl.exp(
-                logits - tl.load(column_lse + column)[None, :]
-            )
-            weights += column_term
-            if COLUMN_SCALE_TERM:
-                scale_weights += column_term
+            column_part = tl.exp(logits - tl.load(column_lse + column)[None, :])
+            weights += tl.load(column_weight + column)[None, :] * column_part
         weights = where_kept(
             weights, 0.0, start, column, column_valid, begin, end, dropped_from, dropped_to, row_id, column_ids,
             HAS_DROPPED, COMPARES_IDS, COLUMNS,
         )  # fmt: skip
-        if ROW_SCALE_TERM or COLUMN_SCALE_TERM:
+        if NEEDS_SCALE:
             products = where_kept(
-                scale_weights * products, 0.0, start, column, column_valid, begin, end, dropped_from, dropped_to,
+                weights * products, 0.0, start, column, column_valid, begin, end, dropped_from, dropped_to,
                 row_id, column_ids, HAS_DROPPED, COMPARES_IDS, COLUMNS,
             )  # fmt: skip
             scale_sums += tl.sum(products, 1)
@@ -102,7 +94,7 @@ def backward_kernel(
                 added = added + (multiply(weights, gradient_part, sums[chunk], PRECISION),)
             sums = added
 
-    if ROW_SCALE_TERM or COLUMN_SCALE_TERM:
+    if NEEDS_SCALE:
         if first_feature == 0:  # all parts of the features have it
             tl.store(grad_scale + row, scale_sums, mask=row_valid)
     if NEEDS_X:

@@ -20,8 +20,8 @@ from mcl_kernels.logsumexp.triton_tiles import (
 def forward_kernel(
     x, x_stride, x_step, row_order, row_begin, row_end, drop_begin, drop_end, row_ids,
     y, y_stride, y_step, column_order, column_ids,
-    scale, scale_stride, threshold, result, n, width,
-    COUNT: tl.constexpr, HAS_DROPPED: tl.constexpr, COMPARES_IDS: tl.constexpr,
+    scale, threshold, result, n, width,
+    scale_stride: tl.constexpr, COUNT: tl.constexpr, HAS_DROPPED: tl.constexpr, COMPARES_IDS: tl.constexpr,
     SKIPS_TILES: tl.constexpr, DTYPE: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, FEATURES: tl.constexpr, ONE_PART: tl.constexpr,
 ):  # fmt: skip
