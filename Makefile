@@ -7,7 +7,7 @@ BENCH := .venv-bench
 DEMO_FLAGS ?=
 CASES ?=
 
-.PHONY: demo test sanitize test-oldest lint types bench clean
+.PHONY: demo test sanitize test-oldest lint types bench gpu clean
 
 demo: $(VENV)/installed-demo
 	$(VENV)/bin/mcl-kernels demo $(DEMO_FLAGS)
@@ -38,6 +38,15 @@ types: $(VENV)/installed-test
 bench: $(BENCH)/installed
 	$(BENCH)/bin/python -m benchmarks $(CASES)
 
+# All that needs a CUDA device: the tests, under compute-sanitizer too where there is one, and the same benchmarks
+# with the peers' kernels, into benchmarks/gpu_results.csv.
+gpu: $(BENCH)/installed
+	$(BENCH)/bin/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("torch sees no CUDA device")'
+	$(BENCH)/bin/python -m pytest tests/test_logsumexp.py tests/test_losses.py tests/test_ranks.py tests/test_triton.py -k 'not cpu-'
+	if command -v compute-sanitizer; then PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 \
+	    $(BENCH)/bin/python -m pytest -x tests/test_logsumexp.py -k cuda-triton; else echo 'no compute-sanitizer: skipped'; fi
+	$(BENCH)/bin/python -m benchmarks --device cuda $(CASES)
+
 $(VENV)/installed-%: pyproject.toml constraints.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[$*$(if $(filter test,$*),$(comma)gpu)]'
@@ -50,7 +59,7 @@ $(OLDEST)/installed: pyproject.toml constraints-oldest.txt
 
 $(BENCH)/installed: pyproject.toml constraints-bench.txt
 	test -x $(BENCH)/bin/python || $(PYTHON) -m venv $(BENCH)
-	$(BENCH)/bin/python -m pip install --quiet --constraint constraints-bench.txt --editable '.[bench]'
+	$(BENCH)/bin/python -m pip install --quiet --constraint constraints-bench.txt --editable '.[bench,gpu,test]'
 	touch $@
 
 clean:

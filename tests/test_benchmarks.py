@@ -7,7 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+
+from benchmarks import gpu_model
+from mcl_kernels.logsumexp.plan import Pairs, make_plan
 
 ROOT = Path(__file__).parents[1]
 
@@ -44,6 +49,25 @@ def test_a_row_for_each_contender(tmp_path: Path) -> None:
         assert row["processor"]
         assert row["commit"]
     assert (tmp_path / "batch_size.png").stat().st_size > 10_000
+
+
+def test_pairs_that_the_model_counts() -> None:
+    """Against the plan of the kernels, for clusters smaller, as large and larger than a tile."""
+    sizes = np.array([3, 60, 1, 64, 200, 7])
+    labels = torch.arange(len(sizes)).repeat_interleave(torch.from_numpy(sizes))
+    plan = make_plan(labels.unsqueeze(1), None, Pairs(labels, None, torch.arange(len(labels)), None, "same"))
+    expected = 0
+    for begin, end in zip(plan.key_begin.split(64), plan.key_end.split(64), strict=True):
+        expected += 64 * 32 * -(-int(end.max() - begin.min()) // 32)
+    assert gpu_model.visited_pairs(sizes, rows=64, columns=32) == expected
+
+
+def test_the_model_is_drawn_and_says_what_it_is(tmp_path: Path) -> None:
+    pytest.importorskip("memeff", reason="asks it for its tiles; of the bench extra")
+    arguments = [sys.executable, "-m", "benchmarks.gpu_model", "--figure", str(tmp_path / "model.png")]
+    result = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.startswith("A model, not a measurement")
+    assert (tmp_path / "model.png").stat().st_size > 10_000
 
 
 def test_every_case_has_a_reason() -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mcl_kernels import masked_logsumexp
 from mcl_kernels.logsumexp import triton
@@ -66,6 +67,24 @@ def test_nothing_waits_for_the_device(
     # One to drop columns before each kernel; 1 forward and 1 backward, or one of each side.
     sides = 1 if form == "self" else 2
     assert len(launches.grids) == 2 * ((2 if bidirectional else 1) + sides)
+
+
+class Operators(TorchDispatchMode):
+    """Counts them: what a GPU launches at least."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += "empty" not in function.__name__
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("m", "most"), [(None, 12), (40, 18)])
+def test_planning_is_a_handful_of_launches(m: int | None, most: int) -> None:
+    case = make_case(30, m, 8)
+    with Operators() as operators:
+        make_plan(case.query, case.key, Pairs(case.labels, case.key_labels, case.ids, case.key_ids, "same"))
+    assert 0 < operators.count <= most
 
 
 def test_the_grid_depends_on_the_rows_alone(launches: Launches) -> None:

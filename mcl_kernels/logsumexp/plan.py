@@ -54,7 +54,10 @@ class Plan(NamedTuple):
 
 
 def make_plan(query: Tensor, key: Tensor | None, pairs: Pairs) -> Plan:
-    """Sorts both sides and finds the range of keys of each query, without a host synchronisation."""
+    """Sorts both sides and finds the range of keys of each query, without a host synchronisation.
+
+    With labels and ids these are 12 operators in the self form and 18 otherwise, 2 and 4 of them sorts.
+    """
     labels, key_labels, ids, key_ids, negatives = pairs
     query_order = _visiting_order(query, labels, ids, negatives)
     if key is None:
@@ -71,7 +74,8 @@ def key_ranges(
     if labels is None or key_labels is None:
         return torch.zeros_like(query_order), torch.full_like(query_order, len(key_order))
     row_group = _matching_group(labels, negatives)[query_order]
-    column_group = _matching_group(key_labels, negatives)[key_order]
+    same_side = labels is key_labels and query_order is key_order
+    column_group = row_group if same_side else _matching_group(key_labels, negatives)[key_order]
     # "different" and "all" meet every key with a valid label, "same" those of the query's own group.
     first = row_group if negatives == "same" else row_group.clamp(max=0)
     last = row_group if negatives == "same" else torch.full_like(row_group, torch.iinfo(torch.int64).max)
@@ -91,11 +95,11 @@ def _matching_group(labels: Tensor, negatives: str) -> Tensor:
 
 def _lexicographic_order(size: int, device: torch.device, *columns: Tensor | None) -> Tensor:
     """The stable order of `size` rows by the first column, then the second, ...; None is a constant column."""
-    order = torch.arange(size, device=device)
+    order = None
     for column in reversed(columns):
         if column is not None:
-            order = order[torch.argsort(column[order], stable=True)]
-    return order
+            order = column.argsort(stable=True) if order is None else order[column[order].argsort(stable=True)]
+    return torch.arange(size, device=device) if order is None else order
 
 
 def kept_pairs(pairs: Pairs) -> Tensor | None:

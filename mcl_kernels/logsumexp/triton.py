@@ -88,7 +88,7 @@ TABLE: dict[tuple[str, str, int], tuple[tuple[int, Tiles], ...]] = {
     ("backward", "tf32x3", 80): ((256, Tiles(64, 16, 32, 8, 2, 256, 128)), (_WIDEST, Tiles(64, 8, 16, 8, 2, 512, 128))),
     ("backward", "tf32x3", 90): ((256, Tiles(64, 16, 32, 8, 2, 256, 64)), (_WIDEST, Tiles(64, 16, 16, 8, 1, 512, 32))),
     ("backward", "tf32x3", 100): (
-        (256, Tiles(64, 32, 32, 8, 2, 256, 256)),
+        (256, Tiles(64, 32, 32, 8, 2, 256, 128)),
         (_WIDEST, Tiles(64, 8, 16, 8, 2, 512, 512)),
     ),
 }
@@ -105,10 +105,23 @@ def choose_tiles(kernel: str, precision: str, width: int, capability: tuple[int,
         # Beyond 10 come chips with the tensor cores and the shared memory of the first.
         architecture = 10 * capability[0] if capability[0] <= 10 else 80
         newest = max(each for name, of, each in TABLE if (name, of) == (kernel, precision) and each <= architecture)
-        tiles = next(tiles for most, tiles in TABLE[kernel, precision, newest] if width <= most)
+        by_width = TABLE[kernel, precision, newest]
+        if precision == "tf32x3" and _before_triton_3_9():
+            by_width = ((_WIDEST, by_width[0][1]),)
+        tiles = next(tiles for most, tiles in by_width if width <= most)
     whole = max(16, 1 << (width - 1).bit_length())
     gradients, chunk = min(tiles.gradients, whole), min(tiles.chunk, whole)
     return tiles._replace(features=min(tiles.features, whole), gradients=gradients, chunk=chunk)
+
+
+def _before_triton_3_9() -> bool:
+    """Then fewer than 16 columns may not compile, and on sm_100 the three products of tf32x3 have sums of their own.
+
+    Wide rows take the tiles of narrow ones, whose sums fit twice, for one unit more each 256 features but the first.
+    """
+    import triton
+
+    return tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
 
 
 def tile_constants(kernel: str, precision: str, dtype: torch.dtype, width: int, tiles: Tiles) -> dict[str, Any]:
