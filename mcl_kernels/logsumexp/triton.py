@@ -76,7 +76,11 @@ TABLE: dict[tuple[str, str, int], tuple[tuple[int, Tiles], ...]] = {
     ("forward", "half", 80): ((128, Tiles(128, 128, 128, 8, 2)), (_WIDEST, Tiles(128, 128, 64, 8, 3))),
     ("forward", "tf32", 80): ((_WIDEST, Tiles(128, 64, 32, 8, 2)),),
     ("forward", "tf32x3", 80): ((_WIDEST, Tiles(128, 64, 16, 8, 2)),),
-    ("backward", "half", 80): (*_BACKWARD_HALF, (_WIDEST, Tiles(64, 32, 64, 8, 2, 512, 128))),
+    ("backward", "half", 80): (
+        (128, Tiles(128, 32, 128, 8, 2, 128, 64)),
+        (256, Tiles(64, 64, 64, 8, 2, 256, 256)),
+        (_WIDEST, Tiles(64, 32, 64, 8, 2, 512, 128)),
+    ),
     ("backward", "half", 90): (*_BACKWARD_HALF, (_WIDEST, Tiles(64, 32, 64, 8, 2, 512, 256))),
     ("backward", "half", 100): (*_BACKWARD_HALF, (_WIDEST, Tiles(64, 32, 64, 8, 2, 512, 512))),
     ("backward", "tf32", 80): ((256, Tiles(64, 32, 32, 8, 2, 256, 256)), (_WIDEST, Tiles(64, 16, 16, 8, 2, 512, 128))),
