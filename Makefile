@@ -6,6 +6,7 @@ OLDEST := .venv-oldest
 BENCH := .venv-bench
 DEMO_FLAGS ?=
 CASES ?=
+GPU_TESTS := $(addprefix tests/test_,logsumexp.py losses.py ranks.py triton.py)
 
 .PHONY: demo test sanitize test-oldest lint types bench gpu clean
 
@@ -42,10 +43,13 @@ bench: $(BENCH)/installed
 # with the peers' kernels, into benchmarks/gpu_results.csv.
 gpu: $(BENCH)/installed
 	$(BENCH)/bin/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("torch sees no CUDA device")'
-	$(BENCH)/bin/python -m pytest tests/test_logsumexp.py tests/test_losses.py tests/test_ranks.py tests/test_triton.py -k 'not cpu-'
+	status=0; \
+	$(BENCH)/bin/python -m pytest $(GPU_TESTS) -k 'not cpu-' || status=1; \
 	if command -v compute-sanitizer; then PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 \
-	    $(BENCH)/bin/python -m pytest -x tests/test_logsumexp.py -k cuda-triton; else echo 'no compute-sanitizer: skipped'; fi
-	$(BENCH)/bin/python -m benchmarks --device cuda $(CASES)
+	    $(BENCH)/bin/python -m pytest -x tests/test_logsumexp.py -k cuda-triton || status=1; \
+	else echo 'no compute-sanitizer: skipped'; fi; \
+	$(BENCH)/bin/python -m benchmarks --device cuda $(CASES) || status=1; \
+	exit $$status
 
 $(VENV)/installed-%: pyproject.toml constraints.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)

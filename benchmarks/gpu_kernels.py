@@ -41,8 +41,6 @@ class Units(NamedTuple):
     pairs: str  # "kept": rounded up to tiles; or "all"
 
 
-# --- ours -----------------------------------------------------------------------------------------------------------
-
 SAME = {"HAS_DROPPED": True, "COMPARES_IDS": False, "SKIPS_TILES": False}
 DIFFERENT = {"HAS_DROPPED": True, "COMPARES_IDS": True, "SKIPS_TILES": True}
 ONE_SIDE = {
@@ -99,8 +97,6 @@ def _type(argument: str, precision: str) -> str:
     return "i32" if argument in ("x_stride", "y_stride", "n", "width") else "*fp32"
 
 
-# --- the peers' -----------------------------------------------------------------------------------------------------
-
 INF_CL = ("inf-cl: forward", "inf-cl: backward, queries", "inf-cl: backward, keys")
 MEMEFF = ("memeff: forward", "memeff: backward")
 
@@ -113,7 +109,7 @@ def peer_kernel(kernel: str, architecture: int, precision: str, width: int) -> L
 
 
 def peer_units(kernel: str, architecture: int, width: int) -> Units:
-    """Inf-CL computes the logits again for each head of each side and direction; memeff those of both directions once.
+    """Inf-CL computes the logits again for each side of each direction; memeff those of both directions once.
 
     Where memeff's rows are too wide for its row-owner kernels, its backward pass is 3, with atomic sums.
     """

@@ -1,10 +1,11 @@
-"""A model, not a measurement: the least time of a loss's operations on a GPU (`python -m benchmarks.gpu_model`).
+"""A model, not a measurement: a loss's operations at a GPU's full rates (`python -m benchmarks.gpu_model`).
 
     time = max(2 D units pairs / tensor rate, bytes / bandwidth) + exponentials / special-function rate
 
 Units of products and pairs are those of gpu_static.csv's kernels: ours visit the kept pairs, rounded up to tiles, the
-peers all. Bytes are those of inputs and outputs, moved once, which favours kernels that read them again. What a kernel
-loses beside that (latency, occupancy, launches, planning) is not in it; so it ranks algorithms, and times nothing.
+peers all. Bytes are those of inputs and outputs, moved once, which favours kernels that read them again. Exponentials
+are counted as if nothing ran beside them; what else a kernel loses (latency, occupancy, launches, planning) is not in
+it. So it ranks algorithms, and times nothing.
 """
 
 from __future__ import annotations
@@ -124,7 +125,7 @@ def draw(figure_path: Path) -> None:
         axes.set_xlabel("batch size N (pairs)")
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("ms, at least")
+    panels[0].set_ylabel("ms at full rates")
     figure.suptitle(f"A model, not a measurement: CLIP's loss and gradients, D = {D}", fontsize=11)
     figure.legend(
         *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=8
@@ -136,7 +137,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--figure", type=Path, default=HERE / "gpu_model.png")
     options = parser.parse_args()
-    print(f"A model, not a measurement: CLIP's loss and gradients, D = {D}, ms at least")
+    print(f"A model, not a measurement: CLIP's loss and gradients, D = {D}, ms at full rates")
     for device in DEVICES:
         print(f"\n{device.name:<28}" + "".join(f"{n:>11,}" for n in SIZES))
         for label, line in curves(device).items():

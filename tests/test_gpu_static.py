@@ -24,6 +24,8 @@ def test_every_kernel_of_the_table_fits_its_architecture() -> None:
         assert row["shared"] <= row["shared_limit"], f"{name}: {row['shared']} bytes of shared memory"
         assert row["tensor_memory"] <= gpu_static.TENSOR_MEMORY, f"{name}: {row['tensor_memory']} columns of its memory"
         assert row["rows"] >= 64, f"{name}: {row['rows']} rows of a tile"
-        # What a spill is avoided with must not be work.
-        assert row["units_self"] <= 4, f"{name}: {row['units_self']} units of the self form"
-        assert row["units_one_direction"] <= 7, f"{name}: {row['units_one_direction']} units of one direction"
+        # What a spill is avoided with must not be work. Sums of tf32x3 are kept twice, or they would not be accurate:
+        # beside 64 x 512 of them there is room on sm_80 alone.
+        parts = 4 if row["precision"] == "tf32x3" and row["architecture"] != "sm_80" else 2
+        assert row["units_self"] <= 2 + parts, f"{name}: {row['units_self']} units of the self form"
+        assert row["units_one_direction"] <= 3 + 2 * parts, f"{name}: {row['units_one_direction']} of one direction"

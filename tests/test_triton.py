@@ -194,20 +194,41 @@ def test_on_a_device_that_is_not_the_current_one() -> None:
 
 
 def to_tf32(x: Tensor) -> Tensor:
-    """10 bits behind the point of the mantissa, to nearest, ties to even."""
-    bits = x.view(torch.int32)
-    return ((bits + 0x0FFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32)
+    """10 bits behind the point of the mantissa; what is behind them the tensor cores do not read."""
+    return (x.view(torch.int32) & ~0x1FFF).view(torch.float32)
+
+
+def truncated(x: Tensor) -> Tensor:
+    """fp64 to fp32, toward zero: as tensor cores are taken to round their sums."""
+    nearest = x.float()
+    return torch.where(nearest.double().abs() > x.abs(), torch.nextafter(nearest, torch.zeros(())), nearest)
 
 
 def multiply(a: Tensor, b: Tensor, precision: str) -> Tensor:
-    """As the tensor cores do: operands rounded, exact products, sums in fp32."""
+    """As the tensor cores do: operands cut, 8 exact products added to a sum at a time, each sum truncated.
+
+    tf32x3 has new sums for each part of 16, which are added to what there is to nearest. Of half precision only the
+    operands' rounding is shown: its sums are as those of every product of that dtype.
+    """
     if precision == "half":
         return a.float() @ b.float()
-    high_a, high_b = to_tf32(a), to_tf32(b)
-    if precision == "tf32":
-        return high_a @ high_b
-    low_a, low_b = to_tf32(a - high_a), to_tf32(b - high_b)
-    return high_a @ low_b + low_a @ high_b + high_a @ high_b
+    sums = torch.zeros(len(a), b.shape[1])
+    if precision == "tf32x3":
+        high_a, high_b = to_tf32(a), to_tf32(b)
+        low_a, low_b = to_tf32(a - high_a), to_tf32(b - high_b)
+        for part in torch.arange(a.shape[1]).split(16):
+            part_sums = torch.zeros_like(sums)
+            for left, right in ((low_a, high_b), (high_a, low_b), (high_a, high_b)):
+                part_sums = add_products(part_sums, left[:, part], right[part])
+            sums = sums + part_sums
+        return sums
+    return add_products(sums, to_tf32(a), to_tf32(b))
+
+
+def add_products(sums: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    for part in torch.arange(a.shape[1]).split(8):
+        sums = truncated(sums.double() + a[:, part].double() @ b[part].double())
+    return sums
 
 
 def emulated(case: Case, scale: float, precision: str) -> dict[str, Tensor]:

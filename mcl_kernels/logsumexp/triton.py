@@ -69,7 +69,8 @@ class Tiles(NamedTuple):
 # - backward: as many features of the gradient as a program can hold, since each part computes the logits again: 64 x
 #   512 sums are half of the registers, and all of sm_100's tensor memory. One product sums a chunk of them, so that its
 #   operands fit beside; then come as many columns as still do.
-# - fp32 rows are twice as large, and tf32x3 splits each operand in two.
+# - fp32 rows are twice as large, and tf32x3 splits each operand in two and adds sums of its own: on sm_90 and sm_100
+#   those fit beside 64 x 256. It takes features 16 at a time in both kernels, so that their logits are the same.
 _WIDEST = 1 << 62
 _BACKWARD_HALF = ((128, Tiles(128, 64, 128, 8, 2, 128, 64)), (256, Tiles(64, 64, 64, 8, 2, 256, 256)))
 TABLE: dict[tuple[str, str, int], tuple[tuple[int, Tiles], ...]] = {
@@ -89,12 +90,9 @@ TABLE: dict[tuple[str, str, int], tuple[tuple[int, Tiles], ...]] = {
         (256, Tiles(64, 32, 32, 8, 2, 256, 256)),
         (_WIDEST, Tiles(64, 16, 16, 8, 1, 512, 512)),
     ),
-    ("backward", "tf32x3", 80): ((256, Tiles(64, 16, 32, 8, 2, 256, 128)), (_WIDEST, Tiles(64, 8, 16, 8, 2, 512, 128))),
-    ("backward", "tf32x3", 90): ((256, Tiles(64, 16, 32, 8, 2, 256, 64)), (_WIDEST, Tiles(64, 16, 16, 8, 1, 512, 32))),
-    ("backward", "tf32x3", 100): (
-        (256, Tiles(64, 32, 32, 8, 2, 256, 128)),
-        (_WIDEST, Tiles(64, 8, 16, 8, 2, 512, 512)),
-    ),
+    ("backward", "tf32x3", 80): ((256, Tiles(64, 16, 16, 8, 2, 256, 128)), (_WIDEST, Tiles(64, 8, 16, 8, 2, 512, 128))),
+    ("backward", "tf32x3", 90): ((_WIDEST, Tiles(64, 16, 16, 8, 1, 256, 32)),),
+    ("backward", "tf32x3", 100): ((_WIDEST, Tiles(64, 16, 16, 8, 2, 256, 256)),),
 }
 INTERPRETED = Tiles(128, 256, 1024, 4, 1, 1024, 512)  # few and large: its cost is that of calls
 
@@ -119,10 +117,7 @@ def choose_tiles(kernel: str, precision: str, width: int, capability: tuple[int,
 
 
 def _before_triton_3_9() -> bool:
-    """Then fewer than 16 columns may not compile, and on sm_100 the three products of tf32x3 have sums of their own.
-
-    Wide rows take the tiles of narrow ones, whose sums fit twice, for one unit more each 256 features but the first.
-    """
+    """Then products of 8 columns may not compile: wide rows of tf32x3 take the tiles of narrow ones."""
     import triton
 
     return tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
@@ -174,11 +169,14 @@ def _key_rows(queries: _Side, keys: _Side, negatives: str) -> _Rows:
     return _Rows(keys, *key_ranges(keys.order, keys.labels, queries.order, queries.labels, negatives))
 
 
-def _common_arguments(kernel: str, owned: _Rows, columns: _Side, scale: Tensor, negatives: str) -> dict[str, Any]:
+def _common_arguments(
+    kernel: str, owned: _Rows, columns: _Side, scale: Tensor, negatives: str, least_precision: str = "tf32"
+) -> dict[str, Any]:
     """What every kernel of one side's rows against the other's needs to know."""
     rows = owned.side
     width = rows.x.shape[1]
     precision = _precision(rows.x, columns.x, scale)
+    precision = least_precision if precision == "tf32" else precision
     capability = torch.cuda.get_device_capability(rows.x.device) if rows.x.is_cuda else None
     # fp64 is for checks: it takes the tiles of what is nearest in size.
     tiles = choose_tiles(kernel, "tf32x3" if precision == "ieee" else precision, width, capability)
@@ -242,7 +240,9 @@ def _run_forward(rows: _Rows, columns: _Side, scale: Tensor, negatives: str, res
 
     if len(result) == 0:
         return
-    arguments = _common_arguments("forward", rows, columns, scale, negatives)
+    # What is counted is compared with products that torch computed in fp32.
+    least_precision = "tf32x3" if special["COUNT"] else "tf32"
+    arguments = _common_arguments("forward", rows, columns, scale, negatives, least_precision)
     with _on_device_of(result):
         forward_kernel[(-(-len(result) // arguments["ROWS"]),)](**arguments, result=result, **special)
 

@@ -13,23 +13,13 @@ INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
 @triton.jit
-def to_tf32(x):
-    return tl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1)
-
-
-@triton.jit
 def multiply(a, b, sums, PRECISION: tl.constexpr):
     """sums + a b. Every product goes through here: the interpreter multiplies bfloat16 wrongly, so it gets fp32.
 
-    tf32x3 is three products into the same sums. The compiler's own keeps second sums, which do not fit the registers.
+    The three products of tf32x3 have sums of their own, which are then added: tensor cores truncate theirs.
     """
     if INTERPRET:
         return tl.dot(a.to(sums.dtype), b.to(sums.dtype), sums, out_dtype=sums.dtype)
-    if PRECISION == "tf32x3":
-        high_a, high_b = to_tf32(a), to_tf32(b)
-        sums = tl.dot(to_tf32(a - high_a), high_b, sums, input_precision="tf32")
-        sums = tl.dot(high_a, to_tf32(b - high_b), sums, input_precision="tf32")
-        return tl.dot(high_a, high_b, sums, input_precision="tf32")
     return tl.dot(a, b, sums, input_precision=PRECISION, out_dtype=sums.dtype)
 
 
