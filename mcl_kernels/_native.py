@@ -217,7 +217,7 @@ def load() -> None:
 def usable() -> bool:
     """Whether the kernels load here; if they do not, warns once, in one line, what to do about it."""
     if reason := _loaded():
-        warnings.warn(f"mcl_kernels: impl='blockwise' computes, several times slower: {reason}", RuntimeWarning, 3)
+        warnings.warn(f"mcl_kernels: PyTorch operations compute, several times slower: {reason}", RuntimeWarning, 3)
         return False
     return True
 

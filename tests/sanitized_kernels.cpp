@@ -1,6 +1,7 @@
-// The kernels without torch: forward, backward and counting against sums in double precision, and the same bits for any
-// number of threads. Built and run by `make sanitize` under AddressSanitizer and UndefinedBehaviorSanitizer, and
-// under ThreadSanitizer; threads are std::thread, since ThreadSanitizer does not know those of OpenMP.
+// The kernels without torch: forward, backward, counting and clustering against sums in double precision, and the same
+// bits for any number of threads. Built and run by `make sanitize` under AddressSanitizer and
+// UndefinedBehaviorSanitizer, and under ThreadSanitizer; threads are std::thread, since ThreadSanitizer does not know
+// those of OpenMP.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -302,6 +303,79 @@ bool check_unit_rows(int64_t width, bool paired) {
   return good;
 }
 
+// One pass of k-means by two threads, against a loop over all centres in double precision.
+bool check_clusters(int64_t size, int64_t width, int64_t count, bool cosine) {
+  std::mt19937 random(7);
+  std::normal_distribution<float> normal;
+  std::vector<float> rows(size * width), centers(count * width), distances(size);
+  std::vector<int64_t> labels(size);
+  for (float& x : rows) x = 3 + normal(random);
+  for (int64_t j = 0; j < count; j++) {
+    double norm = 0;
+    for (int64_t d = 0; d < width; d++) {
+      centers[j * width + d] = rows[(j * size / count) * width + d];
+      norm += double(centers[j * width + d]) * centers[j * width + d];
+    }
+    for (int64_t d = 0; d < width && cosine; d++) centers[j * width + d] /= std::sqrt(norm);
+  }
+
+  const mcl::Kernels<float> kernels = mcl::choose_kernels<float>(false);
+  mcl::Clusters<float> clusters{};
+  clusters.rows = {rows.data(), width, mcl::Dtype::float32, nullptr, nullptr};
+  clusters.width = width;
+  clusters.centers = count;
+  clusters.cosine = cosine;
+  clusters.rounding = 1.5 * (1 << 20);
+  clusters.labels = labels.data();
+  clusters.distances = distances.data();
+  const auto round_up = [](int64_t bytes) { return (bytes + 63) / 64 * 64; };
+  char* packed = static_cast<char*>(std::aligned_alloc(64, round_up(kernels.packed_centers_bytes(width, count))));
+  const int64_t bytes = round_up(kernels.cluster_workspace_bytes(width));
+  char* workspace = static_cast<char*>(std::aligned_alloc(64, 2 * bytes));
+  const float* offset = kernels.pack_centers(clusters, centers.data(), packed);
+  std::vector<double> sums(2 * count * width);
+  std::vector<int64_t> counts(2 * count);
+  on_threads(2, [&](int64_t thread) {
+    kernels.cluster_rows(clusters, packed, thread * size / 2, (thread + 1) * size / 2, &sums[thread * count * width],
+                         &counts[thread * count], workspace + thread * bytes);
+  });
+
+  std::vector<double> expected(count * width);
+  double error = 0;
+  for (int64_t i = 0; i < size; i++) {
+    double norm = 0, nearest = INFINITY, own = 0;
+    for (int64_t d = 0; d < width; d++) norm += double(rows[i * width + d]) * rows[i * width + d];
+    const double factor = cosine ? 1 / std::sqrt(norm) : 1;
+    for (int64_t j = 0; j < count; j++) {
+      double distance = 0;
+      for (int64_t d = 0; d < width; d++) {
+        const double difference = factor * rows[i * width + d] - centers[j * width + d];
+        distance += difference * difference / (cosine ? 2 : 1);
+      }
+      nearest = std::min(nearest, distance);
+      if (j == labels[i]) own = distance;
+    }
+    error = std::max({error, std::abs(own - nearest), std::abs(distances[i] - nearest) / (1 + nearest)});
+    for (int64_t d = 0; d < width; d++) expected[labels[i] * width + d] += factor * rows[i * width + d];
+  }
+  for (int64_t j = 0; j < count; j++)
+    for (int64_t d = 0; d < width; d++) {
+      const int64_t at = j * width + d;
+      const double sum = sums[at] + sums[count * width + at] + double(counts[j] + counts[count + j]) * offset[d];
+      error = std::max(error, std::abs(sum - expected[at]) / (1 + std::abs(expected[at])));
+    }
+  for (char* memory : {packed, workspace}) {
+#if defined(__SANITIZE_ADDRESS__)
+    __asan_unpoison_memory_region(memory, memory == packed ? kernels.packed_centers_bytes(width, count) : 2 * bytes);
+#endif
+    std::free(memory);
+  }
+  const bool good = error <= 1e-5;
+  std::printf("%-8s %3d clusters of %3d rows of %3d%s: error %.1g, %s\n", mcl::instruction_set().c_str(), int(count),
+              int(size), int(width), cosine ? ", cosine" : "", error, good ? "good" : "WRONG");
+  return good;
+}
+
 }  // namespace
 
 int main() {
@@ -334,6 +408,11 @@ int main() {
     for (const Case& c : cases) good &= check(c);
     for (const int64_t width : {1, 15, 16, 129})
       for (const bool paired : {false, true}) good &= check_unit_rows(width, paired);
+    for (const bool cosine : {false, true}) {
+      good &= check_clusters(5, 1, 1, cosine);
+      good &= check_clusters(250, 33, 17, cosine);
+      good &= check_clusters(400, 130, 200, cosine);
+    }
   }
   return good ? 0 : 1;
 }

@@ -7,7 +7,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from mcl_kernels import KMeans, assign_clusters
+from mcl_kernels import KMeans, _native, assign_clusters
+from mcl_kernels.kmeans import native, reference
+from mcl_kernels.kmeans.api import _assign, _steps
+from tests.conftest import Backend, use_instruction_set
+
+IMPLS = [Backend("cpu", "native", name) for name in ("avx512", "avx2", "portable")] + [Backend("cpu", "reference")]
+
+
+@pytest.fixture(params=IMPLS, ids=str)
+def impl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    backend: Backend = request.param
+    if backend.impl == "native":
+        available, reason = _native.describe()
+        if not available:
+            pytest.skip(reason)
+        use_instruction_set(backend.instruction_set, monkeypatch)
+    return backend.impl
 
 
 def blobs(n: int = 600, k: int = 6, d: int = 5, spread: float = 0.3, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -24,9 +40,9 @@ def same_partition(a: Tensor, b: Tensor) -> bool:
 
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
-def test_finds_planted_clusters(metric: str, dtype: torch.dtype) -> None:
+def test_finds_planted_clusters(impl: str, metric: str, dtype: torch.dtype) -> None:
     x, labels = blobs()
-    kmeans = KMeans(6, metric=metric, n_init=3).fit(x.to(dtype))
+    kmeans = KMeans(6, metric=metric, n_init=3, impl=impl).fit(x.to(dtype))
     assert same_partition(kmeans.labels_, labels)
     assert kmeans.cluster_centers_.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert kmeans.labels_.dtype == torch.int64
@@ -34,11 +50,11 @@ def test_finds_planted_clusters(metric: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e3])
-def test_an_offset_of_the_data_costs_nothing(offset: float) -> None:
+def test_an_offset_of_the_data_costs_nothing(impl: str, offset: float) -> None:
     x, labels = blobs()
-    kmeans = KMeans(6, n_init=3).fit(x + offset)
+    kmeans = KMeans(6, n_init=3, impl=impl).fit(x + offset)
     assert same_partition(kmeans.labels_, labels)
-    torch.testing.assert_close(kmeans.inertia_, KMeans(6, n_init=3).fit(x).inertia_, rtol=1e-3, atol=0)
+    torch.testing.assert_close(kmeans.inertia_, KMeans(6, n_init=3, impl=impl).fit(x).inertia_, rtol=1e-3, atol=0)
 
 
 @pytest.mark.slow
@@ -50,9 +66,9 @@ def test_as_good_as_scikit_learn_on_digits() -> None:
     assert ours.inertia_ <= 1.01 * theirs.inertia_
 
 
-def test_one_lloyd_step_by_hand() -> None:
+def test_one_lloyd_step_by_hand(impl: str) -> None:
     x, centers = torch.tensor([[0.0], [1.0], [10.0], [12.0]]), torch.tensor([[0.0], [9.0]])
-    kmeans = KMeans(2, init=centers, max_iter=1).fit(x)
+    kmeans = KMeans(2, init=centers, max_iter=1, impl=impl).fit(x)
     assert kmeans.cluster_centers_.flatten().tolist() == [0.5, 11.0]
     assert kmeans.labels_.tolist() == [0, 0, 1, 1]
     assert kmeans.history_[0]["objective"] == 0 + 1 + 1 + 9
@@ -60,10 +76,10 @@ def test_one_lloyd_step_by_hand() -> None:
     assert centers.flatten().tolist() == [0.0, 9.0]
 
 
-def test_an_empty_cluster_takes_the_farthest_row_of_the_largest() -> None:
+def test_an_empty_cluster_takes_the_farthest_row_of_the_largest(impl: str) -> None:
     # Cluster 1 is smaller and has the row that is farthest of all, 36.
     x = torch.tensor([[0.0], [1.0], [2.0], [9.0], [30.0], [36.0]])
-    kmeans = KMeans(3, init=torch.tensor([[1.0], [30.0], [1000.0]]), max_iter=1).fit(x)
+    kmeans = KMeans(3, init=torch.tensor([[1.0], [30.0], [1000.0]]), max_iter=1, impl=impl).fit(x)
     assert kmeans.history_[0]["splits"] == 1
     assert kmeans.cluster_centers_.flatten().tolist() == [1.0, 33.0, 9.0]
     assert kmeans.labels_.tolist() == [0, 0, 0, 2, 1, 1]
@@ -80,12 +96,12 @@ def test_convergence_does_not_depend_on_units() -> None:
     )
 
 
-def test_fewer_distinct_rows_than_clusters() -> None:
+def test_fewer_distinct_rows_than_clusters(impl: str) -> None:
     x = torch.ones(20, 3)
     x[:3] = 2.0
     for init in ("k-means++", "random"):
         with pytest.warns(UserWarning, match="only 2 clusters hold a row"):
-            kmeans = KMeans(5, init=init).fit(x)
+            kmeans = KMeans(5, init=init, impl=impl).fit(x)
         assert kmeans.cluster_centers_.shape == (2, 3)
         assert kmeans.inertia_ == 0
 
@@ -97,43 +113,44 @@ def test_restarts_keep_the_best() -> None:
 
 
 @pytest.mark.parametrize("init", ["k-means++", "random"])
-def test_reproducible_without_touching_the_global_generator(init: str) -> None:
+def test_reproducible_without_touching_the_global_generator(impl: str, init: str) -> None:
     x, _ = blobs()
     torch.manual_seed(3)
     np.random.seed(3)
     state = torch.get_rng_state(), np.random.get_state()[1].copy()
-    first = KMeans(9, init=init, seed=4).fit(x)
+    first = KMeans(9, init=init, seed=4, impl=impl).fit(x)
     torch.randn(7)
-    second = KMeans(9, init=init, seed=4).fit(x)
+    second = KMeans(9, init=init, seed=4, impl=impl).fit(x)
     assert torch.equal(first.labels_, second.labels_)
     assert torch.equal(first.cluster_centers_, second.cluster_centers_)
     torch.set_rng_state(state[0])
-    KMeans(9, init=init, seed=5).fit(x)
+    KMeans(9, init=init, seed=5, impl=impl).fit(x)
     assert torch.equal(torch.get_rng_state(), state[0])
     assert (np.random.get_state()[1] == state[1]).all()
 
 
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
-def test_a_row_gets_the_same_label_in_any_batch(metric: str) -> None:
+def test_a_row_gets_the_same_label_in_any_batch(impl: str, metric: str) -> None:
     # Random directions and many clusters: near-ties, which another rounding would turn.
     x = torch.randn(3000, 48, generator=torch.Generator().manual_seed(0))
-    kmeans = KMeans(200, metric=metric, max_iter=3).fit(x)
+    kmeans = KMeans(200, metric=metric, max_iter=3, impl=impl).fit(x)
     for size in (1, 7, 256, 1025):
         parts = [kmeans.predict(x[i : i + size]) for i in range(0, 3000 if size > 1 else 200, size)]
         assert torch.equal(torch.cat(parts), kmeans.labels_[: sum(map(len, parts))])
 
 
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
-def test_assign_against_all_distances(metric: str) -> None:
+def test_assign_against_all_distances(impl: str, metric: str) -> None:
     x, _ = blobs()
     centers = x[:7] + 0.1
-    labels, distances = assign_clusters(x, centers, metric=metric)
+    labels, distances = _assign(x, centers, metric, impl)
     if metric == "euclidean":
         every = torch.cdist(x.double(), centers.double()).square()
     else:
         every = 1 - torch.nn.functional.cosine_similarity(x.double()[:, None], centers.double()[None], dim=2)
     expected = every.min(1)
     assert torch.equal(labels, expected.indices)
+    assert torch.equal(labels, assign_clusters(x, centers, metric=metric)[0])
     torch.testing.assert_close(distances, expected.values.float(), rtol=1e-4, atol=1e-5)
     assert distances.dtype == torch.float32
     assert (distances >= 0).all()
@@ -146,26 +163,91 @@ def test_every_product_has_the_same_shape(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(Tensor, "__matmul__", lambda a, b: (shapes.add((a.shape, b.shape)), matmul(a, b))[1])
     x, _ = blobs()
     for rows in (1, 7, 600):
-        assign_clusters(x[:rows], x[:4])
+        reference.assign(x[:rows], x[:4], "euclidean")
     assert len(shapes) == 1
 
 
-def test_ties_go_to_the_lowest_index() -> None:
+def test_ties_go_to_the_lowest_index(impl: str) -> None:
     x = torch.tensor([[0.0, 1.0], [5.0, 5.0]])
-    assert assign_clusters(x, torch.tensor([[5.0, 5.0], [0.0, 1.0], [0.0, 1.0], [5.0, 5.0]]))[0].tolist() == [1, 0]
+    centers = torch.tensor([[5.0, 5.0], [0.0, 1.0], [0.0, 1.0], [5.0, 5.0]])
+    assert _assign(x, centers, "euclidean", impl)[0].tolist() == [1, 0]
+    # In every lane of a vector, behind the first tile of centres too.
+    assert _assign(x, centers.repeat(100, 1), "euclidean", impl)[0].tolist() == [1, 0]
 
 
-def test_arrays_and_empty_inputs() -> None:
+# K: one, a vector and one more, a tile of centres and more; D: no whole vector, several passes of a product; N: less
+# than a group of rows, more than what a thread takes at a time.
+@pytest.mark.parametrize(("n", "d", "k"), [(5, 1, 1), (300, 3, 17), (2000, 130, 16), (4000, 20, 500), (3100, 512, 10)])
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_one_pass(impl: str, metric: str, n: int, d: int, k: int, dtype: torch.dtype) -> None:
+    """Each label is of a nearest centre, as far as its dtype tells, and the sums are those of the labels."""
+    steps = native if impl == "native" else reference
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    x = (torch.randn(n, 2 * d, generator=torch.Generator().manual_seed(0)) + 3).to(dtype)[:, ::2]
+    centers = x[torch.arange(k) * n // k].to(wide)
+    rows = x.to(wide)
+    if metric == "cosine":
+        rows, centers = (torch.nn.functional.normalize(z, dim=1) for z in (rows, centers))
+    labels, distances, sums, counts = steps.assign_and_sum(x, centers, metric, float(x.abs().max()))
+
+    every = torch.cdist(rows.double(), centers.double(), compute_mode="donot_use_mm_for_euclid_dist").square()
+    every = every / 2 if metric == "cosine" else every
+    tolerance = {"rtol": 1e-4, "atol": 1e-6 * d} if wide == torch.float32 else {"rtol": 1e-10, "atol": 1e-12 * d}
+    torch.testing.assert_close(distances.double(), every.min(1).values, **tolerance)
+    torch.testing.assert_close(every.gather(1, labels.unsqueeze(1)).squeeze(1), every.min(1).values, **tolerance)
+    assert torch.equal(counts, labels.bincount(minlength=k))
+    expected = torch.zeros(k, d, dtype=torch.float64).index_add_(0, labels, rows.double())
+    torch.testing.assert_close(sums, expected, rtol=1e-6, atol=1e-6 if wide == torch.float32 else 1e-9)
+    if metric == "euclidean":  # else `assign` divides the centres by their norms, once more
+        assert torch.equal(steps.assign(x, centers, metric)[0], labels)
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+def test_native_sums_are_the_same_in_any_order(metric: str) -> None:
+    """Of rows, on any number of threads, in any chunks: they are exact."""
+    if not _native.describe()[0]:
+        pytest.skip("no native kernels")
+    _native.load()
+    n = 5000
+    x = torch.randn(n, 37, generator=torch.Generator().manual_seed(0)).exp()
+    centers = torch.nn.functional.normalize(x[:50], dim=1) if metric == "cosine" else x[:50]
+
+    def run(rows: Tensor) -> tuple[Tensor, ...]:
+        op = torch.ops.mcl_kernels_native.assign_clusters
+        return op(rows, centers, metric == "cosine", float(x.max()), n, True)
+
+    labels, distances, sums, counts, _ = run(x)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            assert all(map(torch.equal, run(x)[:4], (labels, distances, sums, counts)))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(run(x.flip(0))[2], sums)
+    parts = [run(part) for part in x.split(700)]
+    assert torch.equal(sum(part[2] for part in parts), sums)
+    assert torch.equal(torch.cat([part[0] for part in parts]), labels)
+    assert torch.equal(torch.cat([part[1] for part in parts]), distances)
+
+
+def test_native_is_for_cpu_tensors() -> None:
+    with pytest.raises(ValueError, match="impl='native' computes on CPU tensors: got device meta"):
+        _steps("native", torch.device("meta"))
+
+
+def test_arrays_and_empty_inputs(impl: str) -> None:
     x, _ = blobs()
-    kmeans = KMeans(6).fit(x.numpy())
-    assert torch.equal(kmeans.labels_, KMeans(6).fit(x).labels_)
+    kmeans = KMeans(6, impl=impl).fit(x.numpy())
+    assert torch.equal(kmeans.labels_, KMeans(6, impl=impl).fit(x).labels_)
     assert torch.equal(kmeans.fit_predict(x), kmeans.labels_)
     assert kmeans.predict(x[:0]).tolist() == []
-    assert KMeans(1).fit(x[:1]).inertia_ == 0
+    assert KMeans(1, impl=impl).fit(x[:1]).inertia_ == 0
 
 
-def test_sums_over_many_equal_rows_are_exact() -> None:
+def test_sums_over_many_equal_rows_are_exact(impl: str) -> None:
     # A running fp32 sum of 0.1 drifts by then; the mean has to be the row itself.
     x = torch.full((300_000, 1), 0.1)
-    kmeans = KMeans(1).fit(x)
+    kmeans = KMeans(1, impl=impl).fit(x)
     assert float(kmeans.cluster_centers_) == pytest.approx(0.1, rel=1e-6)

@@ -3,11 +3,13 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/slice.h>
 #include <ATen/ops/zeros.h>
 #include <pthread.h>
 #include <torch/library.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <optional>
 #include <string>
@@ -365,6 +367,79 @@ std::tuple<Tensor, Tensor> unit_rows_backward(const Tensor& view_a, const Option
              : unit_rows_backward_as<float>(view_a, view_b, grad_rows, grad_cosine);
 }
 
+// 64-byte aligned memory for the kernels.
+struct Memory {
+  Tensor bytes;
+  char* data;
+
+  explicit Memory(int64_t size) : bytes(at::empty({size + 64}, at::TensorOptions().dtype(at::kByte))) {
+    data = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(bytes.mutable_data_ptr()) + 63) / 64 * 64);
+  }
+};
+
+using ClusterPass = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// Labels, distances, and for each centre the sum of its rows relative to the offset and their number; the offset.
+template <class T>
+ClusterPass assign_clusters_as(const Tensor& x, const Tensor& centers, bool cosine,
+                                                              double largest, int64_t total_rows, bool with_sums) {
+  constexpr int64_t PART = 16 * 96;  // rows that a thread takes at a time
+  const Kernels<T> kernels = choose_kernels<T>(false);
+  const Tensor rows = with_dense_rows(x), dense_centers = centers.contiguous();
+  const int64_t n = x.size(0), width = x.size(1), k = centers.size(0);
+  Tensor labels = at::empty({n}, x.options().dtype(at::kLong)), distances = at::empty({n}, centers.options());
+
+  Clusters<T> clusters{};
+  clusters.rows = {rows.const_data_ptr(), rows.stride(0), dtype_of(x), nullptr, nullptr};
+  clusters.width = width;
+  clusters.centers = k;
+  clusters.cosine = cosine;
+  clusters.labels = labels.mutable_data_ptr<int64_t>();
+  clusters.distances = distances.mutable_data_ptr<T>();
+  Memory packed(kernels.packed_centers_bytes(width, k));
+  const T* offset = kernels.pack_centers(clusters, dense_centers.const_data_ptr<T>(), packed.data);
+  double largest_offset = 0;
+  for (int64_t d = 0; d < width; d++) largest_offset = std::max(largest_offset, std::abs(double(offset[d])));
+  int exponent;
+  std::frexp((cosine ? 1.0 : largest + largest_offset) * double(std::max<int64_t>(total_rows, 1)), &exponent);
+  clusters.rounding = std::ldexp(1.5, exponent);
+
+  const int64_t parts = (n + PART - 1) / PART, threads = std::max<int64_t>(std::min(thread_count(), parts), 1);
+  const int64_t bytes = kernels.cluster_workspace_bytes(width);
+  const Memory workspace(threads * (bytes + 64));
+  const auto sizes = [&](int64_t of_thread) { return with_sums ? threads * of_thread : 0; };
+  Tensor sums = at::zeros({sizes(k), width}, centers.options().dtype(at::kDouble));
+  Tensor counts = at::zeros({sizes(k)}, labels.options());
+  double* sums_data = sums.mutable_data_ptr<double>();
+  int64_t* counts_data = counts.mutable_data_ptr<int64_t>();
+  std::atomic<int64_t> next{0};
+  const auto work = [&](int64_t thread) {
+    for (int64_t part = next++; part < parts; part = next++)
+      kernels.cluster_rows(clusters, packed.data, part * PART, std::min(n, (part + 1) * PART),
+                           with_sums ? sums_data + thread * k * width : nullptr, counts_data + thread * k,
+                           workspace.data + thread * ((bytes + 63) / 64 * 64));
+  };
+  if (threads == 1)
+    work(0);
+  else
+    parallel_for(threads, work);
+  for (int64_t thread = 1; thread < threads && with_sums; thread++) {  // exact, so in any order
+    for (int64_t at = 0; at < k * width; at++) sums_data[at] += sums_data[thread * k * width + at];
+    for (int64_t j = 0; j < k; j++) counts_data[j] += counts_data[thread * k + j];
+  }
+  Tensor offsets = at::empty({width}, sums.options());
+  std::copy_n(offset, width, offsets.mutable_data_ptr<double>());
+  const int64_t wanted = with_sums ? k : 0;
+  return {labels, distances, sums.slice(0, 0, wanted), counts.slice(0, 0, wanted), offsets};
+}
+
+ClusterPass assign_clusters(const Tensor& x, const Tensor& centers, bool cosine, double largest, int64_t total_rows,
+                            bool with_sums) {
+  return centers.scalar_type() == at::kDouble
+             ? assign_clusters_as<double>(x, centers, cosine, largest, total_rows, with_sums)
+             : assign_clusters_as<float>(x, centers, cosine, largest, total_rows, with_sums);
+}
+
 }  // namespace
 }  // namespace mcl
 
@@ -383,6 +458,9 @@ TORCH_LIBRARY(mcl_kernels_native, library) {
   library.def("unit_rows(Tensor view_a, Tensor? view_b) -> (Tensor, Tensor)");
   library.def(
       "unit_rows_backward(Tensor view_a, Tensor? view_b, Tensor grad_rows, Tensor grad_cosine) -> (Tensor, Tensor)");
+  library.def(
+      "assign_clusters(Tensor x, Tensor centers, bool cosine, float largest, int total_rows, bool with_sums) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   library.def("instruction_set() -> str", &mcl::instruction_set);
 }
 
@@ -392,4 +470,5 @@ TORCH_LIBRARY_IMPL(mcl_kernels_native, CPU, library) {
   library.impl("count_above", &mcl::count_above);
   library.impl("unit_rows", &mcl::unit_rows);
   library.impl("unit_rows_backward", &mcl::unit_rows_backward);
+  library.impl("assign_clusters", &mcl::assign_clusters);
 }

@@ -68,6 +68,17 @@ struct Views {
   int64_t width;
 };
 
+// Rows to cluster. T, the type of products and distances, is float or double.
+template <class T>
+struct Clusters {
+  Side rows;  // in their own order: neither `order` nor `code` is there
+  int64_t width, centers;
+  bool cosine;      // rows are divided by their norms; centres come so
+  double rounding;  // 1.5 * 2^e, where no sum of entries is above 2^e
+  int64_t* labels;  // [N]
+  T* distances;     // [N], to the centre of the label
+};
+
 // The functions of one instruction set.
 template <class T>
 struct Kernels {
@@ -76,6 +87,11 @@ struct Kernels {
   void (*unit_rows)(const Views<T>& views, int64_t begin, int64_t end, T* unit_a, T* unit_b, T* cosine);
   void (*unit_rows_backward)(const Views<T>& views, int64_t begin, int64_t end, const T* grad_unit_a,
                              const T* grad_unit_b, const T* grad_cosine, T* grad_a, T* grad_b);
+  int64_t (*packed_centers_bytes)(int64_t width, int64_t centers);
+  const T* (*pack_centers)(const Clusters<T>& clusters, const T* centers, char* memory);  // returns their offset
+  int64_t (*cluster_workspace_bytes)(int64_t width);
+  void (*cluster_rows)(const Clusters<T>& clusters, char* packed_centers, int64_t begin, int64_t end, double* sums,
+                       int64_t* counts, char* workspace);
 };
 
 }  // namespace mcl

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import warnings
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from mcl_kernels import _native
 from mcl_kernels._rows import compute_dtype, normalize_rows
 from mcl_kernels._validate import as_integer, check_choice, check_embeddings, check_same_width
-from mcl_kernels.kmeans import lloyd, reference
+from mcl_kernels.kmeans import lloyd, native, reference
 
 METRICS = ("euclidean", "cosine")
+IMPLS = ("auto", "native", "reference")
 
 Array = np.ndarray[Any, Any]
 
@@ -24,9 +27,9 @@ class KMeans:
         inertia = sum_i min_k |x_i - c_k|^2                             metric="euclidean"
         inertia = sum_i min_k (1 - <x_i, c_k> / (|x_i| |c_k|))          metric="cosine" (spherical k-means)
 
-    Every row is read in every iteration; nothing is sampled. Sums over the data are fp64, in one order, and random
-    numbers come from a generator of its own: the same seed gives the same clusters, and PyTorch's global random
-    state is not touched.
+    Every row is read once in every iteration; nothing is sampled. Sums over the data are fp64, the same in any order
+    and for any number of threads, and random numbers come from a generator of its own: the same seed gives the same
+    clusters, and PyTorch's global random state is not touched.
 
     Args:
         n_clusters: K, from 1 to the number of rows. Fewer are found, with a warning, where fewer rows differ.
@@ -38,7 +41,7 @@ class KMeans:
             variance of the columns (of the normalised rows for cosine).
         empty: "split": an empty cluster takes the farthest row of the largest one. Counted in `history_`.
         seed: of the initialisation.
-        impl: "auto" or "reference" (PyTorch by tiles).
+        impl: "native" (C++ kernels, on a CPU), "reference" (PyTorch by tiles) or "auto": the first that is here.
 
     Attributes:
         cluster_centers_: [K, D] fp32 (fp64 for fp64 data), of unit length for cosine, on the device of the data.
@@ -84,7 +87,7 @@ class KMeans:
         self.seed = as_integer("seed", seed, least=0)
         check_choice("metric", metric, METRICS)
         check_choice("empty", empty, ("split",))
-        check_choice("impl", impl, ("auto", "reference"))
+        check_choice("impl", impl, IMPLS)
         if not isinstance(init, str):
             init = finite_rows("init", init)
             if len(init) != n_clusters or n_init != 1:
@@ -108,10 +111,11 @@ class KMeans:
         if isinstance(self.init, Tensor):
             check_same_width("init", self.init, "x", x)
         generator = torch.Generator().manual_seed(self.seed)
+        steps, largest = _steps(self.impl, x.device), float(torch.stack(x.aminmax()).abs().max())
         with torch.autocast(x.device.type, enabled=False):
             tol = self.tol * reference.mean_variance(x, self.metric)
             runs = (
-                lloyd.lloyd(x, self._initial_centers(x, generator), self.metric, self.max_iter, tol)
+                lloyd.lloyd(x, self._initial_centers(x, generator), self.metric, self.max_iter, tol, largest, steps)
                 for _ in range(self.n_init)
             )
             best = min(runs, key=lambda run: run.inertia)
@@ -128,7 +132,7 @@ class KMeans:
         """The nearest centre of each row of x, int64 [N]."""
         if not hasattr(self, "cluster_centers_"):
             raise RuntimeError("this KMeans has no clusters yet: call fit(x) first")
-        return assign_clusters(x, self.cluster_centers_, metric=self.metric)[0]
+        return _assign(x, self.cluster_centers_, self.metric, self.impl)[0]
 
     def fit_predict(self, x: Tensor | Array) -> Tensor:
         """`fit(x).labels_`."""
@@ -166,14 +170,27 @@ def assign_clusters(x: Tensor | Array, centers: Tensor | Array, *, metric: str =
         (tensor([0, 1]), tensor([1., 1.]))
     """
     check_choice("metric", metric, METRICS)
+    return _assign(x, centers, metric, "auto")
+
+
+def _assign(x: Tensor | Array, centers: Tensor | Array, metric: str, impl: str) -> tuple[Tensor, Tensor]:
     x, centers = finite_rows("x", x), finite_rows("centers", centers)
     check_same_width("centers", centers, "x", x)
     if len(centers) == 0:
         raise ValueError("centers must have at least one row: got 0")
     centers = centers.to(compute_dtype(x, centers))
     with torch.autocast(x.device.type, enabled=False):
-        labels, distances = reference.assign(x, centers, metric)
+        labels, distances = _steps(impl, x.device).assign(x, centers, metric)
     return labels, distances.float()
+
+
+def _steps(impl: str, device: torch.device) -> ModuleType:
+    """The implementation that `impl` names; an explicit name is never replaced by another."""
+    if impl == "auto":
+        return native if device.type == "cpu" and _native.usable() else reference
+    if impl == "native" and device.type != "cpu":
+        raise ValueError(f"impl='native' computes on CPU tensors: got device {device}")
+    return native if impl == "native" else reference
 
 
 def finite_rows(name: str, x: object) -> Tensor:

@@ -1,9 +1,10 @@
-"""Lloyd's algorithm: initial centres, iterations, empty clusters. The passes over the data are a module's."""
+"""Lloyd's algorithm: initial centres, iterations, empty clusters. The passes over the data are an implementation's."""
 
 from __future__ import annotations
 
 import math
 import time
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -47,18 +48,21 @@ def initial_centers(x: Tensor, n_clusters: int, init: str, metric: str, generato
     return torch.cat(centers)
 
 
-def lloyd(x: Tensor, centers: Tensor, metric: str, max_iter: int, tol: float) -> Clustering:
+def lloyd(
+    x: Tensor, centers: Tensor, metric: str, max_iter: int, tol: float, largest: float, steps: ModuleType
+) -> Clustering:
     """Iterates from `centers` until they move by at most `tol` (summed squared shift), or labels stay.
 
-    The inertia never rises. An empty cluster takes, before the update, the row of the largest cluster that is
-    farthest from its centre. One that cannot be filled, since no row is away from its centre, is left out.
+    The passes are those of `steps`, the module of an implementation; no entry of x is larger than `largest` by
+    magnitude. The inertia never rises. An empty cluster takes, before the update, the row of the largest cluster that
+    is farthest from its centre. One that cannot be filled, since no row is away from its centre, is left out.
     """
     history: list[dict[str, Any]] = []
     labels = torch.full((len(x),), -1, dtype=torch.int64, device=x.device)
     for _ in range(max_iter):
         started = time.perf_counter()
         previous = labels
-        labels, distances, sums, counts = reference.assign_and_sum(x, centers, metric)
+        labels, distances, sums, counts = steps.assign_and_sum(x, centers, metric, largest)
         inertia = float(distances.sum(dtype=torch.float64))
         sizes = counts.clone()
         splits = _fill_empty(x, labels, distances, sums, counts, metric)
@@ -78,13 +82,16 @@ def lloyd(x: Tensor, centers: Tensor, metric: str, max_iter: int, tol: float) ->
             break
     # An update can empty a cluster again: fill it as often as there are clusters, then give up.
     for _ in range(len(centers)):
-        labels, distances, sums, counts = reference.assign_and_sum(x, centers, metric)
+        labels, distances, sums, counts = steps.assign_and_sum(x, centers, metric, largest)
         if not _fill_empty(x, labels, distances, sums, counts, metric):
             break
         centers = _means(sums, counts, centers, metric)
-    labels, distances = reference.assign(x, centers, metric)
-    occupied, labels = torch.unique(labels, return_inverse=True)
-    return Clustering(centers[occupied], labels, float(distances.sum(dtype=torch.float64)), history)
+    labels, distances = steps.assign(x, centers, metric)
+    occupied = torch.unique(labels)
+    if len(occupied) < len(centers):  # without the others these have other roundings
+        centers = centers[occupied]
+        labels, distances = steps.assign(x, centers, metric)
+    return Clustering(centers, labels, float(distances.sum(dtype=torch.float64)), history)
 
 
 def _rows(x: Tensor, index: Tensor, metric: str) -> Tensor:

@@ -39,8 +39,11 @@ def assign(x: Tensor, centers: Tensor, metric: str) -> tuple[Tensor, Tensor]:
     return labels, distances
 
 
-def assign_and_sum(x: Tensor, centers: Tensor, metric: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`assign`, and in the same pass the sum (fp64 [K, D]) and the number (int64 [K]) of each centre's rows."""
+def assign_and_sum(x: Tensor, centers: Tensor, metric: str, largest: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`assign`, and in the same pass the sum (fp64 [K, D]) and the number (int64 [K]) of each centre's rows.
+
+    These sums need no bound: `largest`, of the entries of x by magnitude, is what others need.
+    """
     labels = torch.empty(len(x), dtype=torch.int64, device=x.device)
     distances = centers.new_empty(len(x))
     sums = torch.zeros_like(centers, dtype=torch.float64)
