@@ -141,13 +141,13 @@ void cluster_rows(const Clusters<T>& clusters, char* packed, int64_t begin, int6
   const ClusterBlock<T> block(of_block, centers.stride);
   for (int64_t first = begin; first < end; first += CLUSTER_ROWS) {
     const int64_t rows = smaller(CLUSTER_ROWS, end - first);
-    for (int64_t i = 0; i < rows; i++) {
-      if (first + i + PREFETCH_ROWS < end) prefetch_row(clusters.rows, first + i + PREFETCH_ROWS, width);
+    for (int64_t i = 0; i < rows; i++)
       load_cluster_row(clusters, first + i, centers, block.rows + i * centers.stride);
-    }
     for (int64_t at = rows * centers.stride; at < round_up(rows, GROUP) * centers.stride; at++) block.rows[at] = 0;
     find_nearest(clusters, centers, block, rows);
     for (int64_t i = 0; i < rows; i++) {
+      // The next block comes while this one is computed: memory is what a pass waits for.
+      if (first + CLUSTER_ROWS + i < end) prefetch_row(clusters.rows, first + CLUSTER_ROWS + i, width);
       const int64_t label = nearest_of_lanes(block.score + i * LANES<T>, block.center + i * LANES<T>);
       const T *x = block.rows + i * centers.stride, *c = centers.rows + label * centers.stride;
       Vector<T> total{};

@@ -383,7 +383,7 @@ using ClusterPass = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 template <class T>
 ClusterPass assign_clusters_as(const Tensor& x, const Tensor& centers, bool cosine,
                                                               double largest, int64_t total_rows, bool with_sums) {
-  constexpr int64_t PART = 16 * 96;  // rows that a thread takes at a time
+  constexpr int64_t PART = 64 * 96;  // rows that a thread takes at a time
   const Kernels<T> kernels = choose_kernels<T>(false);
   const Tensor rows = with_dense_rows(x), dense_centers = centers.contiguous();
   const int64_t n = x.size(0), width = x.size(1), k = centers.size(0);
