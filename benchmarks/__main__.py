@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import csv
 import importlib.metadata
-import os
 import platform
 import subprocess
 import sys
@@ -21,7 +20,7 @@ import torch
 
 from benchmarks.cases import CASES, Case
 from benchmarks.figure import draw
-from benchmarks.measure import Row, in_fresh_process, measure_once, measure_peak, time_case
+from benchmarks.measure import Row, in_fresh_process, measure_once, measure_peak, time_case, write_rows
 from mcl_kernels.logsumexp.api import resolve_impl
 
 HERE = Path(__file__).parent
@@ -101,12 +100,7 @@ def save(results: Path, case: Case, rows: list[Row]) -> None:
     order = [known.name for known in CASES]
     kept = [row for row in before if row["case"] != case.name and row["case"] in order]
     rows = sorted(kept + rows, key=lambda row: order.index(row["case"]))
-    written = results.with_suffix(".partial")
-    with written.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({name: f"{v:.4g}" if isinstance(v, float) else v for name, v in row.items()} for row in rows)
-    os.replace(written, results)
+    write_rows(results, COLUMNS, rows)
 
 
 def main() -> int:

@@ -8,7 +8,6 @@ in turns, and the median of the turns counts. faiss samples the data unless told
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
 import time
 from collections.abc import Callable
@@ -20,7 +19,7 @@ import numpy as np
 import torch
 
 from benchmarks.__main__ import conditions
-from benchmarks.measure import in_fresh_process
+from benchmarks.measure import in_fresh_process, write_rows
 
 HERE = Path(__file__).parent
 TURNS = 5
@@ -169,14 +168,11 @@ def main() -> None:
             rows.append(
                 {
                     "case": case.name, "contender": name, "n": case.n, "d": case.d, "k": case.k,
-                    "threads": torch.get_num_threads(), "p50": f"{median:.4g}",
-                    "ratio": f"{ratio:.3g}" if ratio else "", "target": case.targets.get(name, ""), **recorded,
+                    "threads": torch.get_num_threads(), "p50": median,
+                    "ratio": ratio, "target": case.targets.get(name, ""), **recorded,
                 }
             )  # fmt: skip
-    with options.csv.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(options.csv, COLUMNS, rows)
 
 
 if __name__ == "__main__":

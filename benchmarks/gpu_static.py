@@ -10,7 +10,6 @@ time, and the units of products of a whole loss by its form (DESIGN: pairs x D, 
 from __future__ import annotations
 
 import argparse
-import csv
 import importlib.util
 import multiprocessing
 import os
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu_kernels import INF_CL, MEMEFF, OWN, Launch, own_kernel, own_units, peer_kernel, peer_units
+from benchmarks.measure import Row, write_rows
 
 HERE = Path(__file__).parent
 ARCHITECTURES = (80, 90, 100)
@@ -39,8 +39,6 @@ COLUMNS = (
     "shared", "shared_limit", "tensor_memory", "tensor_core", "loads", "special_function", "warps_of_processor",
     "triton",
 )  # fmt: skip
-
-Row = dict[str, Any]
 
 
 def compile_kernel(kernel: str, architecture: int, precision: str, width: int) -> Row | None:
@@ -149,10 +147,7 @@ def main() -> None:
             f"  {row['registers']:>3} registers  {row['stack']:>4} B stack  {row['spills']:>3} spills"
             f"  {row['shared']:>6} B shared  {row['tensor_core']:>3} tensor core  {row['warps_of_processor']:>2} warps"
         )
-    with options.csv.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(options.csv, COLUMNS, rows)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ Seconds are the clock's on a CPU and between two events of the stream on a GPU; 
 
 from __future__ import annotations
 
+import csv
 import ctypes
 import multiprocessing
 import os
@@ -197,6 +198,16 @@ def _seconds(step: Callable[[], object], device: torch.device) -> float:
     started = time.perf_counter()
     step()
     return time.perf_counter() - started
+
+
+def write_rows(path: Path, columns: tuple[str, ...], rows: list[Row]) -> None:
+    """A CSV that appears when it is complete."""
+    written = path.with_suffix(".partial")
+    with written.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({name: f"{v:.4g}" if isinstance(v, float) else v for name, v in row.items()} for row in rows)
+    os.replace(written, path)
 
 
 def in_fresh_process(measure: Callable[..., Any], *arguments: object) -> Any:

@@ -51,9 +51,6 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """What computes; tensors that a test makes are on its device."""
     backend: Backend = request.param
     if backend.impl == "native":
-        available, reason = _native.describe()
-        if not available:
-            pytest.skip(reason)
         use_instruction_set(backend.instruction_set, monkeypatch)
     if backend.impl == "triton" and (reason := triton.why_not(torch.device(backend.device))):
         pytest.skip(reason)
@@ -68,6 +65,9 @@ def is_slow(backend: Backend) -> bool:
 
 def use_instruction_set(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Native kernels of one instruction set for the rest of the test, which is skipped where it does not run."""
+    available, reason = _native.describe()
+    if not available:
+        pytest.skip(reason)
     _native.load()
     monkeypatch.setenv("MCL_KERNELS_CPU", name)
     try:

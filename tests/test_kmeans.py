@@ -19,9 +19,6 @@ IMPLS = [Backend("cpu", "native", name) for name in ("avx512", "avx2", "portable
 def impl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     backend: Backend = request.param
     if backend.impl == "native":
-        available, reason = _native.describe()
-        if not available:
-            pytest.skip(reason)
         use_instruction_set(backend.instruction_set, monkeypatch)
     return backend.impl
 

@@ -113,6 +113,16 @@ int64_t enough_tasks() {
   return tasks;
 }
 
+// 64-byte aligned memory for the kernels.
+struct Memory {
+  Tensor bytes;
+  char* data;
+
+  explicit Memory(int64_t size) : bytes(at::empty({size + 64}, at::TensorOptions().dtype(at::kByte))) {
+    data = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(bytes.mutable_data_ptr()) + 63) / 64 * 64);
+  }
+};
+
 constexpr int64_t SMALL_WORKSPACE = 16 << 20;  // bytes that nobody misses, whatever the size of the batch
 
 // A problem without its inputs and outputs of one direction, and all it points to.
@@ -158,10 +168,8 @@ struct Prepared {
     const int64_t rows = query_rows.size(0) + (problem.self ? 0 : key_rows.size(0));
     const int64_t affordable = std::max<int64_t>(2 * rows * problem.width * sizeof(T), SMALL_WORKSPACE) / bytes;
     const int64_t threads = std::min({thread_count(), schedule.most_tasks, std::max<int64_t>(affordable, 1)});
-    const Tensor memory = at::empty({threads * bytes + 64}, at::TensorOptions().dtype(at::kByte));
-    const auto address = reinterpret_cast<uintptr_t>(memory.mutable_data_ptr());
-    char* aligned = reinterpret_cast<char*>((address + 63) / 64 * 64);
-    run_tasks<T>(schedule, function, problem, threads, aligned, bytes, parallel_for);
+    const Memory workspace(threads * bytes);
+    run_tasks<T>(schedule, function, problem, threads, workspace.data, bytes, parallel_for);
   }
 };
 
@@ -367,23 +375,13 @@ std::tuple<Tensor, Tensor> unit_rows_backward(const Tensor& view_a, const Option
              : unit_rows_backward_as<float>(view_a, view_b, grad_rows, grad_cosine);
 }
 
-// 64-byte aligned memory for the kernels.
-struct Memory {
-  Tensor bytes;
-  char* data;
-
-  explicit Memory(int64_t size) : bytes(at::empty({size + 64}, at::TensorOptions().dtype(at::kByte))) {
-    data = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(bytes.mutable_data_ptr()) + 63) / 64 * 64);
-  }
-};
-
 using ClusterPass = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // Labels, distances, and for each centre the sum of its rows relative to the offset and their number; the offset.
 template <class T>
-ClusterPass assign_clusters_as(const Tensor& x, const Tensor& centers, bool cosine,
-                                                              double largest, int64_t total_rows, bool with_sums) {
-  constexpr int64_t PART = 64 * 96;  // rows that a thread takes at a time
+ClusterPass assign_clusters_as(const Tensor& x, const Tensor& centers, bool cosine, double largest, int64_t total_rows,
+                               bool with_sums) {
+  constexpr int64_t PART = 64 * 96;  // rows that a thread takes at a time: whole blocks
   const Kernels<T> kernels = choose_kernels<T>(false);
   const Tensor rows = with_dense_rows(x), dense_centers = centers.contiguous();
   const int64_t n = x.size(0), width = x.size(1), k = centers.size(0);
