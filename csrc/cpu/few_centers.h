@@ -9,17 +9,28 @@
 namespace mcl::MCL_INSTRUCTION_SET {
 
 constexpr int64_t FEW = 16;
-constexpr int64_t FEW_ROWS = MCL_PANEL_VECTORS == 4 ? 4 : 2;  // times FEW_AT_ONCE sums are held in registers
+constexpr int64_t MOVED_ROWS = 64;  // are added to the sums at a time, so that these are in the cache
 
-// LANES rows: copies of them where they need some change, and for |x|^2 and each centre a vector of sums per row.
+// Rows that need no change are read where they are, as RUNS runs side by side. The runs lie in different pages of
+// memory, so the processor's own prefetching follows each of them, faster than instructions could fetch them.
+constexpr int64_t RUNS = MCL_PANEL_VECTORS == 4 ? 4 : 2;  // RUNS * FEW_AT_ONCE sums are held in registers
+template <class T>
+constexpr int64_t OF_A_RUN = LANES<T> / RUNS;  // rows of a block
+
+// Copies of LANES rows that need some change, and of a single row; for |x|^2 and each centre a vector of sums per row;
+// and which rows move to another centre, and to which.
 template <class T>
 struct FewBlock {
-  T *rows, *norms, *products;
+  T *rows, *row, *norms, *products;
+  int64_t *moved, *moved_to;
 
   FewBlock(Arena& arena, int64_t stride)
       : rows(arena.take<T>(LANES<T> * stride)),
+        row(arena.take<T>(stride)),
         norms(arena.take<T>(LANES<T> * LANES<T>)),
-        products(arena.take<T>((FEW + FEW_AT_ONCE) * LANES<T> * LANES<T>)) {}
+        products(arena.take<T>((FEW + FEW_AT_ONCE) * LANES<T> * LANES<T>)),
+        moved(arena.take<int64_t>(MOVED_ROWS)),
+        moved_to(arena.take<int64_t>(MOVED_ROWS)) {}
 };
 
 // Lane r of the result is the sum of vector r of COUNT, which lie `step` apart: each step joins the halves of two.
@@ -38,55 +49,59 @@ inline Vector<T> sums_of_vectors(const T* vectors, int64_t step = LANES<T>) {
 template <class T>
 struct FewRows {
   const T *rows, *offset;
-  int64_t stride;
+  int64_t stride, run;  // in rows, from one run to the next
 };
 
-// FEW_ROWS rows times FEW_AT_ONCE centres, with the first of which comes |x|^2. Meanwhile FETCHED of the next rows are
-// fetched into the second-level cache: beside the centres they need not fit into the first.
+// Rows that come next, to be fetched into the second-level cache; in bytes.
+struct NextRows {
+  const char* rows;
+  int64_t stride, element;
+};
+
+// Row i of each run times FEW_AT_ONCE centres, with the first of which comes |x|^2. Meanwhile FETCHED rows are fetched.
 template <class T, bool FIRST, int64_t FETCHED>
-inline void multiply_few(const FewRows<T>& block, int64_t i, int64_t width, const T* centers, int64_t stride,
-                         const char* next, int64_t next_stride, int64_t next_bytes, T* norms, T* products) {
+inline void multiply_few(const FewRows<T>& x, int64_t i, int64_t width, const T* centers, int64_t stride,
+                         const NextRows& next, T* norms, T* products) {
   using V = Vector<T>;
-  V sums[FEW_ROWS][FEW_AT_ONCE] = {}, squares[FEW_ROWS] = {};
+  V sums[RUNS][FEW_AT_ONCE] = {}, squares[RUNS] = {};
   for (int64_t d = 0; d < width; d += LANES<T>) {
-    V x[FEW_ROWS];
-    const V offset = load<V>(block.offset + d);
+    V entries[RUNS];
+    const V offset = load<V>(x.offset + d);
 #pragma GCC unroll 4
-    for (int64_t r = 0; r < FEW_ROWS; r++) {
-      x[r] = load<V>(block.rows + (i + r) * block.stride + d) - offset;
-      if (FIRST) squares[r] += x[r] * x[r];
-      if (r < FETCHED) __builtin_prefetch(next + r * next_stride + d * next_bytes, 0, 2);
+    for (int64_t r = 0; r < RUNS; r++) {
+      entries[r] = load<V>(x.rows + (i + r * x.run) * x.stride + d) - offset;
+      if (FIRST) squares[r] += entries[r] * entries[r];
+      if (r < FETCHED) __builtin_prefetch(next.rows + r * next.stride + d * next.element, 0, 2);
     }
 #pragma GCC unroll 5
     for (int64_t j = 0; j < FEW_AT_ONCE; j++) {
       const V c = load<V>(centers + j * stride + d);
 #pragma GCC unroll 4
-      for (int64_t r = 0; r < FEW_ROWS; r++) sums[r][j] += x[r] * c;
+      for (int64_t r = 0; r < RUNS; r++) sums[r][j] += entries[r] * c;
     }
   }
 #pragma GCC unroll 4
-  for (int64_t r = 0; r < FEW_ROWS; r++) {
-    if (FIRST) store(norms + (i + r) * LANES<T>, squares[r]);
+  for (int64_t r = 0; r < RUNS; r++) {
+    T* to = products + (i + r * OF_A_RUN<T>) * LANES<T>;
+    if (FIRST) store(norms + (i + r * OF_A_RUN<T>) * LANES<T>, squares[r]);
 #pragma GCC unroll 5
-    for (int64_t j = 0; j < FEW_AT_ONCE; j++) store(products + (j * LANES<T> + i + r) * LANES<T>, sums[r][j]);
+    for (int64_t j = 0; j < FEW_AT_ONCE; j++) store(to + j * LANES<T> * LANES<T>, sums[r][j]);
   }
 }
 
-// LANES rows times all centres. The next block's rows are fetched at one rate: all of FEW_ROWS beside a single group of
-// centres, half of them beside each of two.
+// A block of rows times all centres.
 template <class T, int64_t FETCHED>
-void multiply_block(const Clusters<T>& clusters, const PackedCenters<T>& centers, const FewRows<T>& rows,
-                    const char* next, const FewBlock<T>& block) {
+void multiply_block(const Clusters<T>& clusters, const PackedCenters<T>& centers, const FewRows<T>& x, int64_t next,
+                    const FewBlock<T>& block) {
   const int64_t width = round_up(clusters.width, LANES<T>), stride = centers.stride;
-  const int64_t next_bytes = element_bytes(clusters.rows), next_stride = clusters.rows.row_stride * next_bytes;
-  for (int64_t i = 0; i < LANES<T>; i += FEW_ROWS) {
-    const char* fetched = next + i * next_stride;
-    multiply_few<T, true, FETCHED>(rows, i, width, centers.rows, stride, fetched, next_stride, next_bytes, block.norms,
-                                   block.products);
-    fetched += FETCHED % FEW_ROWS * next_stride;
+  const int64_t element = element_bytes(clusters.rows), next_stride = clusters.rows.row_stride * element;
+  for (int64_t i = 0; i < OF_A_RUN<T>; i++) {
+    NextRows fetched = {address_of(clusters.rows, next) + i * RUNS * next_stride, next_stride, element};
+    multiply_few<T, true, FETCHED>(x, i, width, centers.rows, stride, fetched, block.norms, block.products);
+    fetched.rows += FETCHED % RUNS * next_stride;
     for (int64_t j = FEW_AT_ONCE; j < clusters.centers; j += FEW_AT_ONCE)
-      multiply_few<T, false, FETCHED>(rows, i, width, centers.rows + j * stride, stride, fetched, next_stride,
-                                      next_bytes, block.norms, block.products + j * LANES<T> * LANES<T>);
+      multiply_few<T, false, FETCHED>(x, i, width, centers.rows + j * stride, stride, fetched, nullptr,
+                                      block.products + j * LANES<T> * LANES<T>);
   }
 }
 
@@ -95,24 +110,36 @@ template <class T>
 void cluster_rows_to_few(const Clusters<T>& clusters, const PackedCenters<T>& centers, const FewBlock<T>& block,
                          int64_t begin, int64_t end, double* sums, int64_t* counts) {
   using V = Vector<T>;
-  const Side& side = clusters.rows;
+  const int64_t stride = centers.stride;
   const bool plain = rows_are_plain(clusters) && clusters.width % LANES<T> == 0;
-  for (int64_t first = begin; first < end; first += LANES<T>) {
-    const int64_t rows = smaller(LANES<T>, end - first);
-    const bool copied = !plain || rows < LANES<T>;
-    if (copied) {
-      for (int64_t i = 0; i < rows; i++)
-        load_cluster_row(clusters, first + i, centers, block.rows + i * centers.stride);
-      for (int64_t at = rows * centers.stride; at < LANES<T> * centers.stride; at++) block.rows[at] = 0;
+  const int64_t in_place = plain ? (end - begin) / LANES<T> : 0;  // blocks; rows of the others are copied
+  int64_t moved = 0;
+  const auto follow_moved = [&] {
+    for (int64_t i = 0; i < moved; i++) {
+      load_cluster_row(clusters, block.moved[i], centers, block.row);
+      follow_row(clusters, block.moved[i], block.moved_to[i], block.row, sums, counts);
     }
-    const char *here = address_of(side, first),
-               *next = first + LANES<T> < end ? address_of(side, first + LANES<T>) : here;
-    const FewRows<T> in_place = {reinterpret_cast<const T*>(here), centers.offset, side.row_stride};
-    const FewRows<T> copies = {block.rows, centers.zeros, centers.stride};
-    if (clusters.centers <= FEW_AT_ONCE)
-      multiply_block<T, FEW_ROWS>(clusters, centers, copied ? copies : in_place, next, block);
-    else
-      multiply_block<T, FEW_ROWS / 2>(clusters, centers, copied ? copies : in_place, next, block);
+    moved = 0;
+  };
+  for (int64_t b = 0; begin + b * LANES<T> < end; b++) {
+    const bool copied = b >= in_place;
+    const int64_t first = begin + b * (copied ? LANES<T> : OF_A_RUN<T>);
+    const int64_t rows = copied ? smaller(LANES<T>, end - first) : LANES<T>;
+    const int64_t run = OF_A_RUN<T> * (copied ? 1 : in_place);
+    if (copied) {
+      for (int64_t i = 0; i < rows; i++) load_cluster_row(clusters, first + i, centers, block.rows + i * stride);
+      for (int64_t at = rows * stride; at < LANES<T> * stride; at++) block.rows[at] = 0;
+      // The next ones are fetched at one rate: all of them beside a single group of centres, half beside each of two.
+      const int64_t next = first + 2 * LANES<T> <= end ? first + LANES<T> : first;
+      const FewRows<T> x = {block.rows, centers.zeros, stride, run};
+      if (clusters.centers <= FEW_AT_ONCE)
+        multiply_block<T, RUNS>(clusters, centers, x, next, block);
+      else
+        multiply_block<T, RUNS / 2>(clusters, centers, x, next, block);
+    } else {
+      const T* here = reinterpret_cast<const T*>(address_of(clusters.rows, first));
+      multiply_block<T, 0>(clusters, centers, {here, centers.offset, clusters.rows.row_stride, run}, first, block);
+    }
     // Of equal scores the lowest index.
     V score = broadcast(T(__builtin_inf())), center{};
     for (int64_t j = 0; j < clusters.centers; j++) {
@@ -123,18 +150,20 @@ void cluster_rows_to_few(const Clusters<T>& clusters, const PackedCenters<T>& ce
     const V norms = sums_of_vectors<T>(block.norms);
     const V distances = clusters.cosine ? 1 + score : norms + 2 * score;
     for (int64_t i = 0; i < rows; i++) {
-      const int64_t label = int64_t(center[i]), row = first + i;
+      const int64_t label = int64_t(center[i]), row = first + i % OF_A_RUN<T> + i / OF_A_RUN<T> * run;
       if (clusters.labels) clusters.labels[row] = label;
       clusters.distances[row] = larger(distances[i], T(0));
-      const bool close = !clusters.cosine && distances[i] < norms[i] / 16;  // its rounding would show
-      if (!close && !sums) continue;
-      const T* x = block.rows + i * centers.stride;
-      if (!copied && (close || !clusters.followed || clusters.followed[row] != label))
-        load_cluster_row(clusters, row, centers, block.rows + i * centers.stride);
-      if (close) clusters.distances[row] = distance_to_center(clusters, centers, x, label);
-      if (sums) follow_row(clusters, row, label, x, sums, counts);
+      if (!clusters.cosine && distances[i] < norms[i] / 16) {  // its rounding would show
+        load_cluster_row(clusters, row, centers, block.row);
+        clusters.distances[row] = distance_to_center(clusters, centers, block.row, label);
+      }
+      if (!sums || (clusters.followed && clusters.followed[row] == label)) continue;
+      block.moved[moved] = row;
+      block.moved_to[moved++] = label;
+      if (moved == MOVED_ROWS) follow_moved();
     }
   }
+  follow_moved();
 }
 
 }  // namespace mcl::MCL_INSTRUCTION_SET
