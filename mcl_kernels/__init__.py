@@ -5,7 +5,9 @@ cluster; `KMeans` finds the clusters; `MultistageRunner` runs the stages.
 """
 
 from mcl_kernels import objectives
+from mcl_kernels.gradient_cache import cached_backward
 from mcl_kernels.kmeans import KMeans, assign_clusters
+from mcl_kernels.labelled_queue import LabelledQueue
 from mcl_kernels.logsumexp import capabilities, count_negatives, masked_logsumexp
 from mcl_kernels.losses import ClipLoss, MaskedInfoNCE, NTXentLoss, clip_loss, masked_info_nce, nt_xent
 from mcl_kernels.pseudo_labels import compose_labels
@@ -21,10 +23,12 @@ __all__ = [
     "ClusterBatchSampler",
     "ConcatEncoder",
     "KMeans",
+    "LabelledQueue",
     "MaskedInfoNCE",
     "MultistageRunner",
     "NTXentLoss",
     "assign_clusters",
+    "cached_backward",
     "capabilities",
     "clip_loss",
     "compose_labels",

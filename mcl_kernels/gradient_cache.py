@@ -1,0 +1,155 @@
+"""Batches larger than the encoder's memory, after GradCache."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+def cached_backward(
+    encode: Callable[..., Any],
+    batches: Iterable[Any],
+    loss: Callable[..., Tensor],
+    *,
+    no_sync: Callable[[], contextlib.AbstractContextManager[Any]] | None = None,
+) -> Tensor:
+    """`loss` over the embeddings of all batches together, and its backward pass; activations of one batch are held.
+
+        1. embeddings = [encode(batch) for batch in batches]      without a graph
+        2. loss(embeddings).backward()                            down to the embeddings: d loss / d embeddings
+        3. each batch is encoded again, with a graph, and its part of d loss / d embeddings goes through it
+
+    Gradients are added to `.grad` as `loss(encode(everything)).backward()` adds them, for one more forward pass. The
+    second encoding of a batch sees the random numbers of the first, so dropout drops the same. A fused loss holds no
+    N x N matrix, so what grows with N are the embeddings and their gradients.
+
+    Args:
+        encode: a model, or a function that calls it. Given a tensor, a tuple (as arguments) or a dict (as keywords) it
+            returns a tensor [rows, ...], or a tuple or a mapping of them. Numbers [], such as CLIP's learned logit
+            scale, hold for all batches, and what is no floating point tensor, such as labels, is passed on.
+            Autocast belongs inside. A layer that computes across rows (BatchNorm in training) sees one batch at a
+            time, twice.
+        batches: what `encode` is given, one after the other; any sizes. All are held: on the CPU if need be, since
+            `encode` may move them.
+        loss: given the concatenated outputs, as `encode` returned them (a tuple as arguments, a mapping as keywords),
+            returns a scalar. With a GradScaler: `lambda z: scaler.scale(loss(z))`.
+        no_sync: under DDP the context manager that holds back the exchange of gradients, until the last batch. Default:
+            `encode.no_sync` where it is there; a function around a model gives `no_sync=model.no_sync`.
+
+    Returns:
+        The loss, without a graph.
+
+    Raises:
+        ValueError: no batches; outputs of batches that differ in kind; a loss that is no scalar.
+        TypeError: an output that is neither a tensor nor a tuple or mapping of them.
+
+    Source: Gao et al. 2021 (arXiv 2101.06983).
+
+    Example:
+        >>> from mcl_kernels import nt_xent
+        >>> model, views = torch.nn.Linear(8, 4), torch.randn(2, 1000, 8)
+        >>> def encode(a, b):
+        ...     return model(a), model(b)
+        >>> chunks = list(zip(views[0].split(100), views[1].split(100)))
+        >>> loss = cached_backward(encode, chunks, nt_xent)
+        >>> torch.testing.assert_close(loss, nt_xent(model(views[0]), model(views[1])).detach())
+    """
+    batches = list(batches)
+    if not batches:
+        raise ValueError("batches must hold at least one batch: got none")
+    held_back: Any = no_sync or getattr(encode, "no_sync", contextlib.nullcontext)
+    states, encoded = [], []
+    with torch.no_grad():
+        for batch in batches:
+            states.append(_RandomState())
+            encoded.append(_Outputs.of(_call(encode, batch)))
+    # Autocast keeps the weights that it has cast, here without a graph.
+    torch.clear_autocast_cache()
+    names = encoded[0].names
+    if other := [outputs.names for outputs in encoded if outputs.names != names]:
+        raise ValueError(f"encode must return the same outputs for every batch: got {names} and {other[0]}")
+    leaves = _Outputs(names, [_leaf(parts) for parts in zip(*(outputs.tensors for outputs in encoded), strict=True)])
+    of_batch = [[len(x) if x.ndim else 0 for x in outputs.tensors] for outputs in encoded]
+    del encoded
+    with torch.enable_grad():
+        value: Tensor = _call(loss, leaves.as_arguments())
+    if value.ndim:
+        raise ValueError(f"loss must return a scalar: got shape {list(value.shape)}")
+    value.backward()  # type: ignore[no-untyped-call]
+    begin = [0] * len(leaves.tensors)
+    for at, (batch, state, rows) in enumerate(zip(batches, states, of_batch, strict=True)):
+        last = at == len(batches) - 1
+        with contextlib.nullcontext() if last else held_back():
+            with state.again(), torch.enable_grad():
+                outputs = _Outputs.of(_call(encode, batch)).tensors
+            roots, grads = [], []
+            for x, leaf, start, size in zip(outputs, leaves.tensors, begin, rows, strict=True):
+                if x.requires_grad and leaf.grad is not None and (x.ndim or last):
+                    roots.append(x)
+                    grads.append(leaf.grad[start : start + size] if x.ndim else leaf.grad)
+            if roots:
+                torch.autograd.backward(roots, grads)
+        begin = [start + size for start, size in zip(begin, rows, strict=True)]
+    return value.detach()
+
+
+class _Outputs(NamedTuple):
+    """Of `encode`: one tensor (no names), several (numbers) or a mapping of them."""
+
+    names: tuple[Any, ...] | None
+    tensors: list[Tensor]
+
+    @classmethod
+    def of(cls, outputs: object) -> _Outputs:
+        if isinstance(outputs, Tensor):
+            return cls(None, [outputs])
+        if isinstance(outputs, Mapping):
+            named = dict(outputs)
+        elif isinstance(outputs, (tuple, list)):
+            named = dict(enumerate(outputs))
+        else:
+            kind = type(outputs).__name__
+            raise TypeError(f"encode must return a tensor, or a tuple or a mapping of tensors: got {kind}")
+        for name, x in named.items():
+            if not isinstance(x, Tensor):
+                raise TypeError(f"encode must return tensors: got {type(x).__name__} for {name!r}")
+        return cls(tuple(named), list(named.values()))
+
+    def as_arguments(self) -> Any:
+        if self.names is None:
+            return self.tensors[0]
+        if self.names == tuple(range(len(self.names))):
+            return tuple(self.tensors)
+        return dict(zip(self.names, self.tensors, strict=True))
+
+
+class _RandomState:
+    """Of the CPU and of the current CUDA device, where one is used."""
+
+    def __init__(self) -> None:
+        self.cpu = torch.get_rng_state()
+        self.devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+        self.cuda = [torch.cuda.get_rng_state(device) for device in self.devices]
+
+    @contextlib.contextmanager
+    def again(self) -> Iterator[None]:
+        with torch.random.fork_rng(self.devices):
+            torch.set_rng_state(self.cpu)
+            for device, state in zip(self.devices, self.cuda, strict=True):
+                torch.cuda.set_rng_state(state, device)
+            yield
+
+
+def _call(function: Callable[..., Any], arguments: Any) -> Any:
+    if isinstance(arguments, Mapping):
+        return function(**arguments)
+    return function(*arguments) if isinstance(arguments, (tuple, list)) else function(arguments)
+
+
+def _leaf(parts: tuple[Tensor, ...]) -> Tensor:
+    joined = torch.cat(parts) if parts[0].ndim else parts[0].clone()
+    return joined.requires_grad_(joined.is_floating_point())

@@ -1,0 +1,32 @@
+"""What the files of the hosts share."""
+
+from __future__ import annotations
+
+import re
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def require(distribution: str, least: str) -> None:
+    """That a host is installed, and new enough."""
+    try:
+        found = version(distribution)
+    except PackageNotFoundError:
+        found = "none"
+    if found == "none" or _release(found) < _release(least):
+        needed = f"{distribution} >= {least}"
+        raise ImportError(f"this integration needs {needed}: found {found} (pip install '{distribution}>={least}')")
+
+
+def _release(text: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", text)[:2]]
+
+
+def gathered(values: Tensor) -> Tensor:
+    """Labels of all ranks, in the order of the ranks, as many from each."""
+    parts = [torch.empty_like(values) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, values)
+    return torch.cat(parts)

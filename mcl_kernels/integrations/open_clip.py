@@ -1,0 +1,70 @@
+"""open_clip's loss, within clusters."""
+
+from __future__ import annotations
+
+import open_clip.loss as host
+import torch
+from torch import Tensor
+
+from mcl_kernels._validate import as_integers
+from mcl_kernels.integrations._host import gathered, require
+from mcl_kernels.losses import clip_loss, masked_info_nce
+
+require("open_clip_torch", "2.24")
+
+
+class ClipLoss(host.ClipLoss):  # type: ignore[misc]
+    """`open_clip.ClipLoss` with `labels`, over `clip_loss`.
+
+    The constructor is the host's. So are the conventions of `local_loss` and `gather_with_grad`; labels are those of
+    this rank's rows, and are gathered as the features are. A `logit_bias` is added to every logit of the host, which
+    changes neither its loss nor ours: its gradient is 0.
+
+    Example:
+        >>> import torch
+        >>> from mcl_kernels.integrations.open_clip import ClipLoss
+        >>> image, text = torch.eye(4), torch.eye(4)
+        >>> ClipLoss()(image, text, logit_scale=torch.tensor(1.0), labels=torch.tensor([0, 0, 1, 1]), output_dict=True)
+        {'contrastive_loss': tensor(0.3133)}
+    """
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | None = None,
+        output_dict: bool = False,
+        labels: Tensor | None = None,
+    ) -> Tensor | dict[str, Tensor]:
+        """Features normalised, [N, D] each; labels: pseudo labels, integers [N], or None."""
+        if labels is not None:
+            labels = as_integers("labels", labels, "image_features", image_features)
+        if self.world_size == 1:
+            loss = clip_loss(image_features, text_features, labels, logit_scale=logit_scale)
+        else:
+            loss = self._over_ranks(image_features, text_features, logit_scale, labels)
+        if logit_bias is not None:  # stays in the graph: DistributedDataParallel waits for each parameter
+            loss = loss + 0.0 * logit_bias.sum()
+        return {"contrastive_loss": loss} if output_dict else loss
+
+    def _over_ranks(self, image: Tensor, text: Tensor, logit_scale: Tensor | float, labels: Tensor | None) -> Tensor:
+        if self.use_horovod:
+            raise ValueError("use_horovod must be False over several ranks: got True")
+        n, first = len(image), self.rank * len(image)
+        options = (self.local_loss, self.gather_with_grad, self.rank, self.world_size)
+        all_image, all_text = host.gather_features(image, text, *options)
+        all_labels = None if labels is None else gathered(labels)
+        if not self.local_loss:
+            return clip_loss(all_image, all_text, all_labels, logit_scale=logit_scale)
+        all_ids = torch.arange(len(all_image), device=image.device)
+        scale = logit_scale.reshape(()) if isinstance(logit_scale, Tensor) else logit_scale
+        # The positives are taken from the gathered rows: whether these have a gradient is the host's to say.
+        image_loss, text_loss = (
+            masked_info_nce(
+                query, keys, labels, all_labels, temperature=1.0 / scale, positive=keys[first : first + n],
+                ids=all_ids[first : first + n], key_ids=all_ids, normalize=False,
+            )
+            for query, keys in ((image, all_text), (text, all_image))
+        )  # fmt: skip
+        return (image_loss + text_loss) / 2

@@ -1,0 +1,103 @@
+"""pytorch-metric-learning's loss, within clusters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from pytorch_metric_learning import distances
+from pytorch_metric_learning import losses as host
+from pytorch_metric_learning.utils import loss_and_miner_utils
+from torch import Tensor
+
+from mcl_kernels._rows import compute_dtype, normalize_rows, row_dot
+from mcl_kernels._validate import as_integers, check_embeddings, check_same_width
+from mcl_kernels.integrations._host import require
+from mcl_kernels.logsumexp import masked_logsumexp
+from mcl_kernels.objectives import info_nce
+
+require("pytorch-metric-learning", "2.5")
+
+
+class NTXentLoss(host.NTXentLoss):  # type: ignore[misc]
+    """`pytorch_metric_learning.losses.NTXentLoss` with `cluster_labels`, over `masked_logsumexp`.
+
+    The constructor is the host's, and the distance its own, the cosine. **`labels` are identities**, as the host's:
+    equal ones are positives, as many as there are. `cluster_labels` are the pseudo labels: only samples of the same
+    cluster are negatives. With a miner's pairs (`indices_tuple`) the host computes, with all its memory, on those
+    of its negative pairs that are in one cluster. Where the host's loss ends at 87.3, the logarithm of its smallest
+    number, ours does not.
+
+    Example:
+        >>> import torch
+        >>> from mcl_kernels.integrations.pytorch_metric_learning import NTXentLoss
+        >>> embeddings, identity = torch.eye(4).repeat(2, 1), torch.arange(4).repeat(2)
+        >>> clusters = torch.tensor([0, 0, 1, 1]).repeat(2)
+        >>> NTXentLoss(temperature=1.0)(embeddings, identity, cluster_labels=clusters)
+        tensor(0.5514)
+    """
+
+    def __init__(self, temperature: float = 0.07, **kwargs: Any) -> None:
+        super().__init__(temperature=temperature, **kwargs)
+        if type(self.distance) is not distances.CosineSimilarity or self.distance.power != 1:
+            raise ValueError(f"distance must be CosineSimilarity(): got {self.distance}")
+
+    def forward(
+        self,
+        embeddings: Tensor,
+        labels: Tensor | None = None,
+        indices_tuple: tuple[Tensor, ...] | None = None,
+        ref_emb: Tensor | None = None,
+        ref_labels: Tensor | None = None,
+        cluster_labels: Tensor | None = None,
+        ref_cluster_labels: Tensor | None = None,
+    ) -> Any:
+        """Embeddings [N, D], of any length, each against all others, or against ref_emb [M, D]; the labels are integers
+        [N], and [M] for ref_emb."""
+        check_embeddings("embeddings", embeddings)
+        keys = embeddings if ref_emb is None else ref_emb
+        check_embeddings("ref_emb", keys)
+        check_same_width("ref_emb", keys, "embeddings", embeddings)
+        if cluster_labels is not None:
+            cluster_labels = as_integers("cluster_labels", cluster_labels, "embeddings", embeddings)
+            if ref_emb is None:
+                ref_cluster_labels = cluster_labels
+            ref_cluster_labels = as_integers("ref_cluster_labels", ref_cluster_labels, "ref_emb", keys)
+        if indices_tuple is not None:
+            a1, p, a2, n = loss_and_miner_utils.convert_to_pairs(indices_tuple, labels, ref_labels)
+            if cluster_labels is not None and ref_cluster_labels is not None:
+                same = (cluster_labels[a2] == ref_cluster_labels[n]) & (cluster_labels[a2] >= 0)
+                a2, n = a2[same], n[same]
+            return super().forward(embeddings, labels, (a1, p, a2, n), ref_emb, ref_labels)
+        self.reset_stats()
+        identity = as_integers("labels", labels, "embeddings", embeddings)
+        ref_identity = identity if ref_emb is None else as_integers("ref_labels", ref_labels, "ref_emb", keys)
+        anchors, positives = _equal_pairs(identity, ref_identity, is_self=ref_emb is None)
+        losses = self.zero_losses()
+        if len(anchors) > 0:
+            query = normalize_rows(embeddings)
+            key = query if ref_emb is None else normalize_rows(ref_emb)
+            scale = 1.0 / self.temperature
+            a = scale * row_dot(query[anchors], key[positives], compute_dtype(query, key))
+            b = masked_logsumexp(
+                query, None if ref_emb is None else key, cluster_labels,
+                None if ref_emb is None else ref_cluster_labels, scale=scale, ids=identity,
+                key_ids=None if ref_emb is None else ref_identity,
+            )  # fmt: skip
+            # Without negatives b is -inf, and softplus(-inf) is 0, as its derivative.
+            pairs = info_nce(a, b[anchors], None, a)
+            losses = {"loss": {"losses": pairs, "indices": (anchors, positives), "reduction_type": "pos_pair"}}
+        self.add_embedding_regularization_to_loss_dict(losses, embeddings)
+        return self.reducer(losses, embeddings, labels)
+
+
+def _equal_pairs(identity: Tensor, ref_identity: Tensor, *, is_self: bool) -> tuple[Tensor, Tensor]:
+    """All (i, j) of equal identity, i != j where both are the same rows; no matrix of them is built."""
+    ordered, order = ref_identity.sort(stable=True)
+    begin, end = torch.searchsorted(ordered, identity), torch.searchsorted(ordered, identity, right=True)
+    counts = end - begin
+    anchors = torch.repeat_interleave(torch.arange(len(identity), device=identity.device), counts)
+    within = torch.arange(len(anchors), device=identity.device) - (counts.cumsum(0) - counts)[anchors]
+    positives = order[begin[anchors] + within]
+    other = anchors != positives if is_self else torch.ones_like(anchors, dtype=torch.bool)
+    return anchors[other], positives[other]

@@ -1,0 +1,79 @@
+"""sentence-transformers' loss, within clusters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from sentence_transformers import util
+from sentence_transformers.sentence_transformer import losses as host
+from torch import Tensor
+
+from mcl_kernels._rows import compute_dtype, normalize_rows, row_dot
+from mcl_kernels._validate import as_integers
+from mcl_kernels.integrations._host import gathered, require
+from mcl_kernels.logsumexp import masked_logsumexp
+from mcl_kernels.objectives import info_nce
+
+require("sentence-transformers", "6.0")
+
+
+class MultipleNegativesRankingLoss(host.MultipleNegativesRankingLoss):  # type: ignore[misc]
+    """`sentence_transformers.losses.MultipleNegativesRankingLoss` with pseudo labels, over `masked_logsumexp`.
+
+    The constructor is the host's: `directions` and `partition_mode` included, `hardness_mode` and similarities other
+    than `cos_sim` and `dot_score` refused. The labels come through the host's trainer: **a column named `label` holds
+    the pseudo labels** of the anchors and their documents, hard negatives included. Without it the loss is the host's.
+
+    Example: a data set with columns anchor, positive and label needs no more than
+
+        loss = MultipleNegativesRankingLoss(model)
+        SentenceTransformerTrainer(model=model, train_dataset=dataset, loss=loss).train()
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.hardness_mode is not None:
+            raise ValueError(
+                f"hardness_mode must be None, weights of single pairs are not fused: got {self.hardness_mode!r}"
+            )
+        if self.similarity_fct not in (util.cos_sim, util.dot_score):
+            raise ValueError(
+                f"similarity_fct must be cos_sim or dot_score of sentence_transformers: got {self.similarity_fct}"
+            )
+
+    def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor | None = None) -> Tensor:
+        """Anchors, positives, and any number of hard negatives, [N, D] each; labels: integers [N], or None."""
+        if len(embeddings) < 2:
+            raise ValueError(f"embeddings must hold anchors and positives: got {len(embeddings)} tensors")
+        n, columns = len(embeddings[0]), len(embeddings) - 1
+        if labels is not None:
+            labels = as_integers("labels", labels, "the anchors", embeddings[0])
+        if self.similarity_fct is util.cos_sim:
+            embeddings = [normalize_rows(x) for x in embeddings]
+        query, positive, first, all_labels = embeddings[0], embeddings[1], 0, labels
+        if self.gather_across_devices and util.get_world_size() > 1:
+            embeddings = [util.all_gather_with_grad(x) for x in embeddings]
+            first = util.get_rank() * n
+            all_labels = None if labels is None else gathered(labels)
+        queries, docs = embeddings[0], torch.cat(embeddings[1:])
+        doc_labels = None if all_labels is None else all_labels.repeat(columns)
+        row = torch.arange(len(queries), device=docs.device)
+        own, ids = row[first : first + n], torch.arange(len(docs), device=docs.device)
+        a = self.scale * row_dot(query, positive, compute_dtype(query, positive))
+        # A hard negative is one of its own anchor too. Among documents those of the same anchor are none.
+        logsumexps = {
+            direction: masked_logsumexp(x, keys, labels, key_labels, scale=self.scale, ids=own, key_ids=key_ids)
+            for direction, x, keys, key_labels, key_ids in (
+                ("query_to_doc", query, docs, doc_labels, ids),
+                ("query_to_query", query, queries, all_labels, row),
+                ("doc_to_query", positive, queries, all_labels, row),
+                ("doc_to_doc", positive, docs, doc_labels, row.repeat(columns)),
+            )
+            if direction in self.directions
+        }
+        if self.partition_mode == "per_direction":
+            return torch.stack([info_nce(a, b, None, a) for b in logsumexps.values()]).mean()
+        # The host's denominator holds the positive once for each direction in which it is found.
+        positives = [a] if "doc_to_query" in logsumexps else []
+        return info_nce(a, torch.stack([*logsumexps.values(), *positives]).logsumexp(0), None, a).mean()

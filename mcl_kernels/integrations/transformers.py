@@ -1,0 +1,55 @@
+"""CLIP of transformers, whose loss is computed within clusters and without logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.models.clip import modeling_clip as host
+from transformers.utils import can_return_tuple
+
+from mcl_kernels.integrations._host import require
+from mcl_kernels.losses import clip_loss
+
+require("transformers", "5.0")
+
+
+class CLIPModel(host.CLIPModel):  # type: ignore[misc]
+    """`transformers.CLIPModel` with `labels`, over `clip_loss`.
+
+    `from_pretrained`, configuration and files are the host's. Where a loss is asked for (`return_loss=True`) there are
+    no logits in the output, since no N x N matrix is built; otherwise `forward` is the host's. Under `Trainer` a column
+    `labels` holds the pseudo labels; it needs no other change.
+
+    Example: `model = CLIPModel.from_pretrained(path)`, then `model(**inputs, return_loss=True, labels=labels).loss`.
+    """
+
+    accepts_loss_kwargs = False  # the loss is a mean of pairs: Trainer is to divide it by the accumulation steps
+
+    @can_return_tuple  # type: ignore[untyped-decorator]
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        return_loss: bool | None = None,
+        interpolate_pos_encoding: bool = False,
+        labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> host.CLIPOutput:
+        """The host's arguments; labels: pseudo labels of the pairs, integers [N], or None."""
+        of_image = {"pixel_values": pixel_values, "interpolate_pos_encoding": interpolate_pos_encoding}
+        of_text = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+        if not return_loss:
+            return super().forward(**of_image, **of_text, **kwargs)
+        image, text = self.get_image_features(**of_image, **kwargs), self.get_text_features(**of_text, **kwargs)
+        image_embeds, text_embeds = F.normalize(image.pooler_output), F.normalize(text.pooler_output)
+        return host.CLIPOutput(
+            loss=clip_loss(image_embeds, text_embeds, labels, logit_scale=self.logit_scale.exp()),
+            text_embeds=text_embeds,
+            image_embeds=image_embeds,
+            text_model_output=text,
+            vision_model_output=image,
+        )

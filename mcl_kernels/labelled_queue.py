@@ -1,0 +1,125 @@
+"""MoCo's memory of keys, which knows their pseudo labels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mcl_kernels._validate import (
+    as_integer,
+    as_integer_vector,
+    as_integers,
+    check_embeddings,
+    check_same_device,
+)
+
+
+class LabelledQueue(nn.Module):
+    """The last `size` keys of a momentum encoder, with their pseudo labels and the ids of their samples.
+
+    A slot that was never filled has label -1, which matches nothing. The queue form of a loss takes all three:
+
+        masked_info_nce(query, queue.embeddings, labels, queue.labels, positive=key, ids=ids, key_ids=queue.ids)
+        queue.enqueue(key, labels, ids)
+
+    with `ids` so that an older key of the same sample is no negative. All is held in buffers: in the `state_dict`,
+    moved by `to`, pickled. Batches may have any size, also one that does not divide `size`. Tensors that a loss was
+    given are never written to: `enqueue` before `backward` is fine.
+
+    Args:
+        size: number of slots.
+        dim: D, features of a key.
+        dtype, device: of the keys held here.
+
+    Attributes:
+        embeddings: the keys, [size, D], 0 where never filled.
+        labels: their pseudo labels, int64 [size], -1 where never filled.
+        ids: the ids of their samples, int64 [size], -1 where never filled or not given.
+
+    Raises:
+        TypeError, ValueError: a size or dim below 1; tensors whose type, shape or device does not fit.
+
+    Source: He et al. 2020 (arXiv 1911.05722), section 3.2; the labels are those of arXiv 2402.11816.
+
+    Example:
+        >>> queue = LabelledQueue(4, 2)
+        >>> queue.enqueue(torch.eye(2), labels=torch.tensor([7, 8]), ids=torch.tensor([0, 1]))
+        >>> queue.labels, queue.ids
+        (tensor([ 7,  8, -1, -1]), tensor([ 0,  1, -1, -1]))
+        >>> queue.relabel(torch.tensor([5, 6, 6]))
+        >>> queue.labels
+        tensor([ 5,  6, -1, -1])
+    """
+
+    embeddings: Tensor
+    labels: Tensor
+    ids: Tensor
+    position: Tensor  # of the next key, int64 []
+
+    def __init__(
+        self, size: int, dim: int, *, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None
+    ) -> None:
+        super().__init__()
+        self.size, dim = as_integer("size", size, least=1), as_integer("dim", dim, least=1)
+        self.register_buffer("embeddings", torch.zeros(self.size, dim, dtype=dtype, device=device))
+        self.register_buffer("labels", torch.full((self.size,), -1, device=device))
+        self.register_buffer("ids", torch.full((self.size,), -1, device=device))
+        self.register_buffer("position", torch.zeros((), dtype=torch.int64, device=device))
+
+    @torch.no_grad()
+    def enqueue(self, embeddings: Tensor, labels: Tensor | None = None, ids: Tensor | None = None) -> None:
+        """Replaces the oldest keys.
+
+        Args:
+            embeddings: [N, D] in any floating point dtype, cast to that of the queue; of more than `size` rows the
+                last are kept. In a distributed run those of all ranks, gathered, so that all queues are the same.
+            labels: pseudo labels, integers [N]; None: one cluster, the label 0 that a first stage gives every sample.
+            ids: ids of the samples, integers [N], which `relabel` needs; None: unknown, -1.
+        """
+        check_embeddings("embeddings", embeddings)
+        if embeddings.shape[1] != self.embeddings.shape[1]:
+            width = self.embeddings.shape[1]
+            raise ValueError(f"embeddings must have {width} features, those of the queue: got {embeddings.shape[1]}")
+        check_same_device("embeddings", embeddings, "the queue", self.embeddings)
+        n = len(embeddings)
+        new = (
+            embeddings.to(self.embeddings.dtype),
+            embeddings.new_zeros(n, dtype=torch.int64)
+            if labels is None
+            else as_integers("labels", labels, "embeddings", embeddings),
+            embeddings.new_full((n,), -1, dtype=torch.int64)
+            if ids is None
+            else as_integers("ids", ids, "embeddings", embeddings),
+        )
+        first = max(n - self.size, 0)
+        slots = (self.position + torch.arange(first, n, device=embeddings.device)) % self.size
+        # New tensors: those of before may be saved for somebody's backward.
+        self.embeddings, self.labels, self.ids = (
+            held.index_copy(0, slots, x[first:])
+            for held, x in zip((self.embeddings, self.labels, self.ids), new, strict=True)
+        )
+        self.position = (self.position + n) % self.size
+
+    @torch.no_grad()
+    def relabel(self, labels: Tensor) -> None:
+        """The labels of a new stage, by stored id: `relabel(stage.labels)`.
+
+        Args:
+            labels: pseudo labels of all samples, integers [number of samples], on any device. Keys of unknown id get
+                -1.
+
+        Raises:
+            ValueError: an id held here has no entry in `labels`.
+        """
+        labels = as_integer_vector("labels", labels)
+        ids = self.ids.to(labels.device)
+        if int(ids.max()) >= len(labels):
+            raise ValueError(
+                f"labels must have an entry for every id of the queue: got {len(labels)} labels for id {int(ids.max())}"
+            )
+        new = torch.full_like(ids, -1)
+        new[ids >= 0] = labels[ids[ids >= 0]]
+        self.labels = new.to(self.labels.device)
+
+    def extra_repr(self) -> str:
+        return f"size={self.size}, dim={self.embeddings.shape[1]}"

@@ -1,0 +1,100 @@
+"""What the tests of all hosts need."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tests.accuracy import assert_accurate
+
+ROOT = Path(__file__).parents[2]
+
+
+def views(n: int = 40, d: int = 16, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Two views of n samples, far enough from each other that no loss is near 0."""
+    x, noise = torch.randn(2, n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return x.requires_grad_(), (x + 1.5 * noise).detach().requires_grad_()
+
+
+def assert_same(got: Callable[..., Tensor], expected: Callable[..., Tensor], inputs: Sequence[Tensor]) -> None:
+    """Value and gradients: in fp64, where only a wrong formula differs, and in fp32 no worse than the host's."""
+    exact = _value_and_gradients(expected, inputs, torch.float64)
+    for a, b in zip(_value_and_gradients(got, inputs, torch.float64), exact, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9 * float(b.abs().max()))
+    host, ours = (_value_and_gradients(function, inputs, torch.float32) for function in (expected, got))
+    for a, reference, b in zip(ours, host, exact, strict=True):
+        assert_accurate(a, reference, b)
+
+
+def _value_and_gradients(function: Callable[..., Tensor], inputs: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    leaves = [x.detach().to(dtype).requires_grad_() for x in inputs]
+    loss = function(*leaves)
+    return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+
+
+def within_clusters(loss: Callable[[Tensor], Tensor], labels: Tensor) -> Tensor:
+    """The oracle of a mean over anchors: the host's own loss of each cluster by itself, weighted by its anchors."""
+    clusters = [(labels == label).nonzero().squeeze(1) for label in labels.unique()]
+    return torch.stack([loss(index) * len(index) for index in clusters]).sum() / len(labels)
+
+
+def peak_of(code: str) -> int:
+    """Bytes of memory that a fresh process needs for `step()` beyond what it had before, defined by `code`."""
+    script = f"""
+import pathlib, torch
+{code}
+def kib(field):
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith(field)))
+pathlib.Path("/proc/self/clear_refs").write_text("5")
+before = kib("VmRSS")
+step()
+print("peak", 1024 * (kib("VmHWM") - before))
+"""
+    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return int(result.stdout.split("peak ")[-1])
+
+
+def over_two_ranks(function: str, tmp_path: Path) -> None:
+    """Runs `module:function` in two processes that speak over gloo."""
+    module, name = function.split(":")
+    script = f"""
+import datetime, sys, torch.distributed as dist
+import {module} as tests
+rank = int(sys.argv[1])
+dist.init_process_group(
+    "gloo", init_method="file://{tmp_path / "store"}", rank=rank, world_size=2, timeout=datetime.timedelta(minutes=3)
+)
+tests.{name}(rank)
+dist.destroy_process_group()
+"""
+    both = [
+        subprocess.Popen([sys.executable, "-c", script, str(rank)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    errors = [process.communicate(timeout=240)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], errors
+
+
+def unit(*tensors: Tensor) -> list[Tensor]:
+    return [F.normalize(x) for x in tensors]
+
+
+def train(parameters: Any, step: Callable[[], Tensor], steps: int = 8, lr: float = 1e-2) -> list[float]:
+    """The losses of a few steps of AdamW."""
+    optimizer, losses = torch.optim.AdamW(list(parameters), lr=lr), []
+    for _ in range(steps):
+        loss = step()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return losses

@@ -1,0 +1,179 @@
+"""pytorch-metric-learning's loss and ours: any identities, memories, miners, reducers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.integrations.hosts import assert_same, peak_of, train, views
+
+pml = pytest.importorskip("pytorch_metric_learning")
+from pytorch_metric_learning import distances, losses, miners, reducers, regularizers  # noqa: E402
+
+from mcl_kernels.integrations.pytorch_metric_learning import NTXentLoss  # noqa: E402
+
+CLUSTERS = (torch.arange(40) % 4).repeat(2)
+IDENTITIES = {
+    "two views": torch.arange(40).repeat(2),
+    "in any order": torch.arange(40).repeat(2)[torch.randperm(80, generator=torch.Generator().manual_seed(0))],
+    "several positives": torch.arange(80) // 5,
+    "some without": torch.cat((torch.arange(60), torch.arange(20))),
+}
+
+
+def rows() -> Tensor:
+    return torch.cat(views())
+
+
+def pairs_within_clusters(identity: Tensor, clusters: Tensor) -> tuple[Tensor, ...]:
+    """MCL in the host's own words: positives as ever, negatives of the same cluster."""
+    equal, same = identity[:, None] == identity, clusters[:, None] == clusters
+    positive = equal & ~torch.eye(len(identity), dtype=torch.bool)
+    return (*positive.nonzero(as_tuple=True), *(~equal & same).nonzero(as_tuple=True))
+
+
+@pytest.mark.parametrize("identities", IDENTITIES)
+def test_without_cluster_labels_it_is_the_host(identities: str) -> None:
+    labels = IDENTITIES[identities]
+    assert_same(lambda x: NTXentLoss()(x, labels), lambda x: losses.NTXentLoss()(x, labels), (rows(),))
+
+
+@pytest.mark.parametrize("identities", IDENTITIES)
+def test_cluster_labels(identities: str) -> None:
+    """Against the host, given the pairs."""
+    labels = IDENTITIES[identities]
+    pairs = pairs_within_clusters(labels, CLUSTERS)
+    assert_same(
+        lambda x: NTXentLoss(temperature=0.2)(x, labels, cluster_labels=CLUSTERS),
+        lambda x: losses.NTXentLoss(temperature=0.2)(x, indices_tuple=pairs),
+        (rows(),),
+    )
+
+
+def test_reference_embeddings() -> None:
+    labels, ref_labels = torch.arange(40), torch.arange(60) % 45
+    clusters, ref_clusters = torch.arange(40) % 3, torch.arange(60) % 45 % 3
+    ref = views(60, seed=2)[0]
+    assert_same(
+        lambda x, y: NTXentLoss()(x, labels, ref_emb=y, ref_labels=ref_labels),
+        lambda x, y: losses.NTXentLoss()(x, labels, ref_emb=y, ref_labels=ref_labels),
+        (views()[0], ref),
+    )
+    equal, same = labels[:, None] == ref_labels, clusters[:, None] == ref_clusters
+    pairs = (*equal.nonzero(as_tuple=True), *(~equal & same).nonzero(as_tuple=True))
+    assert_same(
+        lambda x, y: NTXentLoss()(
+            x, labels, ref_emb=y, ref_labels=ref_labels, cluster_labels=clusters, ref_cluster_labels=ref_clusters
+        ),
+        lambda x, y: losses.NTXentLoss()(x, indices_tuple=pairs, ref_emb=y),
+        (views()[0], ref),
+    )
+
+
+@pytest.mark.parametrize("clusters", [None, CLUSTERS], ids=["no clusters", "clusters"])
+def test_miners(clusters: Tensor | None) -> None:
+    """Pairs and triplets of a miner; of its negatives those in the same cluster."""
+    x, labels = rows().detach(), IDENTITIES["several positives"]
+    for miner in (miners.MultiSimilarityMiner(), miners.TripletMarginMiner(margin=0.3)):
+        found = miner(x, labels)
+        got = NTXentLoss()(x, labels, found, cluster_labels=clusters)
+        pairs = pml.utils.loss_and_miner_utils.convert_to_pairs(found, labels)
+        if clusters is not None:
+            kept = clusters[pairs[2]] == clusters[pairs[3]]
+            pairs = (*pairs[:2], pairs[2][kept], pairs[3][kept])
+        torch.testing.assert_close(got, losses.NTXentLoss()(x, indices_tuple=pairs))
+
+
+def test_wrappers_of_the_host() -> None:
+    a, b = (x.detach().float() for x in views())
+    wrapped = losses.SelfSupervisedLoss(NTXentLoss())
+    torch.testing.assert_close(wrapped(a, b), losses.SelfSupervisedLoss(losses.NTXentLoss())(a, b))
+    memories = [
+        losses.CrossBatchMemory(kind(), embedding_size=16, memory_size=100) for kind in (NTXentLoss, losses.NTXentLoss)
+    ]
+    for step in range(4):
+        x, _ = views(seed=step)
+        values = [memory(x.detach().float(), torch.arange(40) % 20) for memory in memories]
+        torch.testing.assert_close(*values)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"reducer": reducers.ThresholdReducer(low=0.5)},
+        {"reducer": reducers.DoNothingReducer()},
+        {"embedding_regularizer": regularizers.LpRegularizer(), "embedding_reg_weight": 0.1},
+    ],
+    ids=["threshold", "nothing", "regularizer"],
+)
+def test_reducers_and_regularizers(options: dict[str, Any]) -> None:
+    x, labels = rows().detach(), IDENTITIES["two views"]
+    got, expected = (kind(**options)(x, labels) for kind in (NTXentLoss, losses.NTXentLoss))
+    if isinstance(expected, dict):
+        assert got["loss"]["reduction_type"] == expected["loss"]["reduction_type"]
+        got, expected = (result["loss"]["losses"].sort().values for result in (got, expected))
+    torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize(
+    "labels", [torch.arange(8), torch.zeros(8, dtype=torch.int64)], ids=["no positives", "no negatives"]
+)
+def test_without_pairs_the_loss_is_0(labels: Tensor) -> None:
+    x = views(8)[0]
+    loss = NTXentLoss()(x, labels, cluster_labels=torch.zeros(8, dtype=torch.int64))
+    assert loss == 0
+    assert (torch.autograd.grad(loss, x)[0] == 0).all()
+
+
+def test_alone_in_its_cluster() -> None:
+    x = rows()
+    loss = NTXentLoss()(x, IDENTITIES["two views"], cluster_labels=torch.arange(40).repeat(2))
+    assert loss == 0
+    assert (torch.autograd.grad(loss, x)[0] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"labels": None}, "labels must be an integer tensor: got NoneType"),
+        ({"cluster_labels": torch.zeros(7).long()}, "cluster_labels must have one entry per row of embeddings: got 7"),
+        ({"ref_emb": torch.zeros(3, 16)}, "ref_labels must be an integer tensor: got NoneType"),
+        (
+            {"ref_emb": torch.zeros(3, 16), "ref_labels": torch.zeros(3).long(), "cluster_labels": CLUSTERS},
+            "ref_cluster_labels must be an integer tensor: got NoneType",
+        ),
+    ],
+)
+def test_errors(options: dict[str, Any], message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        NTXentLoss()(rows(), **{"labels": IDENTITIES["two views"], **options})
+
+
+def test_another_distance_is_refused() -> None:
+    with pytest.raises(ValueError, match="distance must be CosineSimilarity"):
+        NTXentLoss(distance=distances.LpDistance())
+
+
+def test_a_model_trains() -> None:
+    torch.manual_seed(0)
+    model, x = torch.nn.Linear(16, 8), rows().detach().float()
+    loss = NTXentLoss(temperature=0.2)
+    history = train(model.parameters(), lambda: loss(model(x), IDENTITIES["two views"], cluster_labels=CLUSTERS))
+    assert history[-1] < history[0]
+
+
+@pytest.mark.slow
+def test_memory_is_less_than_the_hosts() -> None:
+    code = """
+from {module} import NTXentLoss
+x, labels = torch.randn(768, 64), torch.arange(384).repeat(2)
+def step(n=768):
+    NTXentLoss()(x[:n].clone().requires_grad_(), labels[:n] % (n // 2)).backward()
+step(32)
+"""
+    modules = ("mcl_kernels.integrations.pytorch_metric_learning", "pytorch_metric_learning.losses")
+    ours, theirs = (peak_of(code.format(module=module)) for module in modules)
+    assert ours < theirs / 50, (ours, theirs)

