@@ -128,13 +128,20 @@ def _peak(
         before = torch.cuda.memory_allocated(device)
         seconds = _seconds(step, device)
         return torch.cuda.max_memory_allocated(device) - before, seconds
+    seconds: list[float] = []
+    peak = peak_of(lambda: seconds.append(_seconds(step, device)), cap_bytes)
+    return peak, seconds[0]
+
+
+def peak_of(step: Callable[[], object], cap_bytes: int | None = None) -> int:
+    """Bytes of memory of this process while it takes the step, above those before."""
     ctypes.CDLL(None).malloc_trim(0)  # what was freed and kept would hide as much of the peak
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts here
     before = _status("VmRSS")
     if cap_bytes is not None:
         resource.setrlimit(resource.RLIMIT_AS, (_status("VmSize") + cap_bytes, resource.RLIM_INFINITY))
-    seconds = _seconds(step, device)
-    return _status("VmHWM") - before, seconds
+    step()
+    return _status("VmHWM") - before
 
 
 def _status(field: str) -> int:

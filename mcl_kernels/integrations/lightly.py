@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from mcl_kernels.integrations._host import gathered, require
+
+require("lightly", "1.5")
+
 from collections.abc import Sequence
 
 import torch
@@ -11,11 +15,8 @@ from lightly.utils import dist
 from torch import Tensor
 
 from mcl_kernels._validate import as_integers
-from mcl_kernels.integrations._host import gathered, require
 from mcl_kernels.losses import masked_info_nce, nt_xent
 from mcl_kernels.objectives import Objective, decoupled, info_nce
-
-require("lightly", "1.5")
 
 
 class NTXentLoss(host.NTXentLoss):  # type: ignore[misc]

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from mcl_kernels.integrations._host import gathered, require
+
+require("open_clip_torch", "2.24")
+
 import open_clip.loss as host
 import torch
 from torch import Tensor
 
 from mcl_kernels._validate import as_integers
-from mcl_kernels.integrations._host import gathered, require
 from mcl_kernels.losses import clip_loss, masked_info_nce
-
-require("open_clip_torch", "2.24")
 
 
 class ClipLoss(host.ClipLoss):  # type: ignore[misc]

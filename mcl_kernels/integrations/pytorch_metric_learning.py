@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from mcl_kernels.integrations._host import require
+
+require("pytorch-metric-learning", "2.5")
+
 from typing import Any
 
 import torch
@@ -12,11 +16,8 @@ from torch import Tensor
 
 from mcl_kernels._rows import compute_dtype, normalize_rows, row_dot
 from mcl_kernels._validate import as_integers, check_embeddings, check_same_width
-from mcl_kernels.integrations._host import require
 from mcl_kernels.logsumexp import masked_logsumexp
 from mcl_kernels.objectives import info_nce
-
-require("pytorch-metric-learning", "2.5")
 
 
 class NTXentLoss(host.NTXentLoss):  # type: ignore[misc]

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from mcl_kernels.integrations._host import gathered, require
+
+require("sentence-transformers", "6.0")
+
 from typing import Any
 
 import torch
@@ -11,11 +15,8 @@ from torch import Tensor
 
 from mcl_kernels._rows import compute_dtype, normalize_rows, row_dot
 from mcl_kernels._validate import as_integers
-from mcl_kernels.integrations._host import gathered, require
 from mcl_kernels.logsumexp import masked_logsumexp
 from mcl_kernels.objectives import info_nce
-
-require("sentence-transformers", "6.0")
 
 
 class MultipleNegativesRankingLoss(host.MultipleNegativesRankingLoss):  # type: ignore[misc]

