@@ -15,7 +15,7 @@ demo: $(VENV)/installed-demo
 	$(VENV)/bin/mcl-kernels demo $(DEMO_FLAGS)
 
 test: $(VENV)/installed-test
-	$(VENV)/bin/python -m pytest -n logical
+	$(VENV)/bin/python -m pytest -n logical --ignore tests/integrations
 
 # The kernels without torch, under AddressSanitizer with UndefinedBehaviorSanitizer and under ThreadSanitizer.
 sanitize: build/sanitized-address,undefined build/sanitized-thread
@@ -27,7 +27,7 @@ build/sanitized-%: $(wildcard csrc/cpu/*) tests/sanitized_kernels.cpp mcl_kernel
 
 # The lower bounds of pyproject.toml: what `pip install mcl-kernels` may meet.
 test-oldest: $(OLDEST)/installed
-	$(OLDEST)/bin/python -m pytest -n logical --ignore tests/test_package.py --ignore tests/test_readme.py
+	$(OLDEST)/bin/python -m pytest -n logical --ignore tests/test_package.py --ignore tests/test_readme.py --ignore tests/integrations
 
 # With the libraries whose losses ours replace, and the newest torch that has a torchvision.
 test-integrations: $(INTEGRATIONS)/installed

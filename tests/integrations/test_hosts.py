@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -53,3 +55,27 @@ hosts = {"lightly", "open_clip", "pytorch_metric_learning", "sentence_transforme
 assert not hosts & set(sys.modules), hosts & set(sys.modules)
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+SWAPS = re.findall(
+    r"\| `(from \S+ import (\w+))`.*? \| `(from (mcl_kernels\.integrations\.\S+) import (\w+))` \|", README
+)
+
+
+def test_the_readme_swaps_every_host() -> None:
+    files = {path.stem for path in (Path(_host.__file__).parent).glob("[!_]*.py")}
+    assert {module.rpartition(".")[2] for _, _, _, module, _ in SWAPS} == files
+
+
+@pytest.mark.parametrize(("before", "theirs", "after", "module", "ours"), SWAPS)
+def test_swapped_imports(before: str, theirs: str, after: str, module: str, ours: str) -> None:
+    """What is imported afterwards is a subclass, of the same name, of what was imported before."""
+    pytest.importorskip(before.split()[1].split(".")[0])
+    names: dict[str, type] = {}
+    exec(before, names)
+    host = names[theirs]
+    exec(after, names)
+    assert theirs == ours
+    assert issubclass(names[ours], host)
+    assert names[ours] is not host
