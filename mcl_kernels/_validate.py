@@ -74,15 +74,20 @@ def check_same_device(name: str, x: Tensor, other_name: str, other: Tensor) -> N
         raise ValueError(f"{name} must be on the device of {other_name}: got {x.device} for {other.device}")
 
 
-def as_integer_vector(name: str, values: object) -> Tensor:
-    """Labels or ids, as int64."""
+def check_integer_vector(name: str, values: object) -> Tensor:
+    """Labels or ids, as they are: a memory map is not read."""
     if not isinstance(values, Tensor):
         raise TypeError(f"{name} must be an integer tensor: got {type(values).__name__}")
     if values.dtype not in INTEGER_DTYPES:
         raise TypeError(f"{name} must be an integer tensor: got {values.dtype}")
     if values.ndim != 1:
         raise ValueError(f"{name} must be a vector: got shape {list(values.shape)}")
-    return values.long()
+    return values
+
+
+def as_integer_vector(name: str, values: object) -> Tensor:
+    """Labels or ids, as int64."""
+    return check_integer_vector(name, values).long()
 
 
 def as_integers(name: str, values: object, owner_name: str, owner: Tensor) -> Tensor:

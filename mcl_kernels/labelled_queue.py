@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 from mcl_kernels._validate import (
     as_integer,
-    as_integer_vector,
     as_integers,
     check_embeddings,
+    check_integer_vector,
     check_same_device,
 )
 
@@ -111,14 +111,14 @@ class LabelledQueue(nn.Module):
         Raises:
             ValueError: an id held here has no entry in `labels`.
         """
-        labels = as_integer_vector("labels", labels)
+        labels = check_integer_vector("labels", labels)  # of a stage, a memory map: only what is held here is read
         ids = self.ids.to(labels.device)
         if int(ids.max()) >= len(labels):
             raise ValueError(
                 f"labels must have an entry for every id of the queue: got {len(labels)} labels for id {int(ids.max())}"
             )
         new = torch.full_like(ids, -1)
-        new[ids >= 0] = labels[ids[ids >= 0]]
+        new[ids >= 0] = labels[ids[ids >= 0]].long()
         self.labels = new.to(self.labels.device)
 
     def extra_repr(self) -> str:

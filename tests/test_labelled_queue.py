@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mcl_kernels import LabelledQueue, masked_info_nce
+from mcl_kernels import LabelledQueue, MultistageRunner, masked_info_nce
 
 
 def keys(n: int, seed: int = 0) -> Tensor:
@@ -91,6 +92,19 @@ def test_relabel() -> None:
     with pytest.raises(ValueError, match="labels must have an entry for every id of the queue: got 2 labels for id 2"):
         queue.relabel(torch.tensor([1, 2]))
     assert queue.labels.tolist() == [32, 30, -1, -1, -1, -1]
+
+
+def test_relabel_by_the_labels_of_a_stage(tmp_path: Path) -> None:
+    x = torch.randn(60, 3)
+    queue = LabelledQueue(8, 3)
+    for stage in MultistageRunner(60, n_stages=2, n_clusters=3, directory=tmp_path):
+        queue.enqueue(x[10:15], stage.labels[torch.arange(10, 15)], torch.arange(10, 15))
+        queue.relabel(stage.labels)
+        held = queue.ids >= 0
+        assert torch.equal(queue.labels[held], stage.labels[queue.ids[held]])
+        assert held.sum() == min(5 * stage.index + 5, 8)
+        stage.finish(x, state={})
+    assert queue.labels.dtype == torch.int64
 
 
 @pytest.mark.parametrize("how", ["state_dict", "pickle", "deepcopy"])

@@ -10,6 +10,7 @@ import open_clip.loss as host
 import torch
 from torch import Tensor
 
+from mcl_kernels._rows import compute_dtype
 from mcl_kernels._validate import as_integers
 from mcl_kernels.losses import clip_loss, masked_info_nce
 
@@ -59,11 +60,12 @@ class ClipLoss(host.ClipLoss):  # type: ignore[misc]
         if not self.local_loss:
             return clip_loss(all_image, all_text, all_labels, logit_scale=logit_scale)
         all_ids = torch.arange(len(all_image), device=image.device)
-        scale = logit_scale.reshape(()) if isinstance(logit_scale, Tensor) else logit_scale
+        if isinstance(logit_scale, Tensor):  # inverted in fp32, whatever the dtype of the parameter
+            logit_scale = logit_scale.reshape(()).to(compute_dtype(image, text))
         # The positives are taken from the gathered rows: whether these have a gradient is the host's to say.
         image_loss, text_loss = (
             masked_info_nce(
-                query, keys, labels, all_labels, temperature=1.0 / scale, positive=keys[first : first + n],
+                query, keys, labels, all_labels, temperature=1.0 / logit_scale, positive=keys[first : first + n],
                 ids=all_ids[first : first + n], key_ids=all_ids, normalize=False,
             )
             for query, keys in ((image, all_text), (text, all_image))

@@ -59,6 +59,10 @@ class NTXentLoss(host.NTXentLoss):  # type: ignore[misc]
         keys = embeddings if ref_emb is None else ref_emb
         check_embeddings("ref_emb", keys)
         check_same_width("ref_emb", keys, "embeddings", embeddings)
+        labels, ref_labels, cluster_labels, ref_cluster_labels = (  # the host's labels may be on another device
+            x.to(embeddings.device) if isinstance(x, Tensor) else x
+            for x in (labels, ref_labels, cluster_labels, ref_cluster_labels)
+        )
         if cluster_labels is not None:
             cluster_labels = as_integers("cluster_labels", cluster_labels, "embeddings", embeddings)
             if ref_emb is None:
