@@ -32,7 +32,7 @@ def cached_backward(
             returns a tensor [rows, ...], or a tuple or a mapping of them. Numbers [], such as CLIP's learned logit
             scale, hold for all batches, and what is no floating point tensor, such as labels, is passed on.
             Autocast belongs inside. A layer that computes across rows (BatchNorm in training) sees one batch at a
-            time, twice.
+            time, twice. It must not write into its batch.
         batches: what `encode` is given, one after the other; any sizes. All are held: on the CPU if need be, since
             `encode` may move them.
         loss: given the concatenated outputs, as `encode` returned them (a tuple as arguments, a mapping as keywords),
@@ -44,8 +44,9 @@ def cached_backward(
         The loss, without a graph.
 
     Raises:
-        ValueError: no batches; outputs of batches that differ in kind; a loss that is no scalar.
-        TypeError: an output that is neither a tensor nor a tuple or mapping of them.
+        ValueError: no batches; outputs of batches that do not fit together; a loss that is no scalar or has no graph; a
+            batch that was written into.
+        TypeError: an output that is neither a tensor nor a tuple or mapping of them; a loss that is no tensor.
 
     Source: Gao et al. 2021 (arXiv 2101.06983).
 
@@ -66,7 +67,12 @@ def cached_backward(
     with torch.no_grad():
         for batch in batches:
             states.append(_RandomState())
-            encoded.append(_Outputs.of(_call(encode, batch)))
+            before = _versions(batch)
+            first = _Outputs.of(_call(encode, batch))
+            if _versions(batch) != before:
+                raise ValueError("encode must leave its batch as it was, since it is given it again: it wrote into it")
+            # Without a graph a parameter that is returned as it is has its own.
+            encoded.append(_Outputs(first.names, [x.detach() for x in first.tensors]))
     # Autocast keeps the weights that it has cast, here without a graph.
     torch.clear_autocast_cache()
     names = encoded[0].names
@@ -77,8 +83,12 @@ def cached_backward(
     del encoded
     with torch.enable_grad():
         value: Tensor = _call(loss, leaves.as_arguments())
+    if not isinstance(value, Tensor):
+        raise TypeError(f"loss must return a tensor: got {type(value).__name__}")
     if value.ndim:
         raise ValueError(f"loss must return a scalar: got shape {list(value.shape)}")
+    if not value.requires_grad:
+        raise ValueError("loss must depend on what encode returned: got a loss without a graph")
     value.backward()  # type: ignore[no-untyped-call]
     begin = [0] * len(leaves.tensors)
     for at, (batch, state, rows) in enumerate(zip(batches, states, of_batch, strict=True)):
@@ -88,9 +98,11 @@ def cached_backward(
                 outputs = _Outputs.of(_call(encode, batch)).tensors
             roots, grads = [], []
             for x, leaf, start, size in zip(outputs, leaves.tensors, begin, rows, strict=True):
-                if x.requires_grad and leaf.grad is not None and (x.ndim or last):
+                if x.requires_grad and leaf.grad is not None:
                     roots.append(x)
-                    grads.append(leaf.grad[start : start + size] if x.ndim else leaf.grad)
+                    # A number is one for all batches: it gets its gradient once.
+                    of_number = leaf.grad if last else torch.zeros_like(leaf.grad)
+                    grads.append(leaf.grad[start : start + size] if x.ndim else of_number)
             if roots:
                 torch.autograd.backward(roots, grads)
         begin = [start + size for start, size in zip(begin, rows, strict=True)]
@@ -128,11 +140,12 @@ class _Outputs(NamedTuple):
 
 
 class _RandomState:
-    """Of the CPU and of the current CUDA device, where one is used."""
+    """Of the CPU and of all CUDA devices, where they are used."""
 
     def __init__(self) -> None:
         self.cpu = torch.get_rng_state()
-        self.devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+        used = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        self.devices = list(range(torch.cuda.device_count())) if used else []
         self.cuda = [torch.cuda.get_rng_state(device) for device in self.devices]
 
     @contextlib.contextmanager
@@ -150,6 +163,14 @@ def _call(function: Callable[..., Any], arguments: Any) -> Any:
     return function(*arguments) if isinstance(arguments, (tuple, list)) else function(arguments)
 
 
+def _versions(batch: Any) -> list[int]:
+    """How often each tensor of a batch was written to."""
+    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else (batch,)
+    return [x._version for x in values if isinstance(x, Tensor) and not x.is_inference()]
+
+
 def _leaf(parts: tuple[Tensor, ...]) -> Tensor:
+    if len(shapes := {tuple(x.shape[1:]) for x in parts}) > 1:
+        raise ValueError(f"encode must return rows of one shape for all batches: got {sorted(shapes)}")
     joined = torch.cat(parts) if parts[0].ndim else parts[0].clone()
     return joined.requires_grad_(joined.is_floating_point())

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from mcl_kernels._validate import (
+    FLOAT_DTYPES,
     as_integer,
     as_integers,
     check_embeddings,
@@ -24,7 +25,8 @@ class LabelledQueue(nn.Module):
 
     with `ids` so that an older key of the same sample is no negative. All is held in buffers: in the `state_dict`,
     moved by `to`, pickled. Batches may have any size, also one that does not divide `size`. Tensors that a loss was
-    given are never written to: `enqueue` before `backward` is fine.
+    given are never written to: `enqueue` before `backward` is fine. Under `torch.inference_mode` keys may be
+    computed, but not put into the queue.
 
     Args:
         size: number of slots.
@@ -61,6 +63,8 @@ class LabelledQueue(nn.Module):
     ) -> None:
         super().__init__()
         self.size, dim = as_integer("size", size, least=1), as_integer("dim", dim, least=1)
+        if dtype not in FLOAT_DTYPES:
+            raise TypeError(f"dtype must be float16, bfloat16, float32 or float64: got {dtype}")
         self.register_buffer("embeddings", torch.zeros(self.size, dim, dtype=dtype, device=device))
         self.register_buffer("labels", torch.full((self.size,), -1, device=device))
         self.register_buffer("ids", torch.full((self.size,), -1, device=device))

@@ -210,6 +210,10 @@ def test_random_numbers_go_on_from_the_first_pass() -> None:
     [
         (encoder(), [], torch.sum, "batches must hold at least one batch: got none"),
         (encoder(), [torch.zeros(2, 6)], lambda z: z, r"loss must return a scalar: got shape \[2, 8\]"),
+        (encoder(), [torch.zeros(2, 6)], lambda z: 0.5, "loss must return a tensor: got float"),
+        (encoder(), [torch.zeros(2, 6)], lambda z: z.detach().sum(), "got a loss without a graph"),
+        (lambda x: x.mul_(2), [torch.zeros(2, 6)], torch.sum, "encode must leave its batch as it was"),
+        (lambda x: x[:, : len(x)], torch.zeros(5, 6).split(3), torch.sum, r"of one shape .*: got \[\(2,\), \(3,\)\]"),
         (lambda x: "x", [torch.zeros(2, 6)], torch.sum, "encode must return a tensor, or a tuple .*: got str"),
         (lambda x: {"z": None}, [torch.zeros(2, 6)], torch.sum, "encode must return tensors: got NoneType for 'z'"),
         (lambda x: (x,) * len(x), torch.zeros(5, 6).split(3), torch.sum, "must return the same outputs for every"),
@@ -229,16 +233,30 @@ from mcl_kernels import cached_backward, clip_loss
 rank, path = int(sys.argv[1]), sys.argv[2]
 timeout = datetime.timedelta(minutes=2)
 dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2, timeout=timeout)
-model = DistributedDataParallel(TwoTowers())
-a, b = (view[rank::2][:18] for view in views())
-def loss(**encoded):
-    return clip_loss(**encoded, labels=LABELS[rank::2][:18])
-loss(**model(a, b)).backward()
-plain = [p.grad.clone() for p in model.parameters()]
-model.zero_grad()
-cached_backward(model, [(x, y) for x, y in zip(a.split(5), b.split(5))], loss)
-for p, expected in zip(model.parameters(), plain):
-    torch.testing.assert_close(p.grad, expected)
+class WithBias(TwoTowers):  # returned as it is, as open_clip returns it
+    def __init__(self):
+        super().__init__()
+        self.logit_bias = torch.nn.Parameter(torch.tensor(-1.0))
+    def forward(self, image, text):
+        return {**super().forward(image, text), "logit_bias": self.logit_bias}
+def loss(logit_bias, **encoded):
+    return clip_loss(**encoded, labels=LABELS[rank::2][:18]) + (logit_bias * encoded["image_features"]).square().mean()
+inner = WithBias()
+model = DistributedDataParallel(inner)
+for step in range(3):
+    a, b = (view[rank::2][:18] + step for view in views())
+    loss(**model(a, b)).backward()
+    plain = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    # A function around the model hides its no_sync: more exchanges, the same gradients.
+    encode = model if step < 2 else lambda *batch: model(*batch)
+    cached_backward(encode, [(x, y) for x, y in zip(a.split(5), b.split(5))], loss)
+    for p, expected in zip(model.parameters(), plain):
+        torch.testing.assert_close(p.grad, expected, rtol=1e-4, atol=1e-6)
+    with torch.no_grad():
+        for p in model.parameters():
+            p -= 0.1 * p.grad
+    model.zero_grad()
 dist.destroy_process_group()
 """
 

@@ -154,6 +154,7 @@ def test_compiled() -> None:
     [
         (lambda q: LabelledQueue(0, 3), "size must be at least 1: got 0"),
         (lambda q: LabelledQueue(4, 2.5), "dim must be an integer: got float"),
+        (lambda q: LabelledQueue(4, 3, dtype=torch.int64), "dtype must be float16, .*: got torch.int64"),
         (lambda q: q.enqueue(torch.zeros(2, 4)), "embeddings must have 3 features, those of the queue: got 4"),
         (lambda q: q.enqueue([[0.0] * 3]), "embeddings must be a tensor: got list"),
         (lambda q: q.enqueue(torch.zeros(2, 3), torch.zeros(3).long()), "got 3 labels for 2 rows"),

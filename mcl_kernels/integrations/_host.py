@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,8 +26,14 @@ def _release(text: str) -> list[int]:
     return [int(number) for number in re.findall(r"\d+", text)[:2]]
 
 
+def number(value: Any) -> Any:
+    """A tensor of one number, of any shape, as [], which the losses take."""
+    return value.reshape(()) if isinstance(value, Tensor) and value.numel() == 1 else value
+
+
 def gathered(values: Tensor) -> Tensor:
     """Labels of all ranks, in the order of the ranks, as many from each."""
+    values = values.contiguous()
     parts = [torch.empty_like(values) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, values)
     return torch.cat(parts)

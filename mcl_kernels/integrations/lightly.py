@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from mcl_kernels.integrations._host import gathered, require
+from mcl_kernels.integrations._host import gathered, number, require
 
 require("lightly", "1.5")
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from lightly import loss as host
 from lightly.utils import dist
 from torch import Tensor
 
-from mcl_kernels._validate import as_integers
+from mcl_kernels._validate import as_integers, check_same_shape
 from mcl_kernels.losses import masked_info_nce, nt_xent
 from mcl_kernels.objectives import Objective, decoupled, info_nce
 
@@ -50,25 +51,26 @@ class NTXentLoss(host.NTXentLoss):  # type: ignore[misc]
         """Both views [N, D], of any length; labels: pseudo labels of the samples, integers [N], or None."""
         if labels is not None:
             labels = as_integers("labels", labels, "out0", out0)
+        check_same_shape("out1", out1, "out0", out0)
         out0, out1 = F.normalize(out0, dim=1), F.normalize(out1, dim=1)
         if len(self.bank_labels) == 0:
             return _in_batch(out0, out1, labels, self.temperature, self.gather_distributed, info_nce)
-        begin = int(self.memory_bank.bank_ptr)
+        begin, bank_labels = int(self.memory_bank.bank_ptr), self.bank_labels.to(out0.device)
         _, negatives = self.memory_bank(out1, update=out0.requires_grad)
-        loss = masked_info_nce(
-            out0, negatives.T, labels, None if labels is None else self.bank_labels, temperature=self.temperature,
-            positive=out1, normalize=False,
-        )  # fmt: skip
         if out0.requires_grad:
             self._follow_bank(begin, torch.full((len(out0),), -1, device=out0.device) if labels is None else labels)
-        return loss
+        # As the host's, the loss may stay on the CPU, and with it the bank.
+        return masked_info_nce(
+            out0, negatives.T.to(out0.device), labels, None if labels is None else bank_labels,
+            temperature=number(self.temperature), positive=out1, normalize=False,
+        )  # fmt: skip
 
     def _follow_bank(self, begin: int, labels: Tensor) -> None:
         """The labels of what the host has put into the bank, which drops what goes beyond its end."""
         if self.gather_distributed and dist.world_size() > 1:
             labels = gathered(labels)
         new = self.bank_labels.clone()  # the old ones may be saved for a backward pass
-        new[begin : begin + len(labels)] = labels[: len(new) - begin]
+        new[begin : begin + len(labels)] = labels[: len(new) - begin].to(new.device)
         self.bank_labels = new
 
 
@@ -90,7 +92,7 @@ class DCLLoss(host.DCLLoss):  # type: ignore[misc]
         out0, out1 = F.normalize(out0, dim=1), F.normalize(out1, dim=1)
         objective = decoupled
         if self.weight_fn:
-            weight = torch.cat((self.weight_fn(out0, out1), self.weight_fn(out1, out0)))
+            weight = torch.cat([self.weight_fn(*views).expand(len(out0)) for views in ((out0, out1), (out1, out0))])
 
             def objective(a: Tensor, b: Tensor, n: Tensor | None, scale: Tensor) -> Tensor:
                 return b - weight * a
@@ -103,9 +105,10 @@ class DCLWLoss(DCLLoss, host.DCLWLoss):  # type: ignore[misc]
 
 
 def _in_batch(
-    out0: Tensor, out1: Tensor, labels: Tensor | None, temperature: float, gather: bool, objective: Objective
+    out0: Tensor, out1: Tensor, labels: Tensor | None, temperature: Any, gather: bool, objective: Objective
 ) -> Tensor:
     """Views of length 1 against all views, of all ranks where they are gathered."""
+    temperature = number(temperature)
     if not (gather and dist.world_size() > 1):
         return nt_xent(out0, out1, labels, temperature=temperature, objective=objective, normalize=False)
     keys = torch.cat([*dist.gather(out0), *dist.gather(out1)])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mcl_kernels.integrations._host import gathered, require
+from mcl_kernels.integrations._host import gathered, number, require
 
 require("open_clip_torch", "2.24")
 
@@ -35,7 +35,7 @@ class ClipLoss(host.ClipLoss):  # type: ignore[misc]
         image_features: Tensor,
         text_features: Tensor,
         logit_scale: Tensor | float,
-        logit_bias: Tensor | None = None,
+        logit_bias: Tensor | float | None = None,
         output_dict: bool = False,
         labels: Tensor | None = None,
     ) -> Tensor | dict[str, Tensor]:
@@ -46,7 +46,7 @@ class ClipLoss(host.ClipLoss):  # type: ignore[misc]
             loss = clip_loss(image_features, text_features, labels, logit_scale=logit_scale)
         else:
             loss = self._over_ranks(image_features, text_features, logit_scale, labels)
-        if logit_bias is not None:  # stays in the graph: DistributedDataParallel waits for each parameter
+        if isinstance(logit_bias, Tensor):  # stays in the graph: DistributedDataParallel waits for each parameter
             loss = loss + 0.0 * logit_bias.sum()
         return {"contrastive_loss": loss} if output_dict else loss
 
@@ -61,7 +61,7 @@ class ClipLoss(host.ClipLoss):  # type: ignore[misc]
             return clip_loss(all_image, all_text, all_labels, logit_scale=logit_scale)
         all_ids = torch.arange(len(all_image), device=image.device)
         if isinstance(logit_scale, Tensor):  # inverted in fp32, whatever the dtype of the parameter
-            logit_scale = logit_scale.reshape(()).to(compute_dtype(image, text))
+            logit_scale = number(logit_scale).to(compute_dtype(image, text))
         # The positives are taken from the gathered rows: whether these have a gradient is the host's to say.
         image_loss, text_loss = (
             masked_info_nce(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mcl_kernels.integrations._host import require
+from mcl_kernels.integrations._host import number, require
 
 require("pytorch-metric-learning", "2.5")
 
@@ -27,7 +27,7 @@ class NTXentLoss(host.NTXentLoss):  # type: ignore[misc]
     equal ones are positives, as many as there are. `cluster_labels` are the pseudo labels: only samples of the same
     cluster are negatives. With a miner's pairs (`indices_tuple`) the host computes, with all its memory, on those
     of its negative pairs that are in one cluster. Where the host's loss ends at 87.3, the logarithm of its smallest
-    number, ours does not.
+    number, ours does not; nor is it 0 where there is a single pair.
 
     Example:
         >>> import torch
@@ -40,8 +40,8 @@ class NTXentLoss(host.NTXentLoss):  # type: ignore[misc]
 
     def __init__(self, temperature: float = 0.07, **kwargs: Any) -> None:
         super().__init__(temperature=temperature, **kwargs)
-        if type(self.distance) is not distances.CosineSimilarity or self.distance.power != 1:
-            raise ValueError(f"distance must be CosineSimilarity(): got {self.distance}")
+        if type(self.distance) is not distances.CosineSimilarity or (self.distance.p, self.distance.power) != (2, 1):
+            raise ValueError(f"distance must be CosineSimilarity() with p=2 and power=1: got {self.distance}")
 
     def forward(
         self,
@@ -82,7 +82,7 @@ class NTXentLoss(host.NTXentLoss):  # type: ignore[misc]
         if len(anchors) > 0:
             query = normalize_rows(embeddings)
             key = query if ref_emb is None else normalize_rows(ref_emb)
-            scale = 1.0 / self.temperature
+            scale = 1.0 / number(self.temperature)
             a = scale * row_dot(query[anchors], key[positives], compute_dtype(query, key))
             b = masked_logsumexp(
                 query, None if ref_emb is None else key, cluster_labels,

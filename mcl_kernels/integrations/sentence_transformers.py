@@ -14,7 +14,7 @@ from sentence_transformers.sentence_transformer import losses as host
 from torch import Tensor
 
 from mcl_kernels._rows import compute_dtype, normalize_rows, row_dot
-from mcl_kernels._validate import as_integers
+from mcl_kernels._validate import as_integers, check_same_shape
 from mcl_kernels.logsumexp import masked_logsumexp
 from mcl_kernels.objectives import info_nce
 
@@ -23,8 +23,10 @@ class MultipleNegativesRankingLoss(host.MultipleNegativesRankingLoss):  # type: 
     """`sentence_transformers.losses.MultipleNegativesRankingLoss` with pseudo labels, over `masked_logsumexp`.
 
     The constructor is the host's: `directions` and `partition_mode` included, `hardness_mode` and similarities other
-    than `cos_sim` and `dot_score` refused. The labels come through the host's trainer: **a column named `label` holds
-    the pseudo labels** of the anchors and their documents, hard negatives included. Without it the loss is the host's.
+    than `cos_sim` and `dot_score` refused. The labels come through the host's trainer, which looks for a column named
+    `label`, `labels`, `score` or `scores`: **it holds the pseudo labels** of the anchors and their documents, hard
+    negatives included. Without such a column the loss is the host's, which ignores it: one of another meaning has to be
+    removed from the data set first.
 
     Example: a data set with columns anchor, positive and label needs no more than
 
@@ -48,8 +50,10 @@ class MultipleNegativesRankingLoss(host.MultipleNegativesRankingLoss):  # type: 
         if len(embeddings) < 2:
             raise ValueError(f"embeddings must hold anchors and positives: got {len(embeddings)} tensors")
         n, columns = len(embeddings[0]), len(embeddings) - 1
+        for i, x in enumerate(embeddings[1:], 1):
+            check_same_shape(f"embeddings[{i}]", x, "embeddings[0]", embeddings[0])
         if labels is not None:
-            labels = as_integers("labels", labels, "the anchors", embeddings[0])
+            labels = as_integers("labels (a column of the data set)", labels, "embeddings[0]", embeddings[0])
         if self.similarity_fct is util.cos_sim:
             embeddings = [normalize_rows(x) for x in embeddings]
         query, positive, first, all_labels = embeddings[0], embeddings[1], 0, labels

@@ -47,8 +47,10 @@ class CLIPModel(host.CLIPModel):  # type: ignore[misc]
             return super().forward(**of_image, **of_text, **kwargs)
         image, text = self.get_image_features(**of_image, **kwargs), self.get_text_features(**of_text, **kwargs)
         image_embeds, text_embeds = F.normalize(image.pooler_output), F.normalize(text.pooler_output)
+        device = text_embeds.device  # a model may be spread over several, as the host's
+        logit_scale = self.logit_scale.exp().to(device)
         return host.CLIPOutput(
-            loss=clip_loss(image_embeds, text_embeds, labels, logit_scale=self.logit_scale.exp()),
+            loss=clip_loss(image_embeds.to(device), text_embeds, labels, logit_scale=logit_scale),
             text_embeds=text_embeds,
             image_embeds=image_embeds,
             text_model_output=text,

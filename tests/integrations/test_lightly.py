@@ -29,6 +29,7 @@ LOSSES: dict[str, tuple[str, dict[str, Any]]] = {
     "DCL": ("DCLLoss", {"temperature": 0.1}),
     "DCL, defaults": ("DCLLoss", {}),
     "DCL, weights": ("DCLLoss", {"weight_fn": squared_distance}),
+    "DCL, one weight": ("DCLLoss", {"weight_fn": lambda out0, out1: (out0 * out1).sum().detach() / 40}),
     "DCLW": ("DCLWLoss", {"sigma": 0.4}),
 }
 # The host wraps a tensor with torch.tensor(), as torch says.
@@ -41,7 +42,7 @@ def test_without_labels_it_is_the_host(loss: str) -> None:
     assert_same(getattr(ours, name)(**options), getattr(host, name)(**options), views())
 
 
-@pytest.mark.parametrize("loss", [name for name in LOSSES if name != "DCLW"])
+@pytest.mark.parametrize("loss", [name for name in LOSSES if name not in ("DCLW", "DCL, one weight")])
 def test_labels(loss: str) -> None:
     name, options = LOSSES[loss]
     theirs = getattr(host, name)(**options)
@@ -133,6 +134,40 @@ def test_labels_of_the_wrong_batch(loss: nn.Module) -> None:
         loss(*views(10), torch.zeros(20, dtype=torch.int64))
     if len(getattr(loss, "bank_labels", ())):
         assert loss.memory_bank.bank_ptr == 0  # nothing was put into the bank
+
+
+def test_an_error_leaves_the_bank_as_it_was() -> None:
+    loss = ours.NTXentLoss(memory_bank_size=(16, 16))
+    a, b = (x.float() for x in views(10))
+    labels = torch.arange(10)
+    loss(a, b, labels)
+    bank = loss.memory_bank.bank.clone()
+    with pytest.raises(ValueError, match=r"out1 must have the shape of out0: got \[5, 16\] for \[10, 16\]"):
+        loss(a, b[:5], labels)
+    assert torch.equal(loss.memory_bank.bank, bank)
+    assert torch.equal(loss.bank_labels[:10], labels)
+
+
+def test_a_loss_that_was_not_moved_with_the_model() -> None:
+    """The bank of the host may stay on the CPU; a device without data stands in for a GPU."""
+    a, b = (x.detach().float().to("meta") for x in views(10))  # evaluated: nothing could be copied into the bank
+    labels = torch.zeros(10, dtype=torch.int64, device="meta")
+    for loss, *of_batch in (
+        (ours.NTXentLoss(memory_bank_size=(16, 16)), labels),
+        (ours.NTXentLoss(memory_bank_size=(16, 16)),),
+        (host.NTXentLoss(memory_bank_size=(16, 16)),),
+    ):
+        assert loss(a, b, *of_batch).device.type == "meta"
+
+
+def test_a_learned_temperature() -> None:
+    results = []
+    for module in (ours, host):
+        temperature = torch.tensor([0.3], dtype=torch.float64, requires_grad=True)
+        loss = module.NTXentLoss(temperature=temperature)(*views())
+        results.append((loss.detach(), *torch.autograd.grad(loss, temperature)))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_errors_of_the_constructor_are_the_hosts() -> None:

@@ -48,7 +48,8 @@ def test_a_bias_changes_nothing_and_stays_in_the_graph() -> None:
     torch.testing.assert_close(loss, ClipLoss()(image, text, SCALE, labels=LABELS))
     assert torch.autograd.grad(loss, bias)[0] == 0
     expected = open_clip.ClipLoss()(image, text, SCALE, bias.detach().double())
-    torch.testing.assert_close(ClipLoss()(image, text, SCALE, bias), expected)
+    for given in (bias, 3.0):
+        torch.testing.assert_close(ClipLoss()(image, text, SCALE, given), expected)
 
 
 def test_labels() -> None:
@@ -93,6 +94,14 @@ def on_two_ranks(rank: int) -> None:
             options = {"local_loss": local_loss, "gather_with_grad": gather_with_grad}
             for a, b in zip(run(ClipLoss, options), run(open_clip.ClipLoss, options), strict=True):
                 torch.testing.assert_close(a, b, msg=lambda text, options=options: f"{options}: {text}")
+    image, text = [x[mine].float() for x in unit(*features)]
+    for dtype in (torch.bfloat16, torch.float16):  # 99 and its inverse are no numbers of either
+        scale = torch.tensor(99.0, dtype=dtype)
+        both = (
+            kind(rank=rank, world_size=2, local_loss=True)(image, text, scale)
+            for kind in (ClipLoss, open_clip.ClipLoss)
+        )
+        torch.testing.assert_close(*both, rtol=1e-5, atol=1e-5)
     leaves = [x.clone().requires_grad_() for x in features] + [SCALE.clone().requires_grad_()]
     whole = ClipLoss()(*unit(*leaves[:2]), leaves[2], labels=LABELS)
     expected = [whole.detach(), *torch.autograd.grad(whole, leaves)]

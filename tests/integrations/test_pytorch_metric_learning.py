@@ -153,9 +153,25 @@ def test_errors(options: dict[str, Any], message: str) -> None:
         NTXentLoss()(rows(), **{"labels": IDENTITIES["two views"], **options})
 
 
-def test_another_distance_is_refused() -> None:
-    with pytest.raises(ValueError, match="distance must be CosineSimilarity"):
-        NTXentLoss(distance=distances.LpDistance())
+@pytest.mark.parametrize(
+    "distance",
+    [distances.LpDistance(), distances.CosineSimilarity(p=1), distances.CosineSimilarity(power=2)],
+    ids=["Lp", "p", "power"],
+)
+def test_another_distance_is_refused(distance: Any) -> None:
+    with pytest.raises(ValueError, match=r"distance must be CosineSimilarity\(\) with p=2 and power=1: got"):
+        NTXentLoss(distance=distance)
+
+
+def test_a_learned_temperature() -> None:
+    x, labels = rows().detach(), IDENTITIES["two views"]
+    results = []
+    for kind in (NTXentLoss, losses.NTXentLoss):
+        temperature = torch.tensor([0.3], dtype=torch.float64, requires_grad=True)
+        loss = kind(temperature=temperature)(x, labels)
+        results.append((loss.detach(), *torch.autograd.grad(loss, temperature)))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_a_model_trains() -> None:

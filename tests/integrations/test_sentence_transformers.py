@@ -86,14 +86,19 @@ def test_errors_of_the_constructor(options: dict[str, Any], message: str) -> Non
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        (torch.rand(40), "labels must be an integer tensor: got torch.float32"),
-        (torch.zeros(80).long(), "labels must have one entry per row of the anchors: got 80 labels for 40 rows"),
+        (torch.rand(40), "labels .a column of the data set. must be an integer tensor: got torch.float32"),
+        (torch.zeros(80).long(), "must have one entry per row of embeddings.0.: got 80 labels .* for 40 rows"),
     ],
     ids=["scores", "another batch"],
 )
 def test_errors(labels: Tensor, message: str) -> None:
     with pytest.raises((TypeError, ValueError), match=message):
         MultipleNegativesRankingLoss(nn.Identity()).compute_loss_from_embeddings(columns(2), labels)
+
+
+def test_columns_of_other_lengths() -> None:
+    with pytest.raises(ValueError, match=r"embeddings\[2\] must have the shape of embeddings\[0\]: got \[30, 16\]"):
+        MultipleNegativesRankingLoss(nn.Identity()).compute_loss_from_embeddings([*columns(2), columns(1)[0][:30]])
 
 
 def on_two_ranks(rank: int) -> None:
