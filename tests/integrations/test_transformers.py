@@ -119,7 +119,7 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
 def trained(model: Any, tmp_path: Path, labelled: bool, accumulation: int = 1) -> tuple[Any, list[float]]:
     arguments = transformers.TrainingArguments(
         output_dir=str(tmp_path), max_steps=4, per_device_train_batch_size=12 // accumulation, use_cpu=True,
-        gradient_accumulation_steps=accumulation, learning_rate=1e-3, logging_steps=1, save_strategy="no",
+        per_device_eval_batch_size=12, gradient_accumulation_steps=accumulation, learning_rate=1e-3, logging_steps=1, save_strategy="no",
         report_to=[], disable_tqdm=True, max_grad_norm=0.0, lr_scheduler_type="constant", optim="sgd",
     )  # fmt: skip
     trainer = transformers.Trainer(
@@ -143,22 +143,25 @@ def test_its_own_trainer(tmp_path: Path, accumulation: int) -> None:
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_labels_under_its_own_trainer(tmp_path: Path, accumulation: int) -> None:
-    """A column `labels` is all it takes; gradients accumulate as means, whatever labels there are; evaluation too."""
-    seen: list[Tensor] = []
+    """A column `labels` is all it takes: the steps of a loop by hand, whose accumulated losses are a mean."""
+    seen: list[dict[str, Any]] = []
     ours, _ = pair_of_models()
     plain = copy.deepcopy(ours)
-    watch = ours.register_forward_pre_hook(lambda _, args, options: seen.append(options["labels"]), with_kwargs=True)
-    before = [p.detach().clone() for p in ours.parameters()]
+    watch = ours.register_forward_pre_hook(lambda _, args, batch: seen.append(batch), with_kwargs=True)
     trainer, losses = trained(ours, tmp_path, True, accumulation)
     watch.remove()
-    assert sorted(torch.cat(seen).tolist()) == sorted(LABELS.tolist() * 4)
-    expected_first = plain(**inputs(), return_loss=True, labels=LABELS).loss
-    if accumulation == 1:
-        assert losses[0] == pytest.approx(float(expected_first), rel=1e-4)
+    assert sorted(torch.cat([batch["labels"] for batch in seen]).tolist()) == sorted(LABELS.tolist() * 4)
+    optimizer = torch.optim.SGD(plain.parameters(), lr=1e-3)
+    for first in range(0, len(seen), accumulation):
+        optimizer.zero_grad()
+        for batch in seen[first : first + accumulation]:
+            (plain(**batch).loss / accumulation).backward()
+        optimizer.step()
+    for a, b in zip(ours.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
     assert losses[-1] < losses[0]
-    assert any(not torch.equal(a, b) for a, b in zip(ours.parameters(), before, strict=True))
-    evaluated = trainer.evaluate()
-    assert 0 < evaluated["eval_loss"] < float(expected_first)
+    expected = ours.eval()(**inputs(), return_loss=True, labels=LABELS).loss
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(float(expected), rel=1e-4)
 
 
 @pytest.mark.slow
