@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mcl_kernels.integrations._host import gathered, number, require
 
-require("lightly", "1.5")
+require("lightly", "1.6")
 
 from collections.abc import Sequence
 from typing import Any
