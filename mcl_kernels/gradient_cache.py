@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -79,7 +79,7 @@ def cached_backward(
     if other := [outputs.names for outputs in encoded if outputs.names != names]:
         raise ValueError(f"encode must return the same outputs for every batch: got {names} and {other[0]}")
     leaves = _Outputs(names, [_leaf(parts) for parts in zip(*(outputs.tensors for outputs in encoded), strict=True)])
-    of_batch = [[len(x) if x.ndim else 0 for x in outputs.tensors] for outputs in encoded]
+    sizes = [[len(x) if x.ndim else 0 for x in outputs.tensors] for outputs in encoded]
     del encoded
     with torch.enable_grad():
         value: Tensor = _call(loss, leaves.as_arguments())
@@ -90,22 +90,15 @@ def cached_backward(
     if not value.requires_grad:
         raise ValueError("loss must depend on what encode returned: got a loss without a graph")
     value.backward()  # type: ignore[no-untyped-call]
-    begin = [0] * len(leaves.tensors)
-    for at, (batch, state, rows) in enumerate(zip(batches, states, of_batch, strict=True)):
+    shares = [_shares(leaf, of_batch) for leaf, of_batch in zip(leaves.tensors, zip(*sizes, strict=True), strict=True)]
+    for at, (batch, state, *grads) in enumerate(zip(batches, states, *shares, strict=True)):
         last = at == len(batches) - 1
         with contextlib.nullcontext() if last else held_back():
             with state.again(), torch.enable_grad():
                 outputs = _Outputs.of(_call(encode, batch)).tensors
-            roots, grads = [], []
-            for x, leaf, start, size in zip(outputs, leaves.tensors, begin, rows, strict=True):
-                if x.requires_grad and leaf.grad is not None:
-                    roots.append(x)
-                    # A number is one for all batches: it gets its gradient once.
-                    of_number = leaf.grad if last else torch.zeros_like(leaf.grad)
-                    grads.append(leaf.grad[start : start + size] if x.ndim else of_number)
-            if roots:
-                torch.autograd.backward(roots, grads)
-        begin = [start + size for start, size in zip(begin, rows, strict=True)]
+            pairs = [(x, g) for x, g in zip(outputs, grads, strict=True) if x.requires_grad and g is not None]
+            if pairs:
+                torch.autograd.backward([x for x, _ in pairs], [g for _, g in pairs])
     return value.detach()
 
 
@@ -174,3 +167,12 @@ def _leaf(parts: tuple[Tensor, ...]) -> Tensor:
         raise ValueError(f"encode must return rows of one shape for all batches: got {sorted(shapes)}")
     joined = torch.cat(parts) if parts[0].ndim else parts[0].clone()
     return joined.requires_grad_(joined.is_floating_point())
+
+
+def _shares(leaf: Tensor, sizes: Sequence[int]) -> Sequence[Tensor | None]:
+    """The gradient of each batch's rows. A number is one for all batches: the last has its gradient."""
+    if leaf.grad is None:
+        return [None] * len(sizes)
+    if leaf.ndim:
+        return torch.split(leaf.grad, list(sizes))
+    return [torch.zeros_like(leaf.grad)] * (len(sizes) - 1) + [leaf.grad]

@@ -129,9 +129,8 @@ def assign_kernel(
             center = load_features(points, center_at, valid, 1, width, first, CHUNK, WIDE)
             distance += tl.sum(rows * center if COSINE else (rows - center) * (rows - center), 1)
             if CLUSTERS:
-                rows = tl.where(
-                    valid[:, None], rows, 0.0
-                )  # behind the last row is the offset, which fp16 need not hold
+                # Behind the last row is the offset, which fp16 need not hold.
+                rows = tl.where(valid[:, None], rows, 0.0)
                 add_to_sums(sums_of_program, rows, one_hot, scale, last_integer, width, first, CHUNK, CLUSTERS)
         if COSINE:
             distance = 1.0 - distance

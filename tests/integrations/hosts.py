@@ -43,15 +43,10 @@ def within_clusters(loss: Callable[[Tensor], Tensor], labels: Tensor) -> Tensor:
 def peak_of(code: str) -> int:
     """Bytes of memory that a fresh process needs for `step()` beyond what it had before, defined by `code`."""
     script = f"""
-import pathlib, torch
+import torch
+from benchmarks.measure import peak_of
 {code}
-def kib(field):
-    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
-    return int(next(line.split()[1] for line in lines if line.startswith(field)))
-pathlib.Path("/proc/self/clear_refs").write_text("5")
-before = kib("VmRSS")
-step()
-print("peak", 1024 * (kib("VmHWM") - before))
+print("peak", peak_of(step))
 """
     result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
