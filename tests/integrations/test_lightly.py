@@ -65,6 +65,15 @@ def test_weights_are_those_of_the_whole_batch() -> None:
     torch.testing.assert_close(ours.DCLWLoss()(*views(), labels=LABELS), expected)
 
 
+@pytest.mark.parametrize("name", ["NTXentLoss", "DCLLoss"])
+def test_compiled(name: str) -> None:
+    torch._dynamo.reset()
+    loss = getattr(ours, name)(temperature=0.1)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for n in (40, 24, 17):
+        torch.testing.assert_close(compiled(*views(n), LABELS[:n]), loss(*views(n), LABELS[:n]))
+
+
 # --- the memory bank ------------------------------------------------------------------------------------------
 
 SIZES = [(64, 16), (17, 16)]  # more and fewer rows than a batch; neither is a multiple of it

@@ -101,6 +101,15 @@ def test_columns_of_other_lengths() -> None:
         MultipleNegativesRankingLoss(nn.Identity()).compute_loss_from_embeddings([*columns(2), columns(1)[0][:30]])
 
 
+def test_compiled() -> None:
+    torch._dynamo.reset()
+    loss = MultipleNegativesRankingLoss(nn.Identity())
+    compiled = torch.compile(loss.compute_loss_from_embeddings, fullgraph=True, backend="aot_eager")
+    for n in (40, 24, 17):
+        x, labels = [z[:n] for z in columns(3)], LABELS[:n]
+        torch.testing.assert_close(compiled(x, labels), loss.compute_loss_from_embeddings(x, labels))
+
+
 def on_two_ranks(rank: int) -> None:
     inputs, mine = [x.detach() for x in columns(3)], slice(20 * rank, 20 * rank + 20)
 
