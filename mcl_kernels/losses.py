@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from mcl_kernels._rows import compute_dtype, joined_views, normalize_rows, row_dot, unit_views
 from mcl_kernels._validate import check_choice, check_embeddings, check_positive, check_same_shape, check_same_width
+from mcl_kernels.distributed import Ranks, Side, check_alike, gather_vectors, ranks_of, share_queries, share_samples
+from mcl_kernels.exchange_plan import EXCHANGES
 from mcl_kernels.logsumexp.api import as_pairs, as_scale, masked_logsumexp, resolve_impl
 from mcl_kernels.logsumexp.plan import Pairs, count_kept
 from mcl_kernels.objectives import Objective, info_nce
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -31,6 +36,8 @@ def masked_info_nce(
     normalize: bool = True,
     reduction: str = "mean",
     impl: str = "auto",
+    group: ProcessGroup | None = None,
+    exchange: str = "auto",
 ) -> Tensor:
     """Contrastive loss of each query against its positive and the keys of its own cluster.
 
@@ -76,16 +83,20 @@ def masked_info_nce(
         >>> masked_info_nce(query, key, labels=torch.tensor([0, 0, 1, 1]), temperature=1.0)
         tensor(0.3133)
     """
-    check_choice("reduction", reduction, REDUCTIONS)
+    ranks = _ranks(group, exchange, reduction)
+    described: dict[str, Any] = {
+        "query": query, "key": key, "labels": labels, "key_labels": key_labels, "positive": positive, "ids": ids,
+        "key_ids": key_ids, "temperature": temperature, "normalize": normalize,
+    }  # fmt: skip
     query, key, positive, pairs = query_key_positive(
-        query, key, labels, key_labels, positive, ids, key_ids, negatives, normalize, impl
+        query, key, labels, key_labels, positive, ids, key_ids, negatives, normalize, impl, ranks
     )
     scale = _inverse_temperature(temperature, query, compute_dtype(query, key, positive))
-    positive_logit = scale * row_dot(query, positive, scale.dtype)
-    factors, counts = _needs(objective)
-    lse = [_logsumexp(query, key, pairs, scale * factor, impl) for factor in factors]
-    count = count_kept(query, key, pairs) if counts else None
-    return _reduce(_per_anchor(objective, positive_logit, lse, count, scale), reduction)
+    if ranks is None:
+        return _reduce(_one_way(query, positive, key, pairs, scale, objective, impl), reduction)
+    exchange = _agreed(ranks, "masked_info_nce", described, exchange, negatives, objective, reduction)
+    loss, total = _one_way_over(query, positive, key, pairs, scale, objective, impl, ranks, exchange)
+    return _reduce(loss, reduction, total, ranks)
 
 
 def nt_xent(
@@ -100,6 +111,8 @@ def nt_xent(
     normalize: bool = True,
     reduction: str = "mean",
     impl: str = "auto",
+    group: ProcessGroup | None = None,
+    exchange: str = "auto",
 ) -> Tensor:
     """SimCLR's loss (NT-Xent): 2N anchors, each against its other view and all views of its own cluster.
 
@@ -131,23 +144,40 @@ def nt_xent(
         >>> nt_xent(view, view, labels=torch.tensor([0, 0, 1, 1]), temperature=1.0)
         tensor(0.5514)
     """
-    check_choice("reduction", reduction, REDUCTIONS)
+    ranks = _ranks(group, exchange, reduction)
     check_embeddings("view_a", view_a)
     check_embeddings("view_b", view_b)
     check_same_shape("view_b", view_b, "view_a", view_a)
+    described = {
+        "view_a": view_a, "view_b": view_b, "labels": labels, "ids": ids, "temperature": temperature,
+        "normalize": normalize,
+    }  # fmt: skip
     if ids is None:
-        ids = torch.arange(len(view_a), device=view_a.device)
+        ids = _row_ids(view_a, ranks)
     names = ("view_a", "view_b", "labels")
     of_sample = as_pairs(view_a, view_b, labels, labels, ids, ids, negatives, key_is_query=True, names=names)
     impl = resolve_impl(impl, view_a.device)
     views, cosine = unit_views(view_a, view_b, impl) if normalize else joined_views(view_a, view_b)
-    pairs = of_sample.repeated(2)
     scale = _inverse_temperature(temperature, views, compute_dtype(views))
-    positive_logit = scale * torch.cat((cosine, cosine))
-    factors, counts = _needs(objective)
-    lse = [_logsumexp(views, None, pairs, scale * factor, impl) for factor in factors]
-    count = count_kept(views, views, pairs) if counts else None
-    return _reduce(_per_anchor(objective, positive_logit, lse, count, scale), reduction)
+    if ranks is None:
+        return _reduce(_all_views(views, cosine, of_sample, scale, objective, impl), reduction)
+    exchange = _agreed(ranks, "nt_xent", described, exchange, negatives, objective, reduction)
+    columns = *views.chunk(2), *(scale.chunk(2) if scale.ndim else ())
+    share = share_samples(Side(columns, of_sample.labels, of_sample.ids), "nt_xent", exchange, ranks)
+    losses = []
+    if share.whole is not None:
+        part_a, part_b, *scales = share.whole.columns
+        pairs = Pairs(share.whole.labels, share.whole.labels, share.whole.ids, share.whole.ids, negatives)
+        own_scale = torch.cat(scales) if scales else scale
+        losses.append(_all_views(*joined_views(part_a, part_b), pairs, own_scale, objective, impl))
+    if share.blocks is not None:
+        part_a, part_b, *scales = share.blocks.anchors.columns
+        query, positive = torch.cat((part_a, part_b)), torch.cat((part_b, part_a))
+        key = torch.cat(share.blocks.keys.columns[:2])
+        pairs = share.blocks.pairs(negatives).repeated(2)
+        own_scale = torch.cat(scales) if scales else scale
+        losses.append(_one_way(query, positive, key, pairs, own_scale, objective, impl, ranks))
+    return _reduce(torch.cat(losses), reduction, 2 * share.total, ranks)
 
 
 def clip_loss(
@@ -163,6 +193,8 @@ def clip_loss(
     normalize: bool = False,
     reduction: str = "mean",
     impl: str = "auto",
+    group: ProcessGroup | None = None,
+    exchange: str = "auto",
 ) -> Tensor:
     """CLIP's loss: images against captions and captions against images, each within its own cluster.
 
@@ -197,12 +229,16 @@ def clip_loss(
         >>> clip_loss(features, features, labels=torch.tensor([0, 0, 1, 1]), logit_scale=1.0)
         tensor(0.3133)
     """
-    check_choice("reduction", reduction, REDUCTIONS)
+    ranks = _ranks(group, exchange, reduction)
     check_embeddings("image_features", image_features)
     check_embeddings("text_features", text_features)
     check_same_shape("text_features", text_features, "image_features", image_features)
+    described = {
+        "image_features": image_features, "text_features": text_features, "labels": labels, "text_labels": text_labels,
+        "ids": ids, "logit_scale": logit_scale, "normalize": normalize,
+    }  # fmt: skip
     if ids is None:
-        ids = torch.arange(len(image_features), device=image_features.device)
+        ids = _row_ids(image_features, ranks)
     names = ("image_features", "text_features", "text_labels")
     pairs = as_pairs(
         image_features, text_features, labels, text_labels, ids, ids, negatives, key_is_query=True, names=names
@@ -218,20 +254,30 @@ def clip_loss(
     else:
         check_positive("logit_scale", logit_scale)
     scale = as_scale("logit_scale", logit_scale, image_features, dtype)
-    positive_logit = scale * row_dot(image_features, text_features, dtype)
-    factors, counts = _needs(objective)
-    both = [
-        masked_logsumexp(
-            image_features, text_features, pairs.labels, pairs.key_labels, scale=scale * factor,
-            ids=pairs.ids, key_ids=pairs.key_ids, negatives=negatives, bidirectional=True, impl=impl,
-        )
-        for factor in factors
-    ]  # fmt: skip
-    of_image = count_kept(image_features, text_features, pairs) if counts else None
-    of_text = count_kept(text_features, image_features, pairs.swapped()) if counts else None
-    image_loss = _per_anchor(objective, positive_logit, [b for b, _ in both], of_image, scale)
-    text_loss = _per_anchor(objective, positive_logit, [c for _, c in both], of_text, scale)
-    return _reduce((image_loss + text_loss) / 2, reduction)
+    if ranks is None:
+        return _reduce(_both_ways(image_features, text_features, pairs, scale, objective, impl), reduction)
+    exchange = _agreed(ranks, "clip_loss", described, exchange, negatives, objective, reduction)
+    if text_labels is not None:  # an image and its caption may be compared on different ranks
+        ways = ((image_features, text_features, pairs), (text_features, image_features, pairs.swapped()))
+        both = [_one_way_over(x, y, y, of_x, scale, objective, impl, ranks, exchange) for x, y, of_x in ways]
+        (image_loss, total), (text_loss, _) = both
+        if reduction == "none":
+            return (image_loss + text_loss) / 2
+        return _reduce(torch.cat((image_loss, text_loss)) / 2, reduction, total, ranks)
+    share = share_samples(Side((image_features, text_features), pairs.labels, pairs.ids), "clip_loss", exchange, ranks)
+    losses = []
+    if share.whole is not None:
+        image, text = share.whole.columns
+        of_whole = Pairs(share.whole.labels, share.whole.labels, share.whole.ids, share.whole.ids, negatives)
+        losses.append(_both_ways(image, text, of_whole, scale, objective, impl))
+    if share.blocks is not None:
+        image, text = share.blocks.anchors.columns
+        all_images, all_texts = share.blocks.keys.columns
+        of_block = share.blocks.pairs(negatives)
+        image_loss = _one_way(image, text, all_texts, of_block, scale, objective, impl, ranks)
+        text_loss = _one_way(text, image, all_images, of_block, scale, objective, impl, ranks)
+        losses.append((image_loss + text_loss) / 2)
+    return _reduce(torch.cat(losses), reduction, share.total, ranks)
 
 
 def query_key_positive(
@@ -245,6 +291,7 @@ def query_key_positive(
     negatives: str,
     normalize: bool,
     impl: str,
+    ranks: Ranks | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Pairs]:
     """The checked arguments of the query-key form, its positives [N, D] and who may be a negative of whom."""
     check_embeddings("query", query)
@@ -257,7 +304,7 @@ def query_key_positive(
     elif m < n:
         raise ValueError(f"key must hold a positive for each query where positive=None: got {m} keys for {n} queries")
     elif ids is None and key_ids is None:
-        ids, key_ids = torch.arange(n, device=query.device), torch.arange(m, device=query.device)
+        ids, key_ids = _row_ids(query, ranks), _row_ids(key, ranks)
     key_is_query = positive is None and m == n
     pairs = as_pairs(query, key, labels, key_labels, ids, key_ids, negatives, key_is_query=key_is_query)
     if normalize:
@@ -265,6 +312,95 @@ def query_key_positive(
         query, key = normalize_rows(query, impl), normalize_rows(key, impl)
         positive = None if positive is None else normalize_rows(positive, impl)
     return query, key, key[:n] if positive is None else positive, pairs
+
+
+def _one_way(
+    query: Tensor, positive: Tensor, key: Tensor, pairs: Pairs, scale: Tensor, objective: Objective, impl: str,
+    ranks: Ranks | None = None,
+) -> Tensor:  # fmt: skip
+    """The loss of each query, [N]."""
+    positive_logit = scale * row_dot(query, positive, scale.dtype)
+    factors, counts = _needs(objective)
+    lse = [_logsumexp(query, key, pairs, scale * factor, impl) for factor in factors]
+    count = count_kept(query, key, pairs) if counts else None
+    return _per_anchor(objective, positive_logit, lse, count, scale, ranks)
+
+
+def _all_views(
+    views: Tensor, cosine: Tensor, of_sample: Pairs, scale: Tensor, objective: Objective, impl: str
+) -> Tensor:
+    """The loss of each row of both views, [2N]; `cosine` are their positive similarities, [N]."""
+    pairs = of_sample.repeated(2)
+    positive_logit = scale * torch.cat((cosine, cosine))
+    factors, counts = _needs(objective)
+    lse = [_logsumexp(views, None, pairs, scale * factor, impl) for factor in factors]
+    count = count_kept(views, views, pairs) if counts else None
+    return _per_anchor(objective, positive_logit, lse, count, scale)
+
+
+def _both_ways(image: Tensor, text: Tensor, pairs: Pairs, scale: Tensor, objective: Objective, impl: str) -> Tensor:
+    """The mean of both directions for each pair, [N]."""
+    positive_logit = scale * row_dot(image, text, scale.dtype)
+    factors, counts = _needs(objective)
+    both = [
+        masked_logsumexp(
+            image, text, pairs.labels, pairs.key_labels, scale=scale * factor, ids=pairs.ids, key_ids=pairs.key_ids,
+            negatives=pairs.negatives, bidirectional=True, impl=impl,
+        )
+        for factor in factors
+    ]  # fmt: skip
+    of_image = count_kept(image, text, pairs) if counts else None
+    of_text = count_kept(text, image, pairs.swapped()) if counts else None
+    image_loss = _per_anchor(objective, positive_logit, [b for b, _ in both], of_image, scale)
+    text_loss = _per_anchor(objective, positive_logit, [c for _, c in both], of_text, scale)
+    return (image_loss + text_loss) / 2
+
+
+def _one_way_over(
+    query: Tensor, positive: Tensor, key: Tensor, pairs: Pairs, scale: Tensor, objective: Objective, impl: str,
+    ranks: Ranks, exchange: str,
+) -> tuple[Tensor, int]:  # fmt: skip
+    """The loss of each query that this rank computes, and the number of queries of all ranks."""
+    columns = (query, positive, scale) if scale.ndim else (query, positive)
+    queries, keys = Side(columns, pairs.labels, pairs.ids), Side((key,), pairs.key_labels, pairs.key_ids)
+    blocks, total = share_queries(queries, keys, exchange, ranks)
+    query, positive, *scales = blocks.anchors.columns
+    (key,), scale = blocks.keys.columns, scales[0] if scales else scale
+    return _one_way(query, positive, key, blocks.pairs(pairs.negatives), scale, objective, impl, ranks), total
+
+
+def _row_ids(rows: Tensor, ranks: Ranks | None) -> Tensor:
+    return torch.arange(len(rows), device=rows.device) if ranks is None else ranks.row_ids(rows)
+
+
+def _ranks(group: ProcessGroup | None, exchange: str, reduction: str) -> Ranks | None:
+    check_choice("reduction", reduction, REDUCTIONS)
+    check_choice("exchange", exchange, EXCHANGES)
+    return None if group is None else ranks_of(group)
+
+
+def _agreed(
+    ranks: Ranks,
+    loss: str,
+    arguments: dict[str, Any],
+    exchange: str,
+    negatives: str,
+    objective: Objective,
+    reduction: str,
+) -> str:
+    """The exchange of a call that is the same on all ranks: "gather" where an anchor needs more than its cluster."""
+    options = {"exchange": exchange, "negatives": negatives, "objective": objective, "reduction": reduction}
+    device = next(x.device for x in arguments.values() if isinstance(x, Tensor))
+    check_alike(ranks, device, {"loss": loss, **arguments, **options})
+    needing_all = {
+        f"negatives={negatives!r}": negatives != "same",
+        "reduction='none'": reduction == "none",
+        f"{objective}, which mixes anchors,": getattr(objective, "mixes_anchors", False),
+    }
+    reasons = [what for what, holds in needing_all.items() if holds]
+    if reasons and exchange == "cluster":
+        raise ValueError(f"exchange='cluster' keeps each cluster by itself: {reasons[0]} needs exchange='gather'")
+    return "gather" if reasons else exchange
 
 
 def _inverse_temperature(temperature: float | Tensor, query: Tensor, dtype: torch.dtype) -> Tensor:
@@ -293,8 +429,16 @@ def _logsumexp(query: Tensor, key: Tensor | None, pairs: Pairs, scale: Tensor, i
     )
 
 
-def _per_anchor(objective: Objective, a: Tensor, lse: list[Tensor], count: Tensor | None, scale: Tensor) -> Tensor:
+def _per_anchor(
+    objective: Objective, a: Tensor, lse: list[Tensor], count: Tensor | None, scale: Tensor, ranks: Ranks | None = None
+) -> Tensor:
     """The objective, [N]; where there are no negatives the loss is 0 and its gradient exactly 0."""
+    if ranks is not None and getattr(objective, "mixes_anchors", False):
+        optional = [x for x in (count, scale) if x is not None and x.ndim]
+        (a, *gathered), here = gather_vectors([a, *lse, *optional], ranks)
+        scale = gathered.pop() if scale.ndim else scale
+        count = None if count is None else gathered.pop()
+        return _per_anchor(objective, a, gathered, count, scale)[here]
     lonely = lse[0].detach() == -torch.inf
     # Twice `where`: the objective sees values that are safe to differentiate, then its result is dropped.
     safe_lse = tuple(b.masked_fill(lonely, 0.0) for b in lse)
@@ -306,11 +450,13 @@ def _per_anchor(objective: Objective, a: Tensor, lse: list[Tensor], count: Tenso
     return torch.where(lonely, 0.0 * a.detach(), loss)
 
 
-def _reduce(loss: Tensor, reduction: str) -> Tensor:
+def _reduce(loss: Tensor, reduction: str, anchors: int | None = None, ranks: Ranks | None = None) -> Tensor:
+    """Over ranks the loss holds this rank's share of the anchors: what it gives has the reduction as its mean."""
     if reduction == "none":
         return loss
-    total = loss.sum()
-    return total / max(loss.shape[0], 1) if reduction == "mean" else total
+    total = loss.sum() if ranks is None else loss.sum() * ranks.world_size
+    n = loss.shape[0] if anchors is None else anchors
+    return total / max(n, 1) if reduction == "mean" else total
 
 
 class _Loss(nn.Module):
@@ -324,6 +470,8 @@ class _Loss(nn.Module):
         normalize: bool = True,
         reduction: str = "mean",
         impl: str = "auto",
+        group: ProcessGroup | None = None,
+        exchange: str = "auto",
     ) -> None:
         super().__init__()
         self.options: dict[str, Any] = {
@@ -332,6 +480,8 @@ class _Loss(nn.Module):
             "normalize": normalize,
             "reduction": reduction,
             "impl": impl,
+            "group": group,
+            "exchange": exchange,
         }
 
     def extra_repr(self) -> str:

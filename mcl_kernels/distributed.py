@@ -1,0 +1,389 @@
+"""Rows of a batch that is spread over ranks, brought to where they are compared, and their gradients brought back.
+
+Every rank holds a shard. By "gather" all keys come to every rank, which compares its own anchors with them. By
+"cluster" the rows of a cluster come to the ranks that compute it (`exchange_plan`), in one all-to-all, and their
+gradients go back in another. A row travels as bytes, with its label and its id: nothing is rounded, and no rank has to
+be told whose row it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import is_dataclass
+from itertools import accumulate, chain
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mcl_kernels._rows import compute_dtype
+from mcl_kernels.exchange_plan import block_of, bucket_count, buckets_of, plan_exchange
+from mcl_kernels.logsumexp.plan import Pairs
+
+DESCRIPTION_BYTES = 4096
+
+
+class Ranks(NamedTuple):
+    """The ranks of a process group, and which of them this process is."""
+
+    group: Any
+    rank: int
+    world_size: int
+
+    def row_ids(self, rows: Tensor) -> Tensor:
+        """An id for each row of this rank that no row of another rank has."""
+        return torch.arange(len(rows), device=rows.device) * self.world_size + self.rank
+
+
+def ranks_of(group: Any) -> Ranks:
+    """Checks that `group` is a process group that this process belongs to."""
+    if not (dist.is_available() and dist.is_initialized()):
+        raise RuntimeError("group needs torch.distributed: call torch.distributed.init_process_group() first")
+    if group == dist.GroupMember.NON_GROUP_MEMBER:  # what new_group() hands to a process outside of the group
+        raise ValueError("group must be one that this process belongs to: got one of other ranks")
+    if not isinstance(group, dist.ProcessGroup):
+        expected = "a process group (torch.distributed.group.WORLD is all ranks), or None for this process alone"
+        raise TypeError(f"group must be {expected}: got {type(group).__name__}")
+    return Ranks(group, dist.get_rank(group), dist.get_world_size(group))
+
+
+def check_alike(ranks: Ranks, device: torch.device, arguments: Mapping[str, object]) -> None:
+    """Raises on every rank where the ranks do not agree, before one of them waits for what never comes."""
+    text = json.dumps({name: _described(value) for name, value in arguments.items()}).encode()
+    digest = int.from_bytes(hashlib.sha256(text).digest()[:7], "big")
+    extremes = torch.tensor([digest, -digest], device=device)
+    dist.all_reduce(extremes, dist.ReduceOp.MAX, group=ranks.group)
+    if int(extremes.sum()) == 0:
+        return
+    padded = torch.frombuffer(bytearray(text[:DESCRIPTION_BYTES].ljust(DESCRIPTION_BYTES)), dtype=torch.uint8)
+    texts = _all_gather(padded.to(device), ranks).cpu().view(ranks.world_size, -1)
+    described = [json.loads(bytes(row.tolist())) for row in texts]
+    for name in dict.fromkeys(chain.from_iterable(described)):
+        values = [of_rank.get(name, "nothing") for of_rank in described]
+        other = next((rank for rank, value in enumerate(values) if value != values[0]), None)
+        if other is not None:
+            raise ValueError(
+                f"{name} must be alike on every rank of the group: "
+                f"got {values[0]} on rank 0 and {values[other]} on rank {other}"
+            )
+
+
+def _described(value: object) -> str:
+    """What has to be alike of an argument."""
+    if isinstance(value, Tensor):
+        shape = ", ".join(["rows", *map(str, value.shape[1:])][: value.ndim])
+        with_grad = " that requires grad" if value.requires_grad and torch.is_grad_enabled() else ""
+        return f"[{shape}] {str(value.dtype).removeprefix('torch.')}{with_grad}"
+    if callable(value) and not is_dataclass(value):
+        return getattr(value, "__qualname__", type(value).__qualname__)
+    return repr(value)
+
+
+class Side(NamedTuple):
+    """Rows that travel together: anchors, keys, or samples that are both."""
+
+    columns: tuple[Tensor, ...]  # [N, D] or [N] each, floating point
+    labels: Tensor | None  # int64 [N]
+    ids: Tensor | None  # int64 [N]
+
+    def tensors(self) -> list[Tensor]:
+        return [*self.columns, *(x for x in (self.labels, self.ids) if x is not None)]
+
+    def like(self, tensors: Sequence[Tensor]) -> Side:
+        """Other rows: `tensors` in the order of `tensors()`."""
+        rest = iter(tensors)
+        columns = tuple(next(rest) for _ in self.columns)
+        labels, ids = (None if x is None else next(rest) for x in (self.labels, self.ids))
+        return Side(columns, labels, ids)
+
+    def take(self, index: Tensor) -> Side:
+        return self.like([x.index_select(0, index) for x in self.tensors()])
+
+
+class Blocks(NamedTuple):
+    """Anchors and the keys that they are compared with."""
+
+    anchors: Side
+    keys: Side
+
+    def pairs(self, negatives: str) -> Pairs:
+        return Pairs(self.anchors.labels, self.keys.labels, self.anchors.ids, self.keys.ids, negatives)
+
+
+class Share(NamedTuple):
+    """What this rank computes of a batch of samples that are anchors and keys at once."""
+
+    whole: Side | None  # samples of clusters that are here alone, compared with each other
+    blocks: Blocks | None  # of all other clusters
+    total: int  # samples of all ranks
+
+
+def share_samples(samples: Side, loss: str, exchange: str, ranks: Ranks) -> Share:
+    """Sends the samples of this rank to where they are compared, and receives what this rank compares."""
+    owners = _Owners.of(samples, None, loss, exchange, ranks)
+    if owners is None:
+        keys, total = _gathered_keys(samples, samples, ranks)
+        return Share(None, Blocks(samples, keys), total)
+    home, blocks = owners.home(samples), owners.blocks_of(samples)
+    whole = (blocks <= 1).nonzero().squeeze(1)
+    index, to = owners.copies(samples, of_cut=True)
+    # For each rank its anchors first, so that their number says which they are.
+    not_anchor = (to != home[index]).long()
+    order = (2 * to + not_anchor).argsort(stable=True)
+    index, to, not_anchor = index[order], to[order], not_anchor[order]
+    anchors = _per_rank(to[not_anchor == 0], ranks)
+    moves, received = _moves([(whole, home[whole]), (index, to)], [anchors], ranks)
+    if not owners.any_cut:
+        return Share(_exchange([(moves[0], samples)], ranks)[0], None, owners.total)
+    together, keys = _exchange([(move, samples) for move in moves], ranks)
+    begins = [0, *accumulate(moves[1].received)]
+    here = [torch.arange(begin, begin + n) for begin, n in zip(begins, received[0], strict=False)]
+    anchors_here = keys.take(torch.cat(here).to(home.device))
+    return Share(together, Blocks(anchors_here, keys), owners.total)
+
+
+def share_queries(queries: Side, keys: Side, exchange: str, ranks: Ranks) -> tuple[Blocks, int]:
+    """The same of queries and keys; returned with the number of queries of all ranks."""
+    owners = _Owners.of(queries, keys, "masked_info_nce", exchange, ranks)
+    if owners is None:
+        gathered, total = _gathered_keys(queries, keys, ranks)
+        return Blocks(queries, gathered), total
+    home = owners.home(queries)
+    routes = [(torch.arange(len(home), device=home.device), home), owners.copies(keys, of_cut=False)]
+    moves, _ = _moves(routes, [], ranks)
+    anchors, everything = _exchange(list(zip(moves, (queries, keys), strict=True)), ranks)
+    return Blocks(anchors, everything), owners.total
+
+
+def gather_rows(side: Side, sizes: Sequence[int], ranks: Ranks) -> Side:
+    """The rows of all ranks, `sizes` of them, in the order of the ranks."""
+    return side.like(_Gather.apply(ranks, sizes, *side.tensors()))  # type: ignore[no-untyped-call]
+
+
+def gather_vectors(vectors: Sequence[Tensor], ranks: Ranks) -> tuple[list[Tensor], slice]:
+    """Those of all ranks one after the other, and where in them those of this rank are."""
+    sizes = [n for (n,) in all_sizes([len(vectors[0])], ranks, vectors[0].device)]
+    begin = sum(sizes[: ranks.rank])
+    gathered = gather_rows(Side(tuple(vectors), None, None), sizes, ranks)
+    return list(gathered.columns), slice(begin, begin + len(vectors[0]))
+
+
+def all_sizes(values: Sequence[int], ranks: Ranks, device: torch.device) -> list[list[int]]:
+    """What each rank gives, [W, values]."""
+    sizes: list[list[int]] = _all_gather(torch.tensor([values], device=device), ranks).tolist()
+    return sizes
+
+
+def _gathered_keys(anchors: Side, keys: Side, ranks: Ranks) -> tuple[Side, int]:
+    sizes = all_sizes([len(anchors.columns[0]), len(keys.columns[0])], ranks, keys.columns[0].device)
+    return gather_rows(keys, [m for _, m in sizes], ranks), sum(n for n, _ in sizes)
+
+
+class _Owners(NamedTuple):
+    """The ranks that compute each bucket of labels."""
+
+    blocks: Tensor  # int64 [K + 1], how many; the last entry is that of rows that match nothing
+    begin: Tensor  # int64 [K + 1], of the ranks of a bucket in
+    flat: Tensor  # int64
+    any_cut: bool
+    total: int  # anchors of all ranks
+    ranks: Ranks
+
+    @classmethod
+    def of(cls, anchors: Side, keys: Side | None, loss: str, exchange: str, ranks: Ranks) -> _Owners | None:
+        """None where the keys are gathered."""
+        if exchange == "gather" or (exchange == "auto" and anchors.labels is None):
+            return None
+        sides = [anchors] if keys is None else [anchors, keys]
+        buckets = bucket_count(ranks.world_size)
+        counts = torch.stack([_bucket(side, ranks).add(1).bincount(minlength=buckets + 1) for side in sides])
+        dist.all_reduce(counts, group=ranks.group)
+        histogram = counts.cpu()
+        features, dtype = anchors.columns[0].shape[1], anchors.columns[0].dtype
+        plan = plan_exchange(
+            histogram[0, 1:], ranks.world_size, key_histogram=None if keys is None else histogram[1, 1:], loss=loss,
+            features=features, dtype=dtype, exchange=exchange,
+        )  # fmt: skip
+        if plan.exchange == "gather":
+            return None
+        blocks = torch.tensor([*map(len, plan.owners), 0])
+        flat = torch.tensor(list(chain.from_iterable(plan.owners)), dtype=torch.int64)
+        any_cut, total = bool(blocks.max() > 1), int(histogram[0].sum())
+        tensors = [x.to(counts.device) for x in (blocks, blocks.cumsum(0) - blocks, flat)]
+        return cls(tensors[0], tensors[1], tensors[2], any_cut, total, ranks)
+
+    def blocks_of(self, side: Side) -> Tensor:
+        """Of the bucket of each row, [N]; 0 for one that is compared with nothing."""
+        return self.blocks[_bucket(side, self.ranks)]
+
+    def home(self, side: Side) -> Tensor:
+        """The rank that compares each row, [N]: of the owners of its bucket in turns; where there is none, this one."""
+        bucket = _bucket(side, self.ranks)
+        order = bucket.argsort(stable=True)
+        in_order = bucket[order]
+        position = torch.empty_like(order)
+        position[order] = torch.arange(len(order), device=order.device) - torch.searchsorted(in_order, in_order)
+        blocks = self.blocks[bucket]
+        owner = self.begin[bucket] + block_of(position, self.ranks.rank, blocks.clamp(min=1))
+        home = torch.full_like(bucket, self.ranks.rank)
+        owned = blocks > 0
+        home[owned] = self.flat[owner[owned]]
+        return home
+
+    def copies(self, side: Side, *, of_cut: bool) -> tuple[Tensor, Tensor]:
+        """Which rows go to which ranks, so that every owner has all of its buckets; `of_cut`: of those of several."""
+        bucket = _bucket(side, self.ranks)
+        blocks = self.blocks[bucket]
+        blocks = torch.where(blocks > 1, blocks, 0) if of_cut else blocks
+        index = torch.repeat_interleave(blocks)
+        turn = torch.arange(len(index), device=index.device) - (blocks.cumsum(0) - blocks)[index]
+        return index, self.flat[self.begin[bucket][index] + turn]
+
+
+def _bucket(side: Side, ranks: Ranks) -> Tensor:
+    """Of each row, [N]; -1 for one that matches nothing."""
+    if side.labels is None:
+        return torch.zeros(len(side.columns[0]), dtype=torch.int64, device=side.columns[0].device)
+    return buckets_of(side.labels, ranks.world_size)
+
+
+class _Move(NamedTuple):
+    """Rows on their way from every rank to every rank."""
+
+    order: Tensor  # int64, the rows as they are sent: by rank; some of them to several
+    sent: list[int]  # how many to each rank
+    received: list[int]
+
+
+def _moves(
+    routes: list[tuple[Tensor, Tensor]], counts: list[Tensor], ranks: Ranks
+) -> tuple[list[_Move], list[list[int]]]:
+    """Of rows and the ranks that they go to; further counts for each rank, [W], are exchanged on the way."""
+    sent = torch.stack([*(_per_rank(to, ranks) for _, to in routes), *counts], dim=1)
+    received = torch.empty_like(sent)
+    dist.all_to_all_single(received, sent, group=ranks.group)
+    arriving: list[list[int]] = received.T.tolist()
+    moves = [
+        _Move(index[to.argsort(stable=True)], leaving, arrive)
+        for (index, to), leaving, arrive in zip(routes, sent.T.tolist(), arriving, strict=False)
+    ]
+    return moves, arriving[len(routes) :]
+
+
+def _per_rank(to: Tensor, ranks: Ranks) -> Tensor:
+    return torch.bincount(to, minlength=ranks.world_size)
+
+
+def _exchange(moves: list[tuple[_Move, Side]], ranks: Ranks) -> list[Side]:
+    """What arrives of each move. One step of autograd, so that all ranks communicate in one order in backward too."""
+    tensors = [side.tensors() for _, side in moves]
+    arrived = iter(_Exchange.apply(ranks, [move for move, _ in moves], [len(x) for x in tensors], *chain(*tensors)))  # type: ignore[no-untyped-call]
+    return [side.like([next(arrived) for _ in side.tensors()]) for _, side in moves]
+
+
+class _Exchange(torch.autograd.Function):
+    """Rows to other ranks; in backward their gradients the same way back, those of the copies of a row summed."""
+
+    @staticmethod
+    def forward(ctx: Any, ranks: Ranks, moves: list[_Move], parts: list[int], *tensors: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        ctx.ranks, ctx.moves = ranks, moves
+        arrived: list[Tensor] = []
+        ctx.of_move = []
+        for move, part in zip(moves, parts, strict=True):
+            here = tensors[len(arrived) : len(arrived) + part]
+            ctx.of_move.append((range(len(arrived), len(arrived) + part), len(here[0])))
+            packed = _as_bytes(here).index_select(0, move.order)
+            arrived += _from_bytes(_all_to_all(packed, move.sent, move.received, ranks), here)
+        ctx.mark_non_differentiable(*(x for x in arrived if not x.is_floating_point()))
+        return tuple(arrived)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        returned: list[Tensor | None] = [None] * len(grads)
+        for move, (part, n) in zip(ctx.moves, ctx.of_move, strict=True):
+            wanted = [i for i in part if ctx.needs_input_grad[3 + i]]
+            if not wanted:
+                continue
+            here = [grads[i] for i in wanted]
+            back = _from_bytes(_all_to_all(_as_bytes(here), move.received, move.sent, ctx.ranks), here)
+            for i, grad in zip(wanted, back, strict=True):
+                returned[i] = _sum_of_copies(grad, move, n)
+        return None, None, None, *returned
+
+
+class _Gather(torch.autograd.Function):
+    """The rows of all ranks; in backward the sum of what all ranks return for a row, in fp32 or fp64."""
+
+    @staticmethod
+    def forward(ctx: Any, ranks: Ranks, sizes: Sequence[int], *tensors: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        ctx.ranks, ctx.sizes, ctx.shapes = ranks, sizes, [x.shape[1:] for x in tensors]
+        ctx.dtypes = [x.dtype for x in tensors]
+        rows = _all_gather(_padded(_as_bytes(tensors), max(sizes)), ranks).view(ranks.world_size, max(sizes), -1)
+        gathered = _from_bytes(torch.cat([rows[rank, :n] for rank, n in enumerate(sizes)]), tensors)
+        ctx.mark_non_differentiable(*(x for x in gathered if not x.is_floating_point()))
+        return tuple(gathered)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        returned: list[Tensor | None] = [None] * len(grads)
+        wanted = [i for i in range(len(grads)) if ctx.needs_input_grad[2 + i]]
+        columns = [grads[i].reshape(len(grads[i]), -1) for i in wanted]
+        wide = compute_dtype(*columns)
+        by_rank = torch.cat([x.to(wide) for x in columns], dim=1).split_with_sizes(list(ctx.sizes))
+        own = _reduce_scatter(torch.cat([_padded(rows, max(ctx.sizes)) for rows in by_rank]), ctx.ranks)
+        own = own[: ctx.sizes[ctx.ranks.rank]]
+        for i, part in zip(wanted, own.split_with_sizes([x.shape[1] for x in columns], dim=1), strict=True):
+            returned[i] = part.reshape(-1, *ctx.shapes[i]).to(ctx.dtypes[i])
+        return None, None, *returned
+
+
+def _sum_of_copies(grad: Tensor, move: _Move, rows: int) -> Tensor:
+    """For each row the sum over the ranks that it was sent to, in their order."""
+    total = grad.new_zeros(rows, *grad.shape[1:], dtype=compute_dtype(grad))
+    for index, part in zip(move.order.split_with_sizes(move.sent), grad.split_with_sizes(move.sent), strict=True):
+        if len(index):
+            total[index] += part  # a row goes to a rank once at most
+    return total.to(grad.dtype)
+
+
+def _as_bytes(tensors: Sequence[Tensor]) -> Tensor:
+    """Rows of several tensors side by side, uint8 [N, bytes]."""
+    flat = [x.detach().reshape(len(x), x.shape[1:].numel()).contiguous() for x in tensors]
+    return torch.cat([x.view(torch.uint8) for x in flat], dim=1)
+
+
+def _from_bytes(packed: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    widths = [x.shape[1:].numel() * x.element_size() for x in like]
+    parts = zip(packed.split_with_sizes(widths, dim=1), like, strict=True)
+    return [part.contiguous().view(x.dtype).reshape(len(packed), *x.shape[1:]) for part, x in parts]
+
+
+def _padded(rows: Tensor, size: int) -> Tensor:
+    return torch.cat((rows, rows.new_zeros(size - len(rows), *rows.shape[1:])))
+
+
+def _all_to_all(rows: Tensor, sent: list[int], received: list[int], ranks: Ranks) -> Tensor:
+    arrived = rows.new_empty(sum(received), *rows.shape[1:])
+    dist.all_to_all_single(arrived, rows, received, sent, group=ranks.group)
+    return arrived
+
+
+def _all_gather(rows: Tensor, ranks: Ranks) -> Tensor:
+    gathered = rows.new_empty(ranks.world_size * len(rows), *rows.shape[1:])
+    # The names that these two have since torch 2.13, or those before.
+    collective = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    collective(gathered, rows, group=ranks.group)
+    return gathered
+
+
+def _reduce_scatter(rows: Tensor, ranks: Ranks) -> Tensor:
+    own = rows.new_empty(len(rows) // ranks.world_size, *rows.shape[1:])
+    collective = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    collective(own, rows, group=ranks.group)
+    return own

@@ -1,0 +1,101 @@
+"""Processes that speak over gloo, kept for all tests of a module: to start one takes seconds."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+class RankPool:
+    """`world_size` processes, each of which runs what `run` is given."""
+
+    def __init__(self, world_size: int, timeout: float = 60.0) -> None:
+        self.world_size, self.timeout = world_size, timeout
+        self.started = False
+
+    def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """What `function(*arguments)` returns on each rank; a function of a module, not a lambda.
+
+        Raises what the ranks raised, and starts new processes for the next run.
+        """
+        self._start()
+        for pipe in self.pipes:
+            pipe.send((function, arguments))
+        results, failures = [], []
+        for rank, pipe in enumerate(self.pipes):
+            try:
+                failed, result = pipe.recv() if pipe.poll(4 * self.timeout) else (True, "no answer")
+            except EOFError:
+                failed, result = True, "the process ended"
+            results.append(result)
+            if failed:
+                failures.append(f"rank {rank}: {result}")
+        if failures:
+            self.stop()
+            raise AssertionError("\n".join(failures))
+        return results
+
+    def stop(self) -> None:
+        if self.started:
+            for process in self.processes:
+                process.kill()
+                process.join()
+            self.directory.cleanup()
+            self.started = False
+
+    def _start(self) -> None:
+        if self.started:
+            return
+        context = multiprocessing.get_context("spawn")
+        self.directory = tempfile.TemporaryDirectory()
+        ends = [context.Pipe() for _ in range(self.world_size)]
+        self.pipes = [ours for ours, _ in ends]
+        self.processes = [
+            context.Process(
+                target=_serve,
+                args=(theirs, Path(self.directory.name), rank, self.world_size, self.timeout),
+                daemon=True,
+            )
+            for rank, (_, theirs) in enumerate(ends)
+        ]
+        for process, (_, theirs) in zip(self.processes, ends, strict=True):
+            process.start()
+            theirs.close()
+        self.started = True
+
+    def __enter__(self) -> RankPool:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+
+def _serve(pipe: Connection, directory: Path, rank: int, world_size: int, timeout: float) -> None:
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{directory / 'store'}", rank=rank, world_size=world_size,
+        timeout=timedelta(seconds=timeout),
+    )  # fmt: skip
+    while True:
+        try:
+            function, arguments = pipe.recv()
+        except EOFError:
+            return
+        try:
+            pipe.send((False, function(*arguments)))
+        except Exception:
+            pipe.send((True, traceback.format_exc()))
