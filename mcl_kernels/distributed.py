@@ -100,6 +100,10 @@ class Side(NamedTuple):
         labels, ids = (None if x is None else next(rest) for x in (self.labels, self.ids))
         return Side(columns, labels, ids)
 
+    def pairs(self, negatives: str) -> Pairs:
+        """Of samples that are compared with each other."""
+        return Pairs(self.labels, self.labels, self.ids, self.ids, negatives)
+
     def take(self, index: Tensor) -> Side:
         return self.like([x.index_select(0, index) for x in self.tensors()])
 
@@ -323,8 +327,9 @@ class _Gather(torch.autograd.Function):
     def forward(ctx: Any, ranks: Ranks, sizes: Sequence[int], *tensors: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
         ctx.ranks, ctx.sizes, ctx.shapes = ranks, sizes, [x.shape[1:] for x in tensors]
         ctx.dtypes = [x.dtype for x in tensors]
-        rows = _all_gather(_padded(_as_bytes(tensors), max(sizes)), ranks).view(ranks.world_size, max(sizes), -1)
-        gathered = _from_bytes(torch.cat([rows[rank, :n] for rank, n in enumerate(sizes)]), tensors)
+        padded = _all_gather(_padded(_as_bytes(tensors), max(sizes)), ranks)
+        by_rank = padded.split_with_sizes([max(sizes)] * ranks.world_size)
+        gathered = _from_bytes(torch.cat([rows[:n] for rows, n in zip(by_rank, sizes, strict=True)]), tensors)
         ctx.mark_non_differentiable(*(x for x in gathered if not x.is_floating_point()))
         return tuple(gathered)
 
@@ -333,7 +338,7 @@ class _Gather(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         returned: list[Tensor | None] = [None] * len(grads)
         wanted = [i for i in range(len(grads)) if ctx.needs_input_grad[2 + i]]
-        columns = [grads[i].reshape(len(grads[i]), -1) for i in wanted]
+        columns = [_flat(grads[i]) for i in wanted]
         wide = compute_dtype(*columns)
         by_rank = torch.cat([x.to(wide) for x in columns], dim=1).split_with_sizes(list(ctx.sizes))
         own = _reduce_scatter(torch.cat([_padded(rows, max(ctx.sizes)) for rows in by_rank]), ctx.ranks)
@@ -354,8 +359,11 @@ def _sum_of_copies(grad: Tensor, move: _Move, rows: int) -> Tensor:
 
 def _as_bytes(tensors: Sequence[Tensor]) -> Tensor:
     """Rows of several tensors side by side, uint8 [N, bytes]."""
-    flat = [x.detach().reshape(len(x), x.shape[1:].numel()).contiguous() for x in tensors]
-    return torch.cat([x.view(torch.uint8) for x in flat], dim=1)
+    return torch.cat([_flat(x.detach()).contiguous().view(torch.uint8) for x in tensors], dim=1)
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x.reshape(len(x), x.shape[1:].numel())
 
 
 def _from_bytes(packed: Tensor, like: Sequence[Tensor]) -> list[Tensor]:

@@ -134,6 +134,11 @@ def plan_exchange(
         raise ValueError(f"key_histogram is for loss='masked_info_nce': got it with {loss!r}")
     queries = _Histogram.of("histogram", histogram, world_size)
     keys = queries if key_histogram is None else _Histogram.of("key_histogram", key_histogram, world_size)
+    if len(keys.total) != len(queries.total):
+        raise ValueError(
+            "key_histogram must have as many labels as histogram: "
+            f"got {len(keys.total)} labels for {len(queries.total)}"
+        )
     model = _Model(queries, keys, world_size, layout, features, dtype)
     plans = [model.plan(kind, counted=exchange != "gather") for kind in EXCHANGES[1:] if exchange in ("auto", kind)]
     return min(plans, key=lambda plan: float((plan.operations + operations_per_byte * plan.bytes).max()))
@@ -159,9 +164,8 @@ def pack_clusters(queries: Sequence[int], keys: Sequence[int], world_size: int, 
     fair = sum(work) / world_size
     # Cutting costs bytes, and where anchors are no longer the keys operations: only where it ends earlier.
     limits = [math.inf, 2 * fair, fair] if max(work, default=0) > fair else [math.inf]
-    return min((_pack(work, queries, world_size, block_cost, limit) for limit in limits), key=lambda packed: packed[0])[
-        1
-    ]
+    packings = [_pack(work, queries, world_size, block_cost, limit) for limit in limits]
+    return min(packings, key=lambda packing: packing[0])[1]
 
 
 Owners = tuple[tuple[int, ...], ...]

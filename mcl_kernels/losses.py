@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from mcl_kernels._rows import compute_dtype, joined_views, normalize_rows, row_dot, unit_views
+from mcl_kernels import over_ranks, per_anchor
+from mcl_kernels._rows import compute_dtype, joined_views, normalize_rows, unit_views
 from mcl_kernels._validate import check_choice, check_embeddings, check_positive, check_same_shape, check_same_width
-from mcl_kernels.distributed import Ranks, Side, check_alike, gather_vectors, ranks_of, share_queries, share_samples
+from mcl_kernels.distributed import Ranks, ranks_of
 from mcl_kernels.exchange_plan import EXCHANGES
-from mcl_kernels.logsumexp.api import as_pairs, as_scale, masked_logsumexp, resolve_impl
-from mcl_kernels.logsumexp.plan import Pairs, count_kept
+from mcl_kernels.logsumexp.api import as_pairs, as_scale, resolve_impl
+from mcl_kernels.logsumexp.plan import Pairs
 from mcl_kernels.objectives import Objective, info_nce
 
 if TYPE_CHECKING:
@@ -68,13 +69,25 @@ def masked_info_nce(
         normalize: L2-normalise all three in fp32, rounded once to the dtype they came in.
         reduction: "mean" over all N anchors (those without negatives included; 0 for N = 0), "sum" or "none".
         impl: see `masked_logsumexp`.
+        group: None: the batch is that of this process. Or a process group whose ranks hold a shard each, of any length
+            (`torch.distributed.group.WORLD`: all ranks); equal labels, and equal ids, mean the same on all of them, and
+            default ids differ. Every rank calls, and gets W / N times the sum over its share of the N anchors of all
+            W ranks: the mean of what they get is the loss of the whole batch, and so are, once averaged as
+            `DistributedDataParallel` does, the gradients of parameters and temperature (those of embeddings are
+            W times as large). "sum" is spread in the same way; "none" gives the losses of this rank's rows.
+        exchange: "cluster" sends the rows of each cluster to the rank that compares them, or to several if the cluster
+            is large: with clusters, about its own batch for each rank. "gather" sends all keys to all ranks. "auto"
+            takes what is done first (`plan_exchange`); it gathers where an anchor needs more than its cluster: other
+            `negatives`, `reduction="none"`, an objective that mixes anchors.
 
     Returns:
         A scalar, or [N] with `reduction="none"`; fp32, or fp64 where an input is fp64.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
-        ValueError: shapes, lengths, devices or options that do not fit; each message names the argument.
+        ValueError: shapes, lengths, devices or options that do not fit, or that are not alike on all ranks; each
+            message names the argument.
+        RuntimeError: a rank that failed, or did not come within the timeout of the group.
 
     Source: "Learning the Unlearned" (ECCV 2024, arXiv 2402.11816), the loss L_j of stage j.
 
@@ -93,9 +106,11 @@ def masked_info_nce(
     )
     scale = _inverse_temperature(temperature, query, compute_dtype(query, key, positive))
     if ranks is None:
-        return _reduce(_one_way(query, positive, key, pairs, scale, objective, impl), reduction)
-    exchange = _agreed(ranks, "masked_info_nce", described, exchange, negatives, objective, reduction)
-    loss, total = _one_way_over(query, positive, key, pairs, scale, objective, impl, ranks, exchange)
+        return _reduce(per_anchor.one_way(query, positive, key, pairs, scale, objective, impl), reduction)
+    exchange = over_ranks.agreed_exchange(
+        ranks, "masked_info_nce", described, exchange, negatives, objective, reduction
+    )
+    loss, total = over_ranks.one_way(query, positive, key, pairs, scale, objective, impl, ranks, exchange)
     return _reduce(loss, reduction, total, ranks)
 
 
@@ -128,14 +143,14 @@ def nt_xent(
         labels: pseudo labels of the samples, integers [N]; None: one cluster. A negative label matches nothing.
         temperature: t > 0, a float, a 0-d tensor or a vector [2N], view_a first; see `masked_info_nce`.
         ids: identity of the samples, integers [N]; equal ids are never negatives. Default: every row its own.
-        negatives, objective, normalize, impl: as in `masked_info_nce`.
+        negatives, objective, normalize, impl, group, exchange: as in `masked_info_nce`.
         reduction: "mean" over all 2N anchors (0 for N = 0), "sum" or "none".
 
     Returns:
         A scalar, or [2N] with `reduction="none"`, view_a first; fp32, or fp64 where an input is fp64.
 
     Raises:
-        TypeError, ValueError: as `masked_info_nce`.
+        TypeError, ValueError, RuntimeError: as `masked_info_nce`.
 
     Source: Chen et al. 2020 (arXiv 2002.05709), equation 1, with the negatives of arXiv 2402.11816.
 
@@ -160,24 +175,11 @@ def nt_xent(
     views, cosine = unit_views(view_a, view_b, impl) if normalize else joined_views(view_a, view_b)
     scale = _inverse_temperature(temperature, views, compute_dtype(views))
     if ranks is None:
-        return _reduce(_all_views(views, cosine, of_sample, scale, objective, impl), reduction)
-    exchange = _agreed(ranks, "nt_xent", described, exchange, negatives, objective, reduction)
-    columns = *views.chunk(2), *(scale.chunk(2) if scale.ndim else ())
-    share = share_samples(Side(columns, of_sample.labels, of_sample.ids), "nt_xent", exchange, ranks)
-    losses = []
-    if share.whole is not None:
-        part_a, part_b, *scales = share.whole.columns
-        pairs = Pairs(share.whole.labels, share.whole.labels, share.whole.ids, share.whole.ids, negatives)
-        own_scale = torch.cat(scales) if scales else scale
-        losses.append(_all_views(*joined_views(part_a, part_b), pairs, own_scale, objective, impl))
-    if share.blocks is not None:
-        part_a, part_b, *scales = share.blocks.anchors.columns
-        query, positive = torch.cat((part_a, part_b)), torch.cat((part_b, part_a))
-        key = torch.cat(share.blocks.keys.columns[:2])
-        pairs = share.blocks.pairs(negatives).repeated(2)
-        own_scale = torch.cat(scales) if scales else scale
-        losses.append(_one_way(query, positive, key, pairs, own_scale, objective, impl, ranks))
-    return _reduce(torch.cat(losses), reduction, 2 * share.total, ranks)
+        return _reduce(per_anchor.all_views(views, cosine, of_sample, scale, objective, impl), reduction)
+    exchange = over_ranks.agreed_exchange(ranks, "nt_xent", described, exchange, negatives, objective, reduction)
+    part_a, part_b = views.chunk(2)
+    loss, total = over_ranks.all_views(part_a, part_b, of_sample, scale, objective, impl, ranks, exchange)
+    return _reduce(loss, reduction, 2 * total, ranks)
 
 
 def clip_loss(
@@ -212,7 +214,7 @@ def clip_loss(
         logit_scale: already exponentiated, a float or a tensor [] or [1] (learnable; exact gradient).
         text_labels: pseudo labels of the captions, integers [N]; None: those of the images.
         ids: identity of the pairs, integers [N]; equal ids are never negatives. Default: every pair its own.
-        negatives, objective, impl: as in `masked_info_nce`.
+        negatives, objective, impl, group, exchange: as in `masked_info_nce`.
         normalize: L2-normalise both in fp32, rounded once to the dtype they came in.
         reduction: "mean" over the N pairs (0 for N = 0), "sum" or "none".
 
@@ -220,7 +222,7 @@ def clip_loss(
         A scalar, or [N] with `reduction="none"`; fp32, or fp64 where an input is fp64.
 
     Raises:
-        TypeError, ValueError: as `masked_info_nce`.
+        TypeError, ValueError, RuntimeError: as `masked_info_nce`.
 
     Source: Radford et al. 2021 (arXiv 2103.00020), figure 3, with the negatives of arXiv 2402.11816.
 
@@ -255,29 +257,11 @@ def clip_loss(
         check_positive("logit_scale", logit_scale)
     scale = as_scale("logit_scale", logit_scale, image_features, dtype)
     if ranks is None:
-        return _reduce(_both_ways(image_features, text_features, pairs, scale, objective, impl), reduction)
-    exchange = _agreed(ranks, "clip_loss", described, exchange, negatives, objective, reduction)
-    if text_labels is not None:  # an image and its caption may be compared on different ranks
-        ways = ((image_features, text_features, pairs), (text_features, image_features, pairs.swapped()))
-        both = [_one_way_over(x, y, y, of_x, scale, objective, impl, ranks, exchange) for x, y, of_x in ways]
-        (image_loss, total), (text_loss, _) = both
-        if reduction == "none":
-            return (image_loss + text_loss) / 2
-        return _reduce(torch.cat((image_loss, text_loss)) / 2, reduction, total, ranks)
-    share = share_samples(Side((image_features, text_features), pairs.labels, pairs.ids), "clip_loss", exchange, ranks)
-    losses = []
-    if share.whole is not None:
-        image, text = share.whole.columns
-        of_whole = Pairs(share.whole.labels, share.whole.labels, share.whole.ids, share.whole.ids, negatives)
-        losses.append(_both_ways(image, text, of_whole, scale, objective, impl))
-    if share.blocks is not None:
-        image, text = share.blocks.anchors.columns
-        all_images, all_texts = share.blocks.keys.columns
-        of_block = share.blocks.pairs(negatives)
-        image_loss = _one_way(image, text, all_texts, of_block, scale, objective, impl, ranks)
-        text_loss = _one_way(text, image, all_images, of_block, scale, objective, impl, ranks)
-        losses.append((image_loss + text_loss) / 2)
-    return _reduce(torch.cat(losses), reduction, share.total, ranks)
+        return _reduce(per_anchor.both_ways(image_features, text_features, pairs, scale, objective, impl), reduction)
+    exchange = over_ranks.agreed_exchange(ranks, "clip_loss", described, exchange, negatives, objective, reduction)
+    both_ways = over_ranks.both_ways if labels is None or text_labels is None else over_ranks.each_way
+    loss, total = both_ways(image_features, text_features, pairs, scale, objective, impl, ranks, exchange)
+    return _reduce(loss, reduction, total, ranks)
 
 
 def query_key_positive(
@@ -314,61 +298,6 @@ def query_key_positive(
     return query, key, key[:n] if positive is None else positive, pairs
 
 
-def _one_way(
-    query: Tensor, positive: Tensor, key: Tensor, pairs: Pairs, scale: Tensor, objective: Objective, impl: str,
-    ranks: Ranks | None = None,
-) -> Tensor:  # fmt: skip
-    """The loss of each query, [N]."""
-    positive_logit = scale * row_dot(query, positive, scale.dtype)
-    factors, counts = _needs(objective)
-    lse = [_logsumexp(query, key, pairs, scale * factor, impl) for factor in factors]
-    count = count_kept(query, key, pairs) if counts else None
-    return _per_anchor(objective, positive_logit, lse, count, scale, ranks)
-
-
-def _all_views(
-    views: Tensor, cosine: Tensor, of_sample: Pairs, scale: Tensor, objective: Objective, impl: str
-) -> Tensor:
-    """The loss of each row of both views, [2N]; `cosine` are their positive similarities, [N]."""
-    pairs = of_sample.repeated(2)
-    positive_logit = scale * torch.cat((cosine, cosine))
-    factors, counts = _needs(objective)
-    lse = [_logsumexp(views, None, pairs, scale * factor, impl) for factor in factors]
-    count = count_kept(views, views, pairs) if counts else None
-    return _per_anchor(objective, positive_logit, lse, count, scale)
-
-
-def _both_ways(image: Tensor, text: Tensor, pairs: Pairs, scale: Tensor, objective: Objective, impl: str) -> Tensor:
-    """The mean of both directions for each pair, [N]."""
-    positive_logit = scale * row_dot(image, text, scale.dtype)
-    factors, counts = _needs(objective)
-    both = [
-        masked_logsumexp(
-            image, text, pairs.labels, pairs.key_labels, scale=scale * factor, ids=pairs.ids, key_ids=pairs.key_ids,
-            negatives=pairs.negatives, bidirectional=True, impl=impl,
-        )
-        for factor in factors
-    ]  # fmt: skip
-    of_image = count_kept(image, text, pairs) if counts else None
-    of_text = count_kept(text, image, pairs.swapped()) if counts else None
-    image_loss = _per_anchor(objective, positive_logit, [b for b, _ in both], of_image, scale)
-    text_loss = _per_anchor(objective, positive_logit, [c for _, c in both], of_text, scale)
-    return (image_loss + text_loss) / 2
-
-
-def _one_way_over(
-    query: Tensor, positive: Tensor, key: Tensor, pairs: Pairs, scale: Tensor, objective: Objective, impl: str,
-    ranks: Ranks, exchange: str,
-) -> tuple[Tensor, int]:  # fmt: skip
-    """The loss of each query that this rank computes, and the number of queries of all ranks."""
-    columns = (query, positive, scale) if scale.ndim else (query, positive)
-    queries, keys = Side(columns, pairs.labels, pairs.ids), Side((key,), pairs.key_labels, pairs.key_ids)
-    blocks, total = share_queries(queries, keys, exchange, ranks)
-    query, positive, *scales = blocks.anchors.columns
-    (key,), scale = blocks.keys.columns, scales[0] if scales else scale
-    return _one_way(query, positive, key, blocks.pairs(pairs.negatives), scale, objective, impl, ranks), total
-
-
 def _row_ids(rows: Tensor, ranks: Ranks | None) -> Tensor:
     return torch.arange(len(rows), device=rows.device) if ranks is None else ranks.row_ids(rows)
 
@@ -379,75 +308,11 @@ def _ranks(group: ProcessGroup | None, exchange: str, reduction: str) -> Ranks |
     return None if group is None else ranks_of(group)
 
 
-def _agreed(
-    ranks: Ranks,
-    loss: str,
-    arguments: dict[str, Any],
-    exchange: str,
-    negatives: str,
-    objective: Objective,
-    reduction: str,
-) -> str:
-    """The exchange of a call that is the same on all ranks: "gather" where an anchor needs more than its cluster."""
-    options = {"exchange": exchange, "negatives": negatives, "objective": objective, "reduction": reduction}
-    device = next(x.device for x in arguments.values() if isinstance(x, Tensor))
-    check_alike(ranks, device, {"loss": loss, **arguments, **options})
-    needing_all = {
-        f"negatives={negatives!r}": negatives != "same",
-        "reduction='none'": reduction == "none",
-        f"{objective}, which mixes anchors,": getattr(objective, "mixes_anchors", False),
-    }
-    reasons = [what for what, holds in needing_all.items() if holds]
-    if reasons and exchange == "cluster":
-        raise ValueError(f"exchange='cluster' keeps each cluster by itself: {reasons[0]} needs exchange='gather'")
-    return "gather" if reasons else exchange
-
-
 def _inverse_temperature(temperature: float | Tensor, query: Tensor, dtype: torch.dtype) -> Tensor:
     if isinstance(temperature, Tensor):
         return as_scale("temperature", temperature, query, dtype).reciprocal()
     check_positive("temperature", temperature)
     return as_scale("temperature", 1.0 / temperature, query, dtype)
-
-
-def _needs(objective: Objective) -> tuple[tuple[float, ...], bool]:
-    """The factors of the scale that an objective wants a log-sum-exp for, and whether it wants the count."""
-    if not callable(objective) or isinstance(objective, type):
-        expected = (
-            "a function of mcl_kernels.objectives or your own, settings given: hard_negative(), not hard_negative"
-        )
-        raise TypeError(f"objective must be {expected}: got {objective!r}")
-    return getattr(objective, "scales", (1.0,)), getattr(objective, "counts", False)
-
-
-def _logsumexp(query: Tensor, key: Tensor | None, pairs: Pairs, scale: Tensor, impl: str) -> Tensor:
-    labels, key_labels, ids, key_ids, negatives = pairs
-    if key is None:
-        return masked_logsumexp(query, labels=labels, scale=scale, ids=ids, negatives=negatives, impl=impl)
-    return masked_logsumexp(
-        query, key, labels, key_labels, scale=scale, ids=ids, key_ids=key_ids, negatives=negatives, impl=impl
-    )
-
-
-def _per_anchor(
-    objective: Objective, a: Tensor, lse: list[Tensor], count: Tensor | None, scale: Tensor, ranks: Ranks | None = None
-) -> Tensor:
-    """The objective, [N]; where there are no negatives the loss is 0 and its gradient exactly 0."""
-    if ranks is not None and getattr(objective, "mixes_anchors", False):
-        optional = [x for x in (count, scale) if x is not None and x.ndim]
-        (a, *gathered), here = gather_vectors([a, *lse, *optional], ranks)
-        scale = gathered.pop() if scale.ndim else scale
-        count = None if count is None else gathered.pop()
-        return _per_anchor(objective, a, gathered, count, scale)[here]
-    lonely = lse[0].detach() == -torch.inf
-    # Twice `where`: the objective sees values that are safe to differentiate, then its result is dropped.
-    safe_lse = tuple(b.masked_fill(lonely, 0.0) for b in lse)
-    safe_a = torch.where(lonely, a.detach(), a)
-    n = None if count is None else count.clamp(min=1).to(a.dtype)
-    mixed = (~lonely,) if getattr(objective, "mixes_anchors", False) else ()
-    loss = objective(safe_a, safe_lse if hasattr(objective, "scales") else safe_lse[0], n, scale, *mixed)
-    # 0 * a is 0, but NaN where the embedding held NaN or infinity: that must not pass for a loss of 0.
-    return torch.where(lonely, 0.0 * a.detach(), loss)
 
 
 def _reduce(loss: Tensor, reduction: str, anchors: int | None = None, ranks: Ranks | None = None) -> Tensor:

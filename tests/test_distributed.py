@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from mcl_kernels import clip_loss, masked_info_nce, nt_xent
+from mcl_kernels import ClipLoss, MaskedInfoNCE, NTXentLoss, clip_loss, masked_info_nce, nt_xent, objectives
+from mcl_kernels.exchange_plan import ExchangePlan, all_reduced_bytes, bucket_count, pack_clusters, plan_exchange
 from tests.ranks import RankPool
 
-N, D, EXTRA = 60, 8, 24
-
-# Where one shard ends and the next begins: even, uneven with an empty one, all on the last rank.
+N, M, D = 60, 84, 8
+OBJECTIVES = {
+    "decoupled": objectives.decoupled,
+    "decoupled_weighted": objectives.decoupled_weighted(),
+    "ifm": objectives.ifm(),
+    "debiased": objectives.debiased(),
+    "hard_negative": objectives.hard_negative(0.5),
+}
+# Of N samples, where the shards begin and end: as many for each rank, or not, or for one rank none. Keys are spread
+# in the same way.
 SHARDS = {
     2: {"even": [0, 30, 60], "uneven": [0, 47, 60], "empty": [0, 0, 60]},
     4: {"even": [0, 15, 30, 45, 60], "uneven": [0, 7, 40, 41, 60], "empty": [0, 20, 20, 53, 60]},
@@ -29,124 +41,633 @@ def ranks(request: pytest.FixtureRequest) -> Iterator[RankPool]:
         yield pool
 
 
-def labels_of(kind: str, n: int, seed: int = 0) -> Tensor | None:
-    """Balanced, a few large clusters and many small ones, one cluster, every anchor alone, or none."""
-    generator = torch.Generator().manual_seed(seed)
+def labels_of(kind: str, n: int, seed: int) -> Tensor | None:
     if kind == "none":
         return None
     if kind == "balanced":
         return torch.arange(n) % 8
-    if kind == "zipf":
-        weights = 1.0 / torch.arange(1, 12)
-        labels = torch.multinomial(weights, n, replacement=True, generator=generator)
-        labels[::13] = -1
-        labels[5] = 10**15 + 7  # in a bucket with others
-        labels[6] = 10**15 + 7
-        return labels
     if kind == "one":
         return torch.full((n,), 3)
-    assert kind == "alone"
-    return torch.arange(n) * 1000
+    if kind == "alone":
+        return torch.arange(n) * 1000
+    assert kind == "zipf"  # a few large clusters and many small ones, rows without a label, huge labels
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.multinomial(1.0 / torch.arange(1, 12), n, replacement=True, generator=generator)
+    labels[::13] = -1
+    labels[5:8] = torch.tensor([10**15 + 3, 10**15 + 3, 10**15 + 4])
+    return labels
 
 
-class Problem:
-    """A loss of a whole batch, or of a part of it: rows `first` to `last` of whatever has rows."""
-
-    def __init__(self, loss: str, labels: str, temperature: str = "number", seed: int = 0, dtype=torch.float64) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        self.loss, self.temperature = loss, temperature
-        common = torch.randn(1, D, generator=generator, dtype=torch.float64)
-        rows = {"nt_xent": [N, N], "clip": [N, N], "clip, text_labels": [N, N], "info_nce": [N, N]}
-        sizes = rows.get(loss, [N, N, N + EXTRA] if loss == "queue" else [N, N + EXTRA])
-        self.tensors = [(torch.randn(n, D, generator=generator, dtype=torch.float64) + common).to(dtype) for n in sizes]
-        self.labels = labels_of(labels, N)
-        self.key_labels = labels_of(labels, sizes[-1], seed=1)
-        scales = {"number": torch.tensor(0.3), "learned": torch.tensor(0.3)}
-        n_temperatures = 2 * N if loss == "nt_xent" else N
-        scales["vector"] = 0.2 + torch.rand(n_temperatures, generator=generator)
-        self.scale = scales[temperature].to(dtype)
+def make_batch(labels: str, temperature: str = "learned", dtype: torch.dtype = torch.float64) -> dict[str, Any]:
+    """Whatever the losses take; what begins with "key" has M rows, all else N, a learned temperature none."""
+    generator = torch.Generator().manual_seed(0)
+    common = torch.randn(1, D, generator=generator, dtype=torch.float64)  # so that similarities are not all about 0
+    a, b, key = (torch.randn(n, D, generator=generator, dtype=torch.float64) + common for n in (N, N, M))
+    b = a + 0.5 * b
+    batch: dict[str, Any] = {"a": a.to(dtype), "b": b.to(dtype), "key": key.to(dtype)}
+    batch |= {"labels": labels_of(labels, N, 0), "text_labels": labels_of(labels, N, 1)}
+    batch |= {"key_labels": labels_of(labels, M, 2), "ids": torch.arange(N) % 50, "key_ids": torch.arange(M)}
+    if temperature == "learned":
+        return {**batch, "temperature": torch.tensor(0.3, dtype=dtype)}
+    of_row = 0.2 + torch.rand(2, N, generator=generator).to(dtype)
+    return {**batch, "temperature_a": of_row[0], "temperature_b": of_row[1]}
 
 
-def _run(problem: Problem, cut: slice, key_cut: slice, **options: Any) -> tuple[Tensor, list[Tensor | None]]:
-    """The loss of a part of the batch, and gradients of its tensors and of the temperature."""
-    p, loss = problem, problem.loss
-    cuts = [cut] * len(p.tensors)
-    if len(p.tensors[-1]) > N:
-        cuts[-1] = key_cut
-    x = [t[c].clone().requires_grad_() for t, c in zip(p.tensors, cuts, strict=True)]
-    y = None if p.labels is None else p.labels[cut]
-    ky = None if p.key_labels is None else p.key_labels[cuts[-1]]
-    if p.temperature == "vector":
-        both = p.scale.view(2, N)[:, cut].reshape(-1) if loss == "nt_xent" else p.scale[cut]
-        t: Any = both.clone().requires_grad_()
-    else:
-        t = p.scale.clone().requires_grad_()
-    temperature = float(p.scale) if p.temperature == "number" else t
-    if loss == "nt_xent":
-        value = nt_xent(*x, y, temperature=temperature, **options)
-    elif loss == "clip":
-        value = clip_loss(*x, y, logit_scale=3.0 / temperature, normalize=True, **options)
-    elif loss == "clip, text_labels":
-        value = clip_loss(*x, y, logit_scale=3.0 / temperature, normalize=True, text_labels=ky, **options)
-    elif loss == "queue":
-        value = masked_info_nce(x[0], x[2], y, ky, positive=x[1], temperature=temperature, **options)
-    else:
-        value = masked_info_nce(x[0], x[1], y, ky, temperature=temperature, **options)
-    upstream = torch.linspace(0.5, 1.5, 2 * N, dtype=value.dtype)
-    if value.ndim:
-        rows = len(x[0])
-        chosen = torch.arange(N)[cut]
-        weight = upstream[torch.cat((chosen, chosen + N))] if len(value) == 2 * rows and rows else upstream[chosen]
-        (value * weight[: len(value)]).sum().backward()
+def shard_of(batch: dict[str, Any], shards: str) -> dict[str, Any]:
+    """That of this rank."""
+    ends, rank = SHARDS[dist.get_world_size()][shards], dist.get_rank()
+    begin, end = ends[rank], ends[rank + 1]
+
+    def part(name: str, x: Tensor | None) -> Tensor | None:
+        if x is None or x.ndim == 0:
+            return x
+        return x[begin * M // N : end * M // N] if name.startswith("key") else x[begin:end]
+
+    return {name: part(name, x) for name, x in batch.items()}
+
+
+def _temperature(x: dict[str, Any], *names: str) -> Any:
+    return x["temperature"] if "temperature" in x else torch.cat([x[f"temperature_{name}"] for name in names])
+
+
+def _nt_xent(x: dict[str, Any], **options: Any) -> Tensor:
+    return nt_xent(x["a"], x["b"], x["labels"], temperature=_temperature(x, "a", "b"), **options)
+
+
+def _nt_xent_with_ids(x: dict[str, Any], **options: Any) -> Tensor:
+    return _nt_xent(x, ids=x["ids"], **options)
+
+
+def _clip(x: dict[str, Any], **options: Any) -> Tensor:
+    return clip_loss(x["a"], x["b"], x["labels"], logit_scale=1 / x["temperature"], normalize=True, **options)
+
+
+def _clip_text_labels(x: dict[str, Any], **options: Any) -> Tensor:
+    return _clip(x, text_labels=x["text_labels"], **options)
+
+
+def _info_nce(x: dict[str, Any], **options: Any) -> Tensor:
+    return masked_info_nce(x["a"], x["b"], x["labels"], temperature=_temperature(x, "a"), **options)
+
+
+def _extra_keys(x: dict[str, Any], **options: Any) -> Tensor:
+    key_labels = None if x["labels"] is None else torch.cat((x["labels"], x["key_labels"]))
+    key = torch.cat((x["b"], x["key"]))
+    return masked_info_nce(x["a"], key, x["labels"], key_labels, temperature=_temperature(x, "a"), **options)
+
+
+def _queue(x: dict[str, Any], **options: Any) -> Tensor:
+    return masked_info_nce(
+        x["a"], x["key"], x["labels"], x["key_labels"], positive=x["b"], temperature=_temperature(x, "a"), **options
+    )
+
+
+def _queue_with_ids(x: dict[str, Any], **options: Any) -> Tensor:
+    return _queue(x, ids=x["ids"], key_ids=x["key_ids"], **options)
+
+
+LOSSES: dict[str, Callable[..., Tensor]] = {
+    "nt_xent": _nt_xent,
+    "nt_xent, ids": _nt_xent_with_ids,
+    "clip_loss": _clip,
+    "clip_loss, text_labels": _clip_text_labels,
+    "masked_info_nce": _info_nce,
+    "masked_info_nce, extra keys": _extra_keys,
+    "masked_info_nce, queue": _queue,
+    "masked_info_nce, queue, ids": _queue_with_ids,
+}
+
+
+def value_and_gradients(loss: str, batch: dict[str, Any], **options: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    floating = {k: x for k, x in batch.items() if x is not None and x.is_floating_point()}
+    leaves = {name: x.clone().requires_grad_() for name, x in floating.items()}
+    value = LOSSES[loss]({**batch, **leaves}, **options)
+    if value.ndim:  # not all alike
+        weight = torch.cat([batch["ids"] + 1.0] * (len(value) // max(len(batch["ids"]), 1)))
+        (value * weight).sum().backward()
     else:
         value.backward()
-    return value.detach(), [v.grad for v in x] + ([] if p.temperature == "number" else [t.grad])
+    return value.detach(), {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
 
 
-def check_contract(loss: str, labels: str, shards: str, temperature: str, options: dict[str, Any]) -> None:
-    rank, world = dist.get_rank(), dist.get_world_size()
-    options = dict(options)
-    dtype, tolerance = options.pop("dtype", torch.float64), 1e-9
-    if dtype != torch.float64:
-        tolerance = 1e-5 if dtype == torch.float32 else 2e-2
-    problem = Problem(loss, labels, temperature, dtype=dtype)
-    exchange = options.pop("exchange")
-    ends = SHARDS[world][shards]
-    here = slice(ends[rank], ends[rank + 1])
-    extra = EXTRA // world
-    if loss in ("queue",):  # the queue is cut evenly
-        m = (N + EXTRA) // world
-        key_here = slice(rank * m, (rank + 1) * m)
-    else:
-        key_here = here
-    del extra
-    value, grads = _run(problem, here, key_here, group=dist.group.WORLD, exchange=exchange, **options)
-    whole, expected = _run(problem, slice(None), slice(None), **options)
+def total_of(x: Tensor) -> Tensor:
+    """The sum over the ranks."""
+    x = x.clone()
+    dist.all_reduce(x)
+    return x
+
+
+def check_contract(
+    loss: str,
+    labels: str,
+    shards: str,
+    exchange: str,
+    *,
+    temperature: str = "learned",
+    dtype: torch.dtype = torch.float64,
+    tolerance: float = 1e-9,
+    objective: str | None = None,
+    **options: Any,
+) -> None:
+    """The mean of the ranks' losses is that of one process, and so are gradients as DDP averages them."""
+    if objective is not None:
+        options["objective"] = OBJECTIVES[objective]
     close = partial(torch.testing.assert_close, rtol=tolerance, atol=tolerance)
-    total = value.clone()
-    dist.all_reduce(total)
-    close(total / world, whole)
-    cuts = [here] * len(problem.tensors)
-    if len(problem.tensors[-1]) > N:
-        cuts[-1] = key_here
-    for grad, of_whole, cut in zip(grads, expected, cuts + [None], strict=False):
-        assert grad is not None
-        if cut is not None:
-            close(grad / world, of_whole[cut])
-        elif temperature == "learned":
-            dist.all_reduce(grad)
-            close(grad / world, of_whole)
-        else:
-            mine = of_whole.view(2, N)[:, here].reshape(-1) if loss == "nt_xent" else of_whole[here]
-            close(grad / world, mine)
+    world, batch = dist.get_world_size(), make_batch(labels, temperature, dtype)
+    whole, expected = value_and_gradients(loss, batch, **options)
+    value, grads = value_and_gradients(
+        loss, shard_of(batch, shards), group=dist.group.WORLD, exchange=exchange, **options
+    )
+    assert grads.keys() == expected.keys()
+    if options.get("reduction") == "none":
+        world = 1
+        rows = [shard_of({"a": part}, shards)["a"] for part in whole.view(-1, N)]
+        close(value, torch.cat(rows))
+    else:
+        close(total_of(value) / world, whole)
+    for name, of_rows in shard_of(expected, shards).items():
+        of_ranks = total_of(grads[name]) if name == "temperature" else grads[name]
+        assert of_ranks.dtype == dtype
+        close(of_ranks / world, of_rows)
 
 
-LOSSES = ["nt_xent", "clip", "clip, text_labels", "info_nce", "queue"]
+SPREAD = [(labels, shards) for labels in ("balanced", "zipf", "one", "alone") for shards in ("uneven", "empty")]
 
 
-@pytest.mark.parametrize("shards", ["even", "uneven", "empty"])
-@pytest.mark.parametrize("labels", ["balanced", "zipf", "one", "alone", "none"])
-@pytest.mark.parametrize("exchange", ["gather", "cluster", "auto"])
+@pytest.mark.parametrize(("labels", "shards"), [("balanced", "even"), *SPREAD, ("none", "empty")])
+@pytest.mark.parametrize("exchange", ["gather", "cluster"])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_is_the_loss_of_one_process(ranks: RankPool, loss: str, exchange: str, labels: str, shards: str) -> None:
-    ranks.run(check_contract, loss, labels, shards, "learned", {"exchange": exchange})
+    ranks.run(check_contract, loss, labels, shards, exchange)
+
+
+@pytest.mark.parametrize("exchange", ["gather", "cluster"])
+@pytest.mark.parametrize("loss", [loss for loss in LOSSES if "clip" not in loss])
+def test_a_temperature_for_each_row_travels_with_it(ranks: RankPool, loss: str, exchange: str) -> None:
+    ranks.run(partial(check_contract, temperature="vector"), loss, "zipf", "uneven", exchange)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_objective(ranks: RankPool, loss: str, objective: str) -> None:
+    ranks.run(partial(check_contract, objective=objective), loss, "zipf", "uneven", "auto")
+    if objective != "decoupled_weighted":
+        ranks.run(partial(check_contract, objective=objective), loss, "zipf", "empty", "cluster")
+
+
+@pytest.mark.parametrize("objective", ["decoupled_weighted"])
+def test_an_objective_that_mixes_anchors_sees_all_of_them(ranks: RankPool, objective: str) -> None:
+    check = partial(check_contract, objective=objective, temperature="vector")
+    ranks.run(check, "nt_xent", "zipf", "empty", "gather")
+    ranks.run(check, "masked_info_nce, queue", "alone", "uneven", "auto")
+
+
+@pytest.mark.parametrize("options", [{"negatives": "different"}, {"negatives": "all"}, {"reduction": "none"}], ids=str)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_what_needs_more_than_a_cluster_is_gathered(ranks: RankPool, loss: str, options: dict[str, str]) -> None:
+    ranks.run(partial(check_contract, **options), loss, "zipf", "uneven", "auto")
+    ranks.run(check_refused, loss, options)
+
+
+def check_refused(loss: str, options: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match="exchange='cluster' keeps each cluster by itself: "):
+        LOSSES[loss](make_batch("balanced"), group=dist.group.WORLD, exchange="cluster", **options)
+
+
+@pytest.mark.parametrize("exchange", ["gather", "cluster"])
+def test_a_sum_is_spread_like_a_mean(ranks: RankPool, exchange: str) -> None:
+    for loss in LOSSES:
+        ranks.run(partial(check_contract, reduction="sum"), loss, "zipf", "uneven", exchange)
+
+
+@pytest.mark.parametrize("exchange", ["gather", "cluster"])
+@pytest.mark.parametrize("impl", ["native", "blockwise", "reference"])
+def test_every_implementation(ranks: RankPool, impl: str, exchange: str) -> None:
+    for loss in ("nt_xent", "clip_loss", "masked_info_nce, queue"):
+        check = partial(check_contract, impl=impl, dtype=torch.float32, tolerance=2e-5)
+        ranks.run(check, loss, "zipf", "uneven", exchange)
+
+
+@pytest.mark.parametrize("exchange", ["gather", "cluster"])
+def test_half_precision_rows(ranks: RankPool, exchange: str) -> None:
+    for loss in ("nt_xent", "clip_loss", "masked_info_nce, queue"):
+        check = partial(check_contract, dtype=torch.bfloat16, tolerance=2e-2)
+        ranks.run(check, loss, "zipf", "uneven", exchange)
+
+
+# --- what is sent ---------------------------------------------------------------------------------------------
+
+
+class Counted:
+    """Bytes that this rank sends and receives in collectives, as a ring or a direct exchange has to."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.sent = self.received = 0
+        self.world = dist.get_world_size()
+        for name in ("all_reduce", "all_to_all_single", "all_gather_single", "all_gather_into_tensor"):
+            self._wrap(monkeypatch, name)
+        for name in ("reduce_scatter_single", "reduce_scatter_tensor", "all_gather", "broadcast", "send", "recv"):
+            self._wrap(monkeypatch, name)
+
+    def _wrap(self, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+        collective = getattr(dist, name, None)
+        if collective is None:  # in torch before 2.13
+            return
+
+        def counted(*tensors: Any, **options: Any) -> Any:
+            self._count(name, *tensors)
+            return collective(*tensors, **options)
+
+        monkeypatch.setattr(dist, name, counted)
+
+    def _count(self, name: str, out: Tensor, rows: Any = None, *splits: list[int]) -> None:
+        others, rank = self.world - 1, dist.get_rank()
+        if name == "all_reduce":
+            each = round(2 * out.nbytes * others / self.world)
+            sent, received = each, each
+        elif name == "all_to_all_single":
+            received_rows, sent_rows = splits if splits else ([len(rows) // self.world] * self.world,) * 2
+            row_bytes = rows[:1].nbytes or rows.new_empty(1, *rows.shape[1:]).nbytes
+            sent = (sum(sent_rows) - sent_rows[rank]) * row_bytes
+            received = (sum(received_rows) - received_rows[rank]) * row_bytes
+        elif "gather" in name or "scatter" in name:
+            sent = received = others * min(out.nbytes, rows.nbytes)
+        else:
+            raise AssertionError(f"{name} is not planned")
+        self.sent += sent
+        self.received += received
+
+
+def check_bytes(loss: str, labels: str, shards: str, exchange: str, dtype: torch.dtype) -> ExchangePlan:
+    batch = make_batch(labels, dtype=dtype)
+    mine = shard_of(batch, shards)
+    name = loss.split(",")[0]
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        forward = Counted(monkeypatch)
+        leaves = {k: mine[k].requires_grad_() for k in ("a", "b", "key")}
+        value = LOSSES[loss]({**mine, **leaves}, group=dist.group.WORLD, exchange=exchange)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        backward = Counted(monkeypatch)
+        value.backward()
+    values = sorted({*batch["labels"].tolist(), *batch["key_labels"].tolist()})
+    histograms = []
+    for labels_here in (mine["labels"], mine["key_labels"]):
+        counts = torch.zeros(dist.get_world_size(), values[-1] + 1, dtype=torch.int64)
+        counts[dist.get_rank()] = torch.bincount(labels_here, minlength=values[-1] + 1)
+        dist.all_reduce(counts)
+        histograms.append(counts)
+    keys = histograms[1] if "queue" in loss else None
+    options = {"loss": name, "features": D, "dtype": dtype}
+    # What a rank decides by is the histogram of all ranks together.
+    of_all = plan_exchange(
+        histograms[0].sum(0), dist.get_world_size(), key_histogram=None if keys is None else keys.sum(0),
+        exchange=exchange, **options,
+    )  # fmt: skip
+    plan = plan_exchange(histograms[0], dist.get_world_size(), key_histogram=keys, exchange=of_all.exchange, **options)
+    rank, histogram = dist.get_rank(), 0
+    if (exchange, plan.exchange) == ("auto", "gather"):  # had to count first
+        histogram = all_reduced_bytes(
+            (2 if name == "masked_info_nce" else 1) * 8 * (bucket_count(len(histograms[0])) + 1), len(histograms[0])
+        )
+    assert (forward.sent - histogram, forward.received - histogram) == (plan.sent[rank], plan.received[rank])
+    assert (backward.sent, backward.received) == (plan.grad_sent[rank], plan.grad_received[rank])
+    return plan
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("labels", ["balanced", "one", "alone"])
+@pytest.mark.parametrize("exchange", ["gather", "cluster", "auto"])
+@pytest.mark.parametrize("loss", ["nt_xent", "clip_loss", "masked_info_nce", "masked_info_nce, queue, ids"])
+def test_bytes_are_those_of_the_plan(
+    ranks: RankPool, loss: str, exchange: str, labels: str, dtype: torch.dtype
+) -> None:
+    plans = ranks.run(check_bytes, loss, labels, "uneven", exchange, dtype)
+    assert len({plan.exchange for plan in plans}) == 1
+
+
+@pytest.mark.parametrize("world", [2, 8, 64, 4096])
+def test_cluster_sends_about_its_own_batch_whatever_the_world_size(world: int) -> None:
+    per_rank, features = 1024, 128
+    own = per_rank * 2 * features * 4
+    plan = plan_exchange([per_rank // 4] * (4 * world), world, features=features, exchange="cluster")
+    assert max(plan.sent.max(), plan.received.max(), plan.grad_sent.max(), plan.grad_received.max()) <= 2.2 * own
+    gathered = plan_exchange([per_rank // 4] * (4 * world), world, features=features, exchange="gather")
+    assert gathered.received.min() >= (world - 1) * own
+
+
+def check_measured_bytes() -> None:
+    """What the plan promises for balanced clusters, counted: 4 labels for each rank, samples in no order."""
+    world, per_rank, features = dist.get_world_size(), 512, 64
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    a, b = torch.randn(2, per_rank, features, generator=generator).requires_grad_()
+    labels = torch.randint(4 * world, (per_rank,), generator=generator)
+    own = 2 * a.nbytes
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        forward = Counted(monkeypatch)
+        loss = nt_xent(a, b, labels, group=dist.group.WORLD, exchange="cluster")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        backward = Counted(monkeypatch)
+        loss.backward()
+    assert max(forward.sent, forward.received, backward.sent, backward.received) <= 2.2 * own
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        gathered = Counted(monkeypatch)
+        nt_xent(a, b, labels, group=dist.group.WORLD, exchange="gather")
+    assert gathered.received >= (world - 1) * own
+
+
+def test_cluster_sends_at_most_twice_its_own_batch(ranks: RankPool) -> None:
+    ranks.run(check_measured_bytes)
+
+
+def test_clusters_are_packed_by_their_pairs() -> None:
+    sizes = [40, 30, 30, 20, 20, 20, 10]
+    owners = pack_clusters(sizes, sizes, 2, 2)
+    loads = [sum(n * n for n, of in zip(sizes, owners, strict=True) if rank in of) for rank in (0, 1)]
+    assert max(loads) - min(loads) <= 20**2
+    assert all(len(of) == 1 for of in owners)
+
+
+@pytest.mark.parametrize("world", [2, 3, 8, 61])
+def test_packing_is_never_worse_than_whole_clusters_and_gives_each_an_owner(world: int) -> None:
+    generator = torch.Generator().manual_seed(world)
+    for _ in range(50):
+        k = int(torch.randint(1, 40, (), generator=generator))
+        sizes = (1000 / torch.randint(1, 200, (k,), generator=generator)).long().tolist()
+        plan = plan_exchange(sizes, world, exchange="cluster")
+        assert all(
+            of == () if n < 2 else 0 < len(of) == len(set(of)) <= n for n, of in zip(sizes, plan.owners, strict=True)
+        )
+        assert plan.operations.sum() >= 16 * 128 * sum(n * n for n in sizes if n > 1)
+        largest = max([n * n for n in sizes if n > 1], default=0)
+        bound = max(largest, sum(n * n for n in sizes) / world + largest)
+        assert plan.operations.max() <= 16 * 128 * bound
+
+
+def test_plan_of_other_buckets() -> None:
+    """Labels above the number of buckets are counted where the losses count them."""
+    histogram = torch.zeros(3000, dtype=torch.int64)
+    histogram[[5, 5 + 1024, 7]] = torch.tensor([10, 20, 4])
+    plan = plan_exchange(histogram, 2, exchange="cluster")
+    assert len(plan.owners) == 1024
+    assert [k for k, of in enumerate(plan.owners) if of] == [5, 7]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"histogram": [1.5]}, TypeError, "histogram must hold integers: got float64"),
+        ({"histogram": [-1]}, ValueError, "histogram must be at least 0: got -1"),
+        (
+            {"histogram": [[1, 2]] * 3},
+            ValueError,
+            r"histogram must have shape \[labels\] or \[2, labels\]: got \[3, 2\]",
+        ),
+        ({"world_size": 0}, ValueError, "world_size must be at least 1: got 0"),
+        ({"loss": "triplet"}, ValueError, "loss must be one of"),
+        ({"exchange": "ring"}, ValueError, "exchange must be one of 'auto', 'cluster', 'gather': got 'ring'"),
+        ({"dtype": torch.int8}, TypeError, "dtype must be float16"),
+        ({"key_histogram": [1]}, ValueError, "key_histogram is for loss='masked_info_nce': got it with 'nt_xent'"),
+        (
+            {"loss": "masked_info_nce", "key_histogram": [1, 2]},
+            ValueError,
+            "key_histogram must have as many labels as histogram",
+        ),
+    ],
+)
+def test_errors_of_plan_exchange(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        plan_exchange(**{"histogram": [3], "world_size": 2, **arguments})
+
+
+# --- inside a training loop -----------------------------------------------------------------------------------
+
+
+class Encoder(nn.Module):
+    """Two layers and a temperature."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.Linear(D, 16), nn.Tanh(), nn.Linear(16, D))
+        self.log_scale = nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.layers(x), self.log_scale.exp()
+
+
+def _losses_of_embeddings(name: str, model: nn.Module, x: dict[str, Any], **options: Any) -> Tensor:
+    both, scale = model(torch.cat((x["a"], x["b"])))
+    a, b = both.chunk(2)
+    if name == "nt_xent":
+        return NTXentLoss(1.0 / scale, **options)(a, b, x["labels"])
+    if name == "clip_loss":
+        return ClipLoss(normalize=True, **options)(a, b, scale, x["labels"])
+    return MaskedInfoNCE(1.0 / scale, **options)(a, x["key"], x["labels"], x["key_labels"], positive=b)
+
+
+def check_training(loss: str, labels: str, shards: str, exchange: str, compiled: bool = False) -> None:
+    batch = make_batch(labels, dtype=torch.float32)
+    mine = shard_of(batch, shards)
+    parameters = []
+    for wrapped in (False, True):
+        encoder = Encoder()
+        model: Any = DistributedDataParallel(encoder) if wrapped else encoder
+        if wrapped and compiled:
+            model = torch.compile(model)
+        optimizer = torch.optim.SGD(encoder.parameters(), lr=0.5)
+        for _ in range(5):
+            options = {"group": dist.group.WORLD, "exchange": exchange} if wrapped else {}
+            value = _losses_of_embeddings(loss, model, mine if wrapped else batch, **options)
+            optimizer.zero_grad()
+            value.backward()
+            optimizer.step()
+        parameters.append(list(encoder.parameters()))
+    moved = [
+        float((after - before).abs().max()) for after, before in zip(parameters[0], Encoder().parameters(), strict=True)
+    ]
+    assert min(moved) > 1e-3
+    for single, spread in zip(*parameters, strict=True):
+        torch.testing.assert_close(spread, single, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("exchange", ["gather", "cluster"])
+@pytest.mark.parametrize("loss", ["nt_xent", "clip_loss", "masked_info_nce"])
+def test_five_steps_with_ddp_are_those_of_one_process(ranks: RankPool, loss: str, exchange: str) -> None:
+    for labels, shards in (("balanced", "even"), ("zipf", "empty"), ("alone", "uneven")):
+        if labels != "alone" or loss == "masked_info_nce":
+            ranks.run(check_training, loss, labels, shards, exchange)
+
+
+@pytest.mark.slow
+def test_with_a_compiled_encoder() -> None:
+    with RankPool(2) as pool:
+        pool.run(check_training, "nt_xent", "zipf", "uneven", "cluster", True)
+
+
+def check_alone() -> None:
+    """No anchor has a negative on any rank: the loss is 0, and every gradient is exactly 0."""
+    batch = make_batch("alone")
+    for exchange in ("cluster", "gather"):
+        value, grads = value_and_gradients(
+            "nt_xent", shard_of(batch, "uneven"), group=dist.group.WORLD, exchange=exchange
+        )
+        assert value == 0
+        assert all(bool((grad == 0).all()) for grad in grads.values())
+
+
+def test_anchors_that_are_alone(ranks: RankPool) -> None:
+    ranks.run(check_alone)
+
+
+def check_nan() -> None:
+    """A NaN on one rank reaches the loss of the rank that compares it."""
+    for labels in ("balanced", "one"):
+        mine = shard_of(make_batch(labels), "uneven")
+        if dist.get_rank() == 0:
+            mine["a"][0, 0] = torch.nan
+        for exchange in ("cluster", "gather"):
+            value = nt_xent(mine["a"], mine["b"], mine["labels"], group=dist.group.WORLD, exchange=exchange)
+            assert total_of(value).isnan()
+
+
+def test_a_nan_is_never_lost(ranks: RankPool) -> None:
+    ranks.run(check_nan)
+
+
+def check_empty() -> None:
+    x = torch.empty(0, D, requires_grad=True)
+    for exchange in ("gather", "cluster"):
+        value = nt_xent(x, x, x[:, 0].long(), group=dist.group.WORLD, exchange=exchange)
+        assert value == 0
+        value.backward()
+        assert x.grad is not None
+
+
+def test_no_rank_has_a_sample(ranks: RankPool) -> None:
+    ranks.run(check_empty)
+
+
+def check_same_bits() -> None:
+    mine = shard_of(make_batch("zipf", dtype=torch.float32), "uneven")
+    for exchange in ("gather", "cluster"):
+        runs = [value_and_gradients("nt_xent", mine, group=dist.group.WORLD, exchange=exchange) for _ in range(3)]
+        for value, grads in runs[1:]:
+            assert value.equal(runs[0][0])
+            assert all(grads[name].equal(runs[0][1][name]) for name in grads)
+
+
+def test_the_same_bits_on_every_run(ranks: RankPool) -> None:
+    ranks.run(check_same_bits)
+
+
+def check_a_part_of_the_ranks() -> None:
+    """Ranks 0 and 1 by themselves; the others are no members."""
+    group = dist.new_group([0, 1])
+    batch = make_batch("zipf")
+    half = N // 2
+    if dist.get_rank() > 1:
+        with pytest.raises(ValueError, match=r"group must be one that this process belongs to: got one of other ranks"):
+            nt_xent(batch["a"], batch["b"], group=group)
+        return
+    here = slice(dist.get_rank() * half, (dist.get_rank() + 1) * half)
+    value = nt_xent(batch["a"][here], batch["b"][here], batch["labels"][here], group=group, exchange="cluster")
+    dist.all_reduce(value, group=group)
+    torch.testing.assert_close(value / 2, nt_xent(batch["a"], batch["b"], batch["labels"]))
+
+
+def test_a_group_of_some_ranks(ranks: RankPool) -> None:
+    ranks.run(check_a_part_of_the_ranks)
+
+
+# --- what goes wrong ------------------------------------------------------------------------------------------
+
+UNLIKE: dict[str, tuple[dict[str, Any], str]] = {
+    "features": (
+        {"view_a": torch.ones(3, 9), "view_b": torch.ones(3, 9)},
+        r"view_a .* got \[rows, 8\] float32 on rank 0 and \[rows, 9\]",
+    ),
+    "dtype": (
+        {"view_b": torch.ones(3, 8).half()},
+        r"view_b .* got \[rows, 8\] float32 on rank 0 and \[rows, 8\] float16 on rank 1",
+    ),
+    "label dtype": (
+        {"labels": torch.zeros(3, dtype=torch.int32)},
+        r"labels .* got \[rows\] int64 on rank 0 and \[rows\] int32 on rank 1",
+    ),
+    "no labels": ({"labels": None}, r"labels .* got \[rows\] int64 on rank 0 and None on rank 1"),
+    "gradient": ({"view_a": torch.ones(3, 8, requires_grad=True)}, "view_a .* and .* that requires grad on rank 1"),
+    "temperature": ({"temperature": 0.2}, "temperature .* got 0.5 on rank 0 and 0.2 on rank 1"),
+    "objective": (
+        {"objective": objectives.ifm(0.2)},
+        r"objective .* got info_nce on rank 0 and ifm\(eps=0.2, alpha=1.0\)",
+    ),
+    "exchange": ({"exchange": "gather"}, "exchange must be alike .* got 'auto' on rank 0 and 'gather' on rank 1"),
+    "negatives": ({"negatives": "all"}, "negatives must be alike .* got 'same' on rank 0 and 'all' on rank 1"),
+    "loss": ({"loss": clip_loss, "logit_scale": 1.0}, "loss must be alike .* got 'nt_xent' on rank 0 and 'clip_loss'"),
+}
+
+
+def check_unlike(name: str) -> None:
+    """The last rank is called with something else: every rank hears of it, and the group goes on."""
+    arguments: dict[str, Any] = {
+        "view_a": torch.ones(3, 8),
+        "view_b": torch.ones(3, 8),
+        "labels": torch.zeros(3).long(),
+    }
+    changed, message = UNLIKE[name]
+    if dist.get_rank() == dist.get_world_size() - 1:
+        arguments |= changed
+    message = message.replace("rank 1", f"rank {dist.get_world_size() - 1}")
+    loss = arguments.pop("loss", nt_xent)
+    x, y = arguments.pop("view_a"), arguments.pop("view_b")
+    with pytest.raises(ValueError, match=message):
+        loss(x, y, group=dist.group.WORLD, **arguments)
+    nt_xent(torch.ones(3, 8), torch.ones(3, 8), group=dist.group.WORLD)
+
+
+@pytest.mark.parametrize("name", UNLIKE)
+def test_ranks_that_disagree_are_told_so(ranks: RankPool, name: str) -> None:
+    ranks.run(check_unlike, name)
+
+
+def fail_on_last_rank(how: str) -> None:
+    """Rank 0 is left waiting."""
+    last = dist.get_rank() == dist.get_world_size() - 1
+    if how == "raises" and last:  # before it meets the others
+        nt_xent(torch.ones(3, 8), torch.ones(3, 7), group=dist.group.WORLD)
+    if how == "killed" and last:  # in the exchange, after what comes before it
+        dist.all_to_all_single = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+    x = torch.ones(3, 8, requires_grad=True)
+    nt_xent(x, x, torch.zeros(3).long(), group=dist.group.WORLD, exchange="cluster").backward()
+
+
+@pytest.mark.parametrize("how", ["raises", "killed"])
+def test_a_rank_that_fails_ends_the_others(how: str) -> None:
+    with RankPool(2, timeout=5.0) as pool:
+        pool.run(time.time)
+        started = time.monotonic()
+        with pytest.raises(AssertionError) as failure:
+            pool.run(fail_on_last_rank, how)
+        waited = time.monotonic() - started
+    assert waited < 15
+    rank_0, rank_1 = str(failure.value).split("rank 1: ")
+    assert "RuntimeError" in rank_0 or "DistBackendError" in rank_0
+    assert {"raises": "view_b must have", "killed": "the process ended"}[how] in rank_1
+
+
+def test_a_group_is_needed() -> None:
+    x = torch.ones(3, 8)
+    with pytest.raises(RuntimeError, match=r"call torch.distributed.init_process_group"):
+        nt_xent(x, x, group="world")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"exchange must be one of 'auto', 'cluster', 'gather': got 'ring'"):
+        nt_xent(x, x, exchange="ring")
+
+
+def check_group_type() -> None:
+    x = torch.ones(3, 8)
+    with pytest.raises(TypeError, match=r"group must be a process group .*: got str"):
+        nt_xent(x, x, group="world")  # type: ignore[arg-type]
+
+
+def test_a_group_of_another_type(ranks: RankPool) -> None:
+    ranks.run(check_group_type)
