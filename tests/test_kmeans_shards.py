@@ -306,7 +306,7 @@ def fit_with_other_rounding(metric: str, batch_size: int | None) -> Fitted:
         return torch.nextafter(means(self, sums, counts), torch.tensor(torch.inf))
 
     def other_record(*arguments: Any) -> dict[str, Any]:
-        return {**record(*arguments), "shift": np.inf if rank % 2 else 0.0}
+        return {**record(*arguments), "shift": 0.0 if rank % 2 else np.inf}
 
     def other_initial_centers(*arguments: Any) -> Tensor:
         starts(5, (rank,), generator=arguments[-1])  # its generator goes on otherwise
@@ -325,6 +325,7 @@ def fit_with_other_rounding(metric: str, batch_size: int | None) -> Fitted:
 @pytest.mark.parametrize("batch_size", [None, 300])
 def test_ranks_that_round_otherwise_stay_in_step(ranks: RankPool, metric: str, batch_size: int | None) -> None:
     parts = ranks.run(fit_with_other_rounding, metric, batch_size)
+    assert parts[0].n_iter > 1
     for part in parts[1:]:
         assert part.n_iter == parts[0].n_iter
         assert (part.centers == parts[0].centers).all()

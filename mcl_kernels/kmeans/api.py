@@ -47,6 +47,12 @@ class KMeans:
     and 8 bytes; of the rows that k-means++ sees two copies, and two chunks of 64 MiB where the data is no tensor or
     array; where a cluster is empty, N labels and distances more.
 
+    With a `group` each rank passes its shard of the rows, and all fit together: the clusters are those of one process
+    that is given the shards one after the other, with the same seed, bit for bit where the ranks run the same build on
+    the same kind of processor; objectives and inertia to rounding. An iteration is one all-reduce (of a mini-batch
+    each) of K D + K + 2 fp64 numbers, and a broadcast of one. Of the memory above, N is then the rows of the shard, and
+    every rank holds the rows that k-means++ sees, which the first one alone computes with.
+
     Args:
         n_clusters: K, from 1 to the number of rows. Fewer are found, with a warning, where fewer rows differ.
         metric: "euclidean" or "cosine"; the latter needs no normalised input.
@@ -66,10 +72,12 @@ class KMeans:
             the first of them that runs on the device of the data. `capabilities()` says what is missing.
             "faiss" computes the distances with that library, on its GPUs where it has some; near-ties may then depend
             on the chunks.
+        group: None, or a `torch.distributed` process group, on each of whose ranks `fit` is called.
 
     Attributes:
         cluster_centers_: [K, D] fp32 (fp64 for fp64 data), of unit length for cosine, on the device of the data.
-        labels_: int64 [N], equal to `predict` of the same rows.
+        labels_: int64 [N], equal to `predict` of the same rows; with a group of the rows of this rank. All else is of
+            the rows of all ranks.
         inertia_: float, of `labels_` and `cluster_centers_`.
         n_iter_: iterations of the best restart.
         init_rows_: rows that the initialisation saw; 0 where centres were given.
@@ -78,7 +86,9 @@ class KMeans:
 
     Raises:
         TypeError, ValueError: arguments that do not fit; rows that hold NaN or infinity, the first one named; a file
-            that ends early; an iterable of empty or differing chunks, or of other rows in a later pass.
+            that ends early; an iterable of empty or differing chunks, or of other rows in a later pass. With a group
+            also arguments that differ between ranks, and a batch_size where x is an iterable; where one rank cannot
+            read its rows it raises why, and the others a ValueError that names it.
 
     Source: Lloyd 1982; Arthur and Vassilvitskii 2007 for the initialisation; Sculley 2010 for mini-batches.
 
@@ -142,7 +152,8 @@ class KMeans:
         Args:
             x: a tensor of any floating dtype; an array; a memory map, whose file is read in chunks, the next one while
                 one is computed, and never held as a whole; or an iterable of chunks of rows (a DataLoader, say), which
-                is iterated once for each pass and has to yield the same rows in the same order every time.
+                is iterated once for each pass and has to yield the same rows in the same order every time. With a
+                group the shard of this rank, of any number of rows, [0, D] too.
         """
         rows = self._open(x)
         if isinstance(self.init, Tensor):
@@ -173,7 +184,7 @@ class KMeans:
         return self
 
     def predict(self, x: RowsLike) -> Tensor:
-        """The nearest centre of each row of x (anything that `fit` takes), int64 [N]."""
+        """The nearest centre of each row of x (anything that `fit` takes), int64 [N]: each rank of a group alone."""
         if not hasattr(self, "cluster_centers_"):
             raise RuntimeError("this KMeans has no clusters yet: call fit(x) first")
         return _assign(x, self.cluster_centers_, self.metric, self.impl)[0]
