@@ -59,9 +59,7 @@ def check_alike(ranks: Ranks, device: torch.device, arguments: Mapping[str, obje
     dist.all_reduce(extremes, dist.ReduceOp.MAX, group=ranks.group)
     if int(extremes.sum()) == 0:
         return
-    padded = torch.frombuffer(bytearray(text[:DESCRIPTION_BYTES].ljust(DESCRIPTION_BYTES)), dtype=torch.uint8)
-    texts = _all_gather(padded.to(device), ranks).cpu().view(ranks.world_size, -1)
-    described = [json.loads(bytes(row.tolist())) for row in texts]
+    described = [json.loads(described) for described in _gather_texts(text, ranks, device)]
     for name in dict.fromkeys(chain.from_iterable(described)):
         values = [of_rank.get(name, "nothing") for of_rank in described]
         other = next((rank for rank, value in enumerate(values) if value != values[0]), None)
@@ -70,6 +68,31 @@ def check_alike(ranks: Ranks, device: torch.device, arguments: Mapping[str, obje
                 f"{name} must be alike on every rank of the group: "
                 f"got {values[0]} on rank 0 and {values[other]} on rank {other}"
             )
+
+
+def check_none_failed(ranks: Ranks, device: torch.device, error: Exception | None) -> None:
+    """Raises on every rank where one of them met an error: there that one, elsewhere one that names the rank."""
+    failed = torch.tensor([int(error is not None)], device=device)
+    dist.all_reduce(failed, dist.ReduceOp.MAX, group=ranks.group)
+    if not int(failed):
+        return
+    texts = _gather_texts(b"" if error is None else f"{type(error).__name__}: {error}".encode(), ranks, device)
+    if error is not None:
+        raise error
+    rank, text = next((rank, text) for rank, text in enumerate(texts) if text.strip())
+    raise ValueError(f"rank {rank} of the group met an error: {text.decode(errors='replace').strip()}")
+
+
+def meeting_device(ranks: Ranks) -> torch.device:
+    """Where the group communicates what is on a processor: NCCL takes tensors of its GPUs alone."""
+    on_gpus = dist.get_backend(ranks.group) == "nccl"
+    return torch.device("cuda", torch.cuda.current_device()) if on_gpus else torch.device("cpu")
+
+
+def _gather_texts(text: bytes, ranks: Ranks, device: torch.device) -> list[bytes]:
+    """Those of all ranks, cut or padded with spaces to a common length."""
+    padded = torch.frombuffer(bytearray(text[:DESCRIPTION_BYTES].ljust(DESCRIPTION_BYTES)), dtype=torch.uint8)
+    return [bytes(row.tolist()) for row in _all_gather(padded.to(device), ranks).cpu().view(ranks.world_size, -1)]
 
 
 def _described(value: object) -> str:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import warnings
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,11 +15,16 @@ from torch import Tensor
 from mcl_kernels import _native
 from mcl_kernels._rows import compute_dtype
 from mcl_kernels._validate import as_integer, as_number, check_choice, check_same_width
+from mcl_kernels.distributed import ranks_of
 from mcl_kernels.kmeans import faiss, lloyd, native, reference, triton
 from mcl_kernels.kmeans.centers import prepare, serial_mean, summarize
 from mcl_kernels.kmeans.lloyd import Clustering, Problem
-from mcl_kernels.kmeans.sources import Array, Rows, RowsLike, open_rows
+from mcl_kernels.kmeans.shards import open_shard
+from mcl_kernels.kmeans.sources import Array, ChunkedRows, Rows, RowsLike, open_rows
 from mcl_kernels.logsumexp.triton import usable, why_not
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 METRICS = ("euclidean", "cosine")
 IMPLS = ("auto", "native", "triton", "reference", "faiss")
@@ -41,6 +47,12 @@ class KMeans:
     and 8 bytes; of the rows that k-means++ sees two copies, and two chunks of 64 MiB where the data is no tensor or
     array; where a cluster is empty, N labels and distances more.
 
+    With a `group` each rank passes its shard of the rows, and all fit together: the clusters are those of one process
+    that is given the shards one after the other, with the same seed, bit for bit where the ranks run the same build on
+    the same kind of processor; objectives and inertia to rounding. An iteration is one all-reduce (of a mini-batch
+    each) of K D + K + 2 fp64 numbers, and a broadcast of one. Of the memory above, N is then the rows of the shard, and
+    every rank holds the rows that k-means++ sees, which the first one alone computes with.
+
     Args:
         n_clusters: K, from 1 to the number of rows. Fewer are found, with a warning, where fewer rows differ.
         metric: "euclidean" or "cosine"; the latter needs no normalised input.
@@ -60,10 +72,12 @@ class KMeans:
             the first of them that runs on the device of the data. `capabilities()` says what is missing.
             "faiss" computes the distances with that library, on its GPUs where it has some; near-ties may then depend
             on the chunks.
+        group: None, or a `torch.distributed` process group, on each of whose ranks `fit` is called.
 
     Attributes:
         cluster_centers_: [K, D] fp32 (fp64 for fp64 data), of unit length for cosine, on the device of the data.
-        labels_: int64 [N], equal to `predict` of the same rows.
+        labels_: int64 [N], equal to `predict` of the same rows; with a group of the rows of this rank. All else is of
+            the rows of all ranks.
         inertia_: float, of `labels_` and `cluster_centers_`.
         n_iter_: iterations of the best restart.
         init_rows_: rows that the initialisation saw; 0 where centres were given.
@@ -72,7 +86,9 @@ class KMeans:
 
     Raises:
         TypeError, ValueError: arguments that do not fit; rows that hold NaN or infinity, the first one named; a file
-            that ends early; an iterable of empty or differing chunks, or of other rows in a later pass.
+            that ends early; an iterable of empty or differing chunks, or of other rows in a later pass. With a group
+            also arguments that differ between ranks, and a batch_size where x is an iterable; where one rank cannot
+            read its rows it raises why, and the others a ValueError that names it.
 
     Source: Lloyd 1982; Arthur and Vassilvitskii 2007 for the initialisation; Sculley 2010 for mini-batches.
 
@@ -102,6 +118,7 @@ class KMeans:
         empty: str = "split",
         seed: int = 0,
         impl: str = "auto",
+        group: ProcessGroup | None = None,
     ) -> None:
         self.n_clusters = as_integer("n_clusters", n_clusters, least=1)
         self.n_init = as_integer("n_init", n_init, least=1)
@@ -127,6 +144,7 @@ class KMeans:
             raise ValueError(f"tol must be at least 0: got {tol}")
         self.empty = empty
         self.impl = impl
+        self.ranks = None if group is None else ranks_of(group)
 
     def fit(self, x: RowsLike) -> KMeans:
         """Clusters the rows of x, [N, D], and sets the attributes.
@@ -134,9 +152,10 @@ class KMeans:
         Args:
             x: a tensor of any floating dtype; an array; a memory map, whose file is read in chunks, the next one while
                 one is computed, and never held as a whole; or an iterable of chunks of rows (a DataLoader, say), which
-                is iterated once for each pass and has to yield the same rows in the same order every time.
+                is iterated once for each pass and has to yield the same rows in the same order every time. With a
+                group the shard of this rank, of any number of rows, [0, D] too.
         """
-        rows = open_rows("x", x)
+        rows = self._open(x)
         if isinstance(self.init, Tensor):
             check_same_width("init", self.init, rows.name, rows.like)
             _check_range("init", self.init.to(compute_dtype(rows.like)))
@@ -147,12 +166,12 @@ class KMeans:
             _check_range(rows.name, torch.stack((low, high)))
             generator = torch.Generator().manual_seed(self.seed)
             sample = self._sample(rows, n, generator)
-            middle = serial_mean(sample).to(compute_dtype(sample))
+            middle = rows.from_first(lambda: serial_mean(sample).to(compute_dtype(sample)).unsqueeze(0)).squeeze(0)
             summary = summarize(n, low, high, middle, self.metric)
             problem = Problem(rows, summary, self.metric, _steps(self.impl, rows.device))
             tol = self.tol * lloyd.mean_variance(problem) if self.tol else 0.0
             runs = (self._run(problem, sample, tol, generator) for _ in range(self.n_init))
-            # As fp32: the order of a sum, which depends on the chunks, must not decide between equal runs.
+            # As fp32: the order of a sum, which depends on chunks and shards, must not decide between equal runs.
             best = min(runs, key=lambda run: np.float32(run.inertia))
         if len(best.centers) < self.n_clusters:
             warnings.warn(
@@ -165,7 +184,7 @@ class KMeans:
         return self
 
     def predict(self, x: RowsLike) -> Tensor:
-        """The nearest centre of each row of x (anything that `fit` takes), int64 [N]."""
+        """The nearest centre of each row of x (anything that `fit` takes), int64 [N]: each rank of a group alone."""
         if not hasattr(self, "cluster_centers_"):
             raise RuntimeError("this KMeans has no clusters yet: call fit(x) first")
         return _assign(x, self.cluster_centers_, self.metric, self.impl)[0]
@@ -173,6 +192,22 @@ class KMeans:
     def fit_predict(self, x: RowsLike) -> Tensor:
         """`fit(x).labels_`."""
         return self.fit(x).labels_
+
+    def _open(self, x: RowsLike) -> Rows:
+        """The rows of x; with a group those of all ranks, of which x is a shard."""
+        if self.ranks is None:
+            return open_rows("x", x)
+
+        def open_local() -> Rows:
+            rows = open_rows("x", x)
+            _steps(self.impl, rows.device)  # raises where this rank cannot compute
+            if self.batch_size is not None and isinstance(rows, ChunkedRows):
+                raise ValueError("batch_size with a group draws rows of x: got an iterable, which is read in order")
+            return rows
+
+        names = ("n_clusters", "metric", "n_init", "max_iter", "tol", "batch_size", "empty", "seed")
+        arguments = {"init": _digest(self.init), **{name: getattr(self, name) for name in names}}
+        return open_shard(open_local, self.ranks, arguments)
 
     def _sample(self, rows: Rows, n: int, generator: torch.Generator) -> Tensor:
         """What the initialisation sees: all rows of a small data set, in order."""
@@ -186,10 +221,12 @@ class KMeans:
         return rows.take(drawn)
 
     def _run(self, problem: Problem, sample: Tensor, tol: float, generator: torch.Generator) -> Clustering:
-        if isinstance(self.init, Tensor):
-            points = prepare(self.init.to(compute_dtype(sample)), self.metric).points
-        else:
-            points = lloyd.initial_centers(sample, self.n_clusters, self.init, self.metric, generator)
+        def initial_centers() -> Tensor:
+            if isinstance(self.init, Tensor):
+                return prepare(self.init.to(compute_dtype(sample)), self.metric).points
+            return lloyd.initial_centers(sample, self.n_clusters, self.init, self.metric, generator)
+
+        points = problem.rows.from_first(initial_centers)
         if self.batch_size is None:
             return lloyd.lloyd(problem, points, self.max_iter, tol)
         return lloyd.mini_batches(problem, points, self.max_iter, tol, self.batch_size, generator)
@@ -269,6 +306,14 @@ def _check_range(name: str, x: Tensor) -> None:
         raise ValueError(
             f"{name} must be at most {most:.3g} by magnitude for {x.shape[1]} features in {dtype}: got {largest:.3g}"
         )
+
+
+def _digest(init: str | Tensor) -> str:
+    """What tells whether ranks were given the same."""
+    if isinstance(init, str):
+        return init
+    digest = hashlib.sha256(init.cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+    return f"centres {list(init.shape)} of {init.dtype}, sha256 {digest[:16]}"
 
 
 def finite_rows(name: str, x: object) -> Tensor:

@@ -38,7 +38,7 @@ class Clustering(NamedTuple):
 class Partition:
     """Which rows are nearest to which centre, followed from pass to pass: sums, numbers and the objective.
 
-    Labels are kept, int32 [N], where the implementation follows what changed.
+    Labels, of the rows that this process has, are kept as int32 where the implementation follows what changed.
     """
 
     def __init__(self, problem: Problem, n_clusters: int) -> None:
@@ -48,24 +48,28 @@ class Partition:
         self.counts = torch.zeros(n_clusters, dtype=torch.int64, device=offset.device)
         self.labels: Tensor | None = None
         if hasattr(problem.steps, "follow"):
-            self.labels = torch.full((problem.summary.rows,), -1, dtype=torch.int32, device=offset.device)
+            self.labels = torch.full((len(problem.rows.held),), -1, dtype=torch.int32, device=offset.device)
 
     def follow(self, centers: Centers) -> None:
         """One pass over all rows."""
-        self.objective, begin = 0.0, 0
-        if self.labels is None:
-            self.sums.zero_()
-            self.counts.zero_()
+        objective, begin = 0.0, 0
+        sums, counts = torch.zeros_like(self.sums), torch.zeros_like(self.counts)
         for chunk in self.problem.rows.chunks():
             if self.labels is None:
-                _, distances, sums, counts = self.problem.steps.assign_and_sum(chunk, centers)
+                _, distances, *of_chunk = self.problem.steps.assign_and_sum(chunk, centers)
             else:
                 labels = self.labels[begin : begin + len(chunk)]
-                distances, sums, counts = self.problem.steps.follow(chunk, centers, labels)
-            self.objective += serial_sum(distances)
+                distances, *of_chunk = self.problem.steps.follow(chunk, centers, labels)
+            objective += serial_sum(distances)
+            sums += of_chunk[0]
+            counts += of_chunk[1]
+            begin += len(chunk)
+        self.objective, (sums, counts) = self.problem.rows.total(objective, sums, counts)
+        if self.labels is None:
+            self.sums, self.counts = sums, counts
+        else:
             self.sums += sums
             self.counts += counts
-            begin += len(chunk)
 
     def move(self, row: int, x: Tensor, source: int, to: int) -> None:
         """Row `row`, rounded as it is summed, to another centre."""
@@ -73,8 +77,9 @@ class Partition:
         self.sums[to] += x
         self.counts[source] -= 1
         self.counts[to] += 1
-        if self.labels is not None:
-            self.labels[row] = to
+        held = self.problem.rows.held
+        if self.labels is not None and row in held:
+            self.labels[row - held.start] = to
 
 
 def initial_centers(sample: Tensor, n_clusters: int, init: str, metric: str, generator: torch.Generator) -> Tensor:
@@ -122,7 +127,7 @@ def lloyd(problem: Problem, points: Tensor, max_iter: int, tol: float) -> Cluste
     """
     history: list[dict[str, Any]] = []
     partition = Partition(problem, len(points))
-    for _ in _with_bar(max_iter):
+    for _ in _with_bar(max_iter, problem.rows):
         started = time.perf_counter()
         centers = problem.prepare(points)
         partition.follow(centers)
@@ -131,7 +136,7 @@ def lloyd(problem: Problem, points: Tensor, max_iter: int, tol: float) -> Cluste
         moved = centers.means(partition.sums, partition.counts)
         history.append(_record(started, problem, points, moved, partition.objective, largest, splits))
         points = moved
-        if splits == 0 and history[-1]["shift"] <= tol:
+        if problem.rows.decide(splits == 0 and history[-1]["shift"] <= tol):
             break
     return _finish(problem, points, history)
 
@@ -146,28 +151,30 @@ def mini_batches(
     """
     history: list[dict[str, Any]] = []
     sums, counts = torch.zeros_like(points, dtype=torch.float64), points.new_zeros(len(points), dtype=torch.int64)
-    for _ in _with_bar(max_iter):
+    for _ in _with_bar(max_iter, problem.rows):
         started, before, before_counts = time.perf_counter(), points, counts.clone()
         objective = 0.0
         for batch in problem.rows.batches(batch_size, problem.summary.rows, generator):
             centers = problem.prepare(points)
             _, distances, of_batch, in_batch = problem.steps.assign_and_sum(batch, centers)
+            of_rows, (of_batch, in_batch) = problem.rows.total(serial_sum(distances), of_batch, in_batch)
             sums += of_batch
             counts += in_batch
             points = centers.means(sums, counts)
-            objective += serial_sum(distances)
+            objective += of_rows
         largest = int((counts - before_counts).max())
         history.append(_record(started, problem, before, points, objective, largest, 0))
-        if history[-1]["shift"] <= tol:
+        if problem.rows.decide(history[-1]["shift"] <= tol):
             break
     return _finish(problem, points, history)
 
 
-def _with_bar(max_iter: int) -> Iterable[int]:
-    """The iterations; where they last, with a bar on a terminal."""
+def _with_bar(max_iter: int, rows: Rows) -> Iterable[int]:
+    """The iterations; where they last, with a bar on a terminal, one for all shards."""
     from tqdm import tqdm
 
-    bar: Iterable[int] = tqdm(range(max_iter), desc="k-means", unit="iteration", delay=2, leave=False, disable=None)
+    disable = None if rows.shard == 0 else True
+    bar: Iterable[int] = tqdm(range(max_iter), desc="k-means", unit="iteration", delay=2, leave=False, disable=disable)
     return bar
 
 
@@ -187,8 +194,9 @@ def _finish(problem: Problem, points: Tensor, history: list[dict[str, Any]]) -> 
     """Labels, as `predict` gives them, and inertia of the last centres. Empty ones are filled, or else left out."""
     fills_left = len(points)  # an update can empty a cluster again
     while True:
-        labels, objective = _label(problem, prepare(points, problem.metric))
-        occupied = torch.bincount(labels, minlength=len(points)) > 0
+        points = _of_first(problem.rows, points)
+        labels, objective, counts = _label(problem, prepare(points, problem.metric))
+        occupied = counts > 0
         if bool(occupied.all()):
             return Clustering(points, labels, objective, history)
         partition, centers = Partition(problem, len(points)), problem.prepare(points)
@@ -201,44 +209,65 @@ def _finish(problem: Problem, points: Tensor, history: list[dict[str, Any]]) -> 
             points = points[occupied]
 
 
-def _label(problem: Problem, centers: Centers) -> tuple[Tensor, float]:
-    labels = torch.empty(problem.summary.rows, dtype=torch.int64, device=problem.rows.device)
+def _of_first(rows: Rows, points: Tensor) -> Tensor:
+    return rows.from_first(lambda: points)
+
+
+def _label(problem: Problem, centers: Centers) -> tuple[Tensor, float, Tensor]:
+    """Labels of the rows that this process has; the inertia and the sizes of the clusters of all."""
+    labels = torch.empty(len(problem.rows.held), dtype=torch.int64, device=problem.rows.device)
     objective, begin = 0.0, 0
     for chunk in problem.rows.chunks():
         labels[begin : begin + len(chunk)], distances = problem.steps.assign(chunk, centers)
         objective += serial_sum(distances)
         begin += len(chunk)
-    return labels, objective
+    objective, (counts,) = problem.rows.total(objective, torch.bincount(labels, minlength=len(centers.points)))
+    return labels, objective, counts
 
 
 def _fill_empty(partition: Partition, centers: Centers) -> int:
-    """Moves rows to the centres that have none; returns how many."""
+    """Moves rows to the centres that have none; returns how many.
+
+    Numbers alone tell which clusters give rows. Then each process offers, for each move, its next farthest row.
+    """
     problem, counts = partition.problem, partition.counts.clone()
+    rows, held = problem.rows, problem.rows.held
     if int(counts.min()) > 0:
         return 0
     all_empty = (counts == 0).nonzero().squeeze(1).tolist()
-    labels = torch.empty(problem.summary.rows, dtype=torch.int32, device=counts.device)
-    distances = torch.empty(problem.summary.rows, dtype=centers.points.dtype, device=counts.device)
+    labels = torch.empty(len(held), dtype=torch.int32, device=counts.device)
+    distances = torch.empty(len(held), dtype=centers.points.dtype, device=counts.device)
     begin = 0
-    for chunk in problem.rows.chunks():
+    for chunk in rows.chunks():
         here = slice(begin, begin + len(chunk))
         labels[here], distances[here] = problem.steps.assign(chunk, centers)
         begin += len(chunk)
     away = torch.bincount(labels[distances > 0], minlength=len(counts))  # rows that can be moved
-    moves: list[tuple[int, int, int]] = []
+    _, (away,) = rows.total(0.0, away)
+    moves: list[tuple[int, int]] = []
     for empty in all_empty:
         movable = (away > 0) & (counts > 1)
         if not bool(movable.any()):
             break
         largest = int(torch.where(movable, counts, -1).argmax())
-        row = int(torch.where(labels == largest, distances, -1.0).argmax())
         away[largest] -= 1
         counts[largest] -= 1
-        distances[row] = 0.0
-        moves.append((row, largest, empty))
-    moves.sort()
-    taken = problem.rows.take(torch.tensor([row for row, _, _ in moves], dtype=torch.int64))
-    for x, move in zip(centers.rounded(taken), moves, strict=True):
+        moves.append((largest, empty))
+    offers = torch.zeros(rows.shards, len(moves), 2, dtype=torch.float64)  # distance and position
+    for number, (largest, _) in enumerate(moves if held else ()):
+        distance, row = torch.where(labels == largest, distances, 0.0).max(0)
+        if distance > 0:
+            offers[rows.shard, number] = torch.tensor([float(distance), held[int(row)]], dtype=torch.float64)
+            distances[row] = 0.0
+    _, (offers,) = rows.total(0.0, offers)
+    farthest: dict[int, list[tuple[float, int]]] = {}
+    for of_shard in offers.tolist():
+        for (largest, _), (distance, row) in zip(moves, of_shard, strict=True):
+            farthest.setdefault(largest, []).append((-distance, int(row)))
+    in_order = {largest: iter(sorted(offered)) for largest, offered in farthest.items()}
+    moved = sorted((next(in_order[largest])[1], largest, empty) for largest, empty in moves)
+    taken = rows.take(torch.tensor([row for row, _, _ in moved], dtype=torch.int64))
+    for x, move in zip(centers.rounded(taken), moved, strict=True):
         partition.move(move[0], x, *move[1:])
     return len(moves)
 

@@ -10,7 +10,7 @@ import math
 import mmap
 import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -29,10 +29,12 @@ Array = np.ndarray[Any, Any]
 class Rows:
     """Rows [N, width] under the name of the argument they came as, like the row of `like`.
 
-    The N of an iterable is not known before it was iterated.
+    The N of an iterable is not known before it was iterated. They may be one shard of several (`ShardedRows`): what
+    their processes do together, from `held` to `decide`, is nothing for one process.
     """
 
     rows: int | None = None
+    shard, shards = 0, 1
     _surveyed: tuple[int, Tensor, Tensor] | None = None
 
     def __init__(self, name: str, like: Tensor) -> None:
@@ -61,7 +63,28 @@ class Rows:
         """As many rows as there are, `size` at a time, each batch drawn at random with replacement."""
         for begin in range(0, rows, size):
             index = torch.randint(rows, (min(size, rows - begin),), generator=generator)
-            yield self.take(index.sort().values)
+            yield self.take_held(index.sort().values)
+
+    @property
+    def held(self) -> range:
+        """The positions in the data set of the rows that this process has, which it reads in a pass."""
+        return range(self.count())
+
+    def take_held(self, index: Tensor) -> Tensor:
+        """Those of the rows at ascending positions that this process has."""
+        return self.take(index)
+
+    def total(self, objective: float, *of_held: Tensor) -> tuple[float, tuple[Tensor, ...]]:
+        """The sums over all shards of what a process found in its own."""
+        return objective, of_held
+
+    def from_first(self, compute: Callable[[], Tensor]) -> Tensor:
+        """Rows that the process of the first shard computes, in the dtype of centres."""
+        return compute()
+
+    def decide(self, decision: bool) -> bool:
+        """The decision of the process of the first shard, since others may round otherwise."""
+        return decision
 
     def count(self) -> int:
         """Their number; where nothing else tells it, that of a survey."""
