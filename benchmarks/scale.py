@@ -7,7 +7,8 @@ ours are those of `plan_exchange`, which the losses decide by; those of the othe
 
 **The measurements** are processes of one thread that speak over gloo on this machine. What each sends and receives is
 counted and has to be what `plan_exchange` says; seconds are those of a step's slowest process, the median of the steps.
-With more processes than cores they say what a step costs, not what another rank gains.
+One, two and four processes take turns. With more of them than cores seconds say what a step costs, not what another
+rank gains.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ VIEWS, WIDE, INTEGER = 2, 4, 8  # rows of a sample; bytes of fp32, in which grad
 
 MEASURED_WORLDS = (1, 2, 4)
 MEASURED_N, MEASURED_CLUSTERS = 8192, 100
-WARM_UP, STEPS = 2, 15
+WARM_UP, STEPS, TURNS = 2, 7, 3  # steps of each turn; numbers of processes in turns
 ROUNDING = 8  # bytes by which a count may differ from the plan, which rounds the shares of an all-reduce
 
 COLUMNS = (
@@ -291,10 +292,15 @@ def run_ranks(world: int, n: int, clusters: int, steps: int) -> list[dict[str, A
         return [json.loads((directory / f"{rank}.json").read_text()) for rank in range(world)]
 
 
-def measured_rows(world: int, n: int, clusters: int, steps: int) -> list[Row]:
-    """Raises where what was counted is not what `plan_exchange` says."""
-    results = run_ranks(world, n, clusters, steps)
-    rows = []
+def measured_rows(worlds: tuple[int, ...], n: int, clusters: int, steps: int, turns: int) -> list[Row]:
+    """A row for each number of processes, labels and exchange."""
+    by_turn = [[run_ranks(world, n, clusters, steps) for world in worlds] for _ in range(turns)]
+    return [row for of_turns in zip(*by_turn, strict=True) for row in _rows_of(of_turns, n, clusters)]
+
+
+def _rows_of(turns: tuple[list[dict[str, Any]], ...], n: int, clusters: int) -> list[Row]:
+    """Of what the ranks wrote, turn by turn. Raises where what was counted is not what `plan_exchange` says."""
+    results, world, rows = turns[0], len(turns[0]), []
     for case in results[0]["seconds"]:
         labels, exchange = case.split(", ")
         of_rank = [labels_at(labels, n, clusters)[rank * n // world : (rank + 1) * n // world] for rank in range(world)]
@@ -308,7 +314,7 @@ def measured_rows(world: int, n: int, clusters: int, steps: int) -> list[Row]:
             raise AssertionError(f"{case}, {world} ranks: {counts.tolist()} bytes, planned {planned.tolist()}")
         sent, received, grad_sent, grad_received = counts.reshape(world, 4).max(0).tolist()
         both = counts.sum(1).max(1)
-        seconds = np.array([of_rank["seconds"][case] for of_rank in results]).max(0)
+        seconds = np.concatenate([np.max([of_rank["seconds"][case] for of_rank in turn], axis=0) for turn in turns])
         rows.append(
             {
                 "kind": "measured", "contender": f"ours, {exchange}" if world > 1 else "ours, one process",
@@ -408,10 +414,9 @@ def main() -> None:
                 measured = [row for row in csv.DictReader(file) if row["kind"] == "measured"]
         if not options.model_only:
             print(f"Measured: processes of one thread on {os.cpu_count()} cores", flush=True)
-            for world in MEASURED_WORLDS:
-                for row in measured_rows(world, MEASURED_N, MEASURED_CLUSTERS, STEPS):
-                    print(_line(row), flush=True)
-                    measured.append({**row, **recorded})
+            for row in measured_rows(MEASURED_WORLDS, MEASURED_N, MEASURED_CLUSTERS, STEPS, TURNS):
+                print(_line(row))
+                measured.append({**row, **recorded})
         write_rows(options.csv, COLUMNS, rows + measured)
     draw(options.csv, options.csv.with_suffix(".png"))
 
