@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -161,30 +161,46 @@ def block_of(position: Tensor, rank: int, blocks: Tensor) -> Tensor:
 def pack_clusters(queries: Sequence[int], keys: Sequence[int], world_size: int, block_cost: int) -> Owners:
     """The ranks that compute each cluster; a pair costs `block_cost` times as much in a cluster that is cut."""
     work = [n * m for n, m in zip(queries, keys, strict=True)]
+    candidates = [[1] * len(work)]
     fair = sum(work) / world_size
+    if max(work, default=0) > fair:
+        # A rank's share of what there is to do when the clusters above it are cut.
+        fair = sum(pairs * block_cost if pairs > fair else pairs for pairs in work) / world_size
+        # Rounded down large clusters alone fill the ranks; rounded up smaller ones fill what they leave.
+        candidates += [
+            _blocks(work, queries, world_size, block_cost, fair, rounded) for rounded in (math.floor, math.ceil)
+        ]
     # Cutting costs bytes, and where anchors are no longer the keys operations: only where it ends earlier.
-    limits = [math.inf, 2 * fair, fair] if max(work, default=0) > fair else [math.inf]
-    packings = [_pack(work, queries, world_size, block_cost, limit) for limit in limits]
+    packings = [_pack(work, blocks, world_size, block_cost) for blocks in candidates]
     return min(packings, key=lambda packing: packing[0])[1]
 
 
 Owners = tuple[tuple[int, ...], ...]
 
 
-def _pack(
-    work: list[int], queries: Sequence[int], world_size: int, block_cost: int, limit: float
-) -> tuple[float, Owners]:
-    """The work of the busiest rank, and the owners, where no cluster above the limit stays in one piece."""
-    blocks = [
-        1 if pairs <= limit else min(world_size, n, math.ceil(block_cost * pairs / limit))
-        for pairs, n in zip(work, queries, strict=True)
-    ]
+def _blocks(
+    work: list[int], queries: Sequence[int], world_size: int, block_cost: int, fair: float,
+    rounded: Callable[[float], int],
+) -> list[int]:  # fmt: skip
+    """Into how many each cluster is cut, so that none has much more than a fair share."""
+    most = [min(world_size, n, rounded(block_cost * pairs / fair)) for pairs, n in zip(work, queries, strict=True)]
+    # As many blocks as the cost of a pair grows to would each take as long as the whole.
+    return [n if n > block_cost and pairs > fair else 1 for pairs, n in zip(work, most, strict=True)]
+
+
+def _pack(work: list[int], blocks: list[int], world_size: int, block_cost: int) -> tuple[float, Owners]:
+    """The work of the busiest rank, and the owners."""
     cost = [pairs if n == 1 else block_cost * pairs / n for pairs, n in zip(work, blocks, strict=True)]
     owners: list[tuple[int, ...]] = [()] * len(work)
     loads = [(0.0, rank) for rank in range(world_size)]
-    for k in sorted(range(len(work)), key=lambda k: (-cost[k], k)):
+    for k in sorted(range(len(work)), key=cost.__getitem__, reverse=True):
         if work[k] == 0:
             break
+        if blocks[k] == 1:
+            load, rank = loads[0]
+            heapq.heapreplace(loads, (load + cost[k], rank))
+            owners[k] = (rank,)
+            continue
         least = [heapq.heappop(loads) for _ in range(blocks[k])]
         owners[k] = tuple(sorted(rank for _, rank in least))
         for load, rank in least:
@@ -254,8 +270,8 @@ class _Model(NamedTuple):
         blocks = np.array([len(ranks) for ranks in owners], dtype=np.int64)
         clusters = np.repeat(np.arange(len(owners)), blocks)  # of each piece
         ranks = np.array([rank for of_cluster in owners for rank in of_cluster], dtype=np.int64)
-        block = np.concatenate([np.arange(n) for n in blocks]) if len(owners) else ranks
         of_cluster = blocks[clusters]
+        block = np.arange(len(clusters)) - (blocks.cumsum() - blocks)[clusters]
         anchors, own_anchors = self._anchors(clusters, ranks, block, of_cluster)
 
         def summed(weights: Array) -> Array:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import clustering, gpu_model
+from benchmarks import clustering, gpu_model, scale
 from mcl_kernels.logsumexp.plan import Pairs, make_plan
 
 ROOT = Path(__file__).parents[1]
@@ -80,6 +80,63 @@ def test_the_model_is_drawn_and_says_what_it_is(tmp_path: Path) -> None:
     result = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout.startswith("A model, not a measurement")
     assert (tmp_path / "model.png").stat().st_size > 10_000
+
+
+def over_ranks(contender: str, labels: str, of_rank: int, clusters: int) -> dict[int, scale.Cost]:
+    """By the number of ranks, at a fixed batch of each."""
+    sizes = {world: scale.LABELS[labels](of_rank * world, clusters) for world in (2, 8, 32)}
+    return {world: scale.CONTENDERS[contender](n, world, torch.bfloat16) for world, n in sizes.items()}
+
+
+def test_a_rank_moves_its_own_batch_by_cluster_and_the_whole_one_by_gather() -> None:
+    of_rank = 20_000  # many: the labels that are counted do not show
+    rows = scale.VIEWS * of_rank * scale.D * 2
+    for cost in over_ranks("ours, cluster", "balanced", of_rank, clusters=320).values():
+        for moved in (cost.sent, cost.received, cost.grad_sent, cost.grad_received):
+            assert moved.max() < 1.1 * rows
+    for contender in ("ours, gather", "dense, gather", "ring"):
+        for world, cost in over_ranks(contender, "balanced", of_rank, clusters=320).items():
+            assert cost.received.min() >= (world - 1) * rows
+            assert cost.grad_sent.min() >= (world - 1) * rows
+
+
+def test_the_ranks_do_the_whole_work_once() -> None:
+    """By cluster, where nothing is cut, 2 products of each pair of rows in a cluster; by gather 4."""
+    for world, cost in over_ranks("ours, cluster", "balanced", 1000, clusters=64).items():
+        kept = sum((scale.VIEWS * n) ** 2 for n in scale.balanced(1000 * world, 64))
+        assert cost.operations.sum() == 2 * 2 * scale.D * kept
+        assert (
+            over_ranks("ours, gather", "balanced", 1000, clusters=64)[world].operations.sum() == 4 * 2 * scale.D * kept
+        )
+        pairs = (scale.VIEWS * 1000 * world) ** 2
+        assert over_ranks("dense, gather", "zipf", 1000, clusters=64)[world].operations.sum() == 3 * 2 * scale.D * pairs
+        assert over_ranks("ring", "zipf", 1000, clusters=64)[world].operations.sum() == 5 * 2 * scale.D * pairs
+
+
+@pytest.mark.parametrize("labels", list(scale.LABELS))
+def test_no_rank_has_much_more_to_do_by_cluster(labels: str) -> None:
+    for cost in over_ranks("ours, cluster", labels, 2000, clusters=200).values():
+        assert cost.operations.max() <= 1.3 * cost.operations.mean()
+
+
+@pytest.mark.slow
+def test_processes_send_what_was_planned() -> None:
+    for row in scale.measured_rows((2,), n=300, clusters=7, steps=1, turns=1):  # which raises where they do not
+        assert row["seconds"] > 0
+        assert row["bytes"] > 0
+
+
+def test_the_figure_of_many_ranks_is_drawn_from_its_csv(tmp_path: Path) -> None:
+    with (scale.HERE / "scale.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert tuple(rows[0]) == scale.COLUMNS
+    drawn = [row for row in rows if row["kind"] == "model" and int(row["batch"]) == scale.OF_RANK * int(row["world"])]
+    assert len(drawn) == len(scale.WORLDS) * len(scale.LABELS) * len(scale.CONTENDERS)
+    measured = [row for row in rows if row["kind"] == "measured"]
+    assert {int(row["world"]) for row in measured} == set(scale.MEASURED_WORLDS)
+    assert all(row["processor"] and row["commit"] and float(row["seconds"]) > 0 for row in measured)
+    scale.draw(scale.HERE / "scale.csv", tmp_path / "scale.png")
+    assert (tmp_path / "scale.png").stat().st_size > 10_000
 
 
 def test_every_case_has_a_reason() -> None:
