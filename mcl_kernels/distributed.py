@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import nullcontext
 from dataclasses import is_dataclass
 from itertools import accumulate, chain
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,7 +26,9 @@ from mcl_kernels._rows import compute_dtype
 from mcl_kernels.exchange_plan import block_of, bucket_count, buckets_of, plan_exchange
 from mcl_kernels.logsumexp.plan import Pairs
 
-DESCRIPTION_BYTES = 4096
+TEXT_BYTES, DESCRIBED = 8192, 100
+MOMENT = 0.5  # seconds
+T = TypeVar("T")
 
 
 class Ranks(NamedTuple):
@@ -53,7 +57,7 @@ def ranks_of(group: Any) -> Ranks:
 
 def check_alike(ranks: Ranks, device: torch.device, arguments: Mapping[str, object]) -> None:
     """Raises on every rank where the ranks do not agree, before one of them waits for what never comes."""
-    text = json.dumps({name: _described(value) for name, value in arguments.items()}).encode()
+    text = json.dumps({name: _described(value)[:DESCRIBED] for name, value in arguments.items()}).encode()
     digest = int.from_bytes(hashlib.sha256(text).digest()[:7], "big")
     extremes = torch.tensor([digest, -digest], device=device)
     dist.all_reduce(extremes, dist.ReduceOp.MAX, group=ranks.group)
@@ -70,7 +74,7 @@ def check_alike(ranks: Ranks, device: torch.device, arguments: Mapping[str, obje
             )
 
 
-def check_none_failed(ranks: Ranks, device: torch.device, error: Exception | None) -> None:
+def check_none_failed(ranks: Ranks, device: torch.device, error: BaseException | None) -> None:
     """Raises on every rank where one of them met an error: there that one, elsewhere one that names the rank."""
     failed = torch.tensor([int(error is not None)], device=device)
     dist.all_reduce(failed, dist.ReduceOp.MAX, group=ranks.group)
@@ -83,6 +87,39 @@ def check_none_failed(ranks: Ranks, device: torch.device, error: Exception | Non
     raise ValueError(f"rank {rank} of the group met an error: {text.decode(errors='replace').strip()}")
 
 
+def work_of_each(work: Callable[[], T], ranks: Ranks, device: torch.device) -> T:
+    """What `work()` returns on this rank; an error on one rank is raised on every rank."""
+    result, error = None, None
+    try:
+        result = work()
+    except Exception as caught:
+        error = caught
+    check_none_failed(ranks, device, error)
+    return result  # type: ignore[return-value]
+
+
+def work_of_first(work: Callable[[], T], ranks: Ranks, device: torch.device) -> T | None:
+    """What `work()` returns on the first rank, None elsewhere; an error of it is raised on every rank.
+
+    The ranks meet every now and then, so that no collective lasts as long as the work: none times out, and a rank that
+    is gone is missed.
+    """
+
+    def on_device() -> T:  # that of CUDA is a thread's own
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            return work()
+
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(on_device) if ranks.rank == 0 else None
+        done = torch.zeros(1, dtype=torch.int64, device=device)
+        while not int(done):
+            if future is not None:
+                done[0] = int(bool(wait([future], timeout=MOMENT).done))
+            dist.all_reduce(done, dist.ReduceOp.MAX, group=ranks.group)
+    check_none_failed(ranks, device, None if future is None else future.exception())
+    return None if future is None else future.result()
+
+
 def meeting_device(ranks: Ranks) -> torch.device:
     """Where the group communicates what is on a processor: NCCL takes tensors of its GPUs alone."""
     on_gpus = dist.get_backend(ranks.group) == "nccl"
@@ -91,7 +128,7 @@ def meeting_device(ranks: Ranks) -> torch.device:
 
 def _gather_texts(text: bytes, ranks: Ranks, device: torch.device) -> list[bytes]:
     """Those of all ranks, cut or padded with spaces to a common length."""
-    padded = torch.frombuffer(bytearray(text[:DESCRIPTION_BYTES].ljust(DESCRIPTION_BYTES)), dtype=torch.uint8)
+    padded = torch.frombuffer(bytearray(text[:TEXT_BYTES].ljust(TEXT_BYTES)), dtype=torch.uint8)
     return [bytes(row.tolist()) for row in _all_gather(padded.to(device), ranks).cpu().view(ranks.world_size, -1)]
 
 

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -30,12 +30,18 @@ from torch import Tensor
 from mcl_kernels import stage_files
 from mcl_kernels._durable import check_writable
 from mcl_kernels._validate import as_integer, check_choice, check_embeddings
+from mcl_kernels.distributed import check_alike, gather_vectors, meeting_device, ranks_of, work_of_each, work_of_first
 from mcl_kernels.kmeans import KMeans, assign_clusters
 from mcl_kernels.kmeans.api import METRICS
-from mcl_kernels.kmeans.sources import RowsLike, open_rows
+from mcl_kernels.kmeans.sources import Rows, RowsLike, open_rows
 from mcl_kernels.pseudo_labels import compose_pairs, label_dtype, look_up_tuples
 from mcl_kernels.sampler import ClusterBatchSampler
 from mcl_kernels.stored_labels import StoredLabels
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+SHOWN_WITHIN = 30.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -89,17 +95,31 @@ class Stage:
         *,
         clusters_per_batch: int = 1,
         epoch: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
+        rank: int | None = None,
+        world_size: int | None = None,
         small: str = "merge",
     ) -> ClusterBatchSampler:
-        """A `ClusterBatchSampler` over this stage's labels, set to `epoch`, its order seeded by the run."""
+        """A `ClusterBatchSampler` over this stage's labels, set to `epoch`, its order seeded by the run.
+
+        `rank` and `world_size` are by default those of the runner's group; without one this process loads all.
+        """
+        ranks = self._runner.ranks
+        if rank is None and world_size is None and ranks is not None:
+            rank, world_size = ranks.rank, ranks.world_size
         sampler = ClusterBatchSampler(
             self.labels.stored, batch_size, clusters_per_batch=clusters_per_batch, seed=self._runner.seed + self.index,
-            rank=rank, world_size=world_size, small=small,
+            rank=0 if rank is None else rank, world_size=1 if world_size is None else world_size, small=small,
         )  # fmt: skip
         sampler.set_epoch(epoch)
         return sampler
+
+    @property
+    def shard(self) -> range:
+        """The samples whose embeddings this process gives to `finish`: all, or with a group a rank's even part."""
+        n, ranks = self._runner.n_samples, self._runner.ranks
+        if ranks is None:
+            return range(n)
+        return range(n * ranks.rank // ranks.world_size, n * (ranks.rank + 1) // ranks.world_size)
 
     def labels_of(self, keys: Sequence[str]) -> Tensor:
         """The labels of the samples with these keys, int64 [B]; for loops whose batches have no index."""
@@ -150,10 +170,12 @@ class Stage:
         from its file in the end.
 
         Args:
-            embeddings: of all samples, in the order of the data set, [n_samples, D]; a tensor, an array, a memory map
-                or an iterable of chunks of rows, as `KMeans.fit` takes them.
+            embeddings: of the samples of `shard`, which are all of them without a group, in the order of the data set,
+                [n_samples, D]; a tensor, an array, a memory map or an iterable of chunks of rows, as `KMeans.fit`
+                takes them.
             state: what to keep, usually `model.state_dict()`: tensors, numbers, strings and containers of them.
-                Copied, so that the model may be trained on.
+                Copied, so that the model may be trained on. With a group and a directory that of the first rank is
+                kept, and the others need none.
 
         Returns:
             The finished stage, also the last of `runner.finished`.
@@ -162,6 +184,7 @@ class Stage:
             TypeError, ValueError: embeddings of another length, with NaN, ...; a state that cannot be loaded safely.
             OSError: the directory cannot be written; earlier stages are intact and finish() can be called again.
             RuntimeError: the stage is finished already.
+            With a group an error of one rank is raised on every rank, elsewhere as a ValueError that names it.
         """
         return self._runner._finish(self, embeddings, state)
 
@@ -171,6 +194,11 @@ class MultistageRunner:
 
     Iterating yields the stages that are not finished yet, so the same script resumes a run that was killed.
 
+    With a `group` (under torchrun, say) every rank has a runner and goes through the same stages: `stage.batch_sampler`
+    hands out a rank's part of each batch, `stage.finish` takes the embeddings of `stage.shard` and clusters them over
+    all ranks. One rank writes. The directory has to be one that all of them see. Nothing in it depends on the number of
+    ranks: a run can be resumed with another.
+
     Args:
         n_samples: size of the data set.
         n_stages: stages to run, or to read of a run that has more; a finished run can be continued with more.
@@ -179,10 +207,11 @@ class MultistageRunner:
         metric: of the clustering, "cosine" or "euclidean".
         seed: of clusterings and batch samplers.
         keys: a distinct string per sample (a file name, say), for `Stage.labels_of`.
+        group: None, or a `torch.distributed` process group over whose ranks the run is spread.
 
     Raises:
-        ValueError: numbers that do not fit; a directory that holds a run of another configuration (the
-            difference is named).
+        ValueError: numbers that do not fit, or differ between ranks; a directory that holds a run of another
+            configuration (the difference is named).
         RuntimeError: a damaged or missing file of a finished stage, which is named.
 
     Source: "Learning the Unlearned" (ECCV 2024, arXiv 2402.11816), section 3.
@@ -205,6 +234,7 @@ class MultistageRunner:
         metric: str = "cosine",
         seed: int = 0,
         keys: Sequence[str] | None = None,
+        group: ProcessGroup | None = None,
     ) -> None:
         check_choice("metric", metric, METRICS)
         self.n_samples = as_integer("n_samples", n_samples, least=1)
@@ -217,8 +247,15 @@ class MultistageRunner:
         self.seed = as_integer("seed", seed, least=0)
         self._index_of_key = None if keys is None else _index_of_key(keys, self.n_samples)
         self.finished: list[FinishedStage] = []
+        self.ranks = None if group is None else ranks_of(group)
         if self.directory is not None:
             self._read_finished(self.directory)
+        if self.ranks is not None:
+            run = {
+                **self._configuration(), "n_stages": self.n_stages, "a directory": self.directory is not None,
+                "the number of finished stages that the directory holds": len(self.finished),
+            }  # fmt: skip
+            check_alike(self.ranks, meeting_device(self.ranks), run)
 
     @property
     def labels(self) -> StoredLabels:
@@ -264,20 +301,14 @@ class MultistageRunner:
             len(self.finished) < self.n_stages and stage_files.stage_directory(directory, len(self.finished)).exists()
         ):
             index = len(self.finished)
-            arrays, description = stage_files.read_stage(directory, index)
-            there = description["configuration"]
+            there, stage = _read_stage(directory, index)
             for name in here:
                 if there[name] != here[name]:
                     raise ValueError(
                         f"directory {directory} holds a run of another configuration: "
                         f"{name} is {there[name]!r} there and {here[name]!r} here; choose another directory"
                     )
-            labels = stage_files.read_labels(directory, index)
-            read_state = partial(stage_files.read_state, directory, index)
-            statistics = description["statistics"]
-            self.finished.append(
-                FinishedStage(index, labels=labels, **arrays, statistics=statistics, _read_state=read_state)
-            )
+            self.finished.append(stage)
         matches = (re.fullmatch(r"stage-(\d+)", path.name) for path in directory.glob("stage-*"))
         later = sorted(int(match[1]) for match in matches if match and int(match[1]) >= len(self.finished))
         if later and len(self.finished) < self.n_stages:
@@ -288,17 +319,42 @@ class MultistageRunner:
         index = stage.index
         if index != len(self.finished):
             raise RuntimeError(f"stage {index} is finished already")
-        # Before the clustering, so that what does not fit costs no time.
-        kept = None if state is None else stage_files.dump_state(state)
-        rows = open_rows("embeddings", embeddings)
-        if rows.count() != self.n_samples:
-            raise ValueError(
-                f"embeddings must have one row per sample: got {rows.count()} rows for {self.n_samples} samples"
-            )
+        ranks = self.ranks
+
+        def checked() -> tuple[stage_files.State | None, Rows]:
+            # Before the clustering, so that what does not fit costs no time.
+            is_mine = ranks is None or ranks.rank == 0 or self.directory is None
+            kept = stage_files.dump_state(state) if state is not None and is_mine else None
+            rows, n = open_rows("embeddings", embeddings), len(stage.shard)
+            if rows.count() != n:
+                samples = f"{n} samples" if ranks is None else f"the {n} samples of this rank, {stage.shard}"
+                raise ValueError(f"embeddings must have one row per sample: got {rows.count()} rows for {samples}")
+            return kept, rows
+
+        kept, rows = checked() if ranks is None else work_of_each(checked, ranks, meeting_device(ranks))
         started = time.perf_counter()
-        kmeans = KMeans(self.n_clusters, metric=self.metric, seed=self.seed + index).fit(rows)
+        group = None if ranks is None else ranks.group
+        kmeans = KMeans(self.n_clusters, metric=self.metric, seed=self.seed + index, group=group).fit(rows)
         seconds = time.perf_counter() - started
         clusters = kmeans.labels_.cpu()
+        if ranks is not None:
+            (clusters,), _ = gather_vectors([clusters.int().to(meeting_device(ranks))], ranks)
+
+        def keep() -> FinishedStage:
+            return self._keep(stage, kmeans, clusters.cpu(), seconds, kept)
+
+        if ranks is None or self.directory is None:
+            self.finished.append(keep())
+        else:
+            device, directory = meeting_device(ranks), self.directory
+            written = work_of_first(keep, ranks, device)
+            self.finished.append(work_of_each(lambda: written or _written_stage(directory, index), ranks, device))
+        return self.finished[-1]
+
+    def _keep(
+        self, stage: Stage, kmeans: KMeans, clusters: Tensor, seconds: float, kept: stage_files.State | None
+    ) -> FinishedStage:
+        """Composes the labels of all samples and saves the stage."""
         labels, pairs = compose_pairs(stage.labels, clusters, label_dtype(self.n_samples))
         earlier = self.finished[-1].tuples if self.finished else pairs.new_empty(1, 0)
         arrays = {
@@ -316,13 +372,29 @@ class MultistageRunner:
             stored, read_state = StoredLabels(labels), partial(_load_kept, kept)
         else:
             description = {"configuration": self._configuration(), "statistics": statistics}
-            stage_files.write_stage(self.directory, index, {**arrays, "labels": labels}, kept, description)
-            stored = stage_files.read_labels(self.directory, index)
-            read_state = partial(stage_files.read_state, self.directory, index)
-        self.finished.append(
-            FinishedStage(index, labels=stored, **arrays, statistics=statistics, _read_state=read_state)
-        )
-        return self.finished[-1]
+            stage_files.write_stage(self.directory, stage.index, {**arrays, "labels": labels}, kept, description)
+            stored = stage_files.read_labels(self.directory, stage.index)
+            read_state = partial(stage_files.read_state, self.directory, stage.index)
+        return FinishedStage(stage.index, labels=stored, **arrays, statistics=statistics, _read_state=read_state)
+
+
+def _written_stage(directory: Path, index: int) -> FinishedStage:
+    """What the first rank wrote, which a network file system may show a little later."""
+    path, patience = stage_files.stage_directory(directory, index), time.monotonic() + SHOWN_WITHIN
+    while not path.exists():
+        if time.monotonic() > patience:
+            raise RuntimeError(f"directory must be one that all ranks see: this one finds no {path}, which was written")
+        time.sleep(0.1)
+    return _read_stage(directory, index)[1]
+
+
+def _read_stage(directory: Path, index: int) -> tuple[dict[str, Any], FinishedStage]:
+    """The configuration of a stage's run, and the stage."""
+    arrays, description = stage_files.read_stage(directory, index)
+    labels, read_state = stage_files.read_labels(directory, index), partial(stage_files.read_state, directory, index)
+    statistics = description["statistics"]
+    stage = FinishedStage(index, labels=labels, **arrays, statistics=statistics, _read_state=read_state)
+    return description["configuration"], stage
 
 
 def _load_kept(state: stage_files.State | None) -> dict[str, Any] | None:

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+ANSWER_WITHIN = 120.0  # seconds
+
 
 class RankPool:
     """`world_size` processes, each of which runs what `run` is given."""
@@ -35,7 +37,7 @@ class RankPool:
         results, failures = [], []
         for rank, pipe in enumerate(self.pipes):
             try:
-                failed, result = pipe.recv() if pipe.poll(4 * self.timeout) else (True, "no answer")
+                failed, result = pipe.recv() if pipe.poll(ANSWER_WITHIN) else (True, "no answer")
             except EOFError:
                 failed, result = True, "the process ended"
             results.append(result)
@@ -72,6 +74,10 @@ class RankPool:
         for process, (_, theirs) in zip(self.processes, ends, strict=True):
             process.start()
             theirs.close()
+        for pipe in self.pipes:
+            pipe.recv()  # they have imported everything: from here on the timeout of the group holds
+        for pipe in self.pipes:
+            pipe.send("begin")
         self.started = True
 
     def __enter__(self) -> RankPool:
@@ -86,6 +92,8 @@ class RankPool:
 def _serve(pipe: Connection, directory: Path, rank: int, world_size: int, timeout: float) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
+    pipe.send("ready")
+    pipe.recv()
     dist.init_process_group(
         "gloo", init_method=f"file://{directory / 'store'}", rank=rank, world_size=world_size,
         timeout=timedelta(seconds=timeout),

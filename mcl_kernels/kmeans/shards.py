@@ -15,20 +15,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mcl_kernels._rows import compute_dtype
-from mcl_kernels.distributed import Ranks, check_alike, check_none_failed, meeting_device
+from mcl_kernels.distributed import Ranks, check_alike, check_none_failed, meeting_device, work_of_each, work_of_first
 from mcl_kernels.kmeans.sources import Rows
 
 
 def open_shard(open_rows: Callable[[], Rows], ranks: Ranks, arguments: Mapping[str, object]) -> ShardedRows:
     """The rows that this rank opens, of all ranks' data. Where one cannot, or where they differ, every rank raises."""
-    rows, error = None, None
-    try:
-        rows = open_rows()
-    except Exception as caught:
-        error = caught
     device = meeting_device(ranks)
-    check_none_failed(ranks, device, error)
-    assert rows is not None
+    rows = work_of_each(open_rows, ranks, device)
     check_alike(ranks, device, {**arguments, rows.name: rows.like, f"device of {rows.name}": rows.device.type})
     return ShardedRows(rows, ranks)
 
@@ -99,13 +93,8 @@ class ShardedRows(Rows):
 
     def from_first(self, compute: Callable[[], Tensor]) -> Tensor:
         """Together; the other ranks wait."""
-        rows = None
-        if self.shard == 0:
-            with self._noting_errors():
-                rows = compute()
-        n = int(self._of_first(torch.tensor([-1 if rows is None else len(rows)])))
-        if n < 0:
-            self._raise()
+        rows = work_of_first(compute, self.ranks, self.meeting)
+        n = int(self._of_first(torch.tensor([0 if rows is None else len(rows)])))
         if rows is None:
             rows = torch.empty(n, self.width, dtype=compute_dtype(self.like), device=self.device)
         return self._of_first(rows).to(self.device)

@@ -1,0 +1,205 @@
+"""Multistage runs over several ranks against the same run of one process."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from mcl_kernels import MultistageRunner, stage_files, stages
+from tests.ranks import RankPool
+
+ROOT = Path(__file__).parents[1]
+N, D = 91, 6
+
+
+@pytest.fixture(scope="module", params=[2, 4], ids=lambda n: f"{n} ranks")
+def ranks(request: pytest.FixtureRequest) -> Iterator[RankPool]:
+    with RankPool(request.param) as pool:
+        yield pool
+
+
+def embeddings_of(stage: stages.Stage) -> torch.Tensor:
+    """Of all samples: they depend on the labels of the stage, so that a wrong one shows."""
+    generator = torch.Generator().manual_seed(int((stage.labels * torch.arange(N)).sum()) + stage.index)
+    return torch.randn(N, D, generator=generator)
+
+
+def run(directory: Path | None, n_stages: int = 2, *, alone: bool = False) -> list[list[Any]]:
+    """What the stages left behind; embeddings are those of the shard."""
+    group = None if alone else dist.group.WORLD
+    runner = MultistageRunner(N, n_stages=n_stages, n_clusters=4, directory=directory, group=group)
+    for stage in runner:
+        embeddings, here = embeddings_of(stage), stage.shard
+        stage.finish(embeddings[here.start : here.stop], state={"index": torch.tensor(stage.index)})
+    return [
+        [
+            done.labels.tolist(), done.tuples.tolist(), done.centers.tolist(), done.statistics["cluster_sizes"],
+            done.statistics["label_sizes"], done.statistics["iterations"], int(done.state["index"]),  # type: ignore[index]
+        ]
+        for done in runner.finished
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("in_memory", [False, True], ids=["directory", "memory"])
+def test_is_the_run_of_one_process(ranks: RankPool, tmp_path: Path, in_memory: bool) -> None:
+    expected = run(None, alone=True)
+    for of_rank in ranks.run(run, None if in_memory else tmp_path / "run"):
+        assert of_rank == expected
+    if not in_memory:
+        assert run(tmp_path / "run", alone=True) == expected  # read back
+
+
+def test_resumes_with_another_number_of_ranks(ranks: RankPool, tmp_path: Path) -> None:
+    expected = run(None, 3, alone=True)
+    run(tmp_path, 1, alone=True)
+    ranks.run(run, tmp_path, 2)
+    with RankPool(3) as three:
+        assert three.run(run, tmp_path, 3) == [expected] * 3
+    assert run(tmp_path, 3, alone=True) == expected
+
+
+def batches_of_epoch(directory: Path) -> list[list[int]]:
+    run(directory, 1)
+    runner = MultistageRunner(N, n_stages=2, n_clusters=4, directory=directory, group=dist.group.WORLD)
+    stage = next(iter(runner))
+    assert stage.index == 1
+    return list(stage.batch_sampler(4, clusters_per_batch=1, epoch=3))
+
+
+def test_each_rank_loads_its_part_of_a_batch(ranks: RankPool, tmp_path: Path) -> None:
+    of_ranks = ranks.run(batches_of_epoch, tmp_path)
+    stage = next(iter(MultistageRunner(N, n_stages=2, n_clusters=4, directory=tmp_path)))
+    expected = stage.batch_sampler(4 * ranks.world_size, clusters_per_batch=1, epoch=3)
+    assert [list(chain(*parts)) for parts in zip(*of_ranks, strict=True)] == list(expected)
+
+
+def run_with_slow_writer(directory: Path, seconds: float) -> list[list[Any]]:
+    write = stage_files.write_stage
+
+    def slow(*arguments: Any) -> None:
+        time.sleep(seconds)
+        write(*arguments)
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(stage_files, "write_stage", slow)
+        return run(directory, 1)
+
+
+def test_waiting_for_the_writer_does_not_time_out(tmp_path: Path) -> None:
+    with RankPool(2, timeout=3.0) as pool:
+        assert pool.run(run_with_slow_writer, tmp_path, 7.0) == [run(None, 1, alone=True)] * 2
+
+
+# --- what goes wrong ------------------------------------------------------------------------------------------
+
+
+def fail(case: str, directory: Path) -> str:
+    """The error on this rank. The group is in step afterwards."""
+    rank, last = dist.get_rank(), dist.get_world_size() - 1
+    options: dict[str, Any] = {"n_stages": 2, "n_clusters": 4, "directory": directory, "group": dist.group.WORLD}
+    if case == "configuration" and rank == last:
+        options["n_clusters"] = 5
+    if case == "directories" and rank == last:
+        options["directory"] = directory / "another"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(stages, "SHOWN_WITHIN", 0.5)
+        if case == "full disk" and rank == 0:
+            monkeypatch.setattr(stage_files, "write_array", no_space)
+        try:
+            runner = MultistageRunner(N, **options)
+            stage = next(iter(runner))
+            embeddings = embeddings_of(stage)[stage.shard.start : stage.shard.stop]
+            if case == "rows" and rank == last:
+                embeddings = embeddings[1:]
+            if case == "not finite" and rank == last:
+                embeddings[2, 0] = torch.nan
+            state: Any = {"x": object()} if case == "state" else None
+            stage.finish(embeddings, state=state)
+        except (OSError, RuntimeError, TypeError, ValueError) as error:
+            message = f"{type(error).__name__}: {error}"
+        else:
+            message = "none"
+    dist.barrier()
+    return message
+
+
+def no_space(*_: object) -> None:
+    raise OSError(28, "No space left on device")
+
+
+FAILURES = {
+    "configuration": ("last", "ValueError: n_clusters must be alike on every rank of the group: got 4 on rank 0"),
+    "rows": ("last", "ValueError: embeddings must have one row per sample: got"),
+    "not finite": ("last", "ValueError: embeddings must be finite: got NaN or infinity in row 2"),
+    "state": ("first", "TypeError: state must hold tensors"),
+    "full disk": ("first", "stage 0 could not be saved (No space left on device)"),
+    "directories": ("last", "RuntimeError: directory must be one that all ranks see: this one finds no"),
+}
+
+
+@pytest.mark.parametrize("case", FAILURES)
+def test_an_error_of_one_rank_is_raised_on_every_rank(ranks: RankPool, tmp_path: Path, case: str) -> None:
+    whose, message = FAILURES[case]
+    where = 0 if whose == "first" else ranks.world_size - 1
+    messages = ranks.run(fail, case, tmp_path)
+    assert message in messages[where]
+    for rank, of_rank in enumerate(messages):
+        if rank != where and case != "configuration":
+            assert of_rank.startswith(f"ValueError: rank {where} of the group met an error: ")
+            assert message in of_rank
+    if case not in ("directories",):
+        assert not list(tmp_path.glob("stage-*"))
+        assert ranks.run(run, tmp_path) == [run(None, alone=True)] * ranks.world_size
+
+
+def other_progress(directory: Path) -> str:
+    own = directory / str(dist.get_rank())
+    if dist.get_rank() == 0:
+        run(own, 1, alone=True)
+    with pytest.raises(ValueError, match="finished stages") as error:
+        MultistageRunner(N, n_stages=2, n_clusters=4, directory=own, group=dist.group.WORLD)
+    return str(error.value)
+
+
+def test_ranks_that_see_other_directories_are_told_so(ranks: RankPool, tmp_path: Path) -> None:
+    expected = "must be alike on every rank of the group: got 1 on rank 0 and 0 on rank 1"
+    assert all(expected in message for message in ranks.run(other_progress, tmp_path))
+
+
+# --- under torchrun -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_two_hosts_under_torchrun(tmp_path: Path) -> None:
+    """Two agents at two loopback addresses, two processes each, train two stages with DDP."""
+    port = 29000 + int(hashlib.sha256(str(tmp_path).encode()).hexdigest(), 16) % 2000
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    hosts = [
+        subprocess.Popen(
+            [
+                sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=2",
+                f"--node-rank={node}", "--master-addr=127.0.0.1", f"--master-port={port}",
+                f"--local-addr=127.0.0.{node + 1}",
+                "-m", "tests.torchrun_training", str(tmp_path / "run"),
+            ],
+            cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for node in range(2)
+    ]  # fmt: skip
+    outputs = [host.communicate(timeout=240)[0] for host in hosts]
+    assert [host.returncode for host in hosts] == [0, 0], "\n".join(outputs)
+    digests = {line for output in outputs for line in output.splitlines() if line.startswith("parameters ")}
+    assert len(digests) == 1, outputs
+    runner = MultistageRunner(256, n_stages=2, n_clusters=4, directory=tmp_path / "run")
+    assert len(runner.finished) == 2
