@@ -42,10 +42,11 @@ types: $(VENV)/installed-test
 	$(VENV)/bin/mypy
 
 # Every case of benchmarks/cases.py: benchmarks/results.csv, and the README's figure drawn from it. Without CASES also
-# k-means: benchmarks/clustering.csv.
+# k-means, benchmarks/clustering.csv, and the losses over ranks, benchmarks/scale.csv.
 bench: $(BENCH)/installed
 	$(BENCH)/bin/python -m benchmarks $(CASES)
 	test -n '$(CASES)' || $(BENCH)/bin/python -m benchmarks.clustering
+	test -n '$(CASES)' || $(BENCH)/bin/python -m benchmarks.scale
 
 # All that needs a CUDA device: the tests, under compute-sanitizer too where there is one, and the same benchmarks
 # with the peers' kernels, into benchmarks/gpu_results.csv and gpu_clustering.csv.
