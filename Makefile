@@ -25,10 +25,10 @@ sanitize: build/sanitized-address,undefined build/sanitized-thread
 build/sanitized-%: $(wildcard csrc/cpu/*) tests/sanitized_kernels.cpp mcl_kernels/_native.py | $(VENV)/installed-test
 	$(VENV)/bin/python -m tests.build_sanitized '$*' $@
 
-# The lower bounds of pyproject.toml: what `pip install mcl-kernels` may meet. What takes minutes and depends on no version
-# of torch is left out.
+# The lower bounds of pyproject.toml: what `pip install mcl-kernels` may meet. What takes minutes, or depends on no version
+# of torch, is left out.
 test-oldest: $(OLDEST)/installed
-	$(OLDEST)/bin/python -m pytest -n logical $(addprefix --ignore tests/,test_benchmarks.py test_demo.py test_package.py test_readme.py integrations)
+	$(OLDEST)/bin/python -m pytest -n logical -m 'not slow' $(addprefix --ignore tests/,test_benchmarks.py test_demo.py test_package.py test_readme.py integrations)
 
 # With the libraries whose losses ours replace, and the newest torch that has a torchvision.
 test-integrations: $(INTEGRATIONS)/installed

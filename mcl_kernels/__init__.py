@@ -5,7 +5,7 @@ cluster; `KMeans` finds the clusters; `MultistageRunner` runs the stages.
 """
 
 from mcl_kernels import objectives
-from mcl_kernels.exchange_plan import ExchangePlan, plan_exchange
+from mcl_kernels.distributed import ExchangePlan, plan_exchange
 from mcl_kernels.gradient_cache import cached_backward
 from mcl_kernels.kmeans import KMeans, assign_clusters
 from mcl_kernels.labelled_queue import LabelledQueue

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from mcl_kernels import over_ranks, per_anchor
+from mcl_kernels import per_anchor
 from mcl_kernels._rows import compute_dtype, joined_views, normalize_rows, unit_views
 from mcl_kernels._validate import check_choice, check_embeddings, check_positive, check_same_shape, check_same_width
-from mcl_kernels.distributed import Ranks, ranks_of
-from mcl_kernels.exchange_plan import EXCHANGES
+from mcl_kernels.distributed import over_ranks
+from mcl_kernels.distributed.group import Ranks, ranks_of
+from mcl_kernels.distributed.plan import EXCHANGES
 from mcl_kernels.logsumexp.api import as_pairs, as_scale, resolve_impl
 from mcl_kernels.logsumexp.plan import Pairs
 from mcl_kernels.objectives import Objective, info_nce

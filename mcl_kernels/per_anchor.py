@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from mcl_kernels._rows import row_dot
-from mcl_kernels.distributed import Ranks, gather_vectors
+from mcl_kernels.distributed.exchange import gather_vectors
+from mcl_kernels.distributed.group import Ranks
 from mcl_kernels.logsumexp.api import masked_logsumexp
 from mcl_kernels.logsumexp.plan import Pairs, count_kept
 from mcl_kernels.objectives import Objective

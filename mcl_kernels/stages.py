@@ -30,7 +30,8 @@ from torch import Tensor
 from mcl_kernels import stage_files
 from mcl_kernels._durable import check_writable
 from mcl_kernels._validate import as_integer, check_choice, check_embeddings
-from mcl_kernels.distributed import check_alike, gather_vectors, meeting_device, ranks_of, work_of_each, work_of_first
+from mcl_kernels.distributed.exchange import gather_vectors
+from mcl_kernels.distributed.group import check_alike, meeting_device, ranks_of, work_of_each, work_of_first
 from mcl_kernels.kmeans import KMeans, assign_clusters
 from mcl_kernels.kmeans.api import METRICS
 from mcl_kernels.kmeans.sources import Rows, RowsLike, open_rows

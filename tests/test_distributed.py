@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mcl_kernels import ClipLoss, MaskedInfoNCE, NTXentLoss, clip_loss, masked_info_nce, nt_xent, objectives
-from mcl_kernels.exchange_plan import ExchangePlan, all_reduced_bytes, bucket_count, pack_clusters, plan_exchange
+from mcl_kernels.distributed.plan import ExchangePlan, all_reduced_bytes, bucket_count, pack_clusters, plan_exchange
 from tests.ranks import RankPool
 
 N, M, D = 60, 84, 8

@@ -15,7 +15,7 @@ from torch import Tensor
 from mcl_kernels import _native
 from mcl_kernels._rows import compute_dtype
 from mcl_kernels._validate import as_integer, as_number, check_choice, check_same_width
-from mcl_kernels.distributed import ranks_of
+from mcl_kernels.distributed.group import ranks_of
 from mcl_kernels.kmeans import faiss, lloyd, native, reference, triton
 from mcl_kernels.kmeans.centers import prepare, serial_mean, summarize
 from mcl_kernels.kmeans.lloyd import Clustering, Problem

@@ -15,7 +15,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mcl_kernels._rows import compute_dtype
-from mcl_kernels.distributed import Ranks, check_alike, check_none_failed, meeting_device, work_of_each, work_of_first
+from mcl_kernels.distributed.group import (
+    Ranks,
+    check_alike,
+    check_none_failed,
+    meeting_device,
+    work_of_each,
+    work_of_first,
+)
 from mcl_kernels.kmeans.sources import Rows
 
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from mcl_kernels import per_anchor
 from mcl_kernels._rows import joined_views
-from mcl_kernels.distributed import Ranks, Side, check_alike, share_queries, share_samples
+from mcl_kernels.distributed.exchange import Side, share_queries, share_samples
+from mcl_kernels.distributed.group import Ranks, check_alike
 from mcl_kernels.logsumexp.plan import Pairs
 from mcl_kernels.objectives import Objective
 

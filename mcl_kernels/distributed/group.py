@@ -1,0 +1,140 @@
+"""The ranks of a process group: whether they agree, what one of them does for all, and errors that all hear of."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import nullcontext
+from dataclasses import is_dataclass
+from itertools import chain
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+TEXT_BYTES, DESCRIBED = 8192, 100
+MOMENT = 0.5  # seconds
+T = TypeVar("T")
+
+
+class Ranks(NamedTuple):
+    """The ranks of a process group, and which of them this process is."""
+
+    group: Any
+    rank: int
+    world_size: int
+
+    def row_ids(self, rows: Tensor) -> Tensor:
+        """An id for each row of this rank that no row of another rank has."""
+        return torch.arange(len(rows), device=rows.device) * self.world_size + self.rank
+
+
+def ranks_of(group: Any) -> Ranks:
+    """Checks that `group` is a process group that this process belongs to."""
+    if not (dist.is_available() and dist.is_initialized()):
+        raise RuntimeError("group needs torch.distributed: call torch.distributed.init_process_group() first")
+    if group == dist.GroupMember.NON_GROUP_MEMBER:  # what new_group() hands to a process outside of the group
+        raise ValueError("group must be one that this process belongs to: got one of other ranks")
+    if not isinstance(group, dist.ProcessGroup):
+        expected = "a process group (torch.distributed.group.WORLD is all ranks), or None for this process alone"
+        raise TypeError(f"group must be {expected}: got {type(group).__name__}")
+    return Ranks(group, dist.get_rank(group), dist.get_world_size(group))
+
+
+def check_alike(ranks: Ranks, device: torch.device, arguments: Mapping[str, object]) -> None:
+    """Raises on every rank where the ranks do not agree, before one of them waits for what never comes."""
+    text = json.dumps({name: _described(value)[:DESCRIBED] for name, value in arguments.items()}).encode()
+    digest = int.from_bytes(hashlib.sha256(text).digest()[:7], "big")
+    extremes = torch.tensor([digest, -digest], device=device)
+    dist.all_reduce(extremes, dist.ReduceOp.MAX, group=ranks.group)
+    if int(extremes.sum()) == 0:
+        return
+    described = [json.loads(described) for described in _gather_texts(text, ranks, device)]
+    for name in dict.fromkeys(chain.from_iterable(described)):
+        values = [of_rank.get(name, "nothing") for of_rank in described]
+        other = next((rank for rank, value in enumerate(values) if value != values[0]), None)
+        if other is not None:
+            raise ValueError(
+                f"{name} must be alike on every rank of the group: "
+                f"got {values[0]} on rank 0 and {values[other]} on rank {other}"
+            )
+
+
+def check_none_failed(ranks: Ranks, device: torch.device, error: BaseException | None) -> None:
+    """Raises on every rank where one of them met an error: there that one, elsewhere one that names the rank."""
+    failed = torch.tensor([int(error is not None)], device=device)
+    dist.all_reduce(failed, dist.ReduceOp.MAX, group=ranks.group)
+    if not int(failed):
+        return
+    texts = _gather_texts(b"" if error is None else f"{type(error).__name__}: {error}".encode(), ranks, device)
+    if error is not None:
+        raise error
+    rank, text = next((rank, text) for rank, text in enumerate(texts) if text.strip())
+    raise ValueError(f"rank {rank} of the group met an error: {text.decode(errors='replace').strip()}")
+
+
+def work_of_each(work: Callable[[], T], ranks: Ranks, device: torch.device) -> T:
+    """What `work()` returns on this rank; an error on one rank is raised on every rank."""
+    result, error = None, None
+    try:
+        result = work()
+    except Exception as caught:
+        error = caught
+    check_none_failed(ranks, device, error)
+    return result  # type: ignore[return-value]
+
+
+def work_of_first(work: Callable[[], T], ranks: Ranks, device: torch.device) -> T | None:
+    """What `work()` returns on the first rank, None elsewhere; an error of it is raised on every rank.
+
+    The ranks meet every now and then, so that no collective lasts as long as the work: none times out, and a rank that
+    is gone is missed.
+    """
+
+    def on_device() -> T:  # that of CUDA is a thread's own
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            return work()
+
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(on_device) if ranks.rank == 0 else None
+        done = torch.zeros(1, dtype=torch.int64, device=device)
+        while not int(done):
+            if future is not None:
+                done[0] = int(bool(wait([future], timeout=MOMENT).done))
+            dist.all_reduce(done, dist.ReduceOp.MAX, group=ranks.group)
+    check_none_failed(ranks, device, None if future is None else future.exception())
+    return None if future is None else future.result()
+
+
+def meeting_device(ranks: Ranks) -> torch.device:
+    """Where the group communicates what is on a processor: NCCL takes tensors of its GPUs alone."""
+    on_gpus = dist.get_backend(ranks.group) == "nccl"
+    return torch.device("cuda", torch.cuda.current_device()) if on_gpus else torch.device("cpu")
+
+
+def _gather_texts(text: bytes, ranks: Ranks, device: torch.device) -> list[bytes]:
+    """Those of all ranks, cut or padded with spaces to a common length."""
+    padded = torch.frombuffer(bytearray(text[:TEXT_BYTES].ljust(TEXT_BYTES)), dtype=torch.uint8)
+    return [bytes(row.tolist()) for row in all_gather(padded.to(device), ranks).cpu().view(ranks.world_size, -1)]
+
+
+def _described(value: object) -> str:
+    """What has to be alike of an argument."""
+    if isinstance(value, Tensor):
+        shape = ", ".join(["rows", *map(str, value.shape[1:])][: value.ndim])
+        with_grad = " that requires grad" if value.requires_grad and torch.is_grad_enabled() else ""
+        return f"[{shape}] {str(value.dtype).removeprefix('torch.')}{with_grad}"
+    if callable(value) and not is_dataclass(value):
+        return getattr(value, "__qualname__", type(value).__qualname__)
+    return repr(value)
+
+
+def all_gather(rows: Tensor, ranks: Ranks) -> Tensor:
+    gathered = rows.new_empty(ranks.world_size * len(rows), *rows.shape[1:])
+    # The names that these two have since torch 2.13, or those before.
+    collective = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    collective(gathered, rows, group=ranks.group)
+    return gathered
