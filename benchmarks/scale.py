@@ -220,7 +220,7 @@ class Counter:
 
 @contextmanager
 def counted() -> Iterator[Counter]:
-    """Counts in every collective that the losses call."""
+    """Counts in every collective that the losses call, and takes no other."""
     counter = Counter()
     counts = {
         "all_reduce": counter.all_reduce, "all_to_all_single": counter.all_to_all_single,
@@ -237,7 +237,12 @@ def counted() -> Iterator[Counter]:
 
         return call
 
-    with patch.multiple(dist, **{name: counting(name) for name in counts if hasattr(dist, name)}):
+    def refused(*arguments: Any, **options: Any) -> Any:
+        raise AssertionError("a collective that is not counted")
+
+    others = ("all_gather", "broadcast", "gather", "reduce", "reduce_scatter", "scatter", "send", "recv")
+    patched = {name: counting(name) for name in counts if hasattr(dist, name)} | dict.fromkeys(others, refused)
+    with patch.multiple(dist, **patched):
         yield counter
 
 

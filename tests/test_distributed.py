@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from benchmarks.scale import counted
 from mcl_kernels import ClipLoss, MaskedInfoNCE, NTXentLoss, clip_loss, masked_info_nce, nt_xent, objectives
 from mcl_kernels.distributed.plan import ExchangePlan, all_reduced_bytes, bucket_count, pack_clusters, plan_exchange
 from tests.ranks import RankPool
@@ -258,56 +259,14 @@ def test_half_precision_rows(ranks: RankPool, exchange: str) -> None:
 # --- what is sent ---------------------------------------------------------------------------------------------
 
 
-class Counted:
-    """Bytes that this rank sends and receives in collectives, as a ring or a direct exchange has to."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.sent = self.received = 0
-        self.world = dist.get_world_size()
-        for name in ("all_reduce", "all_to_all_single", "all_gather_single", "all_gather_into_tensor"):
-            self._wrap(monkeypatch, name)
-        for name in ("reduce_scatter_single", "reduce_scatter_tensor", "all_gather", "broadcast", "send", "recv"):
-            self._wrap(monkeypatch, name)
-
-    def _wrap(self, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-        collective = getattr(dist, name, None)
-        if collective is None:  # in torch before 2.13
-            return
-
-        def counted(*tensors: Any, **options: Any) -> Any:
-            self._count(name, *tensors)
-            return collective(*tensors, **options)
-
-        monkeypatch.setattr(dist, name, counted)
-
-    def _count(self, name: str, out: Tensor, rows: Any = None, *splits: list[int]) -> None:
-        others, rank = self.world - 1, dist.get_rank()
-        if name == "all_reduce":
-            each = round(2 * out.nbytes * others / self.world)
-            sent, received = each, each
-        elif name == "all_to_all_single":
-            received_rows, sent_rows = splits if splits else ([len(rows) // self.world] * self.world,) * 2
-            row_bytes = rows[:1].nbytes or rows.new_empty(1, *rows.shape[1:]).nbytes
-            sent = (sum(sent_rows) - sent_rows[rank]) * row_bytes
-            received = (sum(received_rows) - received_rows[rank]) * row_bytes
-        elif "gather" in name or "scatter" in name:
-            sent = received = others * min(out.nbytes, rows.nbytes)
-        else:
-            raise AssertionError(f"{name} is not planned")
-        self.sent += sent
-        self.received += received
-
-
 def check_bytes(loss: str, labels: str, shards: str, exchange: str, dtype: torch.dtype) -> ExchangePlan:
     batch = make_batch(labels, dtype=dtype)
     mine = shard_of(batch, shards)
     name = loss.split(",")[0]
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        forward = Counted(monkeypatch)
+    with counted() as forward:
         leaves = {k: mine[k].requires_grad_() for k in ("a", "b", "key")}
         value = LOSSES[loss]({**mine, **leaves}, group=dist.group.WORLD, exchange=exchange)
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        backward = Counted(monkeypatch)
+    with counted() as backward:
         value.backward()
     values = sorted({*batch["labels"].tolist(), *batch["key_labels"].tolist()})
     histograms = []
@@ -329,8 +288,8 @@ def check_bytes(loss: str, labels: str, shards: str, exchange: str, dtype: torch
         histogram = all_reduced_bytes(
             (2 if name == "masked_info_nce" else 1) * 8 * (bucket_count(len(histograms[0])) + 1), len(histograms[0])
         )
-    assert (forward.sent - histogram, forward.received - histogram) == (plan.sent[rank], plan.received[rank])
-    assert (backward.sent, backward.received) == (plan.grad_sent[rank], plan.grad_received[rank])
+    assert (*(forward.bytes - histogram),) == (plan.sent[rank], plan.received[rank])
+    assert (*backward.bytes,) == (plan.grad_sent[rank], plan.grad_received[rank])
     return plan
 
 
@@ -362,17 +321,14 @@ def check_measured_bytes() -> None:
     a, b = torch.randn(2, per_rank, features, generator=generator).requires_grad_()
     labels = torch.randint(4 * world, (per_rank,), generator=generator)
     own = 2 * a.nbytes
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        forward = Counted(monkeypatch)
+    with counted() as forward:
         loss = nt_xent(a, b, labels, group=dist.group.WORLD, exchange="cluster")
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        backward = Counted(monkeypatch)
+    with counted() as backward:
         loss.backward()
-    assert max(forward.sent, forward.received, backward.sent, backward.received) <= 2.2 * own
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        gathered = Counted(monkeypatch)
+    assert max(*forward.bytes, *backward.bytes) <= 2.2 * own
+    with counted() as gathered:
         nt_xent(a, b, labels, group=dist.group.WORLD, exchange="gather")
-    assert gathered.received >= (world - 1) * own
+    assert gathered.bytes.min() >= (world - 1) * own
 
 
 def test_cluster_sends_at_most_twice_its_own_batch(ranks: RankPool) -> None:
