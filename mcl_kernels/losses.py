@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -350,9 +351,17 @@ class _Loss(nn.Module):
             "exchange": exchange,
         }
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Loss:
+        """A copy, of a model's average say, that meets the same ranks."""
+        memo[id(self.options["group"])] = self.options["group"]
+        twin = memo[id(self)] = type(self).__new__(type(self))
+        twin.__dict__ = copy.deepcopy(self.__dict__, memo)
+        return twin
+
     def extra_repr(self) -> str:
-        objective = self.options["objective"]
+        objective, group = self.options["objective"], self.options["group"]
         options = {**self.options, "objective": getattr(objective, "__name__", objective)}
+        options["group"] = None if group is None else f"{ranks_of(group).world_size} ranks"
         return ", ".join(f"{name}={value}" for name, value in options.items())
 
 

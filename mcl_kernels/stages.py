@@ -17,12 +17,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 SHOWN_WITHIN = 30.0  # seconds
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -250,7 +252,7 @@ class MultistageRunner:
         self.finished: list[FinishedStage] = []
         self.ranks = None if group is None else ranks_of(group)
         if self.directory is not None:
-            self._read_finished(self.directory)
+            self._on_every_rank(partial(self._read_finished, self.directory))
         if self.ranks is not None:
             run = {
                 **self._configuration(), "n_stages": self.n_stages, "a directory": self.directory is not None,
@@ -268,7 +270,7 @@ class MultistageRunner:
     def __iter__(self) -> Iterator[Stage]:
         while len(self.finished) < self.n_stages:
             if self.directory is not None:
-                check_writable(self.directory)
+                self._on_every_rank(partial(self._check_writable, self.directory))
             stage = Stage(self, len(self.finished))
             yield stage
             if len(self.finished) == stage.index:
@@ -284,6 +286,14 @@ class MultistageRunner:
         if unknown:
             raise ValueError(f"keys must be among those given to the runner: got {unknown[0]!r}")
         return torch.tensor([self._index_of_key[key] for key in keys], dtype=torch.int64)
+
+    def _on_every_rank(self, work: Callable[[], T]) -> T:
+        """What `work()` returns; an error of one rank is raised on all."""
+        return work() if self.ranks is None else work_of_each(work, self.ranks, meeting_device(self.ranks))
+
+    def _check_writable(self, directory: Path) -> None:
+        if self.ranks is None or self.ranks.rank == 0:
+            check_writable(directory)
 
     def _configuration(self) -> dict[str, Any]:
         """What has to agree for a run to be continued."""
@@ -332,7 +342,7 @@ class MultistageRunner:
                 raise ValueError(f"embeddings must have one row per sample: got {rows.count()} rows for {samples}")
             return kept, rows
 
-        kept, rows = checked() if ranks is None else work_of_each(checked, ranks, meeting_device(ranks))
+        kept, rows = self._on_every_rank(checked)
         started = time.perf_counter()
         group = None if ranks is None else ranks.group
         kmeans = KMeans(self.n_clusters, metric=self.metric, seed=self.seed + index, group=group).fit(rows)
@@ -349,7 +359,13 @@ class MultistageRunner:
         else:
             device, directory = meeting_device(ranks), self.directory
             written = work_of_first(keep, ranks, device)
-            self.finished.append(work_of_each(lambda: written or _written_stage(directory, index), ranks, device))
+            try:
+                finished = work_of_each(lambda: written or _written_stage(directory, index), ranks, device)
+            except Exception:
+                if written is not None:  # so that finish() can be called again
+                    shutil.rmtree(stage_files.stage_directory(directory, index))
+                raise
+            self.finished.append(finished)
         return self.finished[-1]
 
     def _keep(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -17,7 +19,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.scale import counted
 from mcl_kernels import ClipLoss, MaskedInfoNCE, NTXentLoss, clip_loss, masked_info_nce, nt_xent, objectives
-from mcl_kernels.distributed.plan import ExchangePlan, all_reduced_bytes, bucket_count, pack_clusters, plan_exchange
+from mcl_kernels.distributed.exchange import _Move, _sum_of_copies
+from mcl_kernels.distributed.plan import (
+    ExchangePlan,
+    all_reduced_bytes,
+    bucket_count,
+    buckets_of,
+    pack_clusters,
+    plan_exchange,
+)
 from tests.ranks import RankPool
 
 N, M, D = 60, 84, 8
@@ -359,13 +369,41 @@ def test_packing_is_never_worse_than_whole_clusters_and_gives_each_an_owner(worl
         assert plan.operations.max() <= 16 * 128 * bound
 
 
-def test_plan_of_other_buckets() -> None:
-    """Labels above the number of buckets are counted where the losses count them."""
+def test_labels_above_the_number_of_buckets_are_spread_over_them() -> None:
+    """Packed pairs of labels, a * 1024 + b say, would otherwise all be one."""
+    for step in (1, 1000, 1024, 4096, 2**20, 10**15):
+        buckets = buckets_of(torch.arange(64) * step, 16)
+        assert len(buckets.unique()) >= 58, step
+        assert int(buckets.min()) >= 0
+        assert int(buckets.max()) < bucket_count(16)
+    assert buckets_of(torch.tensor([-1, -(2**63), 0, 1023]), 2).tolist() == [-1, -1, 0, 1023]
     histogram = torch.zeros(3000, dtype=torch.int64)
-    histogram[[5, 5 + 1024, 7]] = torch.tensor([10, 20, 4])
+    histogram[[5, 2005, 2006]] = torch.tensor([10, 20, 4])
     plan = plan_exchange(histogram, 2, exchange="cluster")
-    assert len(plan.owners) == 1024
-    assert [k for k, of in enumerate(plan.owners) if of] == [5, 7]
+    owned = [k for k, of in enumerate(plan.owners) if of]
+    assert owned == sorted(buckets_of(torch.tensor([5, 2005, 2006]), 2).tolist())
+
+
+def test_operations_do_not_overflow() -> None:
+    plan = plan_exchange([[5 * 10**8] * 4] * 8, 8, loss="clip_loss", features=4096, exchange="gather")
+    assert plan.operations.sum() == pytest.approx(16.0 * 4096 * 4 * (4e9) ** 2)
+
+
+@pytest.mark.parametrize(
+    ("histogram", "world", "exchange"),
+    [
+        ([1000] * 64, 8, "cluster"),
+        ([8000], 8, "gather"),  # one cluster goes to every rank anyway
+        ([1] * 40, 8, "cluster"),  # every sample stays where it is
+        ([20000, *[10] * 400], 4, "cluster"),
+    ],
+)
+def test_auto_takes_what_is_done_first(histogram: list[int], world: int, exchange: str) -> None:
+    plan = plan_exchange(histogram, world)
+    assert plan.exchange == exchange
+    both = [plan_exchange(histogram, world, exchange=name) for name in ("cluster", "gather")]
+    seconds = [float((each.operations + 1000.0 * each.bytes).max()) for each in both]
+    assert seconds.index(min(seconds)) == ("cluster", "gather").index(exchange)
 
 
 @pytest.mark.parametrize(
@@ -458,6 +496,107 @@ def test_five_steps_with_ddp_are_those_of_one_process(ranks: RankPool, loss: str
 def test_with_a_compiled_encoder() -> None:
     with RankPool(2) as pool:
         pool.run(check_training, "nt_xent", "zipf", "uneven", "cluster", True)
+
+
+def check_copies() -> None:
+    """An average of a model that holds its loss, as torch.optim.swa_utils makes it."""
+    loss = NTXentLoss(nn.Parameter(torch.tensor(0.5)), group=dist.group.WORLD, exchange="cluster")
+    twin = copy.deepcopy(loss)
+    assert f"group={dist.get_world_size()} ranks, exchange=cluster" in repr(twin)
+    assert twin.temperature is not loss.temperature
+    mine = shard_of(make_batch("zipf"), "uneven")
+    assert twin(mine["a"], mine["b"], mine["labels"]).equal(loss(mine["a"], mine["b"], mine["labels"]))
+
+
+def test_modules_are_copied(ranks: RankPool) -> None:
+    ranks.run(check_copies)
+
+
+def check_double_backward(exchange: str) -> None:
+    """The gradient of a gradient's norm: exact with the reference, refused by what is fused."""
+    batch = make_batch("zipf")
+
+    def second(x: dict[str, Any], scale: float, **options: Any) -> list[Tensor]:
+        a, b = (x[name].clone().requires_grad_() for name in ("a", "b"))
+        value = _nt_xent({**x, "a": a, "b": b}, **options) * scale
+        of_a, of_b = torch.autograd.grad(value, (a, b), create_graph=True)
+        return list(torch.autograd.grad(of_a.square().sum() + (of_b**3).sum(), (a, b)))
+
+    expected = second(batch, 1.0, impl="reference")
+    mine, world = shard_of(batch, "uneven"), dist.get_world_size()
+    options = {"group": dist.group.WORLD, "exchange": exchange}
+    # The gradients of the sum of all ranks' losses; their norm is a sum over the ranks too.
+    for got, of_whole in zip(second(mine, 1.0 / world, impl="reference", **options), expected, strict=True):
+        torch.testing.assert_close(got, shard_of({"a": of_whole}, "uneven")["a"])
+    with pytest.raises(RuntimeError, match=r"impl='reference'"):
+        second(mine, 1.0, **options)
+
+
+@pytest.mark.parametrize("exchange", ["gather", "cluster"])
+def test_double_backward_is_exact_or_refused(ranks: RankPool, exchange: str) -> None:
+    ranks.run(check_double_backward, exchange)
+
+
+def check_single_rows(exchange: str) -> None:
+    """A rank that sends or receives one row, of any width in bytes, in any layout."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    group = {"group": dist.group.WORLD, "exchange": exchange}
+    generator = torch.Generator().manual_seed(0)
+    for d in (1, 3, 8):
+        for dtypes in ((torch.bfloat16,) * 2, (torch.bfloat16, torch.float32), (torch.float64,) * 2):
+            rows = torch.randn(2, world + 5, d, generator=generator)
+            a, b = (x.to(dtype) for x, dtype in zip(rows, dtypes, strict=True))
+            labels = torch.tensor([0] * (world + 4) + [1])
+            here = slice(rank, rank + 1 if rank < world - 1 else None)
+            x, y = a[here].T.contiguous().T, b[here]
+            temperature = torch.full((len(x),), 0.5)
+            key_labels = 1 - labels
+            value = masked_info_nce(x, y, labels[here], key_labels[here], positive=y, temperature=temperature, **group)
+            whole = masked_info_nce(a, b, labels, key_labels, positive=b, temperature=torch.full((len(a),), 0.5))
+            torch.testing.assert_close(total_of(value) / world, whole, rtol=1e-4, atol=1e-4)
+            value = clip_loss(x, y, labels[here], logit_scale=2.0, **group)
+            whole = clip_loss(a, b, labels, logit_scale=2.0)
+            torch.testing.assert_close(total_of(value) / world, whole, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("exchange", ["gather", "cluster"])
+def test_single_rows_of_any_width(ranks: RankPool, exchange: str) -> None:
+    ranks.run(check_single_rows, exchange)
+
+
+def test_copies_are_summed_in_fp32() -> None:
+    """256 + 1 is 256 in bf16."""
+    grad = torch.tensor([[256.0], [1.0], [1.0], [1.0], [7.0]]).bfloat16()
+    move = _Move(torch.tensor([0, 0, 0, 0, 1]), [1, 1, 1, 2], [])
+    assert _sum_of_copies(grad, move, 3).tolist() == [[260.0], [7.0], [0.0]]
+
+
+@dataclass(frozen=True)
+class Wrapped:
+    """An objective around another one."""
+
+    inner: Callable[..., Tensor]
+    weight: float = 1.0
+
+    def __call__(self, *arguments: Any) -> Tensor:
+        return self.weight * self.inner(*arguments)
+
+
+def check_own_objectives() -> None:
+    x, group = torch.ones(3, 8), {"group": dist.group.WORLD}
+    nt_xent(x, x, objective=Wrapped(objectives.info_nce), **group)
+    nt_xent(x, x, objective=partial(objectives.info_nce), **group)
+    for objective in (Wrapped(objectives.info_nce, weight=1.0 + dist.get_rank()), partial(_weighted, dist.get_rank())):
+        with pytest.raises(ValueError, match="objective must be alike on every rank"):
+            nt_xent(x, x, objective=objective, **group)
+
+
+def _weighted(weight: float, *arguments: Any) -> Tensor:
+    return weight * objectives.info_nce(*arguments)
+
+
+def test_own_objectives_are_compared_by_what_they_are(ranks: RankPool) -> None:
+    ranks.run(check_own_objectives)
 
 
 def check_alone() -> None:
@@ -579,6 +718,20 @@ def check_unlike(name: str) -> None:
     with pytest.raises(ValueError, match=message):
         loss(x, y, group=dist.group.WORLD, **arguments)
     nt_xent(torch.ones(3, 8), torch.ones(3, 8), group=dist.group.WORLD)
+
+
+def check_no_grad_on_one_rank() -> None:
+    """It would not come to the backward pass."""
+    x = torch.ones(3, 8, requires_grad=True)
+    with (
+        torch.set_grad_enabled(dist.get_rank() > 0),
+        pytest.raises(ValueError, match=r"view_a must be alike .* and .* that requires grad on rank 1"),
+    ):
+        nt_xent(x, x, group=dist.group.WORLD)
+
+
+def test_a_rank_without_gradients(ranks: RankPool) -> None:
+    ranks.run(check_no_grad_on_one_rank)
 
 
 @pytest.mark.parametrize("name", UNLIKE)

@@ -163,6 +163,46 @@ def test_an_error_of_one_rank_is_raised_on_every_rank(ranks: RankPool, tmp_path:
         assert ranks.run(run, tmp_path) == [run(None, alone=True)] * ranks.world_size
 
 
+def finish_twice(directory: Path) -> list[list[Any]]:
+    """The directory is seen late by the last rank."""
+    rank, last = dist.get_rank(), dist.get_world_size() - 1
+    hidden = directory / "late" if rank == last else directory
+    runner = MultistageRunner(N, n_stages=1, n_clusters=4, directory=hidden, group=dist.group.WORLD)
+    stage = next(iter(runner))
+    here = embeddings_of(stage)[stage.shard.start : stage.shard.stop]
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(stages, "SHOWN_WITHIN", 0.5)
+        with pytest.raises((RuntimeError, ValueError), match="directory must be one that all ranks see"):
+            stage.finish(here)
+    runner.directory = directory
+    return [stage.finish(here).labels.tolist()]
+
+
+def test_a_stage_that_a_rank_did_not_see_can_be_finished_again(ranks: RankPool, tmp_path: Path) -> None:
+    expected = run(None, 1, alone=True)[0][0]
+    assert ranks.run(finish_twice, tmp_path) == [[expected]] * ranks.world_size
+
+
+def fail_to_begin(case: str, directory: Path) -> str:
+    """The error on this rank, of a runner that cannot read or write."""
+    rank = dist.get_rank()
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        if case == "writable" and rank == 0:
+            monkeypatch.setattr(stages, "check_writable", no_space)
+        if case == "damaged" and rank == 1:
+            monkeypatch.setattr(stage_files, "read_labels", no_space)
+        with pytest.raises((OSError, ValueError)) as error:
+            next(iter(MultistageRunner(N, n_stages=2, n_clusters=4, directory=directory, group=dist.group.WORLD)))
+    dist.barrier()
+    return str(error.value)
+
+
+@pytest.mark.parametrize("case", ["writable", "damaged"])
+def test_an_error_before_the_first_stage(ranks: RankPool, tmp_path: Path, case: str) -> None:
+    run(tmp_path, 1, alone=True)
+    assert all("No space left on device" in message for message in ranks.run(fail_to_begin, case, tmp_path))
+
+
 def other_progress(directory: Path) -> str:
     own = directory / str(dist.get_rank())
     if dist.get_rank() == 0:

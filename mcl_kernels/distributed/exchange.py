@@ -10,17 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate, chain
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mcl_kernels._rows import compute_dtype
 from mcl_kernels.distributed.group import Ranks, all_gather
 from mcl_kernels.distributed.plan import block_of, bucket_count, buckets_of, plan_exchange
 from mcl_kernels.logsumexp.plan import Pairs
+
+T = TypeVar("T")
 
 
 class Side(NamedTuple):
@@ -230,43 +231,54 @@ def _exchange(moves: list[tuple[_Move, Side]], ranks: Ranks) -> list[Side]:
 
 
 class _Exchange(torch.autograd.Function):
-    """Rows to other ranks; in backward their gradients the same way back, those of the copies of a row summed."""
+    """Rows to other ranks, some tensors for each move."""
 
     @staticmethod
     def forward(ctx: Any, ranks: Ranks, moves: list[_Move], parts: list[int], *tensors: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
-        ctx.ranks, ctx.moves = ranks, moves
-        arrived: list[Tensor] = []
-        ctx.of_move = []
-        for move, part in zip(moves, parts, strict=True):
-            here = tensors[len(arrived) : len(arrived) + part]
-            ctx.of_move.append((range(len(arrived), len(arrived) + part), len(here[0])))
+        ctx.ranks, ctx.moves, ctx.parts = ranks, moves, parts
+        ctx.rows, arrived = [], []
+        for move, here in zip(moves, _in_parts(tensors, parts), strict=True):
+            ctx.rows.append(len(here[0]))
             packed = _as_bytes(here).index_select(0, move.order)
             arrived += _from_bytes(_all_to_all(packed, move.sent, move.received, ranks), here)
         ctx.mark_non_differentiable(*(x for x in arrived if not x.is_floating_point()))
         return tuple(arrived)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        returned: list[Tensor | None] = [None] * len(grads)
-        for move, (part, n) in zip(ctx.moves, ctx.of_move, strict=True):
-            wanted = [i for i in part if ctx.needs_input_grad[3 + i]]
-            if not wanted:
-                continue
-            here = [grads[i] for i in wanted]
-            back = _from_bytes(_all_to_all(_as_bytes(here), move.received, move.sent, ctx.ranks), here)
-            for i, grad in zip(wanted, back, strict=True):
-                returned[i] = _sum_of_copies(grad, move, n)
-        return None, None, None, *returned
+        wanted = ctx.needs_input_grad[3:]
+        numbers = [sum(of_move) for of_move in _in_parts(wanted, ctx.parts)]
+        moved = [(move, n, rows) for move, n, rows in zip(ctx.moves, numbers, ctx.rows, strict=True) if n]
+        moves, parts, rows = (list(column) for column in zip(*moved, strict=True))
+        returned = iter(_Return.apply(ctx.ranks, moves, parts, rows, *_where(wanted, grads)))  # type: ignore[no-untyped-call]
+        return None, None, None, *(next(returned) if is_wanted else None for is_wanted in wanted)
+
+
+class _Return(torch.autograd.Function):
+    """The transpose: rows back to where they came from, those of the copies of a row summed."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, ranks: Ranks, moves: list[_Move], parts: list[int], rows: list[int], *grads: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.ranks, ctx.moves, ctx.parts = ranks, moves, parts
+        returned: list[Tensor] = []
+        for move, n, here in zip(moves, rows, _in_parts(grads, parts), strict=True):
+            back = _from_bytes(_all_to_all(_as_bytes(here), move.received, move.sent, ranks), here)
+            returned += [_sum_of_copies(grad, move, n) for grad in back]
+        return tuple(returned)
+
+    @staticmethod
+    def backward(ctx: Any, *tangents: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return None, None, None, None, *_Exchange.apply(ctx.ranks, ctx.moves, ctx.parts, *tangents)  # type: ignore[no-untyped-call]
 
 
 class _Gather(torch.autograd.Function):
-    """The rows of all ranks; in backward the sum of what all ranks return for a row, in fp32 or fp64."""
+    """The rows of all ranks, `sizes` of them."""
 
     @staticmethod
     def forward(ctx: Any, ranks: Ranks, sizes: Sequence[int], *tensors: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
-        ctx.ranks, ctx.sizes, ctx.shapes = ranks, sizes, [x.shape[1:] for x in tensors]
-        ctx.dtypes = [x.dtype for x in tensors]
+        ctx.ranks, ctx.sizes = ranks, sizes
         padded = all_gather(_padded(_as_bytes(tensors), max(sizes)), ranks)
         by_rank = padded.split_with_sizes([max(sizes)] * ranks.world_size)
         gathered = _from_bytes(torch.cat([rows[:n] for rows, n in zip(by_rank, sizes, strict=True)]), tensors)
@@ -274,18 +286,36 @@ class _Gather(torch.autograd.Function):
         return tuple(gathered)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        returned: list[Tensor | None] = [None] * len(grads)
-        wanted = [i for i in range(len(grads)) if ctx.needs_input_grad[2 + i]]
-        columns = [_flat(grads[i]) for i in wanted]
-        wide = compute_dtype(*columns)
-        by_rank = torch.cat([x.to(wide) for x in columns], dim=1).split_with_sizes(list(ctx.sizes))
-        own = _reduce_scatter(torch.cat([_padded(rows, max(ctx.sizes)) for rows in by_rank]), ctx.ranks)
-        own = own[: ctx.sizes[ctx.ranks.rank]]
-        for i, part in zip(wanted, own.split_with_sizes([x.shape[1] for x in columns], dim=1), strict=True):
-            returned[i] = part.reshape(-1, *ctx.shapes[i]).to(ctx.dtypes[i])
-        return None, None, *returned
+        wanted = ctx.needs_input_grad[2:]
+        returned = iter(_Scatter.apply(ctx.ranks, ctx.sizes, *_where(wanted, grads)))  # type: ignore[no-untyped-call]
+        return None, None, *(next(returned) if is_wanted else None for is_wanted in wanted)
+
+
+class _Scatter(torch.autograd.Function):
+    """The transpose: for each row of this rank the sum of what all ranks have for it, in fp32 or fp64."""
+
+    @staticmethod
+    def forward(ctx: Any, ranks: Ranks, sizes: Sequence[int], *grads: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        ctx.ranks, ctx.sizes = ranks, sizes
+        wide = torch.cat([_flat(grad).to(compute_dtype(*grads)) for grad in grads], dim=1)
+        padded = [_padded(rows, max(sizes)) for rows in wide.split_with_sizes(list(sizes))]
+        own = _reduce_scatter(torch.cat(padded), ranks)[: sizes[ranks.rank]]
+        parts = own.split_with_sizes([grad.shape[1:].numel() for grad in grads], dim=1)
+        return tuple(part.reshape(-1, *x.shape[1:]).to(x.dtype) for part, x in zip(parts, grads, strict=True))
+
+    @staticmethod
+    def backward(ctx: Any, *tangents: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return None, None, *_Gather.apply(ctx.ranks, ctx.sizes, *tangents)  # type: ignore[no-untyped-call]
+
+
+def _in_parts(values: Sequence[T], parts: list[int]) -> list[Sequence[T]]:
+    ends = list(accumulate(parts))
+    return [values[end - part : end] for part, end in zip(parts, ends, strict=True)]
+
+
+def _where(wanted: Sequence[bool], values: Sequence[T]) -> list[T]:
+    return [value for is_wanted, value in zip(wanted, values, strict=True) if is_wanted]
 
 
 def _sum_of_copies(grad: Tensor, move: _Move, rows: int) -> Tensor:
@@ -299,17 +329,24 @@ def _sum_of_copies(grad: Tensor, move: _Move, rows: int) -> Tensor:
 
 def _as_bytes(tensors: Sequence[Tensor]) -> Tensor:
     """Rows of several tensors side by side, uint8 [N, bytes]."""
-    return torch.cat([_flat(x.detach()).contiguous().view(torch.uint8) for x in tensors], dim=1)
+    # As a vector first: what has a dimension of size 1 may be contiguous with any stride in it.
+    columns = [x.detach().contiguous().view(-1).view(torch.uint8) for x in tensors]
+    return torch.cat([x.view(len(like), _row_bytes(like)) for x, like in zip(columns, tensors, strict=True)], dim=1)
+
+
+def _from_bytes(packed: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    parts = packed.split_with_sizes([_row_bytes(x) for x in like], dim=1)
+    # A copy in any case: a part of a single row is contiguous where it stands, at bytes that no number may begin at.
+    copies = [part.clone(memory_format=torch.contiguous_format).view(-1) for part in parts]
+    return [part.view(x.dtype).view(len(packed), *x.shape[1:]) for part, x in zip(copies, like, strict=True)]
+
+
+def _row_bytes(x: Tensor) -> int:
+    return x.shape[1:].numel() * x.element_size()
 
 
 def _flat(x: Tensor) -> Tensor:
     return x.reshape(len(x), x.shape[1:].numel())
-
-
-def _from_bytes(packed: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    widths = [x.shape[1:].numel() * x.element_size() for x in like]
-    parts = zip(packed.split_with_sizes(widths, dim=1), like, strict=True)
-    return [part.contiguous().view(x.dtype).reshape(len(packed), *x.shape[1:]) for part, x in parts]
 
 
 def _padded(rows: Tensor, size: int) -> Tensor:

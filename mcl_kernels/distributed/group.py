@@ -7,7 +7,8 @@ import json
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import nullcontext
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
+from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple, TypeVar
 
@@ -127,7 +128,14 @@ def _described(value: object) -> str:
         shape = ", ".join(["rows", *map(str, value.shape[1:])][: value.ndim])
         with_grad = " that requires grad" if value.requires_grad and torch.is_grad_enabled() else ""
         return f"[{shape}] {str(value.dtype).removeprefix('torch.')}{with_grad}"
-    if callable(value) and not is_dataclass(value):
+    if isinstance(value, partial):
+        return f"{_described(value.func)} of {_described(value.args)} {_described(value.keywords)}"
+    if isinstance(value, dict):
+        return ", ".join(f"{name}={_described(of_name)}" for name, of_name in value.items())
+    if is_dataclass(value) and not isinstance(value, type):
+        of_fields = {field.name: getattr(value, field.name) for field in fields(value)}
+        return f"{type(value).__name__}({_described(of_fields)})"
+    if callable(value):  # without its address, which each process has its own of
         return getattr(value, "__qualname__", type(value).__qualname__)
     return repr(value)
 

@@ -4,8 +4,9 @@ Clusters are packed onto ranks by their number of pairs, the largest first, each
 cluster with more than a rank's fair share is cut into blocks of anchors for several ranks, to each of which all of its
 keys are sent. All of it follows from the histogram of the labels, so every rank comes to the same result by itself.
 
-Labels are counted in a fixed number of buckets, label modulo that number: what is sent before the rows does not
-depend on the labels. Two labels in one bucket share an owner, which still compares none of one with the other.
+Labels are counted in a fixed number of buckets: what is sent before the rows does not depend on the labels. A label
+below that number has a bucket of its own; others are spread over them, and two labels in one bucket share an owner,
+which still compares none of one with the other.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from mcl_kernels._validate import FLOAT_DTYPES, as_integer, check_choice, check_
 
 EXCHANGES = ("auto", "cluster", "gather")
 LEAST_BUCKETS, BUCKETS_PER_RANK = 1024, 4
+MULTIPLIER = 0x1E3779B97F4A7C15  # of Fibonacci hashing, as it fits into int64
 INTEGER_BYTES = 8
 DIGEST_BYTES = 2 * INTEGER_BYTES  # of the arguments, which have to be alike
 
@@ -105,7 +107,7 @@ def plan_exchange(
             spread evenly over the ranks; or of each rank and label, [W, K], and the bytes are exact.
         world_size: W, any number: nothing is communicated.
         key_histogram: of the keys of `masked_info_nce`, like histogram; None: one key for each query.
-        loss: "nt_xent", "clip_loss" or "masked_info_nce".
+        loss: "nt_xent", "clip_loss" or "masked_info_nce" (twice that is `clip_loss` with `text_labels`).
         features: D.
         dtype: of the embeddings.
         exchange: "cluster", "gather", or "auto": the one whose busiest rank is done first.
@@ -146,7 +148,10 @@ def plan_exchange(
 
 def buckets_of(labels: Tensor, world_size: int) -> Tensor:
     """Where a label is counted; -1 for one that matches nothing."""
-    return torch.where(labels < 0, -1, labels % bucket_count(world_size))
+    n = bucket_count(world_size)
+    # The upper bits of a product with an odd number of many digits depend on all bits of a label.
+    spread = ((labels * MULTIPLIER) >> 32) % n
+    return torch.where(labels < n, labels.clamp(min=-1), spread)
 
 
 def bucket_count(world_size: int) -> int:
@@ -224,14 +229,13 @@ class _Histogram(NamedTuple):
         counts = counts.astype(np.int64)
         if (counts < 0).any():
             raise ValueError(f"{name} must be at least 0: got {counts.min()}")
-        buckets = bucket_count(world_size)
-        folded = np.zeros((*counts.shape[:-1], min(counts.shape[-1], buckets)), dtype=np.int64)
-        for begin in range(0, counts.shape[-1], buckets):
-            part = counts[..., begin : begin + buckets]
-            folded[..., : part.shape[-1]] += part
+        if counts.shape[-1] > bucket_count(world_size):
+            folded = np.zeros((*counts.shape[:-1], bucket_count(world_size)), dtype=np.int64)
+            np.add.at(folded.T, buckets_of(torch.arange(counts.shape[-1]), world_size).numpy(), counts.T)
+            counts = folded
         if counts.ndim == 1:
-            return cls(folded, folded[np.newaxis] / world_size)
-        return cls(folded.sum(0), folded)
+            return cls(counts, counts[np.newaxis] / world_size)
+        return cls(counts.sum(0), counts)
 
     def of_rank(self, ranks: Array, clusters: Array) -> Array:
         counts: Array = self.by_rank[ranks if len(self.by_rank) > 1 else 0, clusters]
@@ -259,7 +263,7 @@ class _Model(NamedTuple):
         forward = others * rows * self._row_bytes(layout.sample_columns) + sizes
         wide = compute_dtype(torch.empty(0, dtype=self.dtype)).itemsize  # gradients are summed in it
         backward = others * rows * layout.sample_columns * self.features * wide
-        operations = (self.queries.by_rank * self.keys.total).sum(1) * layout.blocks * self.features
+        operations = (self.queries.by_rank @ self.keys.total.astype(np.float64)) * layout.blocks * self.features
         return self._plan("gather", (), [forward, forward, backward, backward], operations)
 
     def cluster(self) -> ExchangePlan:
@@ -297,7 +301,7 @@ class _Model(NamedTuple):
             forward = [forward[0] + sent * of_row, forward[1] + received * of_row]
             backward = [backward[0] + sent * of_grad, backward[1] + received * of_grad]
         per_pair = np.where(of_cluster > 1, layout.blocks, layout.whole)
-        operations = summed(anchors * self.keys.total[clusters] * per_pair) * self.features
+        operations = summed(anchors * self.keys.total[clusters].astype(np.float64) * per_pair) * self.features
         # A gradient goes back the way its row came.
         return self._plan("cluster", owners, [*forward, *reversed(backward)], operations)
 
