@@ -329,8 +329,8 @@ def _sum_of_copies(grad: Tensor, move: _Move, rows: int) -> Tensor:
 
 def _as_bytes(tensors: Sequence[Tensor]) -> Tensor:
     """Rows of several tensors side by side, uint8 [N, bytes]."""
-    # As a vector first: what has a dimension of size 1 may be contiguous with any stride in it.
-    columns = [x.detach().contiguous().view(-1).view(torch.uint8) for x in tensors]
+    # As a vector first: what is empty, or has a dimension of size 1, may be contiguous with any strides.
+    columns = [x.detach().contiguous().as_strided((x.numel(),), (1,)).view(torch.uint8) for x in tensors]
     return torch.cat([x.view(len(like), _row_bytes(like)) for x, like in zip(columns, tensors, strict=True)], dim=1)
 
 
