@@ -13,6 +13,7 @@ import torch
 from mcl_kernels import _native
 from mcl_kernels.logsumexp import triton
 from mcl_kernels.logsumexp.api import IMPLS
+from tests.ranks import RankPool
 
 # The OpenMP threads of small operations spin against each other when two test processes share the cores.
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -74,6 +75,13 @@ def use_instruction_set(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.ops.mcl_kernels_native.instruction_set() == name
     except RuntimeError as error:
         pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module", params=[2, 4], ids=lambda n: f"{n} ranks")
+def ranks(request: pytest.FixtureRequest) -> Iterator[RankPool]:
+    """Processes that speak over gloo, kept for a module."""
+    with RankPool(request.param) as pool:
+        yield pool
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import copy
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -44,12 +44,6 @@ SHARDS = {
     2: {"even": [0, 30, 60], "uneven": [0, 47, 60], "empty": [0, 0, 60]},
     4: {"even": [0, 15, 30, 45, 60], "uneven": [0, 7, 40, 41, 60], "empty": [0, 20, 20, 53, 60]},
 }
-
-
-@pytest.fixture(scope="module", params=[2, 4], ids=lambda n: f"{n} ranks")
-def ranks(request: pytest.FixtureRequest) -> Iterator[RankPool]:
-    with RankPool(request.param) as pool:
-        yield pool
 
 
 def labels_of(kind: str, n: int, seed: int) -> Tensor | None:

@@ -11,10 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from mcl_kernels import cached_backward, clip_loss, masked_info_nce, nt_xent
+from tests.ranks import RankPool
 
 
 def encoder(dropout: float = 0.0) -> nn.Sequential:
@@ -224,53 +227,46 @@ def test_errors(encode: Callable[..., Any], batches: list[Tensor], loss: Callabl
         cached_backward(encode, batches, loss)
 
 
-DDP = """
-import datetime, sys, torch, torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
-from tests.test_gradient_cache import LABELS, TwoTowers, views
-from mcl_kernels import cached_backward, clip_loss
+class WithBias(TwoTowers):
+    """A parameter that is returned as it is, as open_clip returns it."""
 
-rank, path = int(sys.argv[1]), sys.argv[2]
-timeout = datetime.timedelta(minutes=2)
-dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2, timeout=timeout)
-class WithBias(TwoTowers):  # returned as it is, as open_clip returns it
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
-        self.logit_bias = torch.nn.Parameter(torch.tensor(-1.0))
-    def forward(self, image, text):
+        self.logit_bias = nn.Parameter(torch.tensor(-1.0))
+
+    def forward(self, image: Tensor, text: Tensor) -> dict[str, Tensor]:
         return {**super().forward(image, text), "logit_bias": self.logit_bias}
-def loss(logit_bias, **encoded):
-    return clip_loss(**encoded, labels=LABELS[rank::2][:18]) + (logit_bias * encoded["image_features"]).square().mean()
-inner = WithBias()
-model = DistributedDataParallel(inner)
-for step in range(3):
-    a, b = (view[rank::2][:18] + step for view in views())
-    loss(**model(a, b)).backward()
-    plain = [p.grad.clone() for p in model.parameters()]
-    model.zero_grad()
-    # A function around the model hides its no_sync: more exchanges, the same gradients.
-    encode = model if step < 2 else lambda *batch: model(*batch)
-    cached_backward(encode, [(x, y) for x, y in zip(a.split(5), b.split(5))], loss)
-    for p, expected in zip(model.parameters(), plain):
-        torch.testing.assert_close(p.grad, expected, rtol=1e-4, atol=1e-6)
-    with torch.no_grad():
-        for p in model.parameters():
-            p -= 0.1 * p.grad
-    model.zero_grad()
-dist.destroy_process_group()
-"""
+
+
+def check_distributed_data_parallel() -> None:
+    rank = dist.get_rank()
+
+    def loss(logit_bias: Tensor, **encoded: Tensor) -> Tensor:
+        both = clip_loss(**encoded, labels=LABELS[rank::2][:18])
+        return both + (logit_bias * encoded["image_features"]).square().mean()
+
+    model = DistributedDataParallel(WithBias())
+    for step in range(3):
+        a, b = (view[rank::2][:18] + step for view in views())
+        loss(**model(a, b)).backward()
+        plain = [p.grad.clone() for p in model.parameters()]
+        model.zero_grad()
+        # A function around the model hides its no_sync: more exchanges, the same gradients.
+        encode = model if step < 2 else lambda *batch: model(*batch)
+        cached_backward(encode, list(zip(a.split(5), b.split(5), strict=True)), loss)
+        for p, expected in zip(model.parameters(), plain, strict=True):
+            torch.testing.assert_close(p.grad, expected, rtol=1e-4, atol=1e-6)
+        with torch.no_grad():
+            for p in model.parameters():
+                p -= 0.1 * p.grad
+        model.zero_grad()
 
 
 @pytest.mark.slow
-def test_distributed_data_parallel(tmp_path: Path) -> None:
+def test_distributed_data_parallel() -> None:
     """Two processes: gradients are averaged once, the learned scale's too."""
-    commands = [[sys.executable, "-c", DDP, str(rank), str(tmp_path / "store")] for rank in range(2)]
-    both = [
-        subprocess.Popen(command, cwd=Path(__file__).parents[1], stderr=subprocess.PIPE, text=True)
-        for command in commands
-    ]
-    errors = [process.communicate(timeout=180)[1] for process in both]
-    assert [process.returncode for process in both] == [0, 0], errors
+    with RankPool(2) as pool:
+        pool.run(check_distributed_data_parallel)
 
 
 LARGE = """

@@ -32,12 +32,6 @@ ENDS = {
 }
 
 
-@pytest.fixture(scope="module", params=[2, 4], ids=lambda n: f"{n} ranks")
-def ranks(request: pytest.FixtureRequest) -> Iterator[RankPool]:
-    with RankPool(request.param) as pool:
-        yield pool
-
-
 def rows_without_structure(n: int = N) -> Tensor:
     """Many iterations, in which every rounding shows."""
     generator = torch.Generator().manual_seed(0)

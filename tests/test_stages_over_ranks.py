@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -21,12 +20,6 @@ from tests.ranks import RankPool
 
 ROOT = Path(__file__).parents[1]
 N, D = 91, 6
-
-
-@pytest.fixture(scope="module", params=[2, 4], ids=lambda n: f"{n} ranks")
-def ranks(request: pytest.FixtureRequest) -> Iterator[RankPool]:
-    with RankPool(request.param) as pool:
-        yield pool
 
 
 def embeddings_of(stage: stages.Stage) -> torch.Tensor:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mcl_kernels._rows import compute_dtype
-from mcl_kernels.distributed.group import Ranks, all_gather
+from mcl_kernels.distributed.group import Ranks, all_gather, reduce_scatter
 from mcl_kernels.distributed.plan import block_of, bucket_count, buckets_of, plan_exchange
 from mcl_kernels.logsumexp.plan import Pairs
 
@@ -73,15 +73,15 @@ def share_samples(samples: Side, loss: str, exchange: str, ranks: Ranks) -> Shar
     if owners is None:
         keys, total = _gathered_keys(samples, samples, ranks)
         return Share(None, Blocks(samples, keys), total)
-    home, blocks = owners.home(samples), owners.blocks_of(samples)
-    whole = (blocks <= 1).nonzero().squeeze(1)
-    index, to = owners.copies(samples, of_cut=True)
-    # For each rank its anchors first, so that their number says which they are.
-    not_anchor = (to != home[index]).long()
-    order = (2 * to + not_anchor).argsort(stable=True)
-    index, to, not_anchor = index[order], to[order], not_anchor[order]
-    anchors = _per_rank(to[not_anchor == 0], ranks)
-    moves, received = _moves([(whole, home[whole]), (index, to)], [anchors], ranks)
+    bucket = _bucket(samples, ranks)
+    home = owners.home(bucket)
+    whole = (owners.blocks[bucket] <= 1).nonzero().squeeze(1)
+    index, to = owners.copies(bucket, at_least=2)
+    # A rank's anchors before its other keys, so that their number says which they are.
+    is_anchor = to == home[index]
+    order = torch.cat((is_anchor.nonzero(), (~is_anchor).nonzero())).squeeze(1)
+    anchors = _per_rank(to[is_anchor], ranks)
+    moves, received = _moves([(whole, home[whole]), (index[order], to[order])], [anchors], ranks)
     if not owners.any_cut:
         return Share(_exchange([(moves[0], samples)], ranks)[0], None, owners.total)
     together, keys = _exchange([(move, samples) for move in moves], ranks)
@@ -97,8 +97,8 @@ def share_queries(queries: Side, keys: Side, exchange: str, ranks: Ranks) -> tup
     if owners is None:
         gathered, total = _gathered_keys(queries, keys, ranks)
         return Blocks(queries, gathered), total
-    home = owners.home(queries)
-    routes = [(torch.arange(len(home), device=home.device), home), owners.copies(keys, of_cut=False)]
+    home = owners.home(_bucket(queries, ranks))
+    routes = [(torch.arange(len(home), device=home.device), home), owners.copies(_bucket(keys, ranks), at_least=1)]
     moves, _ = _moves(routes, [], ranks)
     anchors, everything = _exchange(list(zip(moves, (queries, keys), strict=True)), ranks)
     return Blocks(anchors, everything), owners.total
@@ -161,13 +161,8 @@ class _Owners(NamedTuple):
         tensors = [x.to(counts.device) for x in (blocks, blocks.cumsum(0) - blocks, flat)]
         return cls(tensors[0], tensors[1], tensors[2], any_cut, total, ranks)
 
-    def blocks_of(self, side: Side) -> Tensor:
-        """Of the bucket of each row, [N]; 0 for one that is compared with nothing."""
-        return self.blocks[_bucket(side, self.ranks)]
-
-    def home(self, side: Side) -> Tensor:
+    def home(self, bucket: Tensor) -> Tensor:
         """The rank that compares each row, [N]: of the owners of its bucket in turns; where there is none, this one."""
-        bucket = _bucket(side, self.ranks)
         order = bucket.argsort(stable=True)
         in_order = bucket[order]
         position = torch.empty_like(order)
@@ -179,11 +174,10 @@ class _Owners(NamedTuple):
         home[owned] = self.flat[owner[owned]]
         return home
 
-    def copies(self, side: Side, *, of_cut: bool) -> tuple[Tensor, Tensor]:
-        """Which rows go to which ranks, so that every owner has all of its buckets; `of_cut`: of those of several."""
-        bucket = _bucket(side, self.ranks)
+    def copies(self, bucket: Tensor, *, at_least: int) -> tuple[Tensor, Tensor]:
+        """Which rows go to which ranks, so that every owner of a bucket has all of it; of buckets of so many owners."""
         blocks = self.blocks[bucket]
-        blocks = torch.where(blocks > 1, blocks, 0) if of_cut else blocks
+        blocks = torch.where(blocks >= at_least, blocks, 0)
         index = torch.repeat_interleave(blocks)
         turn = torch.arange(len(index), device=index.device) - (blocks.cumsum(0) - blocks)[index]
         return index, self.flat[self.begin[bucket][index] + turn]
@@ -300,7 +294,7 @@ class _Scatter(torch.autograd.Function):
         ctx.ranks, ctx.sizes = ranks, sizes
         wide = torch.cat([_flat(grad).to(compute_dtype(*grads)) for grad in grads], dim=1)
         padded = [_padded(rows, max(sizes)) for rows in wide.split_with_sizes(list(sizes))]
-        own = _reduce_scatter(torch.cat(padded), ranks)[: sizes[ranks.rank]]
+        own = reduce_scatter(torch.cat(padded), ranks)[: sizes[ranks.rank]]
         parts = own.split_with_sizes([grad.shape[1:].numel() for grad in grads], dim=1)
         return tuple(part.reshape(-1, *x.shape[1:]).to(x.dtype) for part, x in zip(parts, grads, strict=True))
 
@@ -357,10 +351,3 @@ def _all_to_all(rows: Tensor, sent: list[int], received: list[int], ranks: Ranks
     arrived = rows.new_empty(sum(received), *rows.shape[1:])
     dist.all_to_all_single(arrived, rows, received, sent, group=ranks.group)
     return arrived
-
-
-def _reduce_scatter(rows: Tensor, ranks: Ranks) -> Tensor:
-    own = rows.new_empty(len(rows) // ranks.world_size, *rows.shape[1:])
-    collective = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-    collective(own, rows, group=ranks.group)
-    return own

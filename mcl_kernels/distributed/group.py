@@ -141,8 +141,17 @@ def _described(value: object) -> str:
 
 
 def all_gather(rows: Tensor, ranks: Ranks) -> Tensor:
+    """Those of all ranks, as many of each, in the order of the ranks."""
     gathered = rows.new_empty(ranks.world_size * len(rows), *rows.shape[1:])
-    # The names that these two have since torch 2.13, or those before.
+    # Its name since torch 2.13, or the one before; so below.
     collective = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     collective(gathered, rows, group=ranks.group)
     return gathered
+
+
+def reduce_scatter(rows: Tensor, ranks: Ranks) -> Tensor:
+    """The sum over the ranks of this rank's part of the rows."""
+    own = rows.new_empty(len(rows) // ranks.world_size, *rows.shape[1:])
+    collective = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    collective(own, rows, group=ranks.group)
+    return own

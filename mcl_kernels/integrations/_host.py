@@ -6,9 +6,10 @@ import re
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from mcl_kernels.distributed.group import all_gather, ranks_of
 
 
 def require(distribution: str, least: str) -> None:
@@ -33,7 +34,4 @@ def number(value: Any) -> Any:
 
 def gathered(values: Tensor) -> Tensor:
     """Labels of all ranks, in the order of the ranks, as many from each."""
-    values = values.contiguous()
-    parts = [torch.empty_like(values) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, values)
-    return torch.cat(parts)
+    return all_gather(values.contiguous(), ranks_of(dist.group.WORLD))

@@ -53,27 +53,6 @@ print("peak", peak_of(step))
     return int(result.stdout.split("peak ")[-1])
 
 
-def over_two_ranks(function: str, tmp_path: Path) -> None:
-    """Runs `module:function` in two processes that speak over gloo."""
-    module, name = function.split(":")
-    script = f"""
-import datetime, sys, torch.distributed as dist
-import {module} as tests
-rank = int(sys.argv[1])
-dist.init_process_group(
-    "gloo", init_method="file://{tmp_path / "store"}", rank=rank, world_size=2, timeout=datetime.timedelta(minutes=3)
-)
-tests.{name}(rank)
-dist.destroy_process_group()
-"""
-    both = [
-        subprocess.Popen([sys.executable, "-c", script, str(rank)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    errors = [process.communicate(timeout=240)[1] for process in both]
-    assert [process.returncode for process in both] == [0, 0], errors
-
-
 def unit(*tensors: Tensor) -> list[Tensor]:
     return [F.normalize(x) for x in tensors]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +10,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.integrations.hosts import assert_same, over_two_ranks, peak_of, train, views, within_clusters
+from tests.integrations.hosts import assert_same, peak_of, train, views, within_clusters
+from tests.ranks import RankPool
 
 host = pytest.importorskip("lightly.loss")
 from mcl_kernels.integrations import lightly as ours  # noqa: E402
@@ -226,7 +226,8 @@ def test_a_model_with_its_heads_trains(bank: int | tuple[int, int]) -> None:
     assert all(p.grad.isfinite().all() and p.grad.abs().max() > 0 for p in model.parameters() if p.grad is not None)
 
 
-def on_two_ranks(rank: int) -> None:
+def on_two_ranks() -> None:
+    rank = dist.get_rank()
     inputs, mine = [x.detach() for x in views(40)], slice(20 * rank, 20 * rank + 20)
 
     def run(loss: nn.Module, *labels: Tensor, dtype: torch.dtype = torch.float64) -> list[Tensor]:
@@ -259,5 +260,6 @@ def on_two_ranks(rank: int) -> None:
 
 
 @pytest.mark.slow
-def test_two_ranks(tmp_path: Path) -> None:
-    over_two_ranks("tests.integrations.test_lightly:on_two_ranks", tmp_path)
+def test_two_ranks() -> None:
+    with RankPool(2) as pool:
+        pool.run(on_two_ranks)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +12,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.integrations.hosts import assert_same, over_two_ranks, peak_of, train, unit, views, within_clusters
+from tests.integrations.hosts import assert_same, peak_of, train, unit, views, within_clusters
+from tests.ranks import RankPool
 
 open_clip = pytest.importorskip("open_clip")
 from mcl_kernels.integrations.open_clip import ClipLoss  # noqa: E402
@@ -79,7 +79,8 @@ def test_labels_of_the_wrong_batch() -> None:
             ClipLoss(world_size=world_size)(image, text, SCALE, labels=torch.zeros(16, dtype=torch.int64))
 
 
-def on_two_ranks(rank: int) -> None:
+def on_two_ranks() -> None:
+    rank = dist.get_rank()
     """Every convention of the host; with labels, against one process that has all rows."""
     features = [x.detach() for x in views(40)]
     mine = slice(20 * rank, 20 * rank + 20)
@@ -117,8 +118,9 @@ def on_two_ranks(rank: int) -> None:
 
 
 @pytest.mark.slow
-def test_two_ranks(tmp_path: Path) -> None:
-    over_two_ranks("tests.integrations.test_open_clip:on_two_ranks", tmp_path)
+def test_two_ranks() -> None:
+    with RankPool(2) as pool:
+        pool.run(on_two_ranks)
 
 
 CONFIG = {

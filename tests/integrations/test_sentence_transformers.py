@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tests.integrations.hosts import assert_same, over_two_ranks, peak_of, views
+from tests.integrations.hosts import assert_same, peak_of, views
+from tests.ranks import RankPool
 
 st = pytest.importorskip("sentence_transformers")
 from sentence_transformers.sentence_transformer import losses as host  # noqa: E402
@@ -110,7 +111,8 @@ def test_compiled() -> None:
         torch.testing.assert_close(compiled(x, labels), loss.compute_loss_from_embeddings(x, labels))
 
 
-def on_two_ranks(rank: int) -> None:
+def on_two_ranks() -> None:
+    rank = dist.get_rank()
     inputs, mine = [x.detach() for x in columns(3)], slice(20 * rank, 20 * rank + 20)
 
     def run(kind: type, labels: Tensor | None, options: dict[str, Any]) -> list[Tensor]:
@@ -132,8 +134,9 @@ def on_two_ranks(rank: int) -> None:
 
 
 @pytest.mark.slow
-def test_two_ranks(tmp_path: Path) -> None:
-    over_two_ranks("tests.integrations.test_sentence_transformers:on_two_ranks", tmp_path)
+def test_two_ranks() -> None:
+    with RankPool(2) as pool:
+        pool.run(on_two_ranks)
 
 
 SENTENCES = [
