@@ -1,0 +1,32 @@
+"""Data that show feature suppression, each with several features that a contrastive loss could learn."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from benchmarks.suppression.data.dataset import Dataset
+from benchmarks.suppression.data.randbits import RandBits
+from benchmarks.suppression.data.sources import fashion_mnist, mnist
+
+DATASETS = {
+    "randbits-B": "MNIST digits beside a random code of B constant channels, B from 0 to 16",
+    "fashion-randbits-B": "Fashion-MNIST garments beside such a code",
+}
+
+__all__ = ["DATASETS", "Dataset", "open_dataset"]
+
+
+def open_dataset(
+    name: str, *, samples: int | None = None, seed: int = 0, directory: Path = Path("runs/data")
+) -> Dataset:
+    """The data set of that name, one of `DATASETS` with a number in place of the capital.
+
+    samples    how many to train on; None for as many as its kind usually has.
+    seed       of what is random in the data themselves.
+    directory  where the archives lie; what is expensive to make is kept in its `cache`.
+    """
+    if match := re.fullmatch(r"(fashion-)?randbits-(\d|1[0-6])", name):
+        source, feature = (fashion_mnist(), "garment") if match[1] else (mnist(directory), "digit")
+        return RandBits(name, feature, source, bits=int(match[2]), seed=seed, samples=samples)
+    raise ValueError(f"no data set {name!r}: expected one of {', '.join(DATASETS)}")
