@@ -131,18 +131,21 @@ def random_affine(images: Tensor) -> Tensor:
     return F.grid_sample(images, grid, align_corners=False)
 
 
-def make_backbone(channels: int) -> nn.Sequential:
-    """Three strided convolutions, 28 -> 14 -> 7 -> 4 pixels, and a linear layer: [B, 128], which is clustered."""
+def make_backbone(
+    channels: int, height: int = IMAGE_SIZE, width: int = IMAGE_SIZE, features: int = 128
+) -> nn.Sequential:
+    """Strided convolutions down to 4 pixels, 28 -> 14 -> 7 -> 4, and a linear layer: [B, features], which is clustered."""
     layers: list[nn.Module] = []
-    for width in (16, 32, 64):
-        layers += [nn.Conv2d(channels, width, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
-        channels = width
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * 4 * 4, 128))
+    filters = 16
+    while min(height, width) > 4:
+        layers += [nn.Conv2d(channels, filters, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(filters), nn.ReLU()]
+        height, width, channels, filters = (height + 1) // 2, (width + 1) // 2, filters, min(2 * filters, 64)
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * height * width, features))
 
 
-def make_head() -> nn.Sequential:
+def make_head(features: int = 128) -> nn.Sequential:
     """The projection, only for the loss: [B, 64]."""
-    return nn.Sequential(nn.ReLU(), nn.Linear(128, 128), nn.BatchNorm1d(128), nn.ReLU(), nn.Linear(128, 64))
+    return nn.Sequential(nn.ReLU(), nn.Linear(features, 128), nn.BatchNorm1d(128), nn.ReLU(), nn.Linear(128, 64))
 
 
 def train(data: RandBits, stage: Stage, settings: Settings, screen: Screen, name: str, *, with_bits: bool) -> nn.Module:

@@ -1,1 +1,1 @@
-"""Which features contrastive objectives learn and which they suppress, on data whose features are known."""
+"""The paper's claims, run: what contrastive learning suppresses, and what its stages recover."""

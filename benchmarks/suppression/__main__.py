@@ -1,0 +1,118 @@
+"""Trains, probes and reports: `python -m benchmarks.suppression DATA METHOD ...`.
+
+    python -m benchmarks.suppression randbits-8 simclr mcl+simclr        two methods, three seeds each
+    python -m benchmarks.suppression randbits-8 sweep                    K, stages, clusters per batch, layer, start
+    python -m benchmarks.suppression trifeature-64 mcl+ifm --clusters 32 another K
+    python -m benchmarks.suppression                                     everything in the report: days on 2 cores
+    python -m benchmarks.suppression --report                            only the report, from the JSONs alone
+
+A finished run is not repeated and an interrupted one goes on. Runs that fail are named in the end, and the exit status
+is then 1. Raw data are read from runs/data; what is missing is named with the command that gets it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import sys
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+
+import torch
+
+from benchmarks.suppression.experiments import EXPERIMENTS, SEEDS, settings_of
+from benchmarks.suppression.methods import METHODS
+from benchmarks.suppression.report import read_runs, readme_figure, readme_table, write_report
+from benchmarks.suppression.runs import path_of, run
+from benchmarks.suppression.settings import DEFAULTS, LAYERS, REGIMES, STARTS, Settings
+
+HERE = Path(__file__).parent
+
+
+def main() -> int:
+    parser = _parser()
+    options = parser.parse_args()
+    changed = (
+        "samples", "epochs", "stages", "clusters", "clusters_per_batch", "batch_size", "temperature", "layer", "start",
+    )  # fmt: skip
+    changes = {name: getattr(options, name) for name in changed if getattr(options, name) is not None}
+    try:
+        settings = [] if options.report else _settings(options, changes)
+    except ValueError as error:
+        parser.error(str(error))
+    waiting = [each for each in settings if not path_of(each, options.results).exists()]
+    print(f"{len(settings)} runs, {len(settings) - len(waiting)} finished already", flush=True)
+    failed = _run_all(waiting, options)
+    if any(options.results.glob("*/*.json")):
+        runs = read_runs(options.results)
+        print(readme_table(runs))
+        readme_figure(runs, options.results.parent / "suppression.png")
+        print(f"report: {write_report(options.results, options.output)}")
+    for name, reason in failed.items():
+        print(f"failed: {name}: {reason}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _settings(options: argparse.Namespace, changes: dict[str, object]) -> list[Settings]:
+    chosen = [(options.data, tuple(options.methods))] if options.data else EXPERIMENTS
+    settings = [
+        each for data, methods in chosen for each in settings_of(data, methods, tuple(options.seeds), **changes)
+    ]
+    for each in settings:
+        if each.regime not in (None, *REGIMES) or each.objective not in METHODS:
+            known = f"{', '.join(METHODS)}, alone or after {', '.join(f'{regime}+' for regime in REGIMES)}, or sweep"
+            raise ValueError(f"METHOD must be one of {known}: got {each.method!r}")
+    return settings
+
+
+def _run_all(settings: list[Settings], options: argparse.Namespace) -> dict[str, str]:
+    """Runs in processes of one thread each; what failed, with the reason."""
+    failed = {}
+    spawning = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(options.jobs, spawning, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        submitted = {pool.submit(run, each, options.results, options.directory): each for each in settings}
+        try:
+            for future in as_completed(submitted):
+                each = submitted[future]
+                name = f"{each.data} {each.name} seed {each.seed}"
+                if error := future.exception():
+                    failed[name] = f"{type(error).__name__}: {error}"
+                print(f"{name}: {'failed' if error else 'done'}", flush=True)
+        except KeyboardInterrupt:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return failed
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.suppression",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("data", nargs="?", metavar="DATA", help=f"{', '.join(DEFAULTS)}; behind randbits a number of bits, behind "
+        "trifeature one of pixels")  # fmt: skip
+    methods = f"{', '.join(METHODS)}; alone, or after {', '.join(f'{regime}+' for regime in REGIMES)}; or sweep"
+    add("methods", nargs="*", metavar="METHOD", default=["simclr", "mcl+simclr"], help=methods)
+    add("--seeds", type=int, nargs="+", default=SEEDS, metavar="SEED")
+    for name in ("samples", "epochs", "stages", "clusters", "clusters-per-batch", "batch-size"):
+        add(f"--{name}", type=int, help="instead of the default of the data")
+    add("--temperature", type=float)
+    add("--layer", choices=LAYERS, help="what is clustered")
+    add("--start", choices=STARTS, help="weights that a stage starts from")
+    add("--jobs", type=int, default=os.cpu_count(), help="runs at once, each in one thread")
+    add("--report", action="store_true", help="only the report")
+    add("--results", type=Path, default=HERE / "results", help="of the JSONs")
+    add("--directory", type=Path, default=Path("runs"), help="of raw data, caches and unfinished runs")
+    add("--output", type=Path, default=Path("runs") / "suppression.html", help="the report")
+    return parser
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on", file=sys.stderr)
+        sys.exit(130)

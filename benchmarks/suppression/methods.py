@@ -1,0 +1,196 @@
+"""The contrastive methods, each a few lines over the library.
+
+A method holds its networks and says two things: `forward`, the embeddings of a batch, and `loss`, what is made of them
+and of the pseudo labels of the batch. With one label for all it is the method as published; with those of a stage it is
+MCL on top of it.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.suppression.data.dataset import Dataset
+from benchmarks.suppression.settings import Settings
+from benchmarks.suppression.viewmaker import Viewmaker
+from mcl_kernels import LabelledQueue, clip_loss, masked_info_nce, nt_xent
+from mcl_kernels.demo import make_backbone, make_head
+from mcl_kernels.objectives import Objective, debiased, decoupled, hard_negative, ifm, info_nce
+
+
+class SimCLR(nn.Module):
+    """Two views of each image, all other views negatives; with another objective also IFM, DCL, debiased and hard
+    negatives.
+
+    `features` are read by probes and clustered, the head serves the loss alone.
+    """
+
+    def __init__(self, data: Dataset, settings: Settings, objective: Objective = info_nce) -> None:
+        super().__init__()
+        self.settings = settings
+        self.objective = objective
+        self.width = settings.features * (settings.stages if settings.regime == "wide" else 1)
+        self.backbone = make_backbone(*data.shape, self.width)
+        self.head = make_head(self.width)
+
+    def features(self, images: Tensor, layer: str) -> Tensor:
+        """[B, width] of the backbone, or [B, 64] of the projection."""
+        features = self.backbone(images)
+        return features if layer == "backbone" else self.head(features)
+
+    def forward(self, views: tuple[Tensor, Tensor], index: Tensor) -> tuple[Tensor, ...]:
+        """What the loss compares; `index` are the samples of the views."""
+        return self.head(self.backbone(torch.cat(views))).chunk(2)
+
+    def loss(self, embeddings: tuple[Tensor, ...], index: Tensor, labels: Tensor, progress: float) -> Tensor:
+        """Of embeddings of these samples with these pseudo labels; `progress`, from 0 to 1, is that of the stage."""
+        return nt_xent(*embeddings, labels, temperature=self.settings.temperature, objective=self.objective)
+
+    def after_step(self) -> None:
+        """What follows an update of the weights."""
+
+
+class TemperatureSchedule(SimCLR):
+    """SimCLR whose temperature swings between 0.1 and 1, five times a stage.
+
+        t = 0.1 + 0.9 (1 + cos(2 pi 5 progress)) / 2
+
+    The paper's period is 400 epochs of 2,000: the same number of swings.
+
+    Source: Kukleva et al. 2023 (arXiv 2303.13664), equation 5.
+    """
+
+    def loss(self, embeddings: tuple[Tensor, ...], index: Tensor, labels: Tensor, progress: float) -> Tensor:
+        temperature = 0.1 + 0.9 * (1 + math.cos(2 * math.pi * 5 * progress)) / 2
+        return nt_xent(*embeddings, labels, temperature=temperature)
+
+
+@dataclass(frozen=True)
+class robust_global:  # noqa: N801, as in mcl_kernels.objectives
+    """What iSogCLR minimises over embeddings and temperatures: t (log mean_j e^(s_j - a) + rho), s and a divided by t.
+
+    A large rho makes temperatures small. The mean is that of the batch, where the paper keeps a running one.
+
+    Source: Qiu et al. 2023 (arXiv 2305.11965), equation 5.
+    """
+
+    rho: float = 0.3
+    counts: ClassVar[bool] = True
+
+    def __call__(self, a: Tensor, b: Tensor, n: Tensor, scale: Tensor) -> Tensor:
+        return (b - n.log() - a + self.rho) / scale
+
+
+class OwnTemperatures(SimCLR):
+    """iSogCLR: a temperature for each sample, learned with the embeddings, between 0.05 and 1."""
+
+    def __init__(self, data: Dataset, settings: Settings) -> None:
+        super().__init__(data, settings, robust_global())
+        self.temperatures = nn.Parameter(torch.full((int(data.train.max()) + 1,), settings.temperature))
+
+    def loss(self, embeddings: tuple[Tensor, ...], index: Tensor, labels: Tensor, progress: float) -> Tensor:
+        temperature = self.temperatures[index].repeat(2)
+        return nt_xent(*embeddings, labels, temperature=temperature, objective=self.objective)
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        self.temperatures.clamp_(0.05, 1.0)
+
+
+class FeatureDropout(SimCLR):
+    """SimCLR on views that an adversary has changed; see `Viewmaker`."""
+
+    def __init__(self, data: Dataset, settings: Settings) -> None:
+        super().__init__(data, settings)
+        self.viewmaker = Viewmaker(data.shape[0])
+
+    def forward(self, views: tuple[Tensor, Tensor], index: Tensor) -> tuple[Tensor, ...]:
+        return super().forward((self.viewmaker(views[0]), self.viewmaker(views[1])), index)
+
+
+class MoCo(SimCLR):
+    """MoCo-v2: one view against the other's momentum embedding and a queue of 2,048, momentum 0.99.
+
+    The published 65,536 and 0.999 belong to a million images; a queue here is as long as 16 batches.
+    """
+
+    QUEUE, MOMENTUM = 2048, 0.99
+
+    def __init__(self, data: Dataset, settings: Settings) -> None:
+        super().__init__(data, settings)
+        self.momentum_encoder = copy.deepcopy(nn.Sequential(self.backbone, self.head)).requires_grad_(False)
+        self.queue = LabelledQueue(self.QUEUE, 64)
+
+    def forward(self, views: tuple[Tensor, Tensor], index: Tensor) -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            key = F.normalize(self.momentum_encoder(views[1]), dim=1)
+        return self.head(self.backbone(views[0])), key
+
+    def loss(self, embeddings: tuple[Tensor, ...], index: Tensor, labels: Tensor, progress: float) -> Tensor:
+        query, key = embeddings
+        held = self.queue.embeddings, labels, self.queue.labels
+        loss = masked_info_nce(
+            query, *held, temperature=self.settings.temperature, positive=key, ids=index, key_ids=self.queue.ids
+        )
+        self.queue.enqueue(key, labels, index)
+        return loss
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        learned = (*self.backbone.parameters(), *self.head.parameters())
+        for average, now in zip(self.momentum_encoder.parameters(), learned, strict=True):
+            average.lerp_(now, 1 - self.MOMENTUM)
+
+
+class CLIP(SimCLR):
+    """Images against captions: a bag of words through two layers, and a learned temperature; both features [B, 64]."""
+
+    def __init__(self, data: Dataset, settings: Settings) -> None:
+        super().__init__(data, settings)
+        if data.captions is None:
+            raise ValueError(f"clip needs data with captions, such as emoji-captions: got {data.name}")
+        self.captions, self.lengths = data.captions
+        self.words = nn.EmbeddingBag(data.vocabulary + 1, 128, padding_idx=data.vocabulary)
+        self.text_head = nn.Sequential(nn.Linear(128, 128), nn.BatchNorm1d(128), nn.ReLU(), nn.Linear(128, 64))
+        self.log_scale = nn.Parameter(torch.tensor(-math.log(settings.temperature)))
+
+    def text_features(self, index: Tensor) -> Tensor:
+        """Of the captions of these samples, [B, 64]."""
+        words = self.captions[index]
+        beyond = torch.arange(words.shape[1]) >= self.lengths[index].unsqueeze(1)
+        return self.text_head(self.words(words.masked_fill(beyond, self.words.padding_idx)))
+
+    def forward(self, views: tuple[Tensor, Tensor], index: Tensor) -> tuple[Tensor, ...]:
+        return self.head(self.backbone(views[0])), self.text_features(index)
+
+    def loss(self, embeddings: tuple[Tensor, ...], index: Tensor, labels: Tensor, progress: float) -> Tensor:
+        return clip_loss(*embeddings, labels, logit_scale=self.log_scale.exp(), normalize=True)
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        self.log_scale.clamp_(max=math.log(100))  # as in CLIP
+
+
+def _with(objective: Objective) -> Callable[[Dataset, Settings], SimCLR]:
+    return lambda data, settings: SimCLR(data, settings, objective)
+
+
+METHODS: dict[str, Callable[[Dataset, Settings], SimCLR]] = {
+    "simclr": SimCLR,
+    "moco": MoCo,
+    "clip": CLIP,
+    "ifm": _with(ifm()),
+    "ts": TemperatureSchedule,
+    "fd": FeatureDropout,
+    "dcl": _with(decoupled),
+    "debiased": _with(debiased()),
+    "hard": _with(hard_negative()),
+    "isogclr": OwnTemperatures,
+}
