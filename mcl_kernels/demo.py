@@ -134,7 +134,7 @@ def random_affine(images: Tensor) -> Tensor:
 def make_backbone(
     channels: int, height: int = IMAGE_SIZE, width: int = IMAGE_SIZE, features: int = 128
 ) -> nn.Sequential:
-    """Strided convolutions down to 4 pixels, 28 -> 14 -> 7 -> 4, and a linear layer: [B, features], which is clustered."""
+    """Strided convolutions, 28 -> 14 -> 7 -> 4 pixels, and a linear layer: [B, features], which is clustered."""
     layers: list[nn.Module] = []
     filters = 16
     while min(height, width) > 4:
