@@ -50,7 +50,7 @@ class Dataset(ABC):
 
 
 def stratified(labels: np.ndarray, count: int) -> np.ndarray:
-    """`count` positions in random order, in which every class keeps its share; more of them begin with fewer of them.
+    """`count` positions, in which every class keeps its share; more of them begin with fewer of them.
 
     The same for every seed of a run, so that runs differ in nothing but their own randomness.
     """

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import os
 import tarfile
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -94,3 +96,25 @@ def _checked(path: Path, sha256: str, command: str) -> bytes:
     if found != sha256:
         raise ValueError(f"{path} is damaged: SHA-256 {found}, expected {sha256}; delete it, then: {command}")
     return content
+
+
+def cached_array(path: Path, make: Callable[[], np.ndarray]) -> np.ndarray:
+    """The array that is kept at `path`, made if there is none.
+
+    It is written under a name of this process's own and renamed: two that make it at once do not meet.
+    """
+    if not path.exists():
+        array = make()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            try:
+                np.save(file, array)
+                file.close()
+                os.replace(file.name, path)
+            except BaseException:
+                os.unlink(file.name)
+                raise
+    try:
+        return np.load(path)
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(f"{path} is damaged ({error}): delete it and it is made again") from None
