@@ -7,6 +7,7 @@ from pathlib import Path
 
 from benchmarks.suppression.data.dataset import Dataset
 from benchmarks.suppression.data.dominoes import Dominoes
+from benchmarks.suppression.data.emoji import EmojiCaptions, EmojiPairs
 from benchmarks.suppression.data.randbits import RandBits
 from benchmarks.suppression.data.sources import fashion_mnist, mnist
 from benchmarks.suppression.data.trifeature import Trifeature
@@ -17,6 +18,8 @@ DATASETS = {
     "trifeature-S": "10 shapes x 10 textures x 10 colours, S pixels wide, S from 16 to 224",
     "dominoes": "MNIST digits and Fashion-MNIST garments in two channels",
     "dominoes-side": "the same side by side",
+    "emoji": "emoji, of which Google's and Twitter's pictures are the two views",
+    "emoji-captions": "Google's pictures of emoji and their captions",
 }
 
 __all__ = ["DATASETS", "Dataset", "open_dataset"]
@@ -37,6 +40,8 @@ def open_dataset(
     if name in ("dominoes", "dominoes-side"):
         side_by_side = name == "dominoes-side"
         return Dominoes(name, mnist(directory), fashion_mnist(), side_by_side=side_by_side, seed=seed, samples=samples)
+    if name in ("emoji", "emoji-captions"):
+        return (EmojiPairs if name == "emoji" else EmojiCaptions)(name, directory=directory, samples=samples)
     if (match := re.fullmatch(r"trifeature-(\d+)", name)) and 16 <= int(match[1]) <= 224:
         return Trifeature(name, size=int(match[1]), seed=seed, directory=directory, samples=samples)
     raise ValueError(f"no data set {name!r}: expected one of {', '.join(DATASETS)}")
