@@ -84,8 +84,8 @@ class Emoji(Dataset):
         if samples is not None:
             train = train[stratified(groups[train], samples)]
         features = {
-            "category": encode(groups.tolist(), bases),
-            "subgroup": encode([one["subgroups"] for one in self.described], bases),
+            "category": encode(groups, bases, kept),
+            "subgroup": encode(np.array([one["subgroups"] for one in self.described]), bases, kept),
             "skin_tone": skin_tones(self.codes, bases),
             "gender": genders(self.codes, bases),
         }
@@ -185,7 +185,7 @@ def base_of(codes: Sequence[str]) -> str:
     return SEQUENCES.get(base, base)
 
 
-def split_bases(bases: Sequence[str], groups: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+def split_bases(bases: Sequence[str], groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Samples to train on and held out; of each group of bases, those with variants apart, the same share.
 
     The same for every seed of a run, like the emoji themselves.
@@ -199,11 +199,11 @@ def split_bases(bases: Sequence[str], groups: Sequence[str]) -> tuple[np.ndarray
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
 
-def encode(values: Sequence[str], bases: Sequence[str]) -> Tensor:
-    """Classes in alphabetical order, int64 [N]; -1 for those of too few bases."""
+def encode(values: np.ndarray, bases: Sequence[str], kept: np.ndarray) -> Tensor:
+    """Classes in alphabetical order, int64 [N]; -1 for those of which too few bases are kept."""
     of_class = defaultdict(set)
-    for value, base in zip(values, bases, strict=True):
-        of_class[value].add(base)
+    for sample in np.flatnonzero(kept):
+        of_class[values[sample]].add(bases[sample])
     classes = sorted(value for value, found in of_class.items() if len(found) >= LEAST_BASES)
     return torch.tensor([classes.index(value) if value in classes else -1 for value in values])
 
