@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 
 from benchmarks.suppression.data.dataset import Dataset
+from benchmarks.suppression.data.dominoes import Dominoes
+from benchmarks.suppression.data.emoji import EmojiCaptions, EmojiPairs
 from benchmarks.suppression.data.randbits import RandBits
 from benchmarks.suppression.data.sources import fashion_mnist, mnist
 from benchmarks.suppression.data.trifeature import Trifeature
@@ -14,6 +16,10 @@ DATASETS = {
     "randbits-B": "MNIST digits beside a random code of B constant channels, B from 0 to 16",
     "fashion-randbits-B": "Fashion-MNIST garments beside such a code",
     "trifeature-S": "10 shapes x 10 textures x 10 colours, S pixels wide, S from 16 to 224",
+    "dominoes": "MNIST digits and Fashion-MNIST garments in two channels",
+    "dominoes-side": "the same side by side",
+    "emoji": "emoji, of which Google's and Twitter's pictures are the two views",
+    "emoji-captions": "Google's pictures of emoji and their captions",
 }
 
 __all__ = ["DATASETS", "Dataset", "open_dataset"]
@@ -31,6 +37,11 @@ def open_dataset(
     if match := re.fullmatch(r"(fashion-)?randbits-(\d|1[0-6])", name):
         source, feature = (fashion_mnist(), "garment") if match[1] else (mnist(directory), "digit")
         return RandBits(name, feature, source, bits=int(match[2]), seed=seed, samples=samples)
+    if name in ("dominoes", "dominoes-side"):
+        side_by_side = name == "dominoes-side"
+        return Dominoes(name, mnist(directory), fashion_mnist(), side_by_side=side_by_side, seed=seed, samples=samples)
+    if name in ("emoji", "emoji-captions"):
+        return (EmojiPairs if name == "emoji" else EmojiCaptions)(name, directory=directory, samples=samples)
     if (match := re.fullmatch(r"trifeature-(\d+)", name)) and 16 <= int(match[1]) <= 224:
         return Trifeature(name, size=int(match[1]), seed=seed, directory=directory, samples=samples)
     raise ValueError(f"no data set {name!r}: expected one of {', '.join(DATASETS)}")

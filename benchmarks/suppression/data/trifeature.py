@@ -10,7 +10,6 @@ colour is applied when they are read. What each shape and texture looks like is 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -133,9 +132,11 @@ def render(shape: Tensor, texture: Tensor, size: int, generator: np.random.Gener
     center = torch.from_numpy(generator.uniform(-1, 1, (n, 2))).float() * room[:, None]
     phase = torch.from_numpy(generator.uniform(0, 64, (n, 2))).float()  # periods: more than one for the noise
     masks = torch.empty(n, size, size, dtype=torch.uint8)
-    kinds = list(itertools.product(enumerate(SHAPES.values()), enumerate(TEXTURES.values())))
-    for (s, draw_shape), (t, draw_texture) in tqdm(kinds, f"rendering {n} images", leave=False, disable=None):
-        for part in torch.nonzero((shape == s) & (texture == t)).flatten().split(CHUNK):
+    draw_shapes, draw_textures = list(SHAPES.values()), list(TEXTURES.values())
+    kinds = len(TEXTURES) * shape + texture
+    for kind in tqdm(kinds.unique().tolist(), f"rendering {n} images", leave=False, disable=None):
+        draw_shape, draw_texture = draw_shapes[kind // len(TEXTURES)], draw_textures[kind % len(TEXTURES)]
+        for part in torch.nonzero(kinds == kind).flatten().split(CHUNK):
             x, y = _coordinates(size, center[part], angle[part])
             u, v = _coordinates(size, center[part], texture_angle[part])
             inside = draw_shape(x / (SHAPE / 2), y / (SHAPE / 2))
