@@ -7,9 +7,10 @@ BENCH := .venv-bench
 INTEGRATIONS := .venv-integrations
 DEMO_FLAGS ?=
 CASES ?=
+RUNS ?=
 GPU_TESTS := $(addprefix tests/test_,kmeans.py logsumexp.py losses.py ranks.py triton.py)
 
-.PHONY: demo test sanitize test-oldest test-integrations lint types bench gpu clean
+.PHONY: demo test sanitize test-oldest test-integrations lint types bench suppression gpu clean
 
 demo: $(VENV)/installed-demo
 	$(VENV)/bin/mcl-kernels demo $(DEMO_FLAGS)
@@ -47,6 +48,11 @@ bench: $(BENCH)/installed
 	$(BENCH)/bin/python -m benchmarks $(CASES)
 	test -n '$(CASES)' || $(BENCH)/bin/python -m benchmarks.clustering
 	test -n '$(CASES)' || $(BENCH)/bin/python -m benchmarks.scale
+
+# What contrastive learning suppresses and MCL recovers: all experiments, or RUNS='randbits-8 simclr mcl+simclr'. Goes on
+# where it was stopped, and ends with a report in runs/suppression.html.
+suppression: $(VENV)/installed-demo
+	$(VENV)/bin/python -m benchmarks.suppression $(RUNS)
 
 # All that needs a CUDA device: the tests, under compute-sanitizer too where there is one, and the same benchmarks
 # with the peers' kernels, into benchmarks/gpu_results.csv and gpu_clustering.csv.

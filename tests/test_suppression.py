@@ -51,8 +51,8 @@ class Tiny(Dataset):
             images[index, 0, 2 * place[index] : 2 * place[index] + 2] = 1
             images[index, 1] = brightness[index].float().mean()
         self.images = images
-        words = torch.stack((place, 3 + brightness[:, 0], place), dim=1)
-        self.captions, self.vocabulary = (words, torch.full((n,), 2)), 5
+        self.captions = torch.stack((place, 3 + brightness[:, 0], torch.full_like(place, -1)), dim=1)
+        self.vocabulary = 5
         order = torch.randperm(n, generator=generator)
         super().__init__(
             "tiny",
@@ -301,7 +301,7 @@ def test_clip_reads_words_and_no_padding(data):
     model = CLIP(data, replace(SETTINGS, method="clip")).eval()
     index = torch.arange(6)
     before = model.text_features(index)
-    model.captions = torch.cat((model.captions, torch.full((len(model.captions), 4), 3)), dim=1)
+    model.captions = torch.cat((model.captions, torch.full((len(model.captions), 4), -1)), dim=1)
     torch.testing.assert_close(model.text_features(index), before)
     data.captions = None
     with pytest.raises(ValueError, match="clip needs data with captions"):

@@ -156,7 +156,7 @@ class CLIP(SimCLR):
         super().__init__(data, settings)
         if data.captions is None:
             raise ValueError(f"clip needs data with captions, such as emoji-captions: got {data.name}")
-        self.captions, self.lengths = data.captions
+        self.captions = data.captions
         self.words = nn.EmbeddingBag(data.vocabulary + 1, 128, padding_idx=data.vocabulary)
         self.text_head = nn.Sequential(nn.Linear(128, 128), nn.BatchNorm1d(128), nn.ReLU(), nn.Linear(128, 64))
         self.log_scale = nn.Parameter(torch.tensor(-math.log(settings.temperature)))
@@ -164,8 +164,7 @@ class CLIP(SimCLR):
     def text_features(self, index: Tensor) -> Tensor:
         """Of the captions of these samples, [B, 64]."""
         words = self.captions[index]
-        beyond = torch.arange(words.shape[1]) >= self.lengths[index].unsqueeze(1)
-        return self.text_head(self.words(words.masked_fill(beyond, self.words.padding_idx)))
+        return self.text_head(self.words(torch.where(words < 0, self.words.padding_idx, words)))
 
     def forward(self, views: tuple[Tensor, Tensor], index: Tensor) -> tuple[Tensor, ...]:
         return self.head(self.backbone(views[0])), self.text_features(index)

@@ -16,10 +16,11 @@ class Dataset(ABC):
     train           int64: the samples that are trained on and clustered, and that probes are fitted to.
     test            int64: held out of both.
     shape           channels, height and width of what the encoder sees.
-    captions        words of each sample as ids and how many they are, (int64 [N, T], int64 [N]); None without text.
+    captions        words of each sample as ids from 0 to vocabulary - 1, int64 [N, T], -1 after the last; None without.
     """
 
-    captions: tuple[Tensor, Tensor] | None = None
+    captions: Tensor | None = None
+    vocabulary = 0
 
     def __init__(
         self, name: str, features: dict[str, Tensor], train: Tensor, test: Tensor, shape: tuple[int, int, int]

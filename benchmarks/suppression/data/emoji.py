@@ -115,9 +115,7 @@ class EmojiCaptions(Emoji):
     Flags of countries are left out: of their captions the name alone tells one from another, and it is unknown when
     held out.
 
-    captions    ids of words, int64 [N, T], 0 for a word that no caption trained on has, -1 after the last one; and how
-                many there are, int64 [N]
-    vocabulary  how many ids there are
+    The word 0 stands for all that no caption trained on has.
     """
 
     left_out = ("country-flag", "subdivision-flag")
@@ -129,11 +127,9 @@ class EmojiCaptions(Emoji):
         known = sorted({word for sample in self.train.tolist() for word in self.texts[sample]})
         ids = {word: id_ for id_, word in enumerate(known, start=1)}
         self.vocabulary = 1 + len(ids)
-        lengths = torch.tensor([len(words) for words in self.texts])
-        tokens = torch.full((len(self.texts), int(lengths.max())), -1)
-        for row, words in zip(tokens, self.texts, strict=True):
+        self.captions = torch.full((len(self.texts), max(map(len, self.texts))), -1)
+        for row, words in zip(self.captions, self.texts, strict=True):
             row[: len(words)] = torch.tensor([ids.get(word, 0) for word in words])
-        self.captions = (tokens, lengths)
 
 
 def read_pictures(directory: Path) -> np.ndarray:
