@@ -127,6 +127,18 @@ def test_what_is_clustered_and_where_stages_start(run_tiny, data):
     assert usual["encoders"][1]["curve"][0] > tuned["encoders"][1]["curve"][0]
 
 
+def test_a_soup_has_statistics_of_its_own(data):
+    torch.manual_seed(0)
+    model = SimCLR(data, SETTINGS)
+    norm = model.backbone[1]
+    with torch.no_grad():
+        norm.running_mean += 100
+    runs.cook(model, data)
+    assert not model.training
+    seen = model.backbone[0](data.plain(data.train))
+    torch.testing.assert_close(norm.running_mean, seen.mean(dim=(0, 2, 3)), rtol=0, atol=0.05)
+
+
 def test_an_interrupted_run_goes_on_with_the_same_numbers(run_tiny, tmp_path, monkeypatch):
     settings = replace(SETTINGS, method="mcl+isogclr", epochs=6)
     whole = run_tiny(settings, tmp_path / "whole")

@@ -93,7 +93,7 @@ def measure(settings: Settings, data: Dataset, runner: MultistageRunner) -> dict
     ]
     soup = None
     if settings.start == "previous" and len(models) > 1:
-        soup = restore(data, settings, model_soup([state["model"] for state in states]))
+        soup = cook(restore(data, settings, model_soup([state["model"] for state in states])), data)
     recorded = conditions(torch.device("cpu"))
     return {
         "settings": asdict(settings),
@@ -118,6 +118,19 @@ def restore(data: Dataset, settings: Settings, state: Mapping[str, Tensor]) -> S
     model = METHODS[settings.objective](data, settings)
     model.load_state_dict(state)
     return model.eval()
+
+
+@torch.no_grad()
+def cook(soup: SimCLR, data: Dataset) -> SimCLR:
+    """Batch statistics of averaged weights, found anew: the average of the models' own belongs to none of them."""
+    norms = [module for module in soup.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the mean over all batches
+    soup.train()
+    for part in data.train.split(soup.settings.batch_size):
+        soup(data.views(part), part)
+    return soup.eval()
 
 
 @torch.no_grad()
