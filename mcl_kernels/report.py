@@ -36,7 +36,7 @@ def write_report(results: Results, path: Path) -> Path:
         .render(
             results=results,
             rows=[results.ceiling, *results.stages, results.concatenated],
-            figures={name: _data_uri(figure) for name, figure in figures.items()},
+            figures={name: data_uri(figure) for name, figure in figures.items()},
         )
     )
     replace_file(path, html.encode())
@@ -45,7 +45,7 @@ def write_report(results: Results, path: Path) -> Path:
 
 def accuracy_by_stage(results: Results) -> Figure:
     """Digit and bit probes of each stage and of the concatenation, between the ceiling and chance."""
-    figure = _figure(7, 3.6)
+    figure = new_figure(7, 3.6)
     axes = figure.subplots()
     rows = [*results.stages, results.concatenated]
     positions = range(len(rows))
@@ -73,7 +73,7 @@ def ami_matrix(results: Results) -> Figure:
     for later, row in enumerate(results.stages):
         for earlier, value in enumerate(row.ami):
             matrix[later][earlier] = matrix[earlier][later] = value
-    figure = _figure(3.4, 3.0)
+    figure = new_figure(3.4, 3.0)
     axes = figure.subplots()
     image = axes.imshow(matrix, vmin=0, vmax=1, cmap="Blues")
     for i, line in enumerate(matrix):
@@ -89,7 +89,7 @@ def ami_matrix(results: Results) -> Figure:
 
 def label_distribution(results: Results) -> Figure:
     """Samples per pseudo label during each stage, largest first."""
-    figure = _figure(2.4 * len(results.stages), 2.6)
+    figure = new_figure(2.4 * len(results.stages), 2.6)
     for index, row in enumerate(results.stages):
         axes = figure.add_subplot(1, len(results.stages), index + 1)
         sizes = sorted(row.label_sizes, reverse=True)
@@ -110,7 +110,7 @@ def neighbour_gallery(results: Results) -> Figure:
     anchors, stages, neighbours = results.neighbours.shape
     # A column for the anchor, then a gap and the neighbours of each stage.
     widths = [1.0] + [0.4, *[1.0] * neighbours] * stages
-    figure = _figure(0.82 * sum(widths), 0.9 * anchors + 0.3)
+    figure = new_figure(0.82 * sum(widths), 0.9 * anchors + 0.3)
     grid = figure.add_gridspec(anchors, len(widths), width_ratios=widths)
 
     def show(row: int, column: int, sample: int, frame: str, title: str | None, note: str) -> None:
@@ -136,13 +136,15 @@ def neighbour_gallery(results: Results) -> Figure:
     return figure
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of that many inches, drawn without a display."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), dpi=140, layout="constrained")
 
 
-def _data_uri(figure: Figure) -> str:
+def data_uri(figure: Figure) -> str:
+    """A figure as what `src` of an image takes, so that a page needs no other file."""
     for axes in figure.axes:
         if not axes.images:
             axes.spines[["top", "right"]].set_visible(False)

@@ -22,8 +22,9 @@ from pathlib import Path
 import torch
 
 from benchmarks.suppression.experiments import EXPERIMENTS, SEEDS, settings_of
+from benchmarks.suppression.figures import readme_figure
 from benchmarks.suppression.methods import METHODS
-from benchmarks.suppression.report import read_runs, readme_figure, readme_table, write_report
+from benchmarks.suppression.report import group_runs, read_runs, readme_table, write_report
 from benchmarks.suppression.runs import path_of, run
 from benchmarks.suppression.settings import DEFAULTS, LAYERS, REGIMES, STARTS, Settings
 
@@ -45,10 +46,10 @@ def main() -> int:
     print(f"{len(settings)} runs, {len(settings) - len(waiting)} finished already", flush=True)
     failed = _run_all(waiting, options)
     if any(options.results.glob("*/*.json")):
-        runs = read_runs(options.results)
-        print(readme_table(runs))
-        readme_figure(runs, options.results.parent / "suppression.png")
-        print(f"report: {write_report(options.results, options.output)}")
+        groups = group_runs(read_runs(options.results))
+        print(readme_table(groups))
+        figure = readme_figure(groups, options.results.parent / "suppression.png")
+        print(f"report: {write_report(groups, options.output)}, figure: {figure}")
     for name, reason in failed.items():
         print(f"failed: {name}: {reason}", file=sys.stderr)
     return 1 if failed else 0

@@ -1,0 +1,230 @@
+"""Pictures of finished runs. Bars and points are means over seeds, whiskers the sample standard deviation."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.suppression.settings import kind_of
+from mcl_kernels._durable import replaced_file
+from mcl_kernels.report import CORRECT, REFERENCE, WRONG, new_figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from benchmarks.suppression.report import Cell, Group, Groups
+
+COLORS = ("#1b6ca8", "#d1603d", "#2e8b57", "#8e5ea2", "#c9a227")
+WAYS = {  # of spending the same epochs
+    "simclr": ("SimCLR", REFERENCE, "o"),
+    "wide+simclr": ("SimCLR, as wide", "#a3a8b0", "s"),
+    "ensemble+simclr": ("SimCLRs, concatenated", COLORS[1], "^"),
+    "mcl+simclr": ("MCL, concatenated", COLORS[0], "D"),
+}
+
+
+def by_stage(groups: Sequence[Group]) -> Figure:
+    """Probes of each encoder and of all side by side, a row of bars for each method, in the order given."""
+    features = groups[0].features
+    figure = new_figure(9, 0.6 + 1.25 * len(groups))
+    rows = figure.subplots(len(groups), 1, sharex=True, squeeze=False)[:, 0]
+    columns = 1 + max(len(group.runs[0]["encoders"]) for group in groups)
+    for axes, group in zip(rows, groups, strict=True):
+        encoders = group.runs[0]["encoders"]
+        for place, feature in enumerate(features):
+            color = COLORS[place % len(COLORS)]
+            cells = [group.probe_of(index, feature) for index in range(len(encoders))] if len(encoders) > 1 else []
+            at = [*range(len(cells)), columns - 1]
+            _bars(axes, at, [*cells, group.probe(feature)], place, len(features), color, feature)
+        axes.set_ylim(0, 1.25)
+        axes.set_yticks([0, 0.5, 1])
+        axes.set_title(group.title, loc="left", fontsize=10)
+    noun = "stage" if any(group.settings.regime == "mcl" for group in groups) else "encoder"
+    rows[-1].set_xticks(range(columns), [*(f"{noun} {index}" for index in range(columns - 1)), "all it has"])
+    rows[0].legend(loc="lower right", bbox_to_anchor=(1, 1.0), ncols=len(features), frameon=False, fontsize=9)
+    return figure
+
+
+def _bars(axes: Axes, at: Sequence[int], cells: Sequence[Cell], place: int, of: int, color: str, label: str) -> None:
+    width = 0.8 / of
+    positions = [x + width * (place - (of - 1) / 2) for x in at]
+    means, spreads = [c.mean for c in cells], [c.spread for c in cells]
+    bars = axes.bar(positions, means, width * 0.92, yerr=spreads, color=color, label=label, error_kw={"linewidth": 1})
+    axes.bar_label(bars, fmt="%.2f", padding=2, fontsize=7)
+
+
+def against_bits(groups: Groups) -> dict[str, Figure]:
+    """The probe of the image against the number of bits, by kind of image; only where there are several numbers."""
+    drawn = {}
+    for kind in ("randbits", "fashion-randbits"):
+        of = {int(data.rpartition("-")[2]): found for data, found in groups.items() if kind_of(data) == kind}
+        if len(of) > 1:
+            drawn[kind] = new_figure(5.2, 3.4)
+            draw_against_bits(drawn[kind].subplots(), of)
+    return drawn
+
+
+def draw_against_bits(axes: Axes, of: dict[int, dict[str, Group]]) -> None:
+    """Lines of `WAYS` over the number of bits."""
+    for name, (label, color, marker) in WAYS.items():
+        cells = {
+            bits: found[name].probe(found[name].features[0]) for bits, found in sorted(of.items()) if name in found
+        }
+        if len(cells) > 1:
+            means, spreads = [c.mean for c in cells.values()], [c.spread for c in cells.values()]
+            axes.errorbar(list(cells), means, spreads, color=color, marker=marker, capsize=2, label=label)
+    axes.axhline(0.1, color=REFERENCE, linestyle=":", linewidth=1)
+    axes.set_xticks(sorted(of))
+    axes.set_ylim(0, 1.02)
+    axes.set_xlabel("bits beside each image")
+    axes.set_ylabel("linear probe of the image's class")
+    axes.legend(frameon=False, fontsize=9)
+
+
+def agreement(groups: Sequence[Group]) -> Figure:
+    """Adjusted mutual information of the encoders' clusters, mean over seeds."""
+    figure = new_figure(max(3.2, 2.3 * len(groups)), 2.6)
+    for axes, group in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups, strict=True):
+        n = len(group.runs[0]["ami"])
+        matrix = [[sum(run["ami"][i][j] for run in group.runs) / len(group.runs) for j in range(n)] for i in range(n)]
+        axes.imshow(matrix, vmin=0, vmax=1, cmap="Blues")
+        for i, line in enumerate(matrix):
+            for j, value in enumerate(line):
+                color = "white" if value > 0.6 else "black"
+                axes.text(j, i, f"{value:.2f}", ha="center", va="center", color=color, fontsize=8)
+        axes.set_xticks(range(n))
+        axes.set_yticks(range(n))
+        axes.spines[:].set_visible(False)
+        axes.set_title(group.title, fontsize=9)
+    return figure
+
+
+def label_sizes(group: Group) -> Figure:
+    """Samples of each pseudo label during each stage, largest first; the first seed's."""
+    encoders = group.runs[0]["encoders"]
+    figure = new_figure(2.4 * len(encoders), 2.3)
+    for axes, encoder in zip(figure.subplots(1, len(encoders), squeeze=False)[0], encoders, strict=True):
+        sizes = sorted(encoder["label_sizes"], reverse=True)
+        axes.bar(range(len(sizes)), sizes, width=1.0 if len(sizes) > 1 else 0.4, color=COLORS[0])
+        axes.set_title(f"{encoder['name']}: {len(sizes)} label{'s' * (len(sizes) > 1)}", fontsize=10)
+        axes.set_xticks([])
+        if len(sizes) == 1:
+            axes.set_xlim(-1, 1)
+    figure.supxlabel("pseudo labels, by size", fontsize=10)
+    figure.supylabel("samples", fontsize=10)
+    return figure
+
+
+def neighbour_gallery(group: Group) -> Figure:
+    """Nearest neighbours of held-out anchors, stage by stage; framed by whether the first feature agrees."""
+    from matplotlib.image import imread
+
+    found = group.runs[0]["neighbours"]
+    feature = group.features[0]
+    pictures = [imread(io.BytesIO(base64.b64decode(picture)), format="png") for picture in found["pictures"]]
+    stages, anchors, neighbours = len(found["indices"]), len(found["anchors"]), len(found["indices"][0][0])
+    widths = [1.0] + [0.35, *[1.0] * neighbours] * stages
+    figure = new_figure(0.78 * sum(widths), 0.95 * anchors + 0.3)
+    grid = figure.add_gridspec(anchors, len(widths), width_ratios=widths)
+
+    def show(row: int, column: int, picture: int, frame: str, title: str | None) -> None:
+        axes = figure.add_subplot(grid[row, column])
+        axes.imshow(pictures[picture])
+        axes.set_xticks([])
+        axes.set_yticks([])
+        for spine in axes.spines.values():
+            spine.set(visible=True, color=frame, linewidth=2.5)
+        if row == 0 and title:
+            axes.set_title(title, fontsize=10)
+
+    for row, anchor in enumerate(found["anchors"]):
+        show(row, 0, anchor, REFERENCE, "anchor")
+        for stage in range(stages):
+            for rank, picture in enumerate(found["indices"][stage][row]):
+                agrees = found["agree"][stage][row][rank][feature] == 1.0
+                title = f"stage {stage}" if rank == neighbours // 2 else None
+                show(row, 2 + stage * (neighbours + 1) + rank, picture, CORRECT if agrees else WRONG, title)
+    return figure
+
+
+def retrieval(groups: Sequence[Group]) -> Figure:
+    """R@1, 5 and 10 both ways, for the concatenation of each method, and the soup of its weights where there is one."""
+    bars: list[tuple[str, list[Any]]] = []
+    for group in groups:
+        if group.runs[0]["retrieval"]:
+            for part in ("concatenation", "soup"):
+                if group.runs[0]["retrieval"][part]:
+                    title = group.title + (", soup of weights" if part == "soup" else "")
+                    bars.append((title, [run["retrieval"][part] for run in group.runs]))
+    figure = new_figure(9, 3.2)
+    ways = {"image_to_text": "captions of an image", "text_to_image": "images of a caption"}
+    for axes, (way, text) in zip(figure.subplots(1, 2, sharey=True), ways.items(), strict=True):
+        for place, (title, measured) in enumerate(bars):
+            cells = [_cell([one[way][k] for one in measured]) for k in ("1", "5", "10")]
+            _bars(axes, range(3), cells, place, len(bars), COLORS[place % len(COLORS)], title)
+        axes.set_xticks(range(3), ["R@1", "R@5", "R@10"])
+        axes.set_title(text, fontsize=10)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    return figure
+
+
+def _cell(values: Sequence[float]) -> Cell:
+    from benchmarks.suppression.report import cell
+
+    return cell(values)
+
+
+def sweep(found: dict[str, list[tuple[Any, Group]]]) -> Figure:
+    """The digit's probe of the concatenation, and of the best stage, for each value of each setting."""
+    figure = new_figure(2.7 * len(found), 2.9)
+    for axes, (setting, at) in zip(
+        figure.subplots(1, len(found), sharey=True, squeeze=False)[0], found.items(), strict=True
+    ):
+        feature = at[0][1].features[0]
+        joined = [group.probe(feature) for _, group in at]
+        best = [
+            group.over_seeds(lambda run, f=feature: max(e["probes"][f] for e in run["encoders"])) for _, group in at
+        ]
+        for cells, label, color in ((joined, "concatenation", COLORS[0]), (best, "best stage", COLORS[1])):
+            means, spreads = [c.mean for c in cells], [c.spread for c in cells]
+            axes.errorbar(range(len(at)), means, spreads, color=color, marker="o", capsize=2, label=label)
+        axes.set_xticks(range(len(at)), [str(value) for value, _ in at])
+        axes.set_xlabel(setting.replace("_", " "))
+    figure.axes[0].set_ylabel("linear probe of the digit")
+    figure.axes[0].legend(frameon=False, fontsize=9)
+    return figure
+
+
+def readme_figure(groups: Groups, path: Path) -> Path:
+    """Four ways to spend the same epochs: every feature of two data sets, and the digit against the bits beside it."""
+    figure = new_figure(10, 3.4)
+    shown = [data for data in ("randbits-8", "trifeature-64") if data in groups]
+    bits = {int(d.rpartition("-")[2]): of for d, of in groups.items() if kind_of(d) == "randbits"}
+    panels = figure.subplots(1, len(shown) + (len(bits) > 1), squeeze=False)[0]
+    for axes, data in zip(panels, shown, strict=False):
+        ways = [name for name in WAYS if name in groups[data]]
+        features = groups[data][ways[0]].features
+        for place, name in enumerate(ways):
+            label, color, _ = WAYS[name]
+            cells = [groups[data][name].probe(feature) for feature in features]
+            _bars(axes, range(len(features)), cells, place, len(ways), color, label)
+        axes.set_xticks(range(len(features)), features)
+        axes.set_ylim(0, 1.12)
+        axes.set_title(data, fontsize=10)
+    panels[0].set_ylabel("linear probe, held out")
+    if len(bits) > 1:
+        draw_against_bits(panels[-1], bits)
+        panels[-1].get_legend().remove()
+        panels[-1].set_title("randbits: digit", fontsize=10)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
+    with replaced_file(path) as file:
+        figure.savefig(file, format="png")
+    return path
