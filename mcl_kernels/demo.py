@@ -114,8 +114,11 @@ class RandBits:
         return images.contiguous(memory_format=torch.channels_last)
 
 
-def random_affine(images: Tensor) -> Tensor:
-    """Each image turned by up to 20 degrees, scaled by up to e^0.2, sheared by up to 0.2, shifted by up to 15%."""
+def random_affine(images: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+    """Each image turned by up to 20 degrees, scaled by up to e^0.2, sheared by up to 0.2, shifted by up to 15%.
+
+    The images are square; `size` pixels of each are returned, as many as it has unless said.
+    """
     n = len(images)
 
     def uniform(limit: float) -> Tensor:
@@ -127,7 +130,9 @@ def random_affine(images: Tensor) -> Tensor:
         torch.stack((cos, shear * cos - sin, uniform(0.3)), dim=1),  # 0.3 of half the width
         torch.stack((sin, cos + shear * sin, uniform(0.3)), dim=1),
     )
-    grid = F.affine_grid(torch.stack(rows, dim=1), list(images.shape), align_corners=False)
+    grid = F.affine_grid(
+        torch.stack(rows, dim=1), [*images.shape[:2], *(size or images.shape[2:])], align_corners=False
+    )
     return F.grid_sample(images, grid, align_corners=False)
 
 

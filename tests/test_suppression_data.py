@@ -22,6 +22,7 @@ from PIL import Image
 
 from benchmarks.suppression.data import DATASETS, Dataset, emoji, open_dataset, sources, trifeature
 from benchmarks.suppression.data.dataset import stratified
+from mcl_kernels.demo import random_affine
 
 TRAINED, HELD_OUT = 60, 30
 
@@ -263,6 +264,21 @@ def test_a_damaged_cache_is_named_and_a_failed_one_leaves_nothing(
     assert [file.name for file in path.parent.iterdir()] == ["array.npy"]
 
 
+def test_fewer_pixels_of_an_augmented_image() -> None:
+    images = torch.rand(8, 2, 28, 28)
+    torch.manual_seed(0)
+    whole = random_affine(images)
+    torch.manual_seed(0)
+    assert torch.equal(random_affine(images, (28, 28)), whole)
+    ramp = torch.arange(28.0).expand(8, 1, 28, 28)
+    torch.manual_seed(0)
+    whole = torch.nn.functional.avg_pool2d(random_affine(ramp), 2)
+    torch.manual_seed(0)
+    half = random_affine(ramp, (14, 14))
+    inside = slice(5, 9)  # far from what is brought in
+    assert torch.allclose(half[..., inside, inside], whole[..., inside, inside], atol=1e-3)
+
+
 def test_not_an_idx_file() -> None:
     with pytest.raises(ValueError, match="not an IDX file of bytes: begins with 00 00 0d 03"):
         sources.read_idx(b"\x00\x00\x0d\x03rest")
@@ -280,7 +296,7 @@ def test_unknown_names_are_refused(name: str) -> None:
 def trifeatures(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dataset]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trifeature, "RENDERINGS_HELD_OUT", 1)
-        yield open_dataset("trifeature-16", samples=800, seed=0, directory=tmp_path_factory.mktemp("data"))
+        yield open_dataset("trifeature-56", samples=800, seed=0, directory=tmp_path_factory.mktemp("data"))
 
 
 def test_whole_combinations_are_held_out(trifeatures: Dataset) -> None:
@@ -327,6 +343,20 @@ def test_color_is_exact_and_the_rest_grey(trifeatures: Dataset) -> None:
     corners = trifeatures.plain(trifeatures.train)[:, :, [0, 0, -1, -1], [0, -1, 0, -1]]
     assert (corners.abs() < 0.01).float().mean() > 0.99
     assert (torch.cat(trifeatures.views(trifeatures.train)).abs().amax(dim=(2, 3)) <= 0.5).all()
+
+
+def test_views_are_as_sharp_as_plain_images(trifeatures: Dataset) -> None:
+    """By sum m^2 / sum m: 1 where all is colour or grey, less where both are mixed."""
+    textured = trifeatures.train[trifeatures.features["texture"][trifeatures.train] > 0]
+
+    def sharpness(images: torch.Tensor) -> float:
+        return float(images.square().sum() / images.abs().sum())
+
+    torch.manual_seed(0)
+    plain = sharpness(trifeatures.plain(textured))
+    assert sharpness(trifeatures.views(textured)[0]) == pytest.approx(plain, rel=0.2)
+    blurred = random_affine(trifeatures.plain(textured))
+    assert sharpness(blurred) < 0.8 * plain, "what it would be"
 
 
 def render(shape: int, texture: int, count: int, size: int = 112, seed: int = 0) -> torch.Tensor:

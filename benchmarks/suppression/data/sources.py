@@ -100,7 +100,8 @@ def _checked(path: Path, sha256: str, command: str) -> bytes:
 def cached_array(path: Path, make: Callable[[], np.ndarray]) -> np.ndarray:
     """The array that is kept at `path`, made if there is none.
 
-    It is written under a name of this process's own and renamed: two that make it at once do not meet.
+    It is written under a name of this process's own and renamed: two that make it at once do not meet. It is mapped and
+    not read: processes share its memory.
     """
     if not path.exists():
         array = make()
@@ -114,6 +115,6 @@ def cached_array(path: Path, make: Callable[[], np.ndarray]) -> np.ndarray:
             partial.unlink(missing_ok=True)
             raise
     try:
-        return np.load(path)
+        return np.load(path, mmap_mode="c")
     except (OSError, ValueError, EOFError) as error:
         raise ValueError(f"{path} is damaged ({error}): delete it and it is made again") from None

@@ -27,6 +27,7 @@ from mcl_kernels.demo import random_affine
 CANVAS, SHAPE, PERIOD, LINE = 224, 128, 10, 3  # units; a texture's lines are LINE wide
 SAMPLES, RENDERINGS_HELD_OUT = 16_000, 10  # to train on; of each combination that is held out
 COMBINATIONS, HELD_OUT = 1000, 200
+FINER = 2  # pixels of a mask to one of an image, on each side
 CHUNK = 8  # renderings at a time, so that their coordinates stay in the cache
 GREY = 0.5
 
@@ -80,6 +81,9 @@ class Trifeature(Dataset):
 
     A view is turned, scaled, sheared and shifted and its colours are left alone: an augmentation of colours, as usual
     elsewhere, would take away the shortcut that this data set is about.
+
+    Views are sampled from finer masks, whose averages are the plain images. Sampled from those they would be blurred:
+    a small supervised network that had learned on such views read 92% of the textures of views and 45% of plain ones.
     """
 
     def __init__(self, name: str, *, size: int, seed: int, directory: Path, samples: int | None = None) -> None:
@@ -93,7 +97,7 @@ class Trifeature(Dataset):
         version = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
         masks = cached_array(
             directory / "cache" / f"trifeature-{size}-{len(combinations)}-seed{seed}-{version}.npy",
-            lambda: render(shape, texture, size, np.random.default_rng([seed, 1])).numpy(),
+            lambda: render(shape, texture, FINER * size, np.random.default_rng([seed, 1])).numpy(),
         )
         self.masks = torch.from_numpy(masks).unsqueeze(1)
         self.contrasts = torch.tensor(list(COLORS.values()))[color] - GREY
@@ -102,9 +106,8 @@ class Trifeature(Dataset):
         super().__init__(name, {"shape": shape, "texture": texture, "color": color}, train, test, (3, size, size))
 
     def _view(self, index: Tensor, *, augmented: bool) -> Tensor:
-        masks = self.masks[index].float().div(255)
-        if augmented:
-            masks = random_affine(masks)  # the colour is the same everywhere: a third of the work
+        masks = self.masks[index].float().div(255)  # without the colour, which is the same everywhere: less to sample
+        masks = random_affine(masks, self.shape[1:]) if augmented else F.avg_pool2d(masks, FINER)
         return masks * self.contrasts[index][:, :, None, None]
 
     def picture(self, index: int) -> np.ndarray:
