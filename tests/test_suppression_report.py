@@ -39,7 +39,8 @@ def made_up(data: str, method: str, seed: int, probes: dict[str, float], **chang
     return {
         "settings": asdict(settings), "name": settings.name,
         "versions": {"torch": "2.13.0"}, "processor": "a processor", "threads": 1, "commit": "abc1234",
-        "samples": {"train": 50, "test": 20}, "classes": dict.fromkeys(probes, 10), "width": 128 * n, "encoders": [{**encoder, "name": f"stage {index}"} for index in range(n)],
+        "samples": {"train": 50, "test": 20}, "classes": dict.fromkeys(probes, 10), "width": 128 * n,
+        "encoders": [{**encoder, "name": f"stage {index}"} for index in range(n)],
         "ami": [[1.0 if i == j else 0.2 + 0.1 * seed for j in range(n)] for i in range(n)],
         "concatenation": probes, "soup": probes if clip and n > 1 else None,
         "retrieval": retrieved if clip else None,
