@@ -323,6 +323,7 @@ def test_clip_reads_words_and_no_padding(data):
 def test_settings_name_what_is_not_usual():
     settings = Settings.of("trifeature-64", "mcl+simclr", 1)
     assert (settings.samples, settings.name, settings.file_name) == (16_000, "mcl+simclr", "mcl+simclr-seed1")
+    assert (settings.start, Settings.of("trifeature-64", "wide+simclr", 1).start) == ("previous", "fresh")
     changed = Settings.of("trifeature-64", "mcl+simclr", 1, clusters=32, layer="projection")
     assert changed.file_name == "mcl+simclr,clusters=32,layer=projection-seed1"
     assert [kind_of(data) for data in ("randbits-8", "fashion-randbits-0", "dominoes-side", "dominoes")] == [

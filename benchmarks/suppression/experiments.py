@@ -10,7 +10,8 @@ from benchmarks.suppression.settings import Settings
 SEEDS = (0, 1, 2)
 CONTROLS = ("simclr", "mcl+simclr", "ensemble+simclr", "wide+simclr")
 BASELINES = ("moco", "ifm", "ts", "fd", "dcl", "debiased", "hard", "isogclr")
-# One at a time away from the default of 3 stages, 16 clusters, 4 of them in a batch, backbone, fresh.
+# One setting at a time away from 3 stages, 16 clusters, 4 of them in a batch, the backbone clustered, fresh weights.
+SWEPT = "randbits-8"
 SWEEP: dict[str, tuple[Any, ...]] = {
     "clusters": (4, 8, 32, 64),
     "stages": (2, 4, 5),
@@ -21,7 +22,7 @@ SWEEP: dict[str, tuple[Any, ...]] = {
 EXPERIMENTS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("randbits-8", CONTROLS),
     ("trifeature-64", CONTROLS),
-    ("randbits-8", ("sweep",)),
+    (SWEPT, ("sweep",)),
     ("emoji-captions", ("clip", "mcl+clip", "ensemble+clip", "wide+clip")),
     ("randbits-8", BASELINES),
     ("dominoes", CONTROLS),

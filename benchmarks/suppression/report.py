@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.suppression.experiments import SWEEP
+from benchmarks.suppression.experiments import SWEEP, SWEPT
 from benchmarks.suppression.settings import Settings, kind_of
 from mcl_kernels._durable import replace_file
 
@@ -221,7 +221,7 @@ def sweep(groups: Groups) -> dict[str, list[tuple[Any, Group]]]:
     found = {}
     for data, of in groups.items():
         default = of.get("mcl+simclr")
-        if data != "randbits-8" or default is None:
+        if data != SWEPT or default is None:
             continue
         for setting in SWEEP:
             at = [(getattr(default.settings, setting), default)]
@@ -251,6 +251,7 @@ def write_report(groups: Groups, path: Path) -> Path:
             {
                 "data": data,
                 "groups": list(plain.values()),
+                "rows": [group for group in of.values() if data != SWEPT or " " not in group.name],
                 "features": next(iter(of.values())).features,
                 "chance": {name: 1 / classes for name, classes in next(iter(of.values())).runs[0]["classes"].items()},
                 "by_stage": data_uri(figures.by_stage(list(plain.values()))) if plain else None,

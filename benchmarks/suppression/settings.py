@@ -14,7 +14,8 @@ CLIP = {"layer": "projection", "start": "previous"}
 DEFAULTS: dict[str, dict[str, Any]] = {
     "randbits": {"samples": 5000, "epochs": 90},
     "fashion-randbits": {"samples": 5000, "epochs": 90},
-    "trifeature": {"samples": 16_000, "epochs": 18},
+    # Six epochs do not train a new network; stages that go on from the last one have had 18 in the end.
+    "trifeature": {"samples": 16_000, "epochs": 18, "start": "previous"},
     "dominoes": {"samples": 5000, "epochs": 90},
     "dominoes-side": {"samples": 5000, "epochs": 90},
     "emoji": {"samples": None, "epochs": 90},
@@ -41,7 +42,7 @@ class Settings:
         features: dimensions of an encoder's output.
         layer: what is clustered, the encoder's output (`backbone`) or the head's (`projection`). Probes read the
             encoder's output whatever is clustered.
-        start: of a stage's weights: `fresh`, or those of the `previous` stage.
+        start: weights of a stage of MCL or a member of an ensemble: `fresh`, or those of the `previous` one.
     """
 
     data: str
@@ -73,7 +74,10 @@ class Settings:
     @classmethod
     def of(cls, data: str, method: str, seed: int, **changes: Any) -> Settings:
         """The defaults of this data, but for `changes`."""
-        return replace(cls(data, method, seed, **DEFAULTS[kind_of(data)]), **changes)
+        settings = cls(data, method, seed, **DEFAULTS[kind_of(data)])
+        if settings.encoders == 1:
+            settings = replace(settings, start="fresh")  # there is nothing else
+        return replace(settings, **changes)
 
     @property
     def regime(self) -> str | None:
