@@ -13,11 +13,22 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.colors import to_hex
 from PIL import Image
 
 from benchmarks.suppression import figures
-from benchmarks.suppression.report import cell, claims, group_runs, read_runs, readme_table, sweep, write_report
+from benchmarks.suppression.report import (
+    cell,
+    claims,
+    group_runs,
+    overview,
+    read_runs,
+    readme_table,
+    sweep,
+    write_report,
+)
 from benchmarks.suppression.settings import Settings
+from mcl_kernels.report import WRONG
 
 DIGITS = (0.90, 0.93, 0.96)  # of three seeds
 TRIFEATURE = {"shape": 0.9, "texture": 0.7, "color": 1.0}
@@ -112,6 +123,21 @@ def test_a_damaged_json_is_named(tmp_path, content, reason):
         read_runs(tmp_path)
 
 
+@pytest.mark.parametrize("key", ["versions", "threads", "classes", "width", "retrieval"])
+def test_whatever_the_report_reads_is_asked_for(tmp_path, key):
+    run = controls()[0]
+    del run[key]
+    with pytest.raises(ValueError, match=rf"simclr-seed0.json .*\({key} is missing\)"):
+        read_runs(write([run], tmp_path))
+
+
+def test_runs_of_one_name_differ_in_their_seed_only():
+    runs = controls()[:3]
+    runs[1]["settings"]["epochs"] = 7
+    with pytest.raises(ValueError, match="randbits-8 simclr: runs differ in epochs, not only in their seed"):
+        group_runs(runs)
+
+
 def test_claims_are_measured_and_may_fail():
     said = {claim.text: (claim.measured, claim.verdict) for claim in claims(group_runs(controls()))}
     assert said["randbits-8: SimCLR reads the digit at 0.20 or less"] == ("0.100 ± 0.000", "yes")
@@ -132,9 +158,21 @@ def test_the_readme_table_has_what_was_run():
         [*controls(), made_up("trifeature-64", "simclr", 0, {"shape": 0.9, "texture": 0.7, "color": 1.0})]
     )
     header, _, simclr, *_, mcl = readme_table(groups).splitlines()
+    assert header.startswith("| linear probes, mean of 1 to 3 seeds |")
     assert header.count("trifeature-64") == 3
     assert simclr == "| SimCLR | 0.10 | 1.00 | 0.90 | 0.70 | 1.00 |"
     assert mcl == "| **MCL, three stages, concatenated** | 0.93 | 1.00 |  |  |  |"
+
+
+def test_the_overview_averages_only_whole_rows():
+    groups = group_runs([*controls(), made_up("trifeature-64", "simclr", 0, TRIFEATURE)])
+    rows = {title: (cells, average) for title, cells, average in overview(groups)}
+    cells, average = rows["SimCLR"]
+    assert [each.mean for each in cells] == pytest.approx([0.1, 1.0, 0.9, 0.7, 1.0])
+    assert average == pytest.approx((0.1 + 1.0 + 0.9 + 0.7 + 1.0) / 5)
+    cells, average = rows["MCL on SimCLR"]
+    assert cells[2:] == [None] * 3
+    assert average is None
 
 
 def test_the_sweep_is_in_order_with_the_default_among_it():
@@ -155,11 +193,14 @@ def test_the_sweep_is_in_order_with_the_default_among_it():
 def test_figures_draw_the_numbers():
     groups = group_runs([*controls(), *controls("randbits-2", mcl=(0.5, 0.6, 0.7))])
     of = list(groups["randbits-8"].values())
-    rows = figures.by_stage(of).axes
-    assert heights(rows[0]) == [0.1, 1.0]  # one encoder, drawn once
-    assert heights(rows[3]) == pytest.approx([0.83] * 3 + [0.93] + [0.9] * 3 + [1.0])
+    ensemble, mcl = figures.by_stage(of).axes  # what has one encoder only has no stages
+    assert heights(ensemble) == pytest.approx([0.01] * 3 + [0.11] + [0.9] * 3 + [1.0])
+    assert heights(mcl) == pytest.approx([0.83] * 3 + [0.93] + [0.9] * 3 + [1.0])
+    dashed = [line.get_ydata()[0] for line in mcl.lines if line.get_linestyle() == "--"]
+    assert dashed == pytest.approx([0.1, 1.0])  # SimCLR's digit and bits
+    assert mcl.get_title("left") == "MCL on SimCLR (dashed: SimCLR)"
     lines = figures.against_bits(groups)["randbits"].axes[0].get_legend_handles_labels()
-    drawn = {label: line.lines[0].get_ydata().tolist() for line, label in zip(*lines, strict=True)}
+    drawn = {label: line.lines[0].get_ydata().tolist() for line, label in zip(*lines, strict=True) if label != "chance"}
     assert drawn["MCL, concatenated"] == pytest.approx([0.6, 0.93])
     assert figures.against_bits(group_runs(controls())) == {}
     matrix = figures.agreement(of[2:]).axes[0].images[0].get_array()
@@ -203,7 +244,41 @@ def test_the_page_is_whole_and_has_no_empty_section(tmp_path):
         "Nearest",
     ):
         assert title not in few
-    assert few.count("<img") == 1
+    assert "By stage" not in few
+    assert "<img" not in few
+    assert "<table" in few
+
+
+def test_the_page_says_what_does_not_hold(tmp_path):
+    """Beside the thresholds, not only in the list of all orderings, which is folded."""
+
+    def page(*mcl: float) -> str:
+        text = write_report(group_runs(controls(mcl=mcl)), tmp_path / "report.html").read_text()
+        return " ".join(text.split())
+
+    text = page(0.01, 0.02, 0.03)
+    assert "that holds for 2 of 4 means; those where it does not" in text
+    shown = text[: text.index("<details>")]
+    assert shown.count('<td class="no">no</td>') == 4
+    assert "<td>0.020 ± 0.010 against 0.100 ± 0.000</td>" in shown
+    assert "that holds for 4 of 4 means; none falls short" in page(*DIGITS)
+
+
+def test_the_gallery_marks_each_feature_as_far_as_it_agrees():
+    run = made_up("randbits-8", "mcl+simclr", 0, {"digit": 0.5, "bits": 1.0})
+    run["neighbours"]["agree"] = [[[{"digit": 0.0, "bits": 0.25}] * 3] * 2] * 3
+    (group,) = group_runs([run])["randbits-8"].values()
+    axes = [each for each in figures.neighbour_gallery(group).axes if each.lines]
+    assert len(axes) == 3 * 2 * 3
+    assert [mark.get_markerfacecolor()[1] for mark in axes[0].lines] == [0.0, 0.25]
+    assert to_hex(axes[0].spines["top"].get_edgecolor()) == WRONG
+
+
+def test_the_readme_figure_of_somebody_elses_runs(tmp_path):
+    for index, runs in enumerate(
+        ([made_up("dominoes", "simclr", 0, {"digit": 0.5})], [made_up("emoji-captions", "clip", 0, {"category": 0.5})])
+    ):
+        assert figures.readme_figure(group_runs(runs), tmp_path / f"{index}.png").stat().st_size > 1000
 
 
 def test_the_readme_figure(tmp_path):

@@ -28,33 +28,49 @@ WAYS = {  # of spending the same epochs
 
 
 def by_stage(groups: Sequence[Group]) -> Figure:
-    """Probes of each encoder and of all side by side, a row of bars for each method, in the order given."""
-    features = groups[0].features
-    figure = new_figure(9, 0.6 + 1.25 * len(groups))
-    rows = figure.subplots(len(groups), 1, sharex=True, squeeze=False)[:, 0]
-    columns = 1 + max(len(group.runs[0]["encoders"]) for group in groups)
-    for axes, group in zip(rows, groups, strict=True):
-        encoders = group.runs[0]["encoders"]
+    """Probes of each encoder and of all side by side, a row of bars for each method that has several.
+
+    Dashed lines are what one encoder of the same objective reads, where it was run.
+    """
+    many = [group for group in groups if len(group.runs[0]["encoders"]) > 1]
+    alone = {group.name: group for group in groups}
+    features = many[0].features
+    figure = new_figure(9, 0.7 + 1.3 * len(many))
+    rows = figure.subplots(len(many), 1, sharex=True, squeeze=False)[:, 0]
+    columns = 1 + max(len(group.runs[0]["encoders"]) for group in many)
+    for axes, group in zip(rows, many, strict=True):
+        control = alone.get(group.settings.objective)
         for place, feature in enumerate(features):
             color = COLORS[place % len(COLORS)]
-            cells = [group.probe_of(index, feature) for index in range(len(encoders))] if len(encoders) > 1 else []
+            cells = [group.probe_of(index, feature) for index in range(len(group.runs[0]["encoders"]))]
             at = [*range(len(cells)), columns - 1]
             _bars(axes, at, [*cells, group.probe(feature)], place, len(features), color, feature)
-        axes.set_ylim(0, 1.25)
+            if control:
+                axes.axhline(control.probe(feature).mean, color=color, linestyle="--", linewidth=1, zorder=0)
+        axes.set_ylim(0, 1.3)
         axes.set_yticks([0, 0.5, 1])
-        axes.set_title(group.title, loc="left", fontsize=10)
-    noun = "stage" if any(group.settings.regime == "mcl" for group in groups) else "encoder"
-    rows[-1].set_xticks(range(columns), [*(f"{noun} {index}" for index in range(columns - 1)), "all it has"])
-    rows[0].legend(loc="lower right", bbox_to_anchor=(1, 1.0), ncols=len(features), frameon=False, fontsize=9)
+        axes.set_title(group.title + (f" (dashed: {control.title})" if control else ""), loc="left", fontsize=9)
+    nouns = {"mcl": "stage", "ensemble": "member"}
+    noun = " or ".join(dict.fromkeys(nouns[group.settings.regime or ""] for group in many[::-1]))
+    rows[-1].set_xticks(range(columns), [*(f"{noun} {index}" for index in range(columns - 1)), "side by side"])
+    handles, labels = rows[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper right", ncols=len(features), frameon=False, fontsize=9)
     return figure
 
 
-def _bars(axes: Axes, at: Sequence[int], cells: Sequence[Cell], place: int, of: int, color: str, label: str) -> None:
-    width = 0.8 / of
+def _bars(
+    axes: Axes, at: Sequence[int], cells: Sequence[Cell], place: int, of: int, color: str, label: str, size: float = 7
+) -> None:
+    """The bars of one series, the `place`-th `of` so many beside each other, with their means above them."""
+    from matplotlib.patheffects import withStroke
+
+    width = 0.84 / of
     positions = [x + width * (place - (of - 1) / 2) for x in at]
     means, spreads = [c.mean for c in cells], [c.spread for c in cells]
     bars = axes.bar(positions, means, width * 0.92, yerr=spreads, color=color, label=label, error_kw={"linewidth": 1})
-    axes.bar_label(bars, fmt="%.2f", padding=2, fontsize=7)
+    # What is behind a number, such as a control's line, must not strike it through.
+    halo = [withStroke(linewidth=2, foreground="white")]
+    axes.bar_label(bars, fmt="%.2f", padding=2, fontsize=size, path_effects=halo)
 
 
 def against_bits(groups: Groups) -> dict[str, Figure]:
@@ -63,8 +79,10 @@ def against_bits(groups: Groups) -> dict[str, Figure]:
     for kind in ("randbits", "fashion-randbits"):
         of = {int(data.rpartition("-")[2]): found for data, found in groups.items() if kind_of(data) == kind}
         if len(of) > 1:
-            drawn[kind] = new_figure(5.2, 3.4)
-            draw_against_bits(drawn[kind].subplots(), of)
+            drawn[kind] = new_figure(4.8, 3.6)
+            axes = drawn[kind].subplots()
+            draw_against_bits(axes, of)
+            axes.set_title(kind, fontsize=10)
     return drawn
 
 
@@ -77,9 +95,9 @@ def draw_against_bits(axes: Axes, of: dict[int, dict[str, Group]]) -> None:
         if len(cells) > 1:
             means, spreads = [c.mean for c in cells.values()], [c.spread for c in cells.values()]
             axes.errorbar(list(cells), means, spreads, color=color, marker=marker, capsize=2, label=label)
-    axes.axhline(0.1, color=REFERENCE, linestyle=":", linewidth=1)
+    axes.axhline(0.1, color=REFERENCE, linestyle=":", linewidth=1, label="chance")
     axes.set_xticks(sorted(of))
-    axes.set_ylim(0, 1.02)
+    axes.set_ylim(0, 1.05)
     axes.set_xlabel("bits beside each image")
     axes.set_ylabel("linear probe of the image's class")
     axes.legend(frameon=False, fontsize=9)
@@ -87,8 +105,11 @@ def draw_against_bits(axes: Axes, of: dict[int, dict[str, Group]]) -> None:
 
 def agreement(groups: Sequence[Group]) -> Figure:
     """Adjusted mutual information of the encoders' clusters, mean over seeds."""
-    figure = new_figure(max(3.2, 2.3 * len(groups)), 2.6)
-    for axes, group in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups, strict=True):
+    columns = min(len(groups), 4)
+    rows = -(-len(groups) // columns)
+    figure = new_figure(max(3.2, 2.25 * columns), 2.6 * rows)
+    for place, group in enumerate(groups):
+        axes = figure.add_subplot(rows, columns, place + 1)
         n = len(group.runs[0]["ami"])
         matrix = [[sum(run["ami"][i][j] for run in group.runs) / len(group.runs) for j in range(n)] for i in range(n)]
         axes.imshow(matrix, vmin=0, vmax=1, cmap="Blues")
@@ -120,18 +141,22 @@ def label_sizes(group: Group) -> Figure:
 
 
 def neighbour_gallery(group: Group) -> Figure:
-    """Nearest neighbours of held-out anchors, stage by stage; framed by whether the first feature agrees."""
+    """Nearest neighbours of held-out anchors, by stage, of the first seed; framed by whether the first feature agrees.
+
+    Below each a mark for every feature, as full as it agrees: half of the bits are half of the colour.
+    """
     from matplotlib.image import imread
+    from matplotlib.patches import Patch
 
     found = group.runs[0]["neighbours"]
-    feature = group.features[0]
+    features = group.features
     pictures = [imread(io.BytesIO(base64.b64decode(picture)), format="png") for picture in found["pictures"]]
     stages, anchors, neighbours = len(found["indices"]), len(found["anchors"]), len(found["indices"][0][0])
     widths = [1.0] + [0.35, *[1.0] * neighbours] * stages
     figure = new_figure(0.78 * sum(widths), 0.95 * anchors + 0.3)
     grid = figure.add_gridspec(anchors, len(widths), width_ratios=widths)
 
-    def show(row: int, column: int, picture: int, frame: str, title: str | None) -> None:
+    def show(row: int, column: int, picture: int, frame: str, title: str | None) -> Axes:
         axes = figure.add_subplot(grid[row, column])
         axes.imshow(pictures[picture])
         axes.set_xticks([])
@@ -140,14 +165,26 @@ def neighbour_gallery(group: Group) -> Figure:
             spine.set(visible=True, color=frame, linewidth=2.5)
         if row == 0 and title:
             axes.set_title(title, fontsize=10)
+        return axes
 
     for row, anchor in enumerate(found["anchors"]):
         show(row, 0, anchor, REFERENCE, "anchor")
         for stage in range(stages):
             for rank, picture in enumerate(found["indices"][stage][row]):
-                agrees = found["agree"][stage][row][rank][feature] == 1.0
+                agrees = found["agree"][stage][row][rank]
                 title = f"stage {stage}" if rank == neighbours // 2 else None
-                show(row, 2 + stage * (neighbours + 1) + rank, picture, CORRECT if agrees else WRONG, title)
+                frame = CORRECT if agrees[features[0]] == 1 else WRONG
+                axes = show(row, 2 + stage * (neighbours + 1) + rank, picture, frame, title)
+                for place, feature in enumerate(features):
+                    color = COLORS[place % len(COLORS)]
+                    face = (color, float(agrees[feature]))
+                    at = 0.5 + 0.2 * (place - (len(features) - 1) / 2)
+                    axes.plot(
+                        at, -0.16, "o", markersize=4.5, markerfacecolor=face, markeredgecolor=color,
+                        markeredgewidth=0.8, transform=axes.transAxes, clip_on=False,
+                    )  # fmt: skip
+    marks = [Patch(color=COLORS[place % len(COLORS)], label=feature) for place, feature in enumerate(features)]
+    figure.legend(handles=marks, loc="outside lower right", ncols=len(features), frameon=False, fontsize=9)
     return figure
 
 
@@ -160,12 +197,12 @@ def retrieval(groups: Sequence[Group]) -> Figure:
                 if group.runs[0]["retrieval"][part]:
                     title = group.title + (", soup of weights" if part == "soup" else "")
                     bars.append((title, [run["retrieval"][part] for run in group.runs]))
-    figure = new_figure(9, 3.2)
+    figure = new_figure(10, 3.4)
     ways = {"image_to_text": "captions of an image", "text_to_image": "images of a caption"}
     for axes, (way, text) in zip(figure.subplots(1, 2, sharey=True), ways.items(), strict=True):
         for place, (title, measured) in enumerate(bars):
             cells = [_cell([one[way][k] for one in measured]) for k in ("1", "5", "10")]
-            _bars(axes, range(3), cells, place, len(bars), COLORS[place % len(COLORS)], title)
+            _bars(axes, range(3), cells, place, len(bars), COLORS[place % len(COLORS)], title, 6)
         axes.set_xticks(range(3), ["R@1", "R@5", "R@10"])
         axes.set_title(text, fontsize=10)
     handles, labels = figure.axes[0].get_legend_handles_labels()
@@ -181,10 +218,10 @@ def _cell(values: Sequence[float]) -> Cell:
 
 def sweep(found: dict[str, list[tuple[Any, Group]]]) -> Figure:
     """The digit's probe of the concatenation, and of the best stage, for each value of each setting."""
-    figure = new_figure(2.7 * len(found), 2.9)
-    for axes, (setting, at) in zip(
-        figure.subplots(1, len(found), sharey=True, squeeze=False)[0], found.items(), strict=True
-    ):
+    figure = new_figure(max(4.0, 2.0 * len(found)), 3.0)
+    widths = [1 + len(at) for at in found.values()]
+    panels = figure.subplots(1, len(found), sharey=True, squeeze=False, width_ratios=widths)[0]
+    for axes, (setting, at) in zip(panels, found.items(), strict=True):
         feature = at[0][1].features[0]
         joined = [group.probe(feature) for _, group in at]
         best = [
@@ -193,24 +230,30 @@ def sweep(found: dict[str, list[tuple[Any, Group]]]) -> Figure:
         for cells, label, color in ((joined, "concatenation", COLORS[0]), (best, "best stage", COLORS[1])):
             means, spreads = [c.mean for c in cells], [c.spread for c in cells]
             axes.errorbar(range(len(at)), means, spreads, color=color, marker="o", capsize=2, label=label)
-        axes.set_xticks(range(len(at)), [str(value) for value, _ in at])
-        axes.set_xlabel(setting.replace("_", " "))
-    figure.axes[0].set_ylabel("linear probe of the digit")
-    figure.axes[0].legend(frameon=False, fontsize=9)
+        axes.set_xticks(range(len(at)), [str(value) for value, _ in at], fontsize=8)
+        axes.set_xlim(-0.6, len(at) - 0.4)
+        axes.set_xlabel(setting.replace("_", " "), fontsize=9)
+    panels[0].set_ylabel("linear probe of the digit")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=2, frameon=False, fontsize=9)
     return figure
 
 
 def readme_figure(groups: Groups, path: Path) -> Path:
     """Four ways to spend the same epochs: every feature of two data sets, and the digit against the bits beside it."""
     figure = new_figure(10, 3.4)
-    shown = [data for data in ("randbits-8", "trifeature-64") if data in groups]
+    known = {data: [name for name in WAYS if name in of] for data, of in groups.items()}
+    shown = [data for data in ("randbits-8", "trifeature-64") if known.get(data)]
+    # Of somebody's own runs, which need not be those of the README, the first data set.
+    shown = shown or [next((data for data, ways in known.items() if ways), next(iter(groups)))]
     bits = {int(d.rpartition("-")[2]): of for d, of in groups.items() if kind_of(d) == "randbits"}
-    panels = figure.subplots(1, len(shown) + (len(bits) > 1), squeeze=False)[0]
+    widths = [len(next(iter(groups[data].values())).features) for data in shown] + [2] * (len(bits) > 1)
+    panels = figure.subplots(1, len(widths), squeeze=False, width_ratios=widths)[0]
     for axes, data in zip(panels, shown, strict=False):
-        ways = [name for name in WAYS if name in groups[data]]
+        ways = known[data] or list(groups[data])[: len(COLORS)]
         features = groups[data][ways[0]].features
         for place, name in enumerate(ways):
-            label, color, _ = WAYS[name]
+            label, color, _ = WAYS.get(name, (groups[data][name].title, COLORS[place], ""))
             cells = [groups[data][name].probe(feature) for feature in features]
             _bars(axes, range(len(features)), cells, place, len(ways), color, label)
         axes.set_xticks(range(len(features)), features)

@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.suppression.experiments import SWEEP, SWEPT
-from benchmarks.suppression.settings import Settings, kind_of
+from benchmarks.suppression.settings import DEFAULTS, Settings, kind_of
 from mcl_kernels._durable import replace_file
 
 Run = dict[str, Any]
-KEYS = ("settings", "name", "samples", "encoders", "ami", "concatenation", "neighbours", "commit", "processor")
-# Linear probes of table 1 of "Learning the Unlearned" (arXiv 2402.11816): ResNet-18 at 224 pixels, 2,048 dimensions.
+KEYS = (
+    "settings", "name", "versions", "processor", "threads", "commit", "samples", "classes", "width", "encoders", "ami",
+    "concatenation", "retrieval", "neighbours",
+)  # fmt: skip
+# Linear probes from the table of "Learning the Unlearned" (arXiv 2402.11816v3); its data recipes are not public.
 PAPER: dict[str, dict[str, float]] = {
     "simclr": {"shape": 0.81, "texture": 0.99, "color": 1.00},
     "ifm": {"shape": 0.99, "texture": 0.99, "color": 1.00},
@@ -131,7 +134,11 @@ def read_runs(directory: Path) -> list[Run]:
 
 
 def group_runs(runs: Sequence[Run]) -> Groups:
-    """Runs that differ in their seed together; plain methods first, then what was made of them, then variations."""
+    """Runs that differ in their seed together; plain methods first, then what was made of them, then variations.
+
+    Raises:
+        ValueError: runs of one name that differ in more than their seed, as after a change of the defaults.
+    """
     found: dict[tuple[str, str], list[Run]] = {}
     for run in runs:
         found.setdefault((run["settings"]["data"], run["name"]), []).append(run)
@@ -142,20 +149,27 @@ def group_runs(runs: Sequence[Run]) -> Groups:
         bits = data.rpartition("-")[2]
         place = list(NAMES).index(objective) if objective in NAMES else len(NAMES)
         number = int(bits) if bits.isdigit() else 0
-        return kind_of(data), number, " " in name, place, ["", "wide", "ensemble", "mcl"].index(regime), name
+        kind = list(DEFAULTS).index(kind_of(data))
+        return kind, number, " " in name, place, ["", "wide", "ensemble", "mcl"].index(regime), name
 
     groups: Groups = {}
     for (data, name), members in sorted(found.items(), key=order):
+        first = members[0]["settings"]
+        differing = {key for run in members for key, value in run["settings"].items() if value != first.get(key)}
+        if differing - {"seed"}:
+            what = ", ".join(sorted(differing - {"seed"}))
+            raise ValueError(f"{data} {name}: runs differ in {what}, not only in their seed; delete those to run again")
         groups.setdefault(data, {})[name] = Group(data, name, sorted(members, key=lambda run: run["settings"]["seed"]))
     return groups
 
 
 def claims(groups: Groups) -> list[Claim]:
     """What should show, and whether it does."""
-    return [*_suppression(groups), *_orderings(groups)]
+    return [*thresholds(groups), *orderings(groups)]
 
 
-def _suppression(groups: Groups) -> Iterator[Claim]:
+def thresholds(groups: Groups) -> Iterator[Claim]:
+    """How much is suppressed, and how much of it MCL gets back."""
     of = groups.get("randbits-8", {})
     if "simclr" in of:
         digit = of["simclr"].probe("digit")
@@ -169,7 +183,7 @@ def _suppression(groups: Groups) -> Iterator[Claim]:
             yield Claim(text, f"{digit.mean - control.mean:.3f}", _said(digit.mean - control.mean >= 0.5))
 
 
-def _orderings(groups: Groups) -> Iterator[Claim]:
+def orderings(groups: Groups) -> Iterator[Claim]:
     """Every feature, with MCL and without: the paper has MCL at or above what it stands on everywhere."""
     for data, of in groups.items():
         for name, group in of.items():
@@ -193,21 +207,42 @@ def _said(holds: bool) -> str:
     return "yes" if holds else "no"
 
 
-def readme_table(groups: Groups) -> str:
-    """Markdown: a row for each of the four ways to spend the same epochs, a column for each feature of some data."""
-    columns = [
+def columns_of(groups: Groups) -> list[tuple[str, str]]:
+    """The data sets and features that the tables over several data sets show."""
+    return [
         (data, feature)
         for data in ("randbits-8", "trifeature-64", "dominoes", "emoji")
         for feature in (next(iter(groups[data].values())).features if data in groups else ())
     ]
+
+
+def overview(groups: Groups) -> list[tuple[str, list[Cell | None], float | None]]:
+    """Rows of the paper's layout: a method, its probe of each of `columns_of`, their average where it has them all."""
+    columns = columns_of(groups)
+    titles = {name: g.title for data, _ in columns for name, g in groups[data].items() if " " not in name}
+    rows = []
+    for name, title in titles.items():
+        cells = [groups[data][name].probe(feature) if name in groups[data] else None for data, feature in columns]
+        means = [each.mean for each in cells if each]
+        rows.append((title, cells, statistics.fmean(means) if len(means) == len(columns) else None))
+    return rows
+
+
+def readme_table(groups: Groups) -> str:
+    """Markdown: a row for each of the four ways to spend the same epochs, a column for each of `columns_of`."""
+    columns = columns_of(groups)
     rows = {
         "simclr": "SimCLR",
         "wide+simclr": "SimCLR, as many dimensions",
         "ensemble+simclr": "three SimCLRs, concatenated",
         "mcl+simclr": "**MCL, three stages, concatenated**",
     }
+    seeds = sorted({len(groups[data][name].runs) for data, _ in columns for name in rows if name in groups[data]})
+    number = " to ".join(str(n) for n in dict.fromkeys((seeds[0], seeds[-1]))) if seeds else "no"
     lines = [
-        "| linear probes, mean of the seeds | " + " | ".join(f"{data} {feature}" for data, feature in columns) + " |",
+        f"| linear probes, mean of {number} seed{'s' * (seeds != [1])} | "
+        + " | ".join(f"{data} {feature}" for data, feature in columns)
+        + " |",
         "|---|" + "---|" * len(columns),
     ]
     for name, title in rows.items():
@@ -250,12 +285,14 @@ def write_report(groups: Groups, path: Path) -> Path:
         sections.append(
             {
                 "data": data,
+                "aside": kind_of(data).endswith("randbits") and data != "randbits-8",
                 "groups": list(plain.values()),
                 "rows": [group for group in of.values() if data != SWEPT or " " not in group.name],
                 "features": next(iter(of.values())).features,
                 "chance": {name: 1 / classes for name, classes in next(iter(of.values())).runs[0]["classes"].items()},
-                "by_stage": data_uri(figures.by_stage(list(plain.values()))) if plain else None,
+                "by_stage": data_uri(figures.by_stage(list(plain.values()))) if many else None,
                 "ami": data_uri(figures.agreement(many)) if many else None,
+                "shown": staged[0] if staged else None,
                 "labels": data_uri(figures.label_sizes(staged[0])) if staged else None,
                 "neighbours": data_uri(figures.neighbour_gallery(staged[0])) if staged else None,
                 "retrieval": data_uri(figures.retrieval(list(plain.values())))
@@ -270,7 +307,8 @@ def write_report(groups: Groups, path: Path) -> Path:
         Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
         .from_string(template)
         .render(
-            claims=claims(groups), sections=sections, against=against, sweep=swept,
+            thresholds=list(thresholds(groups)), orderings=list(orderings(groups)), columns=columns_of(groups),
+            overview=overview(groups), sections=sections, against=against, sweep=swept,
             sweep_figure=data_uri(figures.sweep(swept)) if swept else None,
             paper=PAPER, names=NAMES, trifeature=groups.get("trifeature-64", {}),
             conditions=sorted({_conditions(run) for of in groups.values() for g in of.values() for run in g.runs}),
