@@ -174,8 +174,8 @@ class Stage:
 
         Args:
             embeddings: of the samples of `shard`, which are all of them without a group, in the order of the data set,
-                [n_samples, D], the output of the encoder or of its projection; a tensor, an array, a memory map or an iterable of chunks of rows, as `KMeans.fit`
-                takes them.
+                [n_samples, D]: the output of the encoder, or of its projection. A tensor, an array, a memory map or an
+                iterable of chunks of rows, as `KMeans.fit` takes them.
             state: what to keep, usually `model.state_dict()`: tensors, numbers, strings and containers of them.
                 Copied, so that the model may be trained on. With a group and a directory that of the first rank is
                 kept, and the others need none.

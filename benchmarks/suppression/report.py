@@ -277,30 +277,7 @@ def write_report(groups: Groups, path: Path) -> Path:
     from mcl_kernels.report import data_uri
 
     template = Path(__file__).with_name("report.html.jinja").read_text(encoding="utf-8")
-    sections = []
-    for data, of in groups.items():
-        plain = {name: group for name, group in of.items() if " " not in name}
-        many = [group for group in plain.values() if len(group.runs[0]["encoders"]) > 1]
-        staged = [group for group in many if group.settings.regime == "mcl"]
-        sections.append(
-            {
-                "data": data,
-                "aside": kind_of(data).endswith("randbits") and data != "randbits-8",
-                "groups": list(plain.values()),
-                "rows": [group for group in of.values() if data != SWEPT or " " not in group.name],
-                "features": next(iter(of.values())).features,
-                "chance": {name: 1 / classes for name, classes in next(iter(of.values())).runs[0]["classes"].items()},
-                "by_stage": data_uri(figures.by_stage(list(plain.values()))) if many else None,
-                "ami": data_uri(figures.agreement(many)) if many else None,
-                "shown": staged[0] if staged else None,
-                "labels": data_uri(figures.label_sizes(staged[0])) if staged else None,
-                "neighbours": data_uri(figures.neighbour_gallery(staged[0])) if staged else None,
-                "retrieval": data_uri(figures.retrieval(list(plain.values())))
-                if any(group.runs[0]["retrieval"] for group in plain.values())
-                else None,
-                "retrieved": [group for group in plain.values() if group.runs[0]["retrieval"]],
-            }
-        )
+    sections = [_section(data, of) for data, of in groups.items()]
     against = {kind: data_uri(figure) for kind, figure in figures.against_bits(groups).items()}
     swept = sweep(groups)
     html = (
@@ -317,6 +294,33 @@ def write_report(groups: Groups, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, html.encode())
     return path
+
+
+def _section(data: str, of: dict[str, Group]) -> dict[str, Any]:
+    """What the page says of one data set; None for a figure that its runs do not have."""
+    from benchmarks.suppression import figures
+    from mcl_kernels.report import data_uri
+
+    plain = [group for name, group in of.items() if " " not in name]
+    several = [group for group in plain if len(group.runs[0]["encoders"]) > 1]
+    shown = next((group for group in several if group.settings.regime == "mcl"), None)
+    retrieved = [group for group in plain if group.runs[0]["retrieval"]]
+    any_group = next(iter(of.values()))
+    return {
+        "data": data,
+        "aside": kind_of(data).endswith("randbits") and data != SWEPT,
+        "groups": plain,
+        "rows": [group for group in of.values() if data != SWEPT or " " not in group.name],
+        "features": any_group.features,
+        "chance": {name: 1 / classes for name, classes in any_group.runs[0]["classes"].items()},
+        "by_stage": data_uri(figures.by_stage(plain)) if several else None,
+        "ami": data_uri(figures.agreement(several)) if several else None,
+        "shown": shown,
+        "labels": data_uri(figures.label_sizes(shown)) if shown else None,
+        "neighbours": data_uri(figures.neighbour_gallery(shown)) if shown and shown.runs[0]["neighbours"] else None,
+        "retrieval": data_uri(figures.retrieval(retrieved)) if retrieved else None,
+        "retrieved": retrieved,
+    }
 
 
 def _conditions(run: Run) -> str:
