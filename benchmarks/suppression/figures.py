@@ -204,6 +204,7 @@ def retrieval(groups: Sequence[Group]) -> Figure:
             cells = [_cell([one[way][k] for one in measured]) for k in ("1", "5", "10")]
             _bars(axes, range(3), cells, place, len(bars), COLORS[place % len(COLORS)], title, 6)
         axes.set_xticks(range(3), ["R@1", "R@5", "R@10"])
+        axes.margins(y=0.1)
         axes.set_title(text, fontsize=10)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
@@ -219,7 +220,7 @@ def _cell(values: Sequence[float]) -> Cell:
 def sweep(found: dict[str, list[tuple[Any, Group]]]) -> Figure:
     """The digit's probe of the concatenation, and of the best stage, for each value of each setting."""
     figure = new_figure(max(4.0, 2.0 * len(found)), 3.0)
-    widths = [1 + len(at) for at in found.values()]
+    widths = [max(len(at), 3) + 1 for at in found.values()]  # 3: two words need as much as three numbers
     panels = figure.subplots(1, len(found), sharey=True, squeeze=False, width_ratios=widths)[0]
     for axes, (setting, at) in zip(panels, found.items(), strict=True):
         feature = at[0][1].features[0]
