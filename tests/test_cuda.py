@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -11,6 +12,50 @@ import pytest
 import torch
 
 from mcl_kernels import _cuda
+from tests import emulated_cuda
+from tests.build_sanitized import build_cuda
+
+SOURCES = _cuda.source_directory()
+BARRIERS = [
+    f"{path.name}:{number}"
+    for path in sorted(SOURCES.glob("*.cuh"))
+    for number, line in enumerate(path.read_text().splitlines(), 1)
+    if "__syncthreads()" in line
+]
+needs_emulation = pytest.mark.skipif(emulated_cuda.why_not() is not None, reason=str(emulated_cuda.why_not()))
+
+
+@pytest.fixture(scope="module")
+def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    program = tmp_path_factory.mktemp("sanitized") / "cuda"
+    build_cuda(str(program))
+    return program
+
+
+def run_sanitized(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    # The first race ends it: with a barrier left out there are thousands.
+    environment = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1"}
+    return subprocess.run(
+        [str(program), *arguments], capture_output=True, text=True, check=False, timeout=600, env=environment
+    )
+
+
+@pytest.mark.slow
+@needs_emulation
+def test_no_access_is_unordered(sanitized: Path) -> None:
+    result = run_sanitized(sanitized)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.slow
+@needs_emulation
+@pytest.mark.parametrize("barrier", BARRIERS)
+def test_a_barrier_that_is_left_out_is_seen(sanitized: Path, barrier: str) -> None:
+    """None is there for nothing, and the emulation shows what a missing one would do."""
+    result = run_sanitized(sanitized, barrier)
+    # Most are reported as a race; without some of them a row is read from where there is none.
+    assert result.returncode != 0
+    assert "ThreadSanitizer" in result.stderr or "WRONG" in result.stdout, result.stderr
 
 
 @pytest.mark.parametrize(
