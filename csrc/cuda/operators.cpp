@@ -166,7 +166,9 @@ void dropped(const Tensor& order, const Tensor& begin, const Tensor& end, const 
   "Tensor column_order, Tensor? column_ids, bool skips_tiles, Tensor scale, "
 
 // On every device, since tests run the same operators on the processor; the launchers are of one device alone.
-TORCH_LIBRARY(MCL_NAMESPACE, library) {
+// Of torch 2.6 TORCH_LIBRARY takes the name as it is written: here it is expanded first.
+#define LIBRARY_OF(name, library) TORCH_LIBRARY(name, library)
+LIBRARY_OF(MCL_NAMESPACE, library) {
   library.def("forward" MCL_PAIRS "Tensor? threshold, Tensor(a!) result) -> ()", &mcl::forward);
   library.def("backward" MCL_PAIRS
               "Tensor? row_lse, Tensor? row_weight, Tensor? column_lse, Tensor? column_weight, Tensor? column_scale, "
