@@ -39,6 +39,9 @@ SETTINGS = Settings(
 )
 
 
+EMBED = runs.embed
+
+
 class Tiny(Dataset):
     """Two channels of 8 x 8: one is bright in one of three places, the other as a whole in one of two ways."""
 
@@ -124,7 +127,31 @@ def test_what_is_clustered_and_where_stages_start(run_tiny, data):
     assert tuned["soup"].keys() == {"place", "bright"}
     assert tuned["retrieval"]["soup"].keys() == {"image_to_text", "text_to_image"}
     assert usual["encoders"][0]["curve"] == tuned["encoders"][0]["curve"]
-    assert usual["encoders"][1]["curve"][0] > tuned["encoders"][1]["curve"][0]
+
+
+@pytest.mark.parametrize("regime", ["mcl", "ensemble"])
+@pytest.mark.parametrize("start", ["fresh", "previous"])
+@pytest.mark.parametrize("layer", ["backbone", "projection"])
+def test_what_an_encoder_is_trained_with(run_tiny, regime, start, layer):
+    """Pseudo labels only in MCL, weights of the last one only where asked for, clusters of the layer asked for."""
+    trained, clustered = [], []
+
+    def spy(data, settings, encoder, labels, weights, checkpoint):
+        trained.append((labels, weights))
+        return train(data, settings, encoder, labels, weights, checkpoint)
+
+    def embedded(model, data, index, layer):
+        clustered.append(layer)
+        return EMBED(model, data, index, layer)
+
+    with patch.object(runs, "train", spy), patch.object(runs, "embed", embedded):
+        run_tiny(replace(SETTINGS, method=f"{regime}+simclr", start=start, layer=layer))
+    (first, nothing), (second, weights) = trained
+    assert first.unique().tolist() == [0]
+    assert nothing is None
+    assert len(second.unique()) == (3 if regime == "mcl" else 1)
+    assert (weights is None) == (start == "fresh")
+    assert clustered[:2] == [layer, layer]
 
 
 def test_a_soup_has_statistics_of_its_own(data):
@@ -135,6 +162,9 @@ def test_a_soup_has_statistics_of_its_own(data):
         norm.running_mean += 100
     runs.cook(model, data)
     assert not model.training
+    cooked = norm.running_mean.clone()
+    torch.rand(7)
+    assert torch.equal(runs.cook(model, data).backbone[1].running_mean, cooked)  # whatever was drawn before
     seen = model.backbone[0](data.plain(data.train))
     torch.testing.assert_close(norm.running_mean, seen.mean(dim=(0, 2, 3)), rtol=0, atol=0.05)
 
@@ -169,6 +199,17 @@ def test_a_finished_run_is_not_repeated_and_others_are_not_taken_for_it(run_tiny
     path.write_text(json.dumps({**first, "settings": {**first["settings"], "temperature": 0.5}}))
     with pytest.raises(ValueError, match=r"simclr-seed0.json holds another run: temperature differ"):
         run_tiny(SETTINGS)
+    path.unlink()
+    described = tmp_path / "suppression" / "tiny" / "simclr-seed0" / "settings.json"
+    described.write_text(json.dumps({**first["settings"], "epochs": 99}))  # stages of other settings are left
+    with pytest.raises(ValueError, match=r"tiny.simclr-seed0 holds another run: epochs differ"):
+        run_tiny(SETTINGS)
+
+
+def test_results_that_cannot_be_written_are_noticed_before_training(run_tiny, tmp_path):
+    (tmp_path / "results").write_text("a file")
+    with patch.object(runs, "train", side_effect=AssertionError("trained")), pytest.raises(OSError, match="results"):
+        run_tiny(SETTINGS)
 
 
 def test_the_cut_gradient_is_the_whole_one(data):
@@ -198,6 +239,16 @@ def test_temperatures_swing_between_their_ends(data):
     for progress, temperature in ((0.0, 1.0), (0.1, 0.1), (0.2, 1.0), (0.05, 0.55)):
         loss = model.loss(views, torch.arange(6), labels, progress)
         torch.testing.assert_close(loss, nt_xent(*views, temperature=temperature))
+
+
+def test_temperatures_swing_while_training(data):
+    seen = []
+    with patch.object(TemperatureSchedule, "loss", autospec=True) as loss:
+        loss.side_effect = lambda model, z, i, y, progress: (
+            seen.append(progress) or SimCLR.loss(model, z, i, y, progress)
+        )
+        train(data, replace(SETTINGS, method="ts"), 0, torch.zeros(48, dtype=torch.int64), None, Path("nothing"))
+    assert seen == pytest.approx([step / 12 for step in range(12)])
 
 
 def test_robust_global_is_the_formula_of_isogclr():
@@ -240,6 +291,14 @@ def test_moco_follows_slowly_and_knows_the_labels_of_its_queue(data):
     model.loss(model(data.views(index), index), index, labels, 0.0)
     assert model.queue.labels[:5].tolist() == [0, 0, 1, 1, -1]
     assert model.queue.ids[:4].tolist() == [0, 1, 2, 3]
+    model.new_stage()
+    assert model.queue.labels.unique().tolist() == [-1]
+    other = MoCo(data, SETTINGS)
+    other.load_state_dict(model.state_dict())
+    with patch.object(MoCo, "new_stage") as emptied:
+        one = replace(SETTINGS, method="moco", epochs=1)
+        train(data, one, 1, torch.zeros(48, dtype=torch.int64), other.state_dict(), Path("nothing"))
+    emptied.assert_called_once()
 
 
 def test_the_viewmaker_spends_its_budget_against_the_encoder():
@@ -335,6 +394,9 @@ def test_settings_name_what_is_not_usual():
         ({"epochs": 1, "method": "mcl+simclr"}, "epochs must be at least 1 for each of 2 encoders: got 1"),
         ({"layer": "head"}, "layer must be one of backbone, projection: got 'head'"),
         ({"clusters": 0}, "clusters must be at least 1: got 0"),
+        ({"method": "mcl+foo+simclr"}, "method must be an objective, alone or after one of"),
+        ({"clusters_per_batch": 3}, "clusters_per_batch must divide batch_size = 16: got 3"),
+        ({"temperature": 0.0}, "temperature must be positive: got 0.0"),
     ):
         with pytest.raises(ValueError, match=message):
             replace(SETTINGS, **change)
@@ -369,3 +431,7 @@ def test_failed_runs_are_named_at_the_end_and_in_the_exit_status(tmp_path):
     unknown = subprocess.run([*command, "randbits-8", "mcl+barlow"], cwd=root, capture_output=True, text=True)
     assert unknown.returncode == 2
     assert "METHOD must be one of simclr, " in unknown.stderr
+    assert "no report: " in failed.stderr
+    idle = subprocess.run([*command, "randbits-8", "--jobs", "0"], cwd=root, capture_output=True, text=True)
+    assert idle.returncode == 2
+    assert "--jobs must be at least 1: got 0" in idle.stderr

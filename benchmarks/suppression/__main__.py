@@ -19,21 +19,22 @@ import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
-import torch
-
 from benchmarks.suppression.experiments import EXPERIMENTS, SEEDS, settings_of
 from benchmarks.suppression.figures import readme_figure
 from benchmarks.suppression.methods import METHODS
 from benchmarks.suppression.report import group_runs, read_runs, readme_table, write_report
-from benchmarks.suppression.runs import path_of, run
+from benchmarks.suppression.runs import path_of, run, start_process
 from benchmarks.suppression.settings import DEFAULTS, LAYERS, REGIMES, STARTS, Settings
 
 HERE = Path(__file__).parent
+RESULTS = HERE / "results"
 
 
 def main() -> int:
     parser = _parser()
     options = parser.parse_args()
+    if options.jobs < 1:
+        parser.error(f"--jobs must be at least 1: got {options.jobs}")
     changed = (
         "samples", "epochs", "stages", "clusters", "clusters_per_batch", "batch_size", "temperature", "layer", "start",
     )  # fmt: skip
@@ -42,26 +43,38 @@ def main() -> int:
         settings = [] if options.report else _settings(options, changes)
     except ValueError as error:
         parser.error(str(error))
-    waiting = [each for each in settings if not path_of(each, options.results).exists()]
-    print(f"{len(settings)} runs, {len(settings) - len(waiting)} finished already", flush=True)
-    failed = _run_all(waiting, options)
-    if any(options.results.glob("*/*.json")):
-        groups = group_runs(read_runs(options.results))
-        print(readme_table(groups))
-        figure = readme_figure(groups, options.results.parent / "suppression.png")
-        print(f"report: {write_report(groups, options.output)}, figure: {figure}")
+    finished = sum(path_of(each, options.results).exists() for each in settings)
+    print(f"{len(settings)} runs, {finished} finished already", flush=True)
+    failed = _run_all(settings, options)
     for name, reason in failed.items():
         print(f"failed: {name}: {reason}", file=sys.stderr)
+    try:
+        _report(options)
+    except (OSError, ValueError) as error:
+        print(f"no report: {error}", file=sys.stderr)
+        return 1
     return 1 if failed else 0
+
+
+def _report(options: argparse.Namespace) -> None:
+    groups = group_runs(read_runs(options.results))
+    if not groups:
+        raise ValueError(f"{options.results} holds no finished run")
+    print(readme_table(groups))
+    if options.results == RESULTS:  # of somebody's own runs the page is enough
+        readme_figure(groups, HERE / "suppression.png")
+    print(f"report: {write_report(groups, options.output)}")
 
 
 def _settings(options: argparse.Namespace, changes: dict[str, object]) -> list[Settings]:
     chosen = [(options.data, tuple(options.methods))] if options.data else EXPERIMENTS
-    settings = [
-        each for data, methods in chosen for each in settings_of(data, methods, tuple(options.seeds), **changes)
-    ]
+    seeds = tuple(options.seeds)
+    # Each once, however often it was named.
+    settings = list(
+        dict.fromkeys(each for data, methods in chosen for each in settings_of(data, methods, seeds, **changes))
+    )
     for each in settings:
-        if each.regime not in (None, *REGIMES) or each.objective not in METHODS:
+        if each.objective not in METHODS:
             known = f"{', '.join(METHODS)}, alone or after {', '.join(f'{regime}+' for regime in REGIMES)}, or sweep"
             raise ValueError(f"METHOD must be one of {known}: got {each.method!r}")
     return settings
@@ -71,7 +84,7 @@ def _run_all(settings: list[Settings], options: argparse.Namespace) -> dict[str,
     """Runs in processes of one thread each; what failed, with the reason."""
     failed = {}
     spawning = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(options.jobs, spawning, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with ProcessPoolExecutor(options.jobs, spawning, initializer=start_process) as pool:
         submitted = {pool.submit(run, each, options.results, options.directory): each for each in settings}
         try:
             for future in as_completed(submitted):
@@ -105,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--start", choices=STARTS, help="weights that a stage starts from")
     add("--jobs", type=int, default=os.cpu_count(), help="runs at once, each in one thread")
     add("--report", action="store_true", help="only the report")
-    add("--results", type=Path, default=HERE / "results", help="of the JSONs")
+    add("--results", type=Path, default=RESULTS, help="of the JSONs")
     add("--directory", type=Path, default=Path("runs"), help="of raw data, caches and unfinished runs")
     add("--output", type=Path, default=Path("runs") / "suppression.html", help="the report")
     return parser

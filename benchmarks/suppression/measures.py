@@ -78,7 +78,10 @@ def neighbours(features: Sequence[Tensor], data: Dataset, seed: int) -> dict[str
 
 
 def retrieval(images: Tensor, texts: Tensor) -> dict[str, Numbers]:
-    """R@1, 5 and 10 of captions by images and of images by captions; row i of both is a pair. [N, D] each."""
+    """R@1, 5 and 10 of captions by images and of images by captions; row i of both is a pair. [N, D] each.
+
+    Of rows that are exactly alike each counts as found where one is: captions may be the same words.
+    """
     images, texts = F.normalize(images, dim=1), F.normalize(texts, dim=1)
     both = {"image_to_text": (images, texts), "text_to_image": (texts, images)}
     ranks = {way: positive_ranks(query, key) for way, (query, key) in both.items()}

@@ -56,6 +56,9 @@ class SimCLR(nn.Module):
     def after_step(self) -> None:
         """What follows an update of the weights."""
 
+    def new_stage(self) -> None:
+        """What of a model that goes on under other pseudo labels does not hold any more."""
+
 
 class TemperatureSchedule(SimCLR):
     """SimCLR whose temperature swings between 0.1 and 1, five times a stage.
@@ -147,6 +150,9 @@ class MoCo(SimCLR):
         learned = (*self.backbone.parameters(), *self.head.parameters())
         for average, now in zip(self.momentum_encoder.parameters(), learned, strict=True):
             average.lerp_(now, 1 - self.MOMENTUM)
+
+    def new_stage(self) -> None:
+        self.queue.labels.fill_(-1)  # as if never filled
 
 
 class CLIP(SimCLR):

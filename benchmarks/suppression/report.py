@@ -194,11 +194,9 @@ def orderings(groups: Groups) -> Iterator[Claim]:
                     continue
                 for feature in group.features:
                     ours, theirs = group.probe(feature), of[control].probe(feature)
-                    noise = math.hypot(ours.spread, theirs.spread)
-                    at_least = ours.mean >= theirs.mean
-                    verdict = (
-                        "within the spread" if not at_least and theirs.mean - ours.mean <= noise else _said(at_least)
-                    )
+                    above = ours.mean - theirs.mean
+                    unclear = 0 < abs(above) <= math.hypot(ours.spread, theirs.spread)
+                    verdict = "within the spread" if unclear else _said(above >= 0)
                     text = f"{data}: {feature} under {group.title} at or above {of[control].title}"
                     yield Claim(text, f"{ours} against {theirs}", verdict)
 

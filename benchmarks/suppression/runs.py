@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import signal
 from collections.abc import Mapping
 from dataclasses import asdict
 from importlib import metadata
@@ -21,9 +22,15 @@ from benchmarks.suppression.methods import CLIP, METHODS, SimCLR
 from benchmarks.suppression.settings import Settings
 from benchmarks.suppression.train import train
 from mcl_kernels import MultistageRunner, model_soup
-from mcl_kernels._durable import replace_file
+from mcl_kernels._durable import check_writable, replace_file
 
 PACKAGES = ("torch", "numpy", "scikit-learn")
+
+
+def start_process() -> None:
+    """One thread for each run; an interrupt ends the process, which would else take up the next run."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def path_of(settings: Settings, results: Path) -> Path:
@@ -46,12 +53,16 @@ def run(settings: Settings, results: Path, directory: Path) -> Path:
     if path.exists():
         there = json.loads(path.read_text())["settings"]
         if there != asdict(settings):
-            differing = [name for name, value in asdict(settings).items() if there.get(name) != value]
-            raise ValueError(f"{path} holds another run: {', '.join(differing)} differ; delete it to run again")
+            raise _another_run(path, there, settings)
         return path
+    check_writable(path.parent)
     data = open_dataset(settings.data, samples=settings.samples, seed=settings.seed, directory=directory / "data")
     work = directory / "suppression" / settings.data / settings.file_name
     work.mkdir(parents=True, exist_ok=True)
+    described = work / "settings.json"  # a run of other settings under this name is not gone on with
+    if described.exists() and (there := json.loads(described.read_text())) != asdict(settings):
+        raise _another_run(work, there, settings)
+    replace_file(described, json.dumps(asdict(settings), indent=1).encode())
     runner = MultistageRunner(
         len(data.train), n_stages=settings.encoders, n_clusters=settings.clusters, seed=settings.seed, directory=work
     )
@@ -66,9 +77,13 @@ def run(settings: Settings, results: Path, directory: Path) -> Path:
         (work / "unfinished.pt").unlink(missing_ok=True)
         print(f"{settings.data} {settings.name} seed {settings.seed}: encoder {stage.index}, "
               f"loss {training.curve[-1]:.3f}, {training.seconds:.0f} s", flush=True)  # fmt: skip
-    path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, (json.dumps(measure(settings, data, runner), indent=1) + "\n").encode())
     return path
+
+
+def _another_run(path: Path, there: dict[str, Any], settings: Settings) -> ValueError:
+    differing = [name for name, value in asdict(settings).items() if there.get(name) != value]
+    return ValueError(f"{path} holds another run: {', '.join(differing)} differ; delete it to run again")
 
 
 def measure(settings: Settings, data: Dataset, runner: MultistageRunner) -> dict[str, Any]:
@@ -124,6 +139,7 @@ def restore(data: Dataset, settings: Settings, state: Mapping[str, Tensor]) -> S
 @torch.no_grad()
 def cook(soup: SimCLR, data: Dataset) -> SimCLR:
     """Batch statistics of averaged weights, found anew: the average of the models' own belongs to none of them."""
+    torch.manual_seed(soup.settings.seed)  # of the views: the same soup whenever it is measured
     norms = [module for module in soup.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)]
     for norm in norms:
         norm.reset_running_stats()

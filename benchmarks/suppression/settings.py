@@ -65,6 +65,14 @@ class Settings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1: got {value}")
+        if self.regime not in (None, *REGIMES):
+            raise ValueError(f"method must be an objective, alone or after one of {REGIMES} and +: got {self.method!r}")
+        if self.batch_size % self.clusters_per_batch:
+            raise ValueError(
+                f"clusters_per_batch must divide batch_size = {self.batch_size}: got {self.clusters_per_batch}"
+            )
+        if not self.temperature > 0:
+            raise ValueError(f"temperature must be positive: got {self.temperature}")
         for name, allowed in (("layer", LAYERS), ("start", STARTS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}: got {getattr(self, name)!r}")
@@ -82,7 +90,7 @@ class Settings:
     @property
     def regime(self) -> str | None:
         """What is done with the objective: "mcl", "ensemble", "wide", or None where it is used as it is."""
-        regime, plus, _ = self.method.partition("+")
+        regime, plus, _ = self.method.rpartition("+")
         return regime if plus else None
 
     @property

@@ -42,6 +42,7 @@ def train(
     model = METHODS[settings.objective](data, settings)
     if start is not None:
         model.load_state_dict(start)
+        model.new_stage()
     # Weights decay, temperatures and biases do not.
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter.ndim > 1]
     others = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter.ndim <= 1]
