@@ -3,7 +3,6 @@
 import importlib.metadata
 import importlib.util
 import os
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,25 +16,22 @@ if tuple(map(int, TRITON.split(".")[:2])) < (3, 4):
 elif not torch.cuda.is_available():
     # Without a GPU the Triton kernels are interpreted, which is read when Triton is imported.
     os.environ["TRITON_INTERPRET"] = "1"
-    if TRITON != "0.0":
-        from triton.runtime import interpreter
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-        def rounded_once(product: Callable[..., Any]) -> Callable[..., Any]:
-            """A tile's product as a tensor core's: the same bits wherever its operands lie.
+    product_of_numpy = InterpreterBuilder.create_dot
 
-            Interpreted it is NumPy's, in fp32 by a BLAS that may sum rows and transposed rows in other orders. Forward
-            and backward then disagree on a logit by more than its exponential forgives.
-            """
+    def rounded_once(self: Any, a: Any, b: Any, d: Any, *options: Any) -> Any:
+        """A tile's product as a tensor core's: the same bits wherever its operands lie.
 
-            def create_dot(self: Any, a: Any, b: Any, d: Any, *options: Any) -> Any:
-                if d.data.dtype != np.float32:
-                    return product(self, a, b, d, *options)
-                summed = np.matmul(a.data, b.data, dtype=np.float64).astype(np.float32) + d.data
-                return interpreter.TensorHandle(summed, d.dtype.scalar)
+        Interpreted it is NumPy's, in fp32 by a BLAS that may sum rows and transposed rows in other orders. Forward and
+        backward then disagree on a logit by more than its exponential forgives.
+        """
+        if d.data.dtype != np.float32:
+            return product_of_numpy(self, a, b, d, *options)
+        summed = np.matmul(a.data, b.data, dtype=np.float64).astype(np.float32) + d.data
+        return TensorHandle(summed, d.dtype.scalar)
 
-            return create_dot
-
-        interpreter.InterpreterBuilder.create_dot = rounded_once(interpreter.InterpreterBuilder.create_dot)
+    InterpreterBuilder.create_dot = rounded_once
 
 
 @pytest.fixture(autouse=True)

@@ -104,7 +104,7 @@ TABLE: dict[tuple[str, str, int], tuple[tuple[int, Tiles], ...]] = {
     ("backward", "tf32x3", 90): ((_WIDEST, Tiles(64, 16, 16, 8, 1, 256, 32)),),
     ("backward", "tf32x3", 100): ((_WIDEST, Tiles(64, 16, 16, 8, 2, 256, 256)),),
 }
-INTERPRETED = Tiles(128, 256, 512, 4, 1, 1024, 512)  # few and large: its cost is that of calls
+INTERPRETED = Tiles(128, 256, 1024, 4, 1, 1024, 512)  # few and large: its cost is that of calls
 
 
 def choose_tiles(kernel: str, precision: str, width: int, capability: tuple[int, int] | None) -> Tiles:
