@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.suppression.report import Cell, Group, Groups, cell
 from benchmarks.suppression.settings import kind_of
 from mcl_kernels._durable import replaced_file
 from mcl_kernels.report import CORRECT, REFERENCE, WRONG, new_figure
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from benchmarks.suppression.report import Cell, Group, Groups
 
 COLORS = ("#1b6ca8", "#d1603d", "#2e8b57", "#8e5ea2", "#c9a227")
 WAYS = {  # of spending the same epochs
@@ -192,16 +192,15 @@ def retrieval(groups: Sequence[Group]) -> Figure:
     """R@1, 5 and 10 both ways, for the concatenation of each method, and the soup of its weights where there is one."""
     bars: list[tuple[str, list[Any]]] = []
     for group in groups:
-        if group.runs[0]["retrieval"]:
-            for part in ("concatenation", "soup"):
-                if group.runs[0]["retrieval"][part]:
-                    title = group.title + (", soup of weights" if part == "soup" else "")
-                    bars.append((title, [run["retrieval"][part] for run in group.runs]))
+        for part in ("concatenation", "soup"):
+            if group.runs[0]["retrieval"][part]:
+                title = group.title + (", soup of weights" if part == "soup" else "")
+                bars.append((title, [run["retrieval"][part] for run in group.runs]))
     figure = new_figure(10, 3.4)
     ways = {"image_to_text": "captions of an image", "text_to_image": "images of a caption"}
     for axes, (way, text) in zip(figure.subplots(1, 2, sharey=True), ways.items(), strict=True):
         for place, (title, measured) in enumerate(bars):
-            cells = [_cell([one[way][k] for one in measured]) for k in ("1", "5", "10")]
+            cells = [cell([one[way][k] for one in measured]) for k in ("1", "5", "10")]
             _bars(axes, range(3), cells, place, len(bars), COLORS[place % len(COLORS)], title, 6)
         axes.set_xticks(range(3), ["R@1", "R@5", "R@10"])
         axes.margins(y=0.1)
@@ -209,12 +208,6 @@ def retrieval(groups: Sequence[Group]) -> Figure:
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     return figure
-
-
-def _cell(values: Sequence[float]) -> Cell:
-    from benchmarks.suppression.report import cell
-
-    return cell(values)
 
 
 def sweep(found: dict[str, list[tuple[Any, Group]]]) -> Figure:
