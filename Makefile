@@ -18,12 +18,14 @@ demo: $(VENV)/installed-demo
 test: $(VENV)/installed-test
 	$(VENV)/bin/python -m pytest -n logical --ignore tests/integrations
 
-# The kernels without torch, under AddressSanitizer with UndefinedBehaviorSanitizer and under ThreadSanitizer.
-sanitize: build/sanitized-address,undefined build/sanitized-thread
+# The kernels without torch, under AddressSanitizer with UndefinedBehaviorSanitizer and under ThreadSanitizer; those for
+# CUDA, whose barriers are what may be missing, under the latter.
+sanitize: build/sanitized-address,undefined build/sanitized-thread build/sanitized-cuda
 	build/sanitized-address,undefined
 	build/sanitized-thread
+	build/sanitized-cuda
 
-build/sanitized-%: $(wildcard csrc/cpu/*) tests/sanitized_kernels.cpp mcl_kernels/_native.py | $(VENV)/installed-test
+build/sanitized-%: $(wildcard csrc/*/* tests/cuda_on_cpu/*) tests/sanitized_kernels.cpp tests/sanitized_cuda.cpp mcl_kernels/_native.py | $(VENV)/installed-test
 	$(VENV)/bin/python -m tests.build_sanitized '$*' $@
 
 # The lower bounds of pyproject.toml: what `pip install mcl-kernels` may meet. What takes minutes, or depends on no version

@@ -1,10 +1,12 @@
 """What pyproject.toml cannot say: the kernels' sources travel in the package, and are compiled now where torch is.
 
 With `pip install --no-build-isolation .` the torch that will run them is importable here and the library is built
-into the package; otherwise `mcl_kernels._native` builds it on first use.
+into the package; otherwise `mcl_kernels._native` builds it on first use. The CUDA kernels are built where
+MCL_KERNELS_CUDA=1 asks for them, and an installation that cannot build them then fails with the reason.
 """
 
 import importlib.util
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -14,28 +16,48 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 SOURCES = ROOT / "csrc" / "cpu"
+CUDA_SOURCES = ROOT / "csrc" / "cuda"
+HAS_TORCH = importlib.util.find_spec("torch") is not None
 
 
-def load_native():
-    """`mcl_kernels._native`, without importing the package."""
-    specification = importlib.util.spec_from_file_location("_native", ROOT / "mcl_kernels" / "_native.py")
-    native = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(native)
-    return native
+def load(name):
+    """A module of `mcl_kernels`, without importing the package."""
+    specification = importlib.util.spec_from_file_location(name, ROOT / "mcl_kernels" / f"{name}.py")
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
 
 
-NATIVE = load_native() if importlib.util.find_spec("torch") else None
+NATIVE = load("_native") if HAS_TORCH else None
+
+
+def build_cuda(directory):
+    if os.environ.get("MCL_KERNELS_CUDA") != "1":
+        return
+    if not HAS_TORCH:
+        raise SystemExit(
+            "MCL_KERNELS_CUDA=1 compiles against the installed torch: none is seen here; install it, and "
+            "pass --no-build-isolation"
+        )
+    cuda = load("_cuda")
+    try:
+        cuda.build(CUDA_SOURCES, directory / cuda.library_name(CUDA_SOURCES))
+    except cuda.CudaUnavailableError as error:
+        raise SystemExit(f"MCL_KERNELS_CUDA=1: {error}") from error
 
 
 class BuildWithKernels(build_py):
     def run(self):
         super().run()
         if self.editable_mode:  # a checkout is used as it is
+            build_cuda(ROOT / "mcl_kernels" / "lib")
             return
         package = Path(self.build_lib) / "mcl_kernels"
         for directory in ("csrc", "lib"):  # an earlier build may have left other sources, of another library
             shutil.rmtree(package / directory, ignore_errors=True)
         shutil.copytree(SOURCES, package / "csrc" / "cpu")
+        shutil.copytree(CUDA_SOURCES, package / "csrc" / "cuda")
+        build_cuda(package / "lib")
         if NATIVE:
             try:
                 NATIVE.build(SOURCES, package / "lib" / NATIVE.library_name(SOURCES))

@@ -1,4 +1,4 @@
-"""Builds tests/sanitized_kernels.cpp with the flags of the library: `-m tests.build_sanitized SANITIZERS OUTPUT`."""
+"""Builds the sanitized programs: `-m tests.build_sanitized SANITIZERS OUTPUT`, and for CUDA's kernels `cuda OUTPUT`."""
 
 from __future__ import annotations
 
@@ -6,14 +6,30 @@ import sys
 from pathlib import Path
 
 from mcl_kernels import _native
+from tests import emulated_cuda
 
 
 def main(sanitizers: str, output: str) -> None:
+    if sanitizers == "cuda":
+        build_cuda(output)
+    else:
+        build_native(sanitizers, output)
+
+
+def build_native(sanitizers: str, output: str) -> None:
+    """tests/sanitized_kernels.cpp, with the flags of the library."""
     kernels = _native.source_directory()
     sources = _native.kernel_sources(kernels)
     sources[Path(__file__).with_name("sanitized_kernels.cpp")] = [f"-I{kernels}"]
     flags = ["-O1", "-g", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-pthread"]
     _native.compile_and_link(sources, [*_native.FLAGS, *flags], [], Path(output))
+
+
+def build_cuda(output: str) -> None:
+    """tests/sanitized_cuda.cpp under ThreadSanitizer: the threads of a block are threads of the system."""
+    flags = [*emulated_cuda.FLAGS, "-O1", "-g", "-fsanitize=thread", "-pthread", "-DCUDA_ON_CPU_THREADS"]
+    program = Path(__file__).with_name("sanitized_cuda.cpp")
+    emulated_cuda.compile_kernels(Path(output), flags, {program: []}, [])
 
 
 if __name__ == "__main__":

@@ -10,9 +10,10 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from mcl_kernels import _native
+from mcl_kernels import _cuda, _native
 from mcl_kernels.logsumexp import triton
 from mcl_kernels.logsumexp.api import IMPLS
+from tests import emulated_cuda
 from tests.ranks import RankPool
 
 # The OpenMP threads of small operations spin against each other when two test processes share the cores.
@@ -33,13 +34,17 @@ INSTRUCTION_SETS = ["amx", "avx512", "avx2", "portable"]
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 BACKENDS = [Backend("cpu", "native", name) for name in INSTRUCTION_SETS]
 BACKENDS += [Backend(DEVICES[-1], "triton")]
+BACKENDS += [Backend(device, "cuda") for device in DEVICES]  # on a CPU emulated
 BACKENDS += [Backend(device, impl) for device in DEVICES for impl in ("blockwise", "reference")]
 assert {backend.impl for backend in BACKENDS} == set(IMPLS) - {"auto"}
 
 
+_cuda.LIBRARIES["cpu"] = emulated_cuda.ops
+
 # What computes on a CPU tensor here, for tests that need no more than one of each.
-CPU_IMPLS = [impl for impl in IMPLS if impl not in ("auto", "triton")]
+CPU_IMPLS = [impl for impl in IMPLS if impl not in ("auto", "triton", "cuda")]
 CPU_IMPLS += [] if triton.why_not(torch.device("cpu")) else ["triton"]
+CPU_IMPLS += [] if emulated_cuda.why_not() else ["cuda"]
 
 
 def pytest_report_header() -> str:
@@ -55,8 +60,14 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         use_instruction_set(backend.instruction_set, monkeypatch)
     if backend.impl == "triton" and (reason := triton.why_not(torch.device(backend.device))):
         pytest.skip(reason)
+    if backend.impl == "cuda" and (reason := missing_for_cuda(backend.device)):
+        pytest.skip(reason)
     with torch.device(backend.device) if backend.device != "cpu" else contextlib.nullcontext():
         yield backend
+
+
+def missing_for_cuda(device: str) -> str | None:
+    return emulated_cuda.why_not() if device == "cpu" else _cuda.why_not(torch.device(device))
 
 
 def is_slow(backend: Backend) -> bool:

@@ -119,8 +119,9 @@ def test_a_bad_tensor_temperature_gives_nan_not_an_error() -> None:
 
 def test_capabilities_name_every_implementation() -> None:
     every = capabilities()
-    assert set(every) == {"auto", "native", "triton", "blockwise", "reference"}
+    assert set(every) == {"auto", "native", "triton", "cuda", "blockwise", "reference"}
     assert every.pop("triton")["reason"]
+    assert every.pop("cuda")["reason"]
     for entry in every.values():
         assert entry["available"] is True
         assert entry["reason"]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
+from functools import cache
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from mcl_kernels import _native
+from mcl_kernels import _cuda, _native
 from mcl_kernels._rows import compute_dtype
 from mcl_kernels._validate import (
     as_integer_vector,
@@ -40,7 +42,9 @@ def capabilities() -> dict[str, dict[str, object]]:
     native, native_reason = _native.describe()
     reasons = {device: triton.why_not(torch.device(device)) for device in devices}
     on_triton = [device for device, reason in reasons.items() if reason is None]
-    picks = ("native for CPU tensors, " if native else "") + ("triton for CUDA's, " if "cuda" in on_triton else "")
+    on_cuda, cuda_reason = _cuda.describe()
+    for_cuda = [name for name, on in (("triton", on_triton), ("cuda", on_cuda)) if "cuda" in on]
+    picks = ("native for CPU tensors, " if native else "") + (f"{for_cuda[0]} for CUDA's, " if for_cuda else "")
     picks += "else " if picks else ""
     return {
         "native": {"available": native, "devices": ["cpu"] if native else [], "reason": native_reason},
@@ -49,6 +53,7 @@ def capabilities() -> dict[str, dict[str, object]]:
             "devices": on_triton,
             "reason": "the kernels for GPUs" if on_triton else reasons[devices[-1]],
         },
+        "cuda": {"available": bool(on_cuda), "devices": on_cuda, "reason": cuda_reason},
         "reference": {
             "available": True,
             "devices": devices,
@@ -73,13 +78,15 @@ def resolve_impl(impl: str, device: torch.device) -> str:
     if impl == "auto":
         if device.type == "cpu":
             return "native" if _native_is_usable() else "blockwise"
-        return "triton" if device.type == "cuda" and _triton_is_usable(device) else "blockwise"
+        return _for_cuda(device) if device.type == "cuda" else "blockwise"
     if impl == "native":
         if device.type != "cpu":
             raise ValueError(f"impl='native' computes on CPU tensors: got device {device}")
         _load_native()
     if impl == "triton":
         _check_triton(device)
+    if impl == "cuda":
+        _check_cuda(device)
     return impl
 
 
@@ -91,8 +98,18 @@ def _load_native() -> None:
     _native.load()
 
 
-def _triton_is_usable(device: torch.device) -> bool:
-    return triton.usable(device)
+@cache
+def _for_cuda(device: torch.device) -> str:
+    """The first of those for GPUs that runs on this one; if none does, warns once, in one line, what to do about it."""
+    reasons = {}
+    for name, why_not in (("triton", triton.why_not), ("cuda", _cuda.why_not)):
+        reason = why_not(device)
+        if reason is None:
+            return name
+        reasons[name] = reason
+    told = "; ".join(f"impl={name!r}: {reason}" for name, reason in reasons.items())
+    warnings.warn(f"mcl_kernels: impl='blockwise' computes, several times slower: {told}", RuntimeWarning, 3)
+    return "blockwise"
 
 
 def _check_triton(device: torch.device) -> None:
@@ -100,9 +117,14 @@ def _check_triton(device: torch.device) -> None:
         raise RuntimeError(f"impl='triton': {reason}")
 
 
+def _check_cuda(device: torch.device) -> None:
+    if reason := _cuda.why_not(device):
+        raise RuntimeError(f"impl='cuda': {reason}")
+
+
 # Building and loading are no part of a compiled graph. This is what `torch.compiler.assume_constant_result` sets; the
 # decorator itself would import the compiler with this module.
-_FUNCTIONS: tuple[Any, ...] = (_native_is_usable, _load_native, _triton_is_usable, _check_triton)
+_FUNCTIONS: tuple[Any, ...] = (_native_is_usable, _load_native, _for_cuda, _check_triton, _check_cuda)
 for _function in _FUNCTIONS:
     _function._dynamo_marked_constant = True
 

@@ -20,6 +20,7 @@ from mcl_kernels.logsumexp.plan import Pairs, Plan
 IMPLEMENTATIONS = {
     "native": "mcl_kernels.logsumexp.native",
     "triton": "mcl_kernels.logsumexp.triton",
+    "cuda": "mcl_kernels.logsumexp.cuda",
     "blockwise": "mcl_kernels.logsumexp.blockwise",
 }
 

@@ -17,13 +17,14 @@ from __future__ import annotations
 
 import warnings
 from contextlib import AbstractContextManager
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from mcl_kernels.logsumexp.plan import Pairs, Plan, key_ranges, make_plan
+from mcl_kernels.logsumexp import by_rows
+from mcl_kernels.logsumexp.by_rows import Rows, Side, Terms
 
 OLDEST = 8  # major compute capability: what Triton itself supports
 PLAN_ROWS = 256  # of a program that looks for dropped columns
@@ -152,35 +153,8 @@ def tile_constants(kernel: str, precision: str, dtype: torch.dtype, width: int, 
     return constants
 
 
-class _Side(NamedTuple):
-    """Queries or keys."""
-
-    x: Tensor
-    order: Tensor  # int64, sorted
-    labels: Tensor | None
-    ids: Tensor | None
-
-
-class _Rows(NamedTuple):
-    """The side whose rows programs own, and the range of the other side's sorted rows that each sorted row meets."""
-
-    side: _Side
-    begin: Tensor  # int64
-    end: Tensor
-
-
-def _sides(query: Tensor, key: Tensor | None, pairs: Pairs, plan: Plan) -> tuple[_Side, _Side]:
-    labels, key_labels, ids, key_ids = (None if v is None else v.contiguous() for v in pairs[:4])
-    queries = _Side(query, plan.query_order, labels, ids)
-    return queries, queries if key is None else _Side(key, plan.key_order, key_labels, key_ids)
-
-
-def _key_rows(queries: _Side, keys: _Side, negatives: str) -> _Rows:
-    return _Rows(keys, *key_ranges(keys.order, keys.labels, queries.order, queries.labels, negatives))
-
-
 def _common_arguments(
-    kernel: str, owned: _Rows, columns: _Side, scale: Tensor, negatives: str, least_precision: str = "tf32"
+    kernel: str, owned: Rows, columns: Side, scale: Tensor, negatives: str, least_precision: str = "tf32"
 ) -> dict[str, Any]:
     """What every kernel of one side's rows against the other's needs to know."""
     rows = owned.side
@@ -190,12 +164,9 @@ def _common_arguments(
     capability = torch.cuda.get_device_capability(rows.x.device) if rows.x.is_cuda else None
     # fp64 is for checks: it takes the tiles of what is nearest in size.
     tiles = choose_tiles(kernel, "tf32x3" if precision == "ieee" else precision, width, capability)
-    by_label = negatives == "different"
-    # What a row drops of the columns it meets has its label or its id, so it is sorted together.
-    values, column_values = (rows.labels, columns.labels) if by_label else (rows.ids, columns.ids)
+    values, column_values = by_rows.dropped_values(rows, columns, negatives)
     dropped = None if values is None else _dropped(owned, columns, values, column_values)
-    # Under "different" the same sample may have other labels, and is then anywhere.
-    compares_ids = by_label and rows.ids is not None
+    compares_ids = by_rows.compares_ids(rows, negatives)
     unused = rows.order
     return {
         "x": rows.x, "x_stride": rows.x.stride(0), "x_step": rows.x.stride(1), "row_order": rows.order,
@@ -205,7 +176,7 @@ def _common_arguments(
         "y": columns.x, "y_stride": columns.x.stride(0), "y_step": columns.x.stride(1), "column_order": columns.order,
         "column_ids": columns.ids if compares_ids else unused,
         "scale": scale, "scale_stride": scale.ndim, "n": len(rows.order), "width": width,
-        "HAS_DROPPED": dropped is not None, "COMPARES_IDS": compares_ids, "SKIPS_TILES": by_label,
+        "HAS_DROPPED": dropped is not None, "COMPARES_IDS": compares_ids, "SKIPS_TILES": negatives == "different",
         **tile_constants(kernel, precision, rows.x.dtype, width, tiles),
         "num_warps": tiles.warps, "num_stages": tiles.stages,
     }  # fmt: skip
@@ -224,7 +195,7 @@ def product_precision(x: Tensor, y: Tensor, scale: Tensor) -> str:
     return "tf32x3" if highest else "tf32"
 
 
-def _dropped(rows: _Rows, columns: _Side, values: Tensor, column_values: Tensor | None) -> tuple[Tensor, Tensor]:
+def _dropped(rows: Rows, columns: Side, values: Tensor, column_values: Tensor | None) -> tuple[Tensor, Tensor]:
     from mcl_kernels.logsumexp.triton_tiles import drop_kernel
 
     order = rows.side.order
@@ -245,121 +216,53 @@ def on_device_of(x: Tensor) -> AbstractContextManager[object]:
     return device
 
 
-def _run_forward(rows: _Rows, columns: _Side, scale: Tensor, negatives: str, result: Tensor, **special: Any) -> None:
+def _run_forward(
+    rows: Rows, columns: Side, scale: Tensor, negatives: str, result: Tensor, threshold: Tensor | None
+) -> None:
     from mcl_kernels.logsumexp.triton_forward import forward_kernel
 
     if len(result) == 0:
         return
+    counts = threshold is not None
     # What is counted is compared with products that torch computed in fp32.
-    least_precision = "tf32x3" if special["COUNT"] else "tf32"
-    arguments = _common_arguments("forward", rows, columns, scale, negatives, least_precision)
+    arguments = _common_arguments("forward", rows, columns, scale, negatives, "tf32x3" if counts else "tf32")
     with on_device_of(result):
-        forward_kernel[(-(-len(result) // arguments["ROWS"]),)](**arguments, result=result, **special)
+        forward_kernel[(-(-len(result) // arguments["ROWS"]),)](
+            **arguments, result=result, threshold=threshold if counts else scale, COUNT=counts
+        )
 
 
-def _run_backward(rows: _Rows, columns: _Side, scale: Tensor, negatives: str, **special: Any) -> None:
+def _run_backward(
+    rows: Rows,
+    columns: Side,
+    scale: Tensor,
+    negatives: str,
+    terms: Terms,
+    grad_x: Tensor | None,
+    grad_scale: Tensor | None,
+) -> None:
     from mcl_kernels.logsumexp.triton_backward import backward_kernel
 
     n = len(rows.side.x)
     if n == 0:
         return
     arguments = _common_arguments("backward", rows, columns, scale, negatives)
-    if not special["NEEDS_X"]:
+    if grad_x is None:
         arguments["PARTS"] = 1
+    unused = scale, scale
+    row_lse, row_weight = terms.row or unused
+    column_lse, column_weight = terms.column or unused
     with on_device_of(rows.side.x):
-        backward_kernel[(-(-n // arguments["ROWS"]) * arguments["PARTS"],)](**arguments, **special)
-
-
-def forward(
-    query: Tensor, key: Tensor | None, scale: Tensor, pairs: Pairs, bidirectional: bool
-) -> tuple[Tensor, Tensor, Plan]:
-    """Row LSE [N], column LSE ([M] where bidirectional, else [0]) and the plan."""
-    plan, scale = make_plan(query, key, pairs), scale.contiguous()
-    queries, keys = _sides(query, key, pairs, plan)
-    row_lse, column_lse = scale.new_empty(len(query)), scale.new_empty(len(keys.x) if bidirectional else 0)
-    query_rows = _Rows(queries, plan.key_begin, plan.key_end)
-    _run_forward(query_rows, keys, scale, pairs.negatives, row_lse, threshold=scale, COUNT=False)
-    if bidirectional:
-        key_rows = _key_rows(queries, keys, pairs.negatives)
-        _run_forward(key_rows, queries, scale, pairs.negatives, column_lse, threshold=scale, COUNT=False)
-    return row_lse, column_lse, plan
-
-
-def backward(
-    grad_row: Tensor,  # [N], the gradient of the row LSE
-    grad_column: Tensor,  # [M] where bidirectional, else [0]
-    query: Tensor,
-    key: Tensor | None,
-    scale: Tensor,
-    pairs: Pairs,
-    row_lse: Tensor,
-    column_lse: Tensor,
-    plan: Plan,
-    bidirectional: bool,
-    needs_grad: tuple[bool, bool, bool],  # of query, key, scale
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of query, key and scale; [0] for one that is not needed (and for the key of the self form)."""
-    needs_query, needs_key, needs_scale = needs_grad
-    needs_key = needs_key and key is not None
-    queries, keys = _sides(query, key, pairs, plan)
-    grad_query = query.new_empty(query.shape if needs_query else 0)
-    grad_key = keys.x.new_empty(keys.x.shape if needs_key else 0)
-    grad_scale = scale.new_empty(len(query) if needs_scale else 0)
-    scale, grad_row, grad_column = (values.contiguous() for values in (scale, grad_row, grad_column))
-    if key is None:
-        column_lse, grad_column = row_lse, grad_row
-
-    if needs_query or needs_scale:
-        _run_backward(
-            _Rows(queries, plan.key_begin, plan.key_end), keys, scale, pairs.negatives, grad_x=grad_query,
-            grad_scale=grad_scale, unit=_unit(query, keys.x, grad_row, grad_column), column_scale=scale,
-            row_lse=row_lse, row_weight=grad_row, column_lse=column_lse, column_weight=grad_column,
-            ROW_TERM=True, COLUMN_TERM=bidirectional or key is None, SCALES_COLUMNS=False, NEEDS_X=needs_query,
-            NEEDS_SCALE=needs_scale,
+        backward_kernel[(-(-n // arguments["ROWS"]) * arguments["PARTS"],)](
+            **arguments, row_lse=row_lse, row_weight=row_weight, column_lse=column_lse, column_weight=column_weight,
+            column_scale=scale if terms.column_scale is None else terms.column_scale, unit=terms.unit,
+            grad_x=rows.side.x if grad_x is None else grad_x, grad_scale=scale if grad_scale is None else grad_scale,
+            ROW_TERM=terms.row is not None, COLUMN_TERM=terms.column is not None,
+            SCALES_COLUMNS=terms.column_scale is not None, NEEDS_X=grad_x is not None,
+            NEEDS_SCALE=grad_scale is not None,
         )  # fmt: skip
-    if needs_key:
-        # A scale of each query differs from column to column of the keys' rows: there it is a part of the weights.
-        varies = scale.ndim > 0
-        if varies:
-            grad_row = grad_row * scale
-        _run_backward(
-            _key_rows(queries, keys, pairs.negatives), queries, scale.new_ones(()) if varies else scale,
-            pairs.negatives, grad_x=grad_key, grad_scale=grad_scale,
-            unit=_unit(query, keys.x, grad_row, grad_column), column_scale=scale,
-            row_lse=column_lse, row_weight=grad_column, column_lse=row_lse, column_weight=grad_row,
-            ROW_TERM=bidirectional, COLUMN_TERM=True, SCALES_COLUMNS=varies, NEEDS_X=True, NEEDS_SCALE=False,
-        )  # fmt: skip
-    if needs_scale:
-        grad_scale = grad_scale.sum_to_size(scale.shape)
-        if key is None:
-            grad_scale = grad_scale / 2  # every pair was met from both its rows, with the terms of both
-    return grad_query, grad_key, grad_scale
 
 
-def _unit(query: Tensor, key: Tensor, *weights: Tensor) -> Tensor:
-    """The power of 2 that brings the pair weights of fp16 products, which are fp16 too, into its range.
-
-    Products of other dtypes do not read it.
-    """
-    if query.dtype != torch.float16 or key.dtype != torch.float16:
-        return weights[0]
-    smallest = torch.finfo(weights[0].dtype).tiny
-    largest = torch.cat((*weights, weights[0].new_full((1,), smallest))).abs().amax()
-    # Of two terms, each at most the largest gradient.
-    return torch.where(largest.isfinite(), (14 - largest.log2().ceil()).clamp(-126, 126).exp2(), 1.0)
-
-
-def count_above(
-    query: Tensor,
-    key: Tensor,
-    threshold: Tensor,  # [N]
-    pairs: Pairs,
-) -> Tensor:
-    """For each query, how many kept keys have not <q_i, k_j> <= threshold_i; int64 [N]."""
-    plan = make_plan(query, key, pairs)
-    queries, keys = _sides(query, key, pairs, plan)
-    count = torch.empty_like(plan.query_order)
-    one = threshold.new_ones(())
-    query_rows = _Rows(queries, plan.key_begin, plan.key_end)
-    _run_forward(query_rows, keys, one, pairs.negatives, count, threshold=threshold.contiguous(), COUNT=True)
-    return count
+forward = partial(by_rows.forward, _run_forward)
+backward = partial(by_rows.backward, _run_backward)
+count_above = partial(by_rows.count_above, _run_forward)

@@ -1,0 +1,78 @@
+// What the kernels compute, in plain data: shared by the kernels, their launchers and the binding to torch.
+//
+// A kernel's blocks own tiles of the rows of one side, queries or keys, and meet the other side's rows as columns.
+// "Sorted" is the order of the plan; sorted row r is row order[r] of the data. Null pointers are what is not there.
+#pragma once
+
+#include <cstdint>
+
+namespace mcl {
+
+enum class Dtype { float32, float64, bfloat16, float16 };
+
+// [size, D], any strides, in elements.
+struct Matrix {
+  const void* data;
+  int64_t row_stride, step;
+  Dtype dtype;
+  bool in_vectors;  // rows are dense, and begin at multiples of 16 bytes
+};
+
+// The side whose rows the blocks own.
+struct Rows {
+  Matrix x;                               // [n, D]
+  const int64_t* order;                   // [n], sorted -> original
+  int n;
+  const int64_t *begin, *end;             // [n], sorted: the columns that a row meets; equal where none
+  const int32_t *drop_begin, *drop_end;   // [n], sorted: those of them that it drops
+  const int64_t* ids;                     // [n], original; a row drops the columns of its id, too
+};
+
+// The side that they meet.
+struct Columns {
+  Matrix y;              // [m, D]
+  const int64_t* order;  // [m], sorted -> original
+  const int64_t* ids;    // [m], original
+};
+
+// T, the type of logits and sums, is float or double.
+template <class T>
+struct Pairs {
+  Rows rows;
+  Columns columns;
+  int64_t width;         // D
+  bool half;             // both sides' dtype is the same one of 16 bits: they are multiplied as they are
+  bool skips_tiles;      // whole tiles may be dropped by every row: they are not computed
+  const T* scale;        // [n], original; with scale_stride 0 one number
+  int64_t scale_stride;
+};
+
+template <class T>
+struct ForwardProblem {
+  Pairs<T> pairs;
+  T* lse;              // [n], original: log sum_j exp(s_ij); or, where it is null,
+  const T* threshold;  // [n], original
+  int64_t* count;      // [n], original: the kept columns that have not <x_i, y_j> <= threshold_i
+};
+
+// W_ij = row_weight_i exp(s_ij - row_lse_i) + column_weight_j exp(s_ij - column_lse_j), each term where it is there.
+template <class T>
+struct BackwardProblem {
+  Pairs<T> pairs;
+  const T *row_lse, *row_weight;        // [n], original
+  const T *column_lse, *column_weight;  // [m], original
+  const T* column_scale;                // [m], original: of the logits, in place of the rows'
+  const T* unit;                        // the power of 2 that brings pair weights into the range of fp16
+  void* grad_x;                         // [n, D], dense, in the dtype of x: scale_i sum_j W_ij y_j
+  T* grad_scale;                        // [n], original: sum_j W_ij <x_i, y_j>
+};
+
+// Which columns each row drops, since they have its value: neighbours among those it meets.
+struct DropProblem {
+  const int64_t *row_order, *row_begin, *row_end, *row_values;  // [n]; values in the original order
+  const int64_t *column_order, *column_values;                  // [m]
+  int n;
+  int32_t *drop_begin, *drop_end;  // [n], sorted
+};
+
+}  // namespace mcl

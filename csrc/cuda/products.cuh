@@ -1,0 +1,158 @@
+// Products of tiles in shared memory, summed in the registers of a block's threads.
+//
+// Products of half precision are those of the tensor cores, 16 x 16 x 16 at a time. All others, and bfloat16's where
+// the tensor cores do not have it (before sm_80; as float16 they would overflow), are fused multiply-adds in fp32 or
+// fp64.
+#pragma once
+
+#include <mma.h>
+
+#include <type_traits>
+
+#include "numbers.cuh"
+
+namespace mcl {
+
+// How the second factor lies in memory: a row of it for each column of the product, or for each term of the sum.
+enum class Layout { rows_are_columns, rows_are_terms };
+
+// SIDE x SIDE sums: each thread has PER_ROW x PER_COLUMN of them.
+template <class Operand, int SIDE, int THREADS>
+class FusedMultiplyAdds {
+ public:
+  using T = Sum<Operand>;
+
+  __device__ __forceinline__ void clear() {
+    for_each([&](int, int, T& sum) { sum = 0; });
+  }
+
+  // Adds the product of a, [SIDE, TERMS], and b. A part's terms are summed by themselves first: over many parts that
+  // rounds less.
+  template <int TERMS, Layout LAYOUT>
+  __device__ __forceinline__ void add(const Operand* a, int a_stride, const Operand* b, int b_stride) {
+    T part[PER_ROW][PER_COLUMN];
+#pragma unroll
+    for (int i = 0; i < PER_ROW; i++)
+#pragma unroll
+      for (int j = 0; j < PER_COLUMN; j++) part[i][j] = 0;
+#pragma unroll 2
+    for (int first = 0; first < TERMS; first += STEP) {
+      Vector<Operand, STEP> left[PER_ROW];
+#pragma unroll
+      for (int i = 0; i < PER_ROW; i++) left[i] = load<STEP>(a + row(i) * a_stride + first);
+      if constexpr (LAYOUT == Layout::rows_are_columns) {
+#pragma unroll
+        for (int j = 0; j < PER_COLUMN; j++) {
+          const auto right = load<STEP>(b + column(j) * b_stride + first);
+#pragma unroll
+          for (int i = 0; i < PER_ROW; i++)
+#pragma unroll
+            for (int k = 0; k < STEP; k++) part[i][j] += wide(left[i].lanes[k]) * wide(right.lanes[k]);
+        }
+      } else {
+#pragma unroll
+        for (int k = 0; k < STEP; k++)
+#pragma unroll
+          for (int j = 0; j < PER_COLUMN; j++) {
+            const T right = wide(b[(first + k) * b_stride + column(j)]);
+#pragma unroll
+            for (int i = 0; i < PER_ROW; i++) part[i][j] += wide(left[i].lanes[k]) * right;
+          }
+      }
+    }
+    for_each([&](int i, int j, T& sum) { sum += part[i][j]; });
+  }
+
+  __device__ __forceinline__ void store(T* to, int stride) {
+    for_each([&](int i, int j, T& sum) { to[row(i) * stride + column(j)] = sum; });
+  }
+
+ private:
+  static constexpr int LANES = 16, PER_ROW = SIDE * LANES / THREADS, PER_COLUMN = SIDE / LANES;
+  static constexpr int STEP = 4;
+  T sums_[PER_ROW][PER_COLUMN];
+
+  // Neighbours among the lanes take neighbouring columns, and one row: no two words of one bank.
+  static __device__ __forceinline__ int row(int i) { return threadIdx.x / LANES + THREADS / LANES * i; }
+  static __device__ __forceinline__ int column(int j) { return threadIdx.x % LANES + LANES * j; }
+
+  template <class Body>
+  __device__ __forceinline__ void for_each(Body body) {
+#pragma unroll
+    for (int i = 0; i < PER_ROW; i++)
+#pragma unroll
+      for (int j = 0; j < PER_COLUMN; j++) body(i, j, sums_[i][j]);
+  }
+};
+
+// The same with each warp's part of the sums in fragments of the tensor cores, FRAGMENTS_DOWN x FRAGMENTS_ACROSS.
+template <class Operand, int SIDE, int THREADS>
+class TensorCores {
+ public:
+  __device__ __forceinline__ void clear() {
+    for_each([&](int, int, auto& sum) { nvcuda::wmma::fill_fragment(sum, 0.0f); });
+  }
+
+  template <int TERMS, Layout LAYOUT>
+  __device__ __forceinline__ void add(const Operand* a, int a_stride, const Operand* b, int b_stride) {
+    using namespace nvcuda::wmma;
+    constexpr bool BY_COLUMN = LAYOUT == Layout::rows_are_columns;
+    using Left = fragment<matrix_a, EDGE, EDGE, EDGE, Operand, row_major>;
+    using Right = fragment<matrix_b, EDGE, EDGE, EDGE, Operand, std::conditional_t<BY_COLUMN, col_major, row_major>>;
+#pragma unroll
+    for (int first = 0; first < TERMS; first += EDGE) {
+      Left left[FRAGMENTS_DOWN];
+#pragma unroll
+      for (int i = 0; i < FRAGMENTS_DOWN; i++) load_matrix_sync(left[i], a + row(i) * a_stride + first, a_stride);
+#pragma unroll
+      for (int j = 0; j < FRAGMENTS_ACROSS; j++) {
+        Right right;
+        load_matrix_sync(right, BY_COLUMN ? b + column(j) * b_stride + first : b + first * b_stride + column(j),
+                         b_stride);
+#pragma unroll
+        for (int i = 0; i < FRAGMENTS_DOWN; i++) mma_sync(sums_[i][j], left[i], right, sums_[i][j]);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void store(float* to, int stride) {
+    for_each([&](int i, int j, auto& sum) {
+      nvcuda::wmma::store_matrix_sync(to + row(i) * stride + column(j), sum, stride, nvcuda::wmma::mem_row_major);
+    });
+  }
+
+ private:
+  static constexpr int EDGE = 16, ACROSS = 2, DOWN = THREADS / WARP / ACROSS;  // warps
+  static constexpr int FRAGMENTS_DOWN = SIDE / DOWN / EDGE, FRAGMENTS_ACROSS = SIDE / ACROSS / EDGE;
+  nvcuda::wmma::fragment<nvcuda::wmma::accumulator, EDGE, EDGE, EDGE, float> sums_[FRAGMENTS_DOWN][FRAGMENTS_ACROSS];
+
+  static __device__ __forceinline__ int row(int i) {
+    return (threadIdx.x / WARP / ACROSS * FRAGMENTS_DOWN + i) * EDGE;
+  }
+  static __device__ __forceinline__ int column(int j) {
+    return (threadIdx.x / WARP % ACROSS * FRAGMENTS_ACROSS + j) * EDGE;
+  }
+
+  template <class Body>
+  __device__ __forceinline__ void for_each(Body body) {
+#pragma unroll
+    for (int i = 0; i < FRAGMENTS_DOWN; i++)
+#pragma unroll
+      for (int j = 0; j < FRAGMENTS_ACROSS; j++) body(i, j, sums_[i][j]);
+  }
+};
+
+template <class Operand>
+struct HasTensorCores : std::false_type {};
+template <>
+struct HasTensorCores<__half> : std::true_type {};
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+template <>
+struct HasTensorCores<__nv_bfloat16> : std::true_type {};
+#endif
+
+template <class Operand, int SIDE, int THREADS>
+using Products = std::conditional_t<HasTensorCores<Operand>::value, TensorCores<Operand, SIDE, THREADS>,
+                                    FusedMultiplyAdds<Operand, SIDE, THREADS>>;
+
+}  // namespace mcl

@@ -1,0 +1,202 @@
+"""Finds the compiled CUDA kernels, builds them when the installation is asked to, and explains when it cannot.
+
+`csrc/cuda` is compiled against the torch that runs it, on `MCL_KERNELS_CUDA=1 pip install --no-build-isolation .` and
+at no other time. The library lies in the package, under a name made of torch's version and the content of the sources.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGE = Path(__file__).parent
+NAMESPACE = "mcl_kernels_cuda"
+INSTALL = "MCL_KERNELS_CUDA=1 pip install --no-build-isolation ."
+OLDEST = (7, 5)  # compute capability
+FLAGS = ["-O3", "-std=c++17"]
+
+
+class CudaUnavailableError(RuntimeError):
+    """The CUDA kernels cannot be had here, for the reason that the message gives."""
+
+
+def library_name(sources: Path) -> str:
+    """The file name of the library that these sources and this torch make."""
+    digest = hashlib.sha256(repr((torch.__version__, FLAGS)).encode())
+    for path in sorted(sources.iterdir()):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return f"{NAMESPACE}-{digest.hexdigest()[:16]}{'.pyd' if os.name == 'nt' else '.so'}"
+
+
+def source_directory() -> Path:
+    """`csrc/cuda`, in the package (installed) or beside it (a checkout)."""
+    for directory in (PACKAGE / "csrc" / "cuda", PACKAGE.parent / "csrc" / "cuda"):
+        if (directory / "operators.cpp").exists():
+            return directory
+    raise CudaUnavailableError("the sources of the CUDA kernels, csrc/cuda, are missing from this installation")
+
+
+def build(sources: Path, library: Path) -> None:
+    """Compiles the sources into `library` for the architectures of $TORCH_CUDA_ARCH_LIST, else those of the GPUs here.
+
+    Raises:
+        CudaUnavailableError: what is missing, or the compiler's first error.
+    """
+    check_toolkit()
+    from torch.utils import cpp_extension
+
+    architectures = target_architectures()
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=library.parent, prefix=".build-") as directory:
+        name = library.name.split(".")[0]
+        try:
+            cpp_extension.load(
+                name,
+                [str(path) for path in sorted([*sources.glob("*.cu"), sources / "operators.cpp"])],
+                extra_cflags=[f"-DMCL_NAMESPACE={NAMESPACE}", f'-DMCL_ARCHITECTURES="{" ".join(architectures)}"'],
+                extra_cuda_cflags=[*FLAGS, *_code_flags(architectures)],
+                build_directory=directory,
+                with_cuda=True,
+                is_python_module=False,
+            )
+        except (OSError, RuntimeError) as error:
+            lines = str(error).splitlines()
+            errors = [line for line in lines if "error" in line.lower()] or lines
+            raise CudaUnavailableError(f"the CUDA kernels were not built: {errors[0]}") from error
+        shutil.copy(next(Path(directory).glob(f"{name}.*")), library)
+
+
+def check_toolkit() -> None:
+    """Raises where this torch and this compiler cannot build the kernels; torch.version.cuda is of the torch here."""
+    if torch.version.cuda is None:
+        raise CudaUnavailableError(
+            f"torch {torch.__version__} is built without CUDA; install one that is built with it, and then: {INSTALL}"
+        )
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    nvcc = Path(CUDA_HOME or "") / "bin" / "nvcc"
+    compiler = str(nvcc) if CUDA_HOME and nvcc.exists() else shutil.which("nvcc")
+    if compiler is None:
+        raise CudaUnavailableError(
+            f"no nvcc is on the PATH or under $CUDA_HOME; install the CUDA toolkit {torch.version.cuda}"
+        )
+    said = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
+    version = re.search(r"release (\d+)\.(\d+)", said)
+    if version is None or version[1] != torch.version.cuda.split(".")[0]:
+        raise CudaUnavailableError(
+            f"nvcc must be of the major version of torch's CUDA, {torch.version.cuda}: "
+            f"got {'.'.join(version.groups()) if version else 'no version'} from {compiler}; "
+            "set CUDA_HOME to such a toolkit"
+        )
+
+
+def target_architectures() -> list[str]:
+    """As in TORCH_CUDA_ARCH_LIST: "7.5", or "9.0+PTX" for newer ones too."""
+    listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
+    if not listed:
+        found = {torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())}
+        listed = [f"{major}.{minor}" for major, minor in sorted(found)]
+    if not listed:
+        raise CudaUnavailableError(
+            "for which GPUs? torch sees none here; name their compute capabilities: "
+            f'TORCH_CUDA_ARCH_LIST="7.5;8.0;9.0+PTX" {INSTALL}'
+        )
+    for name in listed:
+        parsed = re.fullmatch(r"(\d+)\.(\d)a?(\+PTX)?", name)
+        if parsed is None or (int(parsed[1]), int(parsed[2])) < OLDEST:
+            raise CudaUnavailableError(
+                f"TORCH_CUDA_ARCH_LIST must name compute capabilities from {OLDEST[0]}.{OLDEST[1]} on, "
+                f"such as 8.0 or 9.0+PTX: got {name}"
+            )
+    return listed
+
+
+def _code_flags(architectures: list[str]) -> list[str]:
+    flags = []
+    for name in architectures:
+        number = name.removesuffix("+PTX").replace(".", "")
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if name.endswith("+PTX"):
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return flags
+
+
+def runs_on(capability: tuple[int, int], architectures: list[str]) -> bool:
+    """Whether code for these architectures runs on a GPU: that of an older minor version, or PTX of an older one."""
+    for name in architectures:
+        number, _, ptx = name.partition("+")
+        major, minor = map(int, number.rstrip("a").split("."))
+        if (major == capability[0] and minor <= capability[1]) or (ptx and (major, minor) <= capability):
+            return True
+    return False
+
+
+@cache
+def _loaded() -> str | None:
+    """Loads the library once a process; what kept it from being loaded, or None."""
+    try:
+        library = PACKAGE / "lib" / library_name(source_directory())
+        if not library.exists():
+            return f"is not built for this torch, {torch.__version__}; {INSTALL}"
+        torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
+    except CudaUnavailableError as error:
+        return str(error)
+    except OSError as error:
+        return f"the built library does not load: {error}"
+    return None
+
+
+def _compiled() -> Any:
+    if reason := _loaded():
+        raise CudaUnavailableError(f"impl='cuda': {reason}")
+    return getattr(torch.ops, NAMESPACE)
+
+
+# By type of device what gives its operators. On "cpu" there are some in tests, which emulate CUDA.
+LIBRARIES: dict[str, Callable[[], Any]] = {"cuda": _compiled}
+
+
+def ops(device: torch.device) -> Any:
+    """The operators for tensors of a device."""
+    return LIBRARIES[device.type]()
+
+
+def why_not(device: torch.device, instead: str = "blockwise") -> str | None:
+    """What is missing for CUDA kernels on a device, and what to use instead; None: nothing."""
+    if device.type != "cuda":
+        if device.type in LIBRARIES:
+            return None
+        return f"computes on CUDA tensors: got device {device}"
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    if reason := _loaded():
+        return f"{reason}, or use impl={instead!r}"
+    capability = torch.cuda.get_device_capability(device)
+    architectures = _compiled().architectures().split()
+    if not runs_on(capability, architectures):
+        mine = ".".join(map(str, capability))
+        return (
+            f"is built for compute capability {', '.join(architectures)}: got {mine}; "
+            f"TORCH_CUDA_ARCH_LIST={mine} {INSTALL}, or use impl={instead!r}"
+        )
+    return None
+
+
+def describe() -> tuple[list[str], str]:
+    """The types of devices of this machine that the kernels run on, and how that stands."""
+    devices = ["cpu"] if why_not(torch.device("cpu")) is None else []
+    reason = why_not(torch.device("cuda")) if torch.cuda.is_available() else _loaded() or "torch sees no CUDA device"
+    if reason is None:
+        architectures = _compiled().architectures().split()
+        return [*devices, "cuda"], f"CUDA C++ kernels (csrc/cuda), built for {', '.join(architectures)}"
+    return devices, reason

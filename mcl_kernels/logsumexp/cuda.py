@@ -1,0 +1,75 @@
+"""The operation in CUDA C++: `csrc/cuda`, for GPUs and systems that Triton is not for.
+
+    forward   b_i = log sum_j exp(s_ij), and c_j alike with rows and columns exchanged
+    backward  W_ij = where(keep_ij, gb_i exp(s_ij - b_i) + gc_j exp(s_ij - c_j), 0)
+              dq_i = scale_i sum_j W_ij k_j,  dk_j = sum_i scale_i W_ij q_i,  dscale_i = sum_j W_ij <q_i, k_j>
+
+Each block owns a tile of sorted rows and writes each of them once: no atomics, and sums in one order. Rows meet the
+columns from the first of their first cluster to the last of their last, which is read on the device: the grid depends
+on N alone, and nothing waits for the GPU.
+
+Cost in products over the kept pairs, rounded up to tiles: forward 1 (2 where bidirectional); backward 2 (self), 4
+(otherwise), and one more a side for every 256 features but the first. fp16 and bf16 are multiplied on tensor cores
+(bf16 before compute capability 8.0 is not), fp32 and mixed inputs in fp32.
+Memory beyond inputs and outputs: the plan and a few vectors [N] and [M].
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mcl_kernels import _cuda
+from mcl_kernels.logsumexp import by_rows
+from mcl_kernels.logsumexp.by_rows import Rows, Side, Terms
+
+
+def _pairs(ops: Any, rows: Rows, columns: Side, scale: Tensor, negatives: str) -> tuple[Any, ...]:
+    """The arguments of every kernel of one side's rows against the other's."""
+    side = rows.side
+    values, column_values = by_rows.dropped_values(side, columns, negatives)
+    dropped: tuple[Tensor | None, ...] = (None, None)
+    if values is not None:
+        dropped = torch.empty(2, len(side.order), dtype=torch.int32, device=side.order.device).unbind()
+        ops.dropped(side.order, rows.begin, rows.end, values, columns.order, column_values, *dropped)
+    compares_ids = by_rows.compares_ids(side, negatives)
+    return (
+        side.x, side.order, rows.begin, rows.end, *dropped, side.ids if compares_ids else None,
+        columns.x, columns.order, columns.ids if compares_ids else None, negatives == "different", scale,
+    )  # fmt: skip
+
+
+def _run_forward(
+    rows: Rows, columns: Side, scale: Tensor, negatives: str, result: Tensor, threshold: Tensor | None
+) -> None:
+    ops = _cuda.ops(result.device)
+    ops.forward(*_pairs(ops, rows, columns, scale, negatives), threshold, result)
+
+
+def _run_backward(
+    rows: Rows,
+    columns: Side,
+    scale: Tensor,
+    negatives: str,
+    terms: Terms,
+    grad_x: Tensor | None,
+    grad_scale: Tensor | None,
+) -> None:
+    ops = _cuda.ops(rows.side.x.device)
+    absent = None, None
+    ops.backward(
+        *_pairs(ops, rows, columns, scale, negatives), *(terms.row or absent), *(terms.column or absent),
+        terms.column_scale, terms.unit if _multiplies_float16(rows.side, columns) else None, grad_x, grad_scale,
+    )  # fmt: skip
+
+
+def _multiplies_float16(rows: Side, columns: Side) -> bool:
+    return rows.x.dtype == columns.x.dtype == torch.float16
+
+
+forward = partial(by_rows.forward, _run_forward)
+backward = partial(by_rows.backward, _run_backward)
+count_above = partial(by_rows.count_above, _run_forward)

@@ -1,0 +1,180 @@
+// The CUDA kernels without torch or a GPU, each thread of a block a thread of the system, against sums in double
+// precision. Built and run by `make sanitize` under ThreadSanitizer, which sees an access that no barrier orders.
+// With an argument, FILE:LINE, that barrier is left out: tests/test_cuda.py does so with each of them.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <numeric>
+#include <random>
+#include <vector>
+
+#include "launch.h"
+#include "numbers.cuh"
+
+namespace {
+
+struct Case {
+  const char* name;
+  mcl::Dtype dtype;
+  int rows, columns;  // no columns: the self form
+  int64_t width;
+  int labels, ids;    // how many of each
+  bool different;     // else pairs of one label are kept
+};
+
+// Queries or keys. Sorted by (label, id).
+struct Side {
+  int size;
+  std::vector<double> values;  // as they are after rounding to the dtype
+  std::vector<char> bytes;
+  std::vector<int64_t> labels, ids, order;
+};
+
+template <class T>
+void append(std::vector<char>& bytes, T x) {
+  const char* at = reinterpret_cast<const char*>(&x);
+  bytes.insert(bytes.end(), at, at + sizeof x);
+}
+
+Side make_side(int size, const Case& c, int seed) {
+  std::mt19937 random(seed);
+  std::normal_distribution<double> normal(0, 1 / std::sqrt(double(c.width)));
+  Side side{size, {}, {}, {}, {}, {}};
+  for (int64_t i = 0; i < size * c.width; i++) {
+    const float x = float(normal(random));
+    if (c.dtype == mcl::Dtype::float32) {
+      side.values.push_back(x);
+      append(side.bytes, x);
+    } else if (c.dtype == mcl::Dtype::float64) {
+      side.values.push_back(x);
+      append(side.bytes, double(x));
+    } else if (c.dtype == mcl::Dtype::float16) {
+      side.values.push_back(mcl::wide(mcl::rounded<__half>(x)));
+      append(side.bytes, mcl::rounded<__half>(x));
+    } else {
+      side.values.push_back(mcl::wide(mcl::rounded<__nv_bfloat16>(x)));
+      append(side.bytes, mcl::rounded<__nv_bfloat16>(x));
+    }
+  }
+  for (int i = 0; i < size; i++) {
+    side.labels.push_back(int64_t(random() % (c.labels + 1)) - 1);  // -1 matches nothing
+    side.ids.push_back(c.columns ? random() % c.ids : i);
+  }
+  side.order.resize(size);
+  std::iota(side.order.begin(), side.order.end(), 0);
+  std::stable_sort(side.order.begin(), side.order.end(), [&](int64_t i, int64_t j) {
+    return std::pair(side.labels[i], side.ids[i]) < std::pair(side.labels[j], side.ids[j]);
+  });
+  return side;
+}
+
+bool kept(const Case& c, const Side& x, int i, const Side& y, int j) {
+  if (x.labels[i] < 0 || y.labels[j] < 0 || x.ids[i] == y.ids[j]) return false;
+  return (x.labels[i] == y.labels[j]) != c.different;
+}
+
+double largest_error(const char* what, const std::vector<double>& got, const std::vector<double>& wanted) {
+  double largest = 1e-30, error = 0;
+  for (size_t i = 0; i < wanted.size(); i++) {
+    if (!std::isfinite(wanted[i])) {
+      if (got[i] != wanted[i]) error = INFINITY;
+      continue;
+    }
+    largest = std::max(largest, std::abs(wanted[i]));
+    error = std::isfinite(got[i]) ? std::max(error, std::abs(got[i] - wanted[i])) : INFINITY;
+  }
+  if (error / largest > 1e-2) std::printf("  %s: error %g of %g\n", what, error, largest);
+  return error / largest;
+}
+
+template <class T>
+bool check(const Case& c) {
+  const Side x = make_side(c.rows, c, 1), of_keys = make_side(c.columns, c, 2), &y = c.columns ? of_keys : x;
+  const int n = x.size, m = y.size;
+  const bool half = c.dtype == mcl::Dtype::float16 || c.dtype == mcl::Dtype::bfloat16;
+  const T scale = 5;
+
+  std::vector<int64_t> begin(n), end(n);
+  const auto first = [&](auto found) {
+    return std::find_if(y.order.begin(), y.order.end(), found) - y.order.begin();
+  };
+  for (int r = 0; r < n; r++) {
+    const int64_t label = x.labels[x.order[r]];
+    begin[r] = first([&](int64_t j) { return y.labels[j] >= (c.different ? 0 : label); });
+    end[r] = label < 0 ? begin[r] : c.different ? m : first([&](int64_t j) { return y.labels[j] > label; });
+  }
+  std::vector<int32_t> drop_begin(n), drop_end(n);
+  const auto &values = c.different ? x.labels : x.ids, &column_values = c.different ? y.labels : y.ids;
+  mcl::find_dropped({x.order.data(), begin.data(), end.data(), values.data(), y.order.data(), column_values.data(), n,
+                     drop_begin.data(), drop_end.data()},
+                    nullptr);
+
+  const auto matrix = [&](const Side& side) {
+    return mcl::Matrix{side.bytes.data(), c.width, 1, c.dtype, c.width * int64_t(sizeof(T)) % 16 == 0 && !half};
+  };
+  const mcl::Pairs<T> pairs{{matrix(x), x.order.data(), n, begin.data(), end.data(), drop_begin.data(),
+                             drop_end.data(), c.different ? x.ids.data() : nullptr},
+                            {matrix(y), y.order.data(), c.different ? y.ids.data() : nullptr},
+                            c.width, half, c.different, &scale, 0};
+  std::vector<T> lse(n), weight(n), column_lse(m), column_weight(m), threshold(n, T(0.01)), grad_scale(n);
+  std::vector<int64_t> count(n);
+  for (int i = 0; i < n; i++) weight[i] = T(i % 5) - 1;
+  for (int j = 0; j < m; j++) column_weight[j] = T(j % 3) - 1, column_lse[j] = T(0.1) * T(j % 7);
+  mcl::masked_lse_forward(mcl::ForwardProblem<T>{pairs, lse.data(), nullptr, nullptr}, nullptr);
+  mcl::masked_lse_forward(mcl::ForwardProblem<T>{pairs, nullptr, threshold.data(), count.data()}, nullptr);
+  std::vector<char> grad_bytes(x.bytes.size());
+  const T unit = c.dtype == mcl::Dtype::float16 ? 64 : 1;
+  mcl::masked_lse_backward(
+      mcl::BackwardProblem<T>{pairs, lse.data(), weight.data(), column_lse.data(), column_weight.data(), nullptr, &unit,
+                              grad_bytes.data(), grad_scale.data()},
+      nullptr);
+
+  std::vector<double> exact_lse(n), exact_grad(n * c.width), exact_scale(n);
+  bool counted = true;
+  for (int i = 0; i < n; i++) {
+    std::vector<double> products(m);
+    double sum = 0;
+    int64_t above = 0;
+    for (int j = 0; j < m; j++) {
+      for (int64_t d = 0; d < c.width; d++) products[j] += x.values[i * c.width + d] * y.values[j * c.width + d];
+      if (!kept(c, x, i, y, j)) continue;
+      sum += std::exp(scale * products[j]);
+      above += products[j] > 0.01;
+    }
+    exact_lse[i] = std::log(sum);
+    counted &= above == count[i];
+    for (int j = 0; j < m; j++) {
+      if (!kept(c, x, i, y, j)) continue;
+      const double w = weight[i] * std::exp(scale * products[j] - exact_lse[i]) +
+                       column_weight[j] * std::exp(scale * products[j] - column_lse[j]);
+      exact_scale[i] += w * products[j];
+      for (int64_t d = 0; d < c.width; d++) exact_grad[i * c.width + d] += scale * w * y.values[j * c.width + d];
+    }
+  }
+  std::vector<double> grad;
+  const mcl::Matrix gradient{grad_bytes.data(), c.width, 1, c.dtype, false};
+  for (int64_t at = 0; at < n * c.width; at++) grad.push_back(double(mcl::read<T>(gradient, at)));
+  const auto doubles = [](const std::vector<T>& v) { return std::vector<double>(v.begin(), v.end()); };
+  const double tolerance = half ? 1e-2 : 1e-5;  // weights of half precision are rounded to it
+  const bool good = counted & (largest_error("LSE", doubles(lse), exact_lse) < 1e-5) &
+                    (largest_error("gradient", grad, exact_grad) < tolerance) &
+                    (largest_error("gradient of the scale", doubles(grad_scale), exact_scale) < 1e-4);
+  std::printf("%-32s %s\n", c.name, good ? "good" : "WRONG");
+  return good;
+}
+
+}  // namespace
+
+int main(int arguments, char** argument) {
+  if (arguments > 1) cuda_on_cpu::left_out = argument[1];
+  // Rows and columns of two tiles, the last one ragged; features of two parts and of two chunks of a gradient.
+  const Case cases[] = {
+      {"float32, self", mcl::Dtype::float32, 100, 0, 70, 2, 100, false},
+      {"float16, both sides", mcl::Dtype::float16, 70, 90, 81, 2, 60, false},
+      {"bfloat16, different labels", mcl::Dtype::bfloat16, 66, 150, 72, 3, 40, true},
+  };
+  bool good = true;
+  for (const Case& c : cases) good &= check<float>(c);
+  good &= check<double>({"float64, both sides", mcl::Dtype::float64, 40, 70, 33, 1, 30, false});
+  return good ? 0 : 1;
+}

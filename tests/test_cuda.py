@@ -1,0 +1,129 @@
+"""What only the CUDA C++ implementation promises; its numbers are in the tests that every implementation runs."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mcl_kernels import _cuda
+from tests import emulated_cuda
+from tests.build_sanitized import build_cuda
+
+SOURCES = _cuda.source_directory()
+BARRIERS = [
+    f"{path.name}:{number}"
+    for path in sorted(SOURCES.glob("*.cuh"))
+    for number, line in enumerate(path.read_text().splitlines(), 1)
+    if "__syncthreads()" in line
+]
+needs_emulation = pytest.mark.skipif(emulated_cuda.why_not() is not None, reason=str(emulated_cuda.why_not()))
+
+
+@pytest.fixture(scope="module")
+def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    program = tmp_path_factory.mktemp("sanitized") / "cuda"
+    build_cuda(str(program))
+    return program
+
+
+def run_sanitized(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    # The first race ends it: with a barrier left out there are thousands.
+    environment = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1"}
+    return subprocess.run(
+        [str(program), *arguments], capture_output=True, text=True, check=False, timeout=600, env=environment
+    )
+
+
+@pytest.mark.slow
+@needs_emulation
+def test_no_access_is_unordered(sanitized: Path) -> None:
+    result = run_sanitized(sanitized)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.slow
+@needs_emulation
+@pytest.mark.parametrize("barrier", BARRIERS)
+def test_a_barrier_that_is_left_out_is_seen(sanitized: Path, barrier: str) -> None:
+    """None is there for nothing, and the emulation shows what a missing one would do."""
+    result = run_sanitized(sanitized, barrier)
+    # Most are reported as a race; without some of them a row is read from where there is none.
+    assert result.returncode != 0
+    assert "ThreadSanitizer" in result.stderr or "WRONG" in result.stdout, result.stderr
+
+
+@pytest.mark.parametrize(
+    ("capability", "architectures", "runs"),
+    [
+        ((7, 5), ["7.5"], True),
+        ((8, 9), ["8.0"], True),  # of an older minor version
+        ((8, 0), ["8.6"], False),
+        ((9, 0), ["8.0"], False),
+        ((9, 0), ["8.0+PTX"], True),
+        ((12, 0), ["7.5", "9.0a", "10.0"], False),
+    ],
+)
+def test_which_gpus_run_what_was_built(capability: tuple[int, int], architectures: list[str], runs: bool) -> None:
+    assert _cuda.runs_on(capability, architectures) == runs
+
+
+def test_architectures_that_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.5;9.0+PTX")
+    assert _cuda.target_architectures() == ["7.5", "9.0+PTX"]
+    assert _cuda._code_flags(["9.0+PTX"]) == [
+        "-gencode=arch=compute_90,code=sm_90",
+        "-gencode=arch=compute_90,code=compute_90",
+    ]
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.0")
+    with pytest.raises(_cuda.CudaUnavailableError, match=r"from 7\.5 on.*got 7\.0"):
+        _cuda.target_architectures()
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(_cuda.CudaUnavailableError, match="TORCH_CUDA_ARCH_LIST="):
+        _cuda.target_architectures()
+
+
+def test_a_torch_without_cuda_builds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", None)
+    with pytest.raises(_cuda.CudaUnavailableError, match="is built without CUDA; install one that is"):
+        _cuda.check_toolkit()
+
+
+@pytest.mark.parametrize(
+    ("said", "told"), [("release 12.4, V12.4.1", r"got 12\.4 from"), ("what?", "got no version from")]
+)
+def test_an_nvcc_of_another_major_version(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, said: str, told: str
+) -> None:
+    from torch.utils import cpp_extension
+
+    compiler = tmp_path / "bin" / "nvcc"
+    compiler.parent.mkdir()
+    compiler.write_text(f"#!/bin/sh\necho '{said}'\n")
+    compiler.chmod(0o755)
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    with pytest.raises(_cuda.CudaUnavailableError, match=told):
+        _cuda.check_toolkit()
+    monkeypatch.setattr(torch.version, "cuda", "12.6")
+    if "12.4" in said:
+        _cuda.check_toolkit()
+
+
+def test_called_where_it_is_not_built() -> None:
+    code = (
+        "import torch, mcl_kernels\n"
+        "print(mcl_kernels.capabilities()['cuda'])\n"
+        "mcl_kernels.masked_logsumexp(torch.eye(3), impl='cuda')"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
+    assert "impl='cuda': computes on CUDA tensors: got device cpu" in result.stderr
+    if not torch.cuda.is_available():
+        assert "'available': False" in result.stdout
+        assert re.search("is not built for this torch.*MCL_KERNELS_CUDA=1 pip install", result.stdout)
