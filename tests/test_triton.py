@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mcl_kernels import masked_logsumexp
-from mcl_kernels.logsumexp import triton
+from mcl_kernels.logsumexp import device_plan, triton
 from mcl_kernels.logsumexp.plan import Pairs, kept_pairs, make_plan
 from tests.accuracy import assert_accurate
 from tests.cases import Case, make_case
@@ -45,6 +45,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
     monkeypatch.setattr(triton_forward, "forward_kernel", launches)
     monkeypatch.setattr(triton_backward, "backward_kernel", launches)
     monkeypatch.setattr(triton_tiles, "drop_kernel", launches)
+    monkeypatch.setattr(device_plan, "_is_built", lambda device: False)
     return launches
 
 

@@ -13,6 +13,7 @@ cudaError_t masked_lse_forward(const ForwardProblem<double>& problem, cudaStream
 cudaError_t masked_lse_backward(const BackwardProblem<float>& problem, cudaStream_t stream);
 cudaError_t masked_lse_backward(const BackwardProblem<double>& problem, cudaStream_t stream);
 
+cudaError_t make_plan(const PlanProblem& problem, cudaStream_t stream);
 cudaError_t find_dropped(const DropProblem& problem, cudaStream_t stream);
 
 }  // namespace mcl

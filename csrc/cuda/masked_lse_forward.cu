@@ -1,6 +1,5 @@
 #include "masked_lse_forward.cuh"
 
-#include "dropped.cuh"
 #include "launch.h"
 
 namespace mcl {
@@ -13,10 +12,6 @@ cudaError_t masked_lse_forward(const ForwardProblem<float>& problem, cudaStream_
 
 cudaError_t masked_lse_forward(const ForwardProblem<double>& problem, cudaStream_t stream) {
   return launch_forward<double>(problem, stream);
-}
-
-cudaError_t find_dropped(const DropProblem& problem, cudaStream_t stream) {
-  return launch_find_dropped(problem, stream);
 }
 
 }  // namespace mcl

@@ -142,6 +142,23 @@ void backward(const Tensor& x, const Tensor& order, const Tensor& begin, const T
                                      : backward_as<float>(tensors, terms, grad_x, grad_scale);
 }
 
+PlanSide plan_side(const OptionalTensor& labels, const OptionalTensor& ids, int64_t n, const OptionalTensor& order,
+                   const OptionalTensor& begin, const OptionalTensor& end) {
+  return {pointer<int64_t>(labels),        pointer<int64_t>(ids),           int(n),
+          mutable_pointer<int64_t>(order), mutable_pointer<int64_t>(begin), mutable_pointer<int64_t>(end)};
+}
+
+// `like`: any tensor of the device. `n` and `m` are at most what planning in one launch is for.
+void plan(const Tensor& like, const OptionalTensor& labels, const OptionalTensor& ids, int64_t n,
+          const OptionalTensor& key_labels, const OptionalTensor& key_ids, int64_t m, bool self, int64_t negatives,
+          const OptionalTensor& order, const OptionalTensor& begin, const OptionalTensor& end,
+          const OptionalTensor& key_order) {
+  const PlanProblem problem{plan_side(labels, ids, n, order, begin, end),
+                            plan_side(key_labels, key_ids, m, key_order, {}, {}), self, Negatives(negatives)};
+  const OnDevice on(like);
+  check(make_plan(problem, on.stream));
+}
+
 void dropped(const Tensor& order, const Tensor& begin, const Tensor& end, const Tensor& values,
              const Tensor& column_order, const Tensor& column_values, const Tensor& drop_begin,
              const Tensor& drop_end) {
@@ -174,6 +191,10 @@ LIBRARY_OF(MCL_NAMESPACE, library) {
               "Tensor? row_lse, Tensor? row_weight, Tensor? column_lse, Tensor? column_weight, Tensor? column_scale, "
               "Tensor? unit, Tensor(a!)? grad_x, Tensor(b!)? grad_scale) -> ()",
               &mcl::backward);
+  library.def("plan(Tensor like, Tensor? labels, Tensor? ids, int n, Tensor? key_labels, Tensor? key_ids, int m, "
+              "bool self, int negatives, Tensor(a!)? order, Tensor(b!)? begin, Tensor(c!)? end, "
+              "Tensor(d!)? key_order) -> ()",
+              &mcl::plan);
   library.def("dropped(Tensor order, Tensor begin, Tensor end, Tensor values, Tensor column_order, "
               "Tensor column_values, Tensor(a!) drop_begin, Tensor(b!) drop_end) -> ()",
               &mcl::dropped);

@@ -67,6 +67,22 @@ struct BackwardProblem {
   T* grad_scale;                        // [n], original: sum_j W_ij <x_i, y_j>
 };
 
+enum class Negatives { same, different, all };
+
+// Queries or keys before they are sorted, and what is wanted of them.
+struct PlanSide {
+  const int64_t *labels, *ids;  // [n]; null: one label, one id
+  int n;
+  int64_t* order;         // [n]: the rows by (label, id), as far as labels matter; equal ones as they come
+  int64_t *begin, *end;   // [n], sorted: the other side's sorted rows that each row meets
+};
+
+struct PlanProblem {
+  PlanSide queries, keys;
+  bool self;  // the keys are the queries
+  Negatives negatives;
+};
+
 // Which columns each row drops, since they have its value: neighbours among those it meets.
 struct DropProblem {
   const int64_t *row_order, *row_begin, *row_end, *row_values;  // [n]; values in the original order

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mcl_kernels.logsumexp.plan import Pairs, Plan, key_ranges, make_plan
+from mcl_kernels.logsumexp.device_plan import make_plan, query_ranges
+from mcl_kernels.logsumexp.plan import Pairs, Plan
 
 
 class Side(NamedTuple):
@@ -66,10 +67,6 @@ def _sides(query: Tensor, key: Tensor | None, pairs: Pairs, plan: Plan) -> tuple
     return queries, queries if key is None else Side(key, plan.key_order, key_labels, key_ids)
 
 
-def _key_rows(queries: Side, keys: Side, negatives: str) -> Rows:
-    return Rows(keys, *key_ranges(keys.order, keys.labels, queries.order, queries.labels, negatives))
-
-
 def forward(
     run: RunForward, query: Tensor, key: Tensor | None, scale: Tensor, pairs: Pairs, bidirectional: bool
 ) -> tuple[Tensor, Tensor, Plan]:
@@ -79,7 +76,7 @@ def forward(
     row_lse, column_lse = scale.new_empty(len(query)), scale.new_empty(len(keys.x) if bidirectional else 0)
     run(Rows(queries, plan.key_begin, plan.key_end), keys, scale, pairs.negatives, row_lse, None)
     if bidirectional:
-        run(_key_rows(queries, keys, pairs.negatives), queries, scale, pairs.negatives, column_lse, None)
+        run(Rows(keys, *query_ranges(pairs, plan)), queries, scale, pairs.negatives, column_lse, None)
     return row_lse, column_lse, plan
 
 
@@ -124,7 +121,7 @@ def backward(
             grad_row = grad_row * scale
         unit = _unit(query, keys.x, grad_row, grad_column)
         terms = Terms(of_keys, (row_lse, grad_row), scale if varies else None, unit)
-        rows, one = _key_rows(queries, keys, pairs.negatives), scale.new_ones(())
+        rows, one = Rows(keys, *query_ranges(pairs, plan)), scale.new_ones(())
         run(rows, queries, one if varies else scale, pairs.negatives, terms, grad_key, None)
     if needs_scale:
         grad_scale = grad_scale.sum_to_size(scale.shape)

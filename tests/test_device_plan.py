@@ -1,0 +1,86 @@
+"""The plan in one launch against torch's sorts, and when it is taken."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given
+from torch import Tensor
+
+from mcl_kernels.logsumexp import device_plan, plan
+from mcl_kernels.logsumexp.plan import NEGATIVES, Pairs
+from tests import emulated_cuda
+
+pytestmark = pytest.mark.skipif(emulated_cuda.why_not() is not None, reason=str(emulated_cuda.why_not()))
+CPU = torch.device("cpu")
+
+
+def assert_same_plan(n: int, m: int | None, pairs: Pairs) -> None:
+    query, key = torch.zeros(n, 1), None if m is None else torch.zeros(m, 1)
+    made, expected = device_plan.make_plan(query, key, pairs), plan.make_plan(query, key, pairs)
+    for name, got, wanted in zip(plan.Plan._fields, made, expected, strict=True):
+        assert torch.equal(got, wanted), name
+    if m is not None:
+        ranges = plan.key_ranges(made.key_order, pairs.key_labels, made.query_order, pairs.labels, pairs.negatives)
+        for got, wanted in zip(device_plan.query_ranges(pairs, made), ranges, strict=True):
+            assert torch.equal(got, wanted)
+
+
+def make_pairs(n: int, m: int | None, negatives: str, labelled: bool, with_ids: bool) -> Pairs:
+    """Labels and ids up to the largest int64, many of them equal, in no order."""
+    generator = torch.Generator().manual_seed(n)
+
+    def draw(size: int | None, wanted: bool) -> Tensor | None:
+        if size is None or not wanted:
+            return None
+        values = torch.tensor([-(2**63), -1, 0, 1, 2**62, 2**63 - 1])
+        return values[torch.randint(len(values), (size,), generator=generator)]
+
+    return Pairs(draw(n, labelled), draw(m, labelled), draw(n, with_ids), draw(m, with_ids), negatives)
+
+
+@pytest.mark.parametrize("negatives", NEGATIVES)
+@pytest.mark.parametrize("identities", ["labels and ids", "labels", "ids", "neither"])
+# One row; a tile, and one row more; rows of one block and of several; nothing.
+@pytest.mark.parametrize(("n", "m"), [(1, None), (1025, None), (2100, 1024), (3, 1025), (0, 4), (4, 0), (0, None)])
+def test_it_is_that_of_torch(n: int, m: int | None, identities: str, negatives: str) -> None:
+    if negatives == "different" and "labels" not in identities:
+        pytest.skip("needs labels")
+    assert_same_plan(n, m, make_pairs(n, m, negatives, "labels" in identities, "ids" in identities))
+
+
+@given(
+    labels=st.lists(st.integers(-2, 4), max_size=40),
+    key_labels=st.lists(st.integers(-2, 4), max_size=40),
+    negatives=st.sampled_from(NEGATIVES),
+    random=st.randoms(use_true_random=False),
+)
+def test_it_is_that_of_torch_for_any_labels(labels: Any, key_labels: Any, negatives: str, random: Any) -> None:
+    ids, key_ids = ([random.randrange(-5, 5) for _ in side] for side in (labels, key_labels))
+    sides = (torch.tensor(side, dtype=torch.int64) for side in (labels, key_labels, ids, key_ids))
+    assert_same_plan(len(labels), len(key_labels), Pairs(*sides, negatives))
+
+
+def test_views_of_every_other_number() -> None:
+    labels, ids = torch.arange(40).flip(0) // 5, torch.arange(40) % 7
+    assert_same_plan(20, None, Pairs(labels[::2], None, ids[::2], None, "same"))
+
+
+@pytest.mark.parametrize(("most", "built", "launches"), [(20, True, 1), (19, True, 0), (20, False, 0)])
+def test_when_it_is_one_launch(monkeypatch: pytest.MonkeyPatch, most: int, built: bool, launches: int) -> None:
+    """Of many rows, and where the kernels are not built, torch sorts."""
+    calls = []
+
+    class Library:
+        def plan(self, *arguments: Any) -> None:
+            calls.append(arguments)
+
+    monkeypatch.setattr(device_plan, "MOST_ROWS", most)
+    monkeypatch.setattr(device_plan, "_is_built", lambda device: built)
+    monkeypatch.setattr(device_plan._cuda, "ops", lambda device: Library())
+    labels = torch.zeros(20, dtype=torch.int64)
+    device_plan.make_plan(torch.zeros(20, 1), None, Pairs(labels, None, torch.arange(20), None, "same"))
+    assert len(calls) == launches
