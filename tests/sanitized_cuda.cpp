@@ -87,6 +87,41 @@ double largest_error(const char* what, const std::vector<double>& got, const std
   return error / largest;
 }
 
+// The sorted columns that each sorted row meets.
+struct Ranges {
+  std::vector<int64_t> begin, end;
+};
+
+Ranges find_ranges(const Case& c, const Side& x, const Side& y) {
+  Ranges ranges;
+  const auto first = [&](auto found) {
+    return std::find_if(y.order.begin(), y.order.end(), found) - y.order.begin();
+  };
+  for (const int64_t i : x.order) {
+    const int64_t label = x.labels[i], least = c.different ? std::min<int64_t>(label, 0) : label;
+    const int64_t begin = first([&](int64_t j) { return y.labels[j] >= least; });
+    ranges.begin.push_back(begin);
+    if (label < 0)
+      ranges.end.push_back(begin);
+    else
+      ranges.end.push_back(c.different ? y.size : first([&](int64_t j) { return y.labels[j] > label; }));
+  }
+  return ranges;
+}
+
+bool check_plan(const Case& c) {
+  const Side x = make_side(c.rows, c, 1), of_keys = make_side(c.columns, c, 2), &y = c.columns ? of_keys : x;
+  std::vector<int64_t> order(x.size), begin(x.size), end(x.size), key_order(of_keys.size);
+  mcl::make_plan({{x.labels.data(), x.ids.data(), x.size, order.data(), begin.data(), end.data()},
+                  {y.labels.data(), y.ids.data(), of_keys.size, key_order.data(), nullptr, nullptr},
+                  c.columns == 0, c.different ? mcl::Negatives::different : mcl::Negatives::same},
+                 nullptr);
+  const Ranges ranges = find_ranges(c, x, y);
+  const bool good = order == x.order && key_order == of_keys.order && begin == ranges.begin && end == ranges.end;
+  std::printf("%-32s %s\n", c.name, good ? "good" : "WRONG");
+  return good;
+}
+
 template <class T>
 bool check(const Case& c) {
   const Side x = make_side(c.rows, c, 1), of_keys = make_side(c.columns, c, 2), &y = c.columns ? of_keys : x;
@@ -94,15 +129,7 @@ bool check(const Case& c) {
   const bool half = c.dtype == mcl::Dtype::float16 || c.dtype == mcl::Dtype::bfloat16;
   const T scale = 5;
 
-  std::vector<int64_t> begin(n), end(n);
-  const auto first = [&](auto found) {
-    return std::find_if(y.order.begin(), y.order.end(), found) - y.order.begin();
-  };
-  for (int r = 0; r < n; r++) {
-    const int64_t label = x.labels[x.order[r]];
-    begin[r] = first([&](int64_t j) { return y.labels[j] >= (c.different ? 0 : label); });
-    end[r] = label < 0 ? begin[r] : c.different ? m : first([&](int64_t j) { return y.labels[j] > label; });
-  }
+  const auto [begin, end] = find_ranges(c, x, y);
   std::vector<int32_t> drop_begin(n), drop_end(n);
   const auto &values = c.different ? x.labels : x.ids, &column_values = c.different ? y.labels : y.ids;
   mcl::find_dropped({x.order.data(), begin.data(), end.data(), values.data(), y.order.data(), column_values.data(), n,
@@ -176,5 +203,8 @@ int main(int arguments, char** argument) {
   bool good = true;
   for (const Case& c : cases) good &= check<float>(c);
   good &= check<double>({"float64, both sides", mcl::Dtype::float64, 40, 70, 33, 1, 30, false});
+  // More columns than a tile of the plan.
+  good &= check_plan({"plan, self", mcl::Dtype::float32, 100, 0, 1, 5, 100, false});
+  good &= check_plan({"plan, both sides", mcl::Dtype::float32, 60, 1100, 1, 5, 40, true});
   return good ? 0 : 1;
 }
