@@ -121,8 +121,8 @@ def test_scales(backend: Backend, scale: float, form: str) -> None:
     case = make_case(300, None if form == "self" else 290, 40, device=backend.device)
     if backend.instruction_set == "portable" and scale == 1e4:
         pytest.skip("without fused multiply-add a product of unit rows is off by 6e-8 at best: 6e-4 in these logits")
-    if backend.impl == "cuda" and scale == 1e4:
-        pytest.skip("sums of 32 terms are rounded before they are added: 6e-8 of a unit row's, 6e-4 in these logits")
+    if backend.impl == "cuda" and scale == 1e4 and form == "rows":
+        pytest.skip("a product of unit rows is summed one term after the other: 6e-8 of it are 6e-4 in these logits")
     check(case, scale, backend, bidirectional=form == "both")
 
 
