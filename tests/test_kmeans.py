@@ -8,19 +8,20 @@ import torch
 from torch import Tensor
 
 from mcl_kernels import KMeans, assign_clusters
-from mcl_kernels.kmeans import faiss, native, reference, triton
+from mcl_kernels.kmeans import cuda, faiss, native, reference, triton
 from mcl_kernels.kmeans.api import _assign, _steps
 from mcl_kernels.kmeans.centers import Summary, prepare, summarize
 from mcl_kernels.logsumexp.triton import why_not
-from tests.conftest import DEVICES, Backend, is_slow, use_instruction_set
+from tests.conftest import DEVICES, Backend, is_slow, missing_for_cuda, use_instruction_set
 
 IMPLS = [
     *(Backend("cpu", "native", name) for name in ("avx512", "avx2", "portable")),
     Backend(DEVICES[-1], "triton"),
+    *(Backend(device, "cuda") for device in DEVICES),  # on a CPU emulated
     *(Backend(device, "reference") for device in DEVICES),
     Backend("cpu", "faiss"),
 ]
-STEPS = {"native": native, "triton": triton, "reference": reference, "faiss": faiss}
+STEPS = {"native": native, "triton": triton, "cuda": cuda, "reference": reference, "faiss": faiss}
 
 
 def summary_of(x: Tensor, metric: str, n: int | None = None) -> Summary:
@@ -36,6 +37,8 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     if backend.impl == "native":
         use_instruction_set(backend.instruction_set, monkeypatch)
     if backend.impl == "triton" and (reason := why_not(torch.device(backend.device))):
+        pytest.skip(reason)
+    if backend.impl == "cuda" and (reason := missing_for_cuda(backend.device)):
         pytest.skip(reason)
     return backend
 

@@ -159,6 +159,65 @@ void plan(const Tensor& like, const OptionalTensor& labels, const OptionalTensor
   check(make_plan(problem, on.stream));
 }
 
+// `centers`: one matrix as rows are multiplied with, or two whose sum it is.
+template <class T>
+void nearest_as(const Tensor& x, const Tensor& offset, const Tensor& points, at::TensorList centers,
+                const Tensor& half_norms, bool cosine, const Tensor& labels, const Tensor& distances,
+                const Tensor& inverse_norms) {
+  const bool half = centers.size() == 2;
+  const at::ScalarType operand = half ? x.scalar_type() : points.scalar_type();
+  const NearestProblem<T> problem{matrix(x, operand),
+                                  x.size(0),
+                                  x.size(1),
+                                  checked_size(points),
+                                  half,
+                                  cosine,
+                                  offset.const_data_ptr<T>(),
+                                  points.const_data_ptr<T>(),
+                                  {matrix(centers.front(), operand), matrix(centers.back(), operand)},
+                                  half_norms.const_data_ptr<T>(),
+                                  labels.mutable_data_ptr<int64_t>(),
+                                  distances.mutable_data_ptr<T>(),
+                                  inverse_norms.mutable_data_ptr<T>()};
+  const OnDevice on(x);
+  check(nearest_centers(problem, on.stream));
+}
+
+void nearest(const Tensor& x, const Tensor& offset, const Tensor& points, at::TensorList centers,
+             const Tensor& half_norms, bool cosine, const Tensor& labels, const Tensor& distances,
+             const Tensor& inverse_norms) {
+  points.scalar_type() == at::kDouble
+      ? nearest_as<double>(x, offset, points, centers, half_norms, cosine, labels, distances, inverse_norms)
+      : nearest_as<float>(x, offset, points, centers, half_norms, cosine, labels, distances, inverse_norms);
+}
+
+template <class T>
+void sum_as(const Tensor& x, const OptionalTensor& order, const OptionalTensor& inverse_norms,
+            const OptionalTensor& offset, const OptionalTensor& rounding, const Tensor& begin, const Tensor& end,
+            const Tensor& sums) {
+  const SumProblem<T> problem{matrix(x, x.scalar_type()),
+                              x.size(1),
+                              pointer<int64_t>(order),
+                              pointer<T>(inverse_norms),
+                              pointer<T>(offset),
+                              pointer<double>(rounding),
+                              begin.const_data_ptr<int64_t>(),
+                              end.const_data_ptr<int64_t>(),
+                              begin.size(0),
+                              sums.mutable_data_ptr<double>()};
+  const OnDevice on(x);
+  check(range_sums(problem, on.stream));
+}
+
+// In the type of the offset; without one in fp64.
+void sum(const Tensor& x, const OptionalTensor& order, const OptionalTensor& inverse_norms,
+         const OptionalTensor& offset, const OptionalTensor& rounding, const Tensor& begin, const Tensor& end,
+         const Tensor& sums) {
+  offset && offset->scalar_type() == at::kFloat
+      ? sum_as<float>(x, order, inverse_norms, offset, rounding, begin, end, sums)
+      : sum_as<double>(x, order, inverse_norms, offset, rounding, begin, end, sums);
+}
+
 void dropped(const Tensor& order, const Tensor& begin, const Tensor& end, const Tensor& values,
              const Tensor& column_order, const Tensor& column_values, const Tensor& drop_begin,
              const Tensor& drop_end) {
@@ -195,6 +254,12 @@ LIBRARY_OF(MCL_NAMESPACE, library) {
               "bool self, int negatives, Tensor(a!)? order, Tensor(b!)? begin, Tensor(c!)? end, "
               "Tensor(d!)? key_order) -> ()",
               &mcl::plan);
+  library.def("nearest(Tensor x, Tensor offset, Tensor points, Tensor[] centers, Tensor half_norms, bool cosine, "
+              "Tensor(a!) labels, Tensor(b!) distances, Tensor(c!) inverse_norms) -> ()",
+              &mcl::nearest);
+  library.def("sum(Tensor x, Tensor? order, Tensor? inverse_norms, Tensor? offset, Tensor? rounding, Tensor begin, "
+              "Tensor end, Tensor(a!) sums) -> ()",
+              &mcl::sum);
   library.def("dropped(Tensor order, Tensor begin, Tensor end, Tensor values, Tensor column_order, "
               "Tensor column_values, Tensor(a!) drop_begin, Tensor(b!) drop_end) -> ()",
               &mcl::dropped);

@@ -91,4 +91,34 @@ struct DropProblem {
   int32_t *drop_begin, *drop_end;  // [n], sorted
 };
 
+// k-means: T, the type of scores, distances and centres, is float or double.
+template <class T>
+struct NearestProblem {
+  Matrix x;            // [n, D]
+  int64_t n, width;
+  int clusters;
+  bool half, cosine;   // rows are multiplied as they are; rows and centres count by their direction
+  const T* offset;     // [D]
+  const T* points;     // [K, D], relative to the offset
+  Matrix centers[2];   // [K, D], the same as rows are multiplied with; where half, the sum of the two
+  const T* half_norms; // [K], in the unit of these
+  int64_t* labels;     // [n]
+  T* distances;        // [n]
+  T* inverse_norms;    // [n], where cosine: 1 / |x_i|, 0 without a direction
+};
+
+// For each range its rows' sum: of rows relative to an offset, rounded to what fp64 sums exactly; or as they are.
+template <class T>
+struct SumProblem {
+  Matrix x;
+  int64_t width;
+  const int64_t* order;        // sorted -> row; null: as they lie
+  const T* inverse_norms;      // of rows, or null
+  const T* offset;             // [D], or null
+  const double* rounding;      // [D], or null
+  const int64_t *begin, *end;  // [ranges], sorted
+  int64_t ranges;
+  double* sums;                // [ranges, D]
+};
+
 }  // namespace mcl

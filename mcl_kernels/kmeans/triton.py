@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mcl_kernels.kmeans import by_label
 from mcl_kernels.kmeans.centers import Centers
 from mcl_kernels.logsumexp.triton import on_device_of, product_precision
 
@@ -114,7 +115,9 @@ def assign(x: Tensor, centers: Centers) -> tuple[Tensor, Tensor]:
 def assign_and_sum(x: Tensor, centers: Centers) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`assign`, and in the same pass the sum of each centre's rows relative to the offset, and their number."""
     labels, distances, inverse_norms, of_few = _assign(x, centers, True)
-    sums, counts = _sum_by_label(x, centers, labels, inverse_norms) if of_few is None else of_few
+    if of_few is not None:
+        return labels, distances, *of_few
+    sums, counts = by_label.sum_by_label(_run_pieces, _run_join, x, centers, labels, inverse_norms, PIECE_ROWS)
     return labels, distances, sums, counts
 
 
@@ -139,10 +142,12 @@ def _assign(
     sums = torch.zeros(programs, width, clusters, dtype=torch.float64, device=x.device)
     scale, last_integer, unit = _fixed_point(centers)
     if n:
-        offset, relative, *factors = _factors(x, centers, precision, tiles.columns)
+        relative, multiplied, half_norms = by_label.factors(centers, x.dtype if precision == "half" else None)
+        half_norms = F.pad(half_norms, (0, -len(points) % tiles.columns), value=math.inf)
         with on_device_of(x):
             assign_kernel[(programs,)](
-                x, offset, relative, *factors, labels, distances, inverse_norms, sums, counts, scale, last_integer,
+                x, centers.offset, relative, multiplied[0], multiplied[-1], half_norms,
+                labels, distances, inverse_norms, sums, counts, scale, last_integer,
                 x.stride(0), x.stride(1), n, len(points), width, **constants,
                 num_warps=tiles.warps, num_stages=tiles.stages,
             )  # fmt: skip
@@ -150,27 +155,6 @@ def _assign(
         return labels, distances, inverse_norms, None
     of_few = sums.sum(0).T[: len(points)] * unit, counts.sum(0)[: len(points)]
     return labels, distances, inverse_norms, of_few
-
-
-def _factors(x: Tensor, centers: Centers, precision: str, columns: int) -> tuple[Tensor, ...]:
-    """The offset; centres relative to it; as what they are multiplied with, in two parts; half their squared norms.
-
-    <x - o, c> is <x, c> - <o, c>, which counts where rows are multiplied as they are.
-    """
-    offset, relative = centers.offset, centers.points - centers.offset
-    wide = relative.double()
-    half_norms = wide.square().sum(1) / 2 if not centers.cosine else wide.new_zeros(len(wide))
-    high = low = relative
-    if precision == "half":
-        half_norms += wide @ offset.double()
-        # Scores may be scaled: by the power of 2 that brings what becomes fp16 into its range.
-        largest = relative.abs().amax().clamp(min=torch.finfo(relative.dtype).tiny)
-        unit = (12 - largest.log2().ceil()).clamp(-126, 126).exp2()
-        high = (relative * unit).to(x.dtype)
-        low = (relative * unit - high).to(x.dtype)
-        half_norms *= unit
-    padding = -len(relative) % columns
-    return offset, relative, high, low, F.pad(half_norms, (0, padding), value=math.inf).to(relative.dtype)
 
 
 def _fixed_point(centers: Centers) -> tuple[Tensor, Tensor, Tensor]:
@@ -197,39 +181,33 @@ def _programs_at_a_time(device: torch.device) -> int:
     return PROGRAMS * torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _sum_by_label(x: Tensor, centers: Centers, labels: Tensor, inverse_norms: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums and counts of many centres: of rows sorted by label, by pieces of at most PIECE_ROWS of one cluster each.
-
-    There are at most N / PIECE_ROWS + K pieces; those behind the last are empty.
-    """
+def _run_pieces(
+    x: Tensor, order: Tensor, inverse_norms: Tensor, centers: Centers, begin: Tensor, end: Tensor, sums: Tensor
+) -> None:
     import triton.language as tl
 
-    from mcl_kernels.kmeans.triton_steps import join_kernel, piece_kernel
+    from mcl_kernels.kmeans.triton_steps import piece_kernel
 
-    (n, width), k = x.shape, len(centers.points)
-    labels, order = labels.int().sort()
-    end = torch.searchsorted(labels, torch.arange(k, dtype=labels.dtype, device=x.device), right=True)
-    counts = end.diff(prepend=end.new_zeros(1))
-    of_cluster = (counts + PIECE_ROWS - 1) // PIECE_ROWS
-    last_piece = of_cluster.cumsum(0)
-    first_piece = last_piece - of_cluster
-    piece = torch.arange(n // PIECE_ROWS + k, device=x.device)
-    cluster = torch.searchsorted(last_piece, piece, right=True).clamp(max=k - 1)
-    piece_begin = (end - counts)[cluster] + (piece - first_piece[cluster]) * PIECE_ROWS
-    piece_end = torch.minimum(piece_begin + PIECE_ROWS, end[cluster])
-
-    pieces = torch.empty(len(piece), width, dtype=torch.float64, device=x.device)
-    sums = torch.empty(k, width, dtype=torch.float64, device=x.device)
     wide = tl.float64 if centers.points.dtype == torch.float64 else tl.float32
-    interpreted = {"ROWS": 32, "CHUNK": min(1024, _whole(width))}
-    of_rows, of_pieces = (PIECE_TILE, JOIN_TILE) if x.is_cuda else (interpreted, interpreted)
+    tile = PIECE_TILE if x.is_cuda else _interpreted_tile(x)
     with on_device_of(x):
-        piece_kernel[(len(piece), -(-width // of_rows["CHUNK"]))](
-            x, order, inverse_norms, centers.offset, centers.rounding, piece_begin, piece_end, pieces,
-            x.stride(0), x.stride(1), width, COSINE=centers.cosine, WIDE=wide, **of_rows,
+        piece_kernel[(len(begin), -(-x.shape[1] // tile["CHUNK"]))](
+            x, order, inverse_norms, centers.offset, centers.rounding, begin, end, sums,
+            x.stride(0), x.stride(1), x.shape[1], COSINE=centers.cosine, WIDE=wide, **tile,
         )  # fmt: skip
-        join_kernel[(k, -(-width // of_pieces["CHUNK"]))](pieces, first_piece, last_piece, sums, width, **of_pieces)
-    return sums, counts
+
+
+def _run_join(pieces: Tensor, begin: Tensor, end: Tensor, sums: Tensor) -> None:
+    from mcl_kernels.kmeans.triton_steps import join_kernel
+
+    width = sums.shape[1]
+    tile = JOIN_TILE if sums.is_cuda else _interpreted_tile(sums)
+    with on_device_of(sums):
+        join_kernel[(len(sums), -(-width // tile["CHUNK"]))](pieces, begin, end, sums, width, **tile)
+
+
+def _interpreted_tile(x: Tensor) -> dict[str, int]:
+    return {"ROWS": 32, "CHUNK": min(1024, _whole(x.shape[1]))}
 
 
 def _whole(n: int) -> int:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
-from functools import cache
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from mcl_kernels import _cuda, _native
+from mcl_kernels import _cuda, _gpu, _native
 from mcl_kernels._rows import compute_dtype
 from mcl_kernels._validate import (
     as_integer_vector,
@@ -98,18 +96,8 @@ def _load_native() -> None:
     _native.load()
 
 
-@cache
 def _for_cuda(device: torch.device) -> str:
-    """The first of those for GPUs that runs on this one; if none does, warns once, in one line, what to do about it."""
-    reasons = {}
-    for name, why_not in (("triton", triton.why_not), ("cuda", _cuda.why_not)):
-        reason = why_not(device)
-        if reason is None:
-            return name
-        reasons[name] = reason
-    told = "; ".join(f"impl={name!r}: {reason}" for name, reason in reasons.items())
-    warnings.warn(f"mcl_kernels: impl='blockwise' computes, several times slower: {told}", RuntimeWarning, 3)
-    return "blockwise"
+    return _gpu.pick(device, "blockwise")
 
 
 def _check_triton(device: torch.device) -> None:

@@ -15,9 +15,8 @@ Memory beyond inputs and outputs: the plan and a few vectors [N] and [M].
 
 from __future__ import annotations
 
-import warnings
 from contextlib import AbstractContextManager
-from functools import cache, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -52,14 +51,6 @@ def why_not(device: torch.device, instead: str = "blockwise") -> str | None:
     if major < OLDEST:
         return f"needs compute capability {OLDEST}.0 or later: got {major}.{minor}; use impl={instead!r}"
     return None
-
-
-@cache
-def usable(device: torch.device, instead: str = "blockwise") -> bool:
-    """Whether Triton kernels run on a GPU; if they do not, warns once, in one line, what to do about it."""
-    if reason := why_not(device, instead):
-        warnings.warn(f"mcl_kernels: impl={instead!r} computes, several times slower: {reason}", RuntimeWarning, 3)
-    return reason is None
 
 
 class Tiles(NamedTuple):
