@@ -122,6 +122,59 @@ bool check_plan(const Case& c) {
   return good;
 }
 
+// Of k-means, the columns being centres and the offset 0: labels, distances, and the sums of two ranges of rows.
+bool check_kmeans(const Case& c, bool cosine) {
+  const Side x = make_side(c.rows, c, 1), centers = make_side(c.columns, c, 2);
+  const int n = x.size, k = centers.size;
+  const bool half = c.dtype == mcl::Dtype::float16;
+  const std::vector<float> offset(c.width), points(centers.values.begin(), centers.values.end());
+  std::vector<float> half_norms(k), distances(n), inverse_norms(n);
+  for (int j = 0; j < k; j++)
+    for (int64_t d = 0; d < c.width; d++)
+      half_norms[j] += cosine ? 0 : float(centers.values[j * c.width + d] * centers.values[j * c.width + d] / 2);
+  std::vector<int64_t> labels(n);
+  const std::vector<char> zeros(centers.bytes.size());  // what is left of a centre in half precision
+  const auto matrix = [&](const std::vector<char>& bytes) { return mcl::Matrix{bytes.data(), c.width, 1, c.dtype, false}; };
+  mcl::nearest_centers(mcl::NearestProblem<float>{matrix(x.bytes), n, c.width, k, half, cosine, offset.data(),
+                                                  points.data(), {matrix(centers.bytes), matrix(zeros)},
+                                                  half_norms.data(), labels.data(), distances.data(),
+                                                  inverse_norms.data()},
+                       nullptr);
+  const std::vector<int64_t> begin{0, n / 3}, end{n / 3, n};
+  const std::vector<double> rounding(c.width, std::ldexp(1.5, 20));
+  std::vector<double> sums(2 * c.width), exact_sums(2 * c.width);
+  mcl::range_sums(mcl::SumProblem<float>{matrix(x.bytes), c.width, x.order.data(), nullptr, offset.data(),
+                                         rounding.data(), begin.data(), end.data(), 2, sums.data()},
+                  nullptr);
+
+  std::vector<double> exact(n);
+  bool nearest = true;
+  for (int i = 0; i < n; i++) {
+    double squares = 0, least = INFINITY, of_label = 0;
+    for (int64_t d = 0; d < c.width; d++) squares += x.values[i * c.width + d] * x.values[i * c.width + d];
+    for (int j = 0; j < k; j++) {
+      double product = 0, distance = 0;
+      for (int64_t d = 0; d < c.width; d++) {
+        const double value = x.values[i * c.width + d], center = centers.values[j * c.width + d];
+        product += value * center;
+        distance += (value - center) * (value - center);
+      }
+      distance = cosine ? 1 - product / std::sqrt(squares) : distance;
+      least = std::min(least, distance);
+      if (j == labels[i]) of_label = distance;
+    }
+    exact[i] = least;
+    nearest &= of_label - least < 1e-5;
+  }
+  for (int range = 0; range < 2; range++)
+    for (int64_t at = begin[range]; at < end[range]; at++)
+      for (int64_t d = 0; d < c.width; d++) exact_sums[range * c.width + d] += x.values[x.order[at] * c.width + d];
+  const bool good = nearest & (largest_error("distance", {distances.begin(), distances.end()}, exact) < 1e-5) &
+                    (largest_error("sum", sums, exact_sums) < 1e-6);
+  std::printf("%-32s %s\n", c.name, good ? "good" : "WRONG");
+  return good;
+}
+
 template <class T>
 bool check(const Case& c) {
   const Side x = make_side(c.rows, c, 1), of_keys = make_side(c.columns, c, 2), &y = c.columns ? of_keys : x;
@@ -206,5 +259,8 @@ int main(int arguments, char** argument) {
   // More columns than a tile of the plan.
   good &= check_plan({"plan, self", mcl::Dtype::float32, 100, 0, 1, 5, 100, false});
   good &= check_plan({"plan, both sides", mcl::Dtype::float32, 60, 1100, 1, 5, 40, true});
+  // Rows and centres of two tiles.
+  good &= check_kmeans({"k-means, float32", mcl::Dtype::float32, 70, 66, 40, 1, 1, false}, false);
+  good &= check_kmeans({"k-means, float16, cosine", mcl::Dtype::float16, 70, 66, 70, 1, 1, false}, true);
   return good ? 0 : 1;
 }

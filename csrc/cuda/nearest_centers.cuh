@@ -89,7 +89,6 @@ nearest_centers_kernel(const NearestProblem<Sum<Operand>> problem) {
     __syncthreads();
     for (int column = of_team; column < S::SIDE && start + column < problem.clusters; column += TEAM)
       nearest.meet(problem.half_norms[start + column] - shared.memory.products[of_tile][column], start + column);
-    __syncthreads();
   }
 
 #pragma unroll
