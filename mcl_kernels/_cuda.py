@@ -22,8 +22,12 @@ import torch
 PACKAGE = Path(__file__).parent
 NAMESPACE = "mcl_kernels_cuda"
 INSTALL = "MCL_KERNELS_CUDA=1 pip install --no-build-isolation ."
+CUDA_TORCH = "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu130"
 OLDEST = (7, 5)  # compute capability
 FLAGS = ["-O3", "-std=c++17"]
+ERROR = re.compile(
+    r"error:|error C\d|fatal|ld: "
+)  # of g++, nvcc, MSVC and linkers, not of ninja, which repeats a command
 
 
 class CudaUnavailableError(RuntimeError):
@@ -58,12 +62,11 @@ def build(sources: Path, library: Path) -> None:
     architectures = target_architectures()
     library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=library.parent, prefix=".build-") as directory:
-        name = library.name.split(".")[0]
         try:
             cpp_extension.load(
-                name,
+                library.stem,
                 [str(path) for path in sorted([*sources.glob("*.cu"), sources / "operators.cpp"])],
-                extra_cflags=[f"-DMCL_NAMESPACE={NAMESPACE}", f'-DMCL_ARCHITECTURES="{" ".join(architectures)}"'],
+                extra_cflags=[f"-DMCL_NAMESPACE={NAMESPACE}", f"-DMCL_ARCHITECTURES={','.join(architectures)}"],
                 extra_cuda_cflags=[*FLAGS, *_code_flags(architectures)],
                 build_directory=directory,
                 with_cuda=True,
@@ -71,16 +74,19 @@ def build(sources: Path, library: Path) -> None:
             )
         except (OSError, RuntimeError) as error:
             lines = str(error).splitlines()
-            errors = [line for line in lines if "error" in line.lower()] or lines
-            raise CudaUnavailableError(f"the CUDA kernels were not built: {errors[0]}") from error
-        shutil.copy(next(Path(directory).glob(f"{name}.*")), library)
+            errors = [line for line in lines if ERROR.search(line)] or lines
+            raise CudaUnavailableError(
+                f"the CUDA kernels were not built: {errors[0]} (CUDA_HOME={cpp_extension.CUDA_HOME})"
+            ) from error
+        (Path(directory) / library.name).replace(library)
 
 
 def check_toolkit() -> None:
     """Raises where this torch and this compiler cannot build the kernels; torch.version.cuda is of the torch here."""
     if torch.version.cuda is None:
         raise CudaUnavailableError(
-            f"torch {torch.__version__} is built without CUDA; install one that is built with it, and then: {INSTALL}"
+            f"torch {torch.__version__} is built without CUDA; install one that is built with that of your nvcc "
+            f"({CUDA_TORCH}), and then: {INSTALL}"
         )
     from torch.utils.cpp_extension import CUDA_HOME
 
@@ -88,7 +94,8 @@ def check_toolkit() -> None:
     compiler = str(nvcc) if CUDA_HOME and nvcc.exists() else shutil.which("nvcc")
     if compiler is None:
         raise CudaUnavailableError(
-            f"no nvcc is on the PATH or under $CUDA_HOME; install the CUDA toolkit {torch.version.cuda}"
+            f"no nvcc is on the PATH or under $CUDA_HOME; install the CUDA toolkit {torch.version.cuda} "
+            f"(conda install -c nvidia cuda-toolkit={torch.version.cuda}), and then: {INSTALL}"
         )
     said = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
     version = re.search(r"release (\d+)\.(\d+)", said)
@@ -96,7 +103,7 @@ def check_toolkit() -> None:
         raise CudaUnavailableError(
             f"nvcc must be of the major version of torch's CUDA, {torch.version.cuda}: "
             f"got {'.'.join(version.groups()) if version else 'no version'} from {compiler}; "
-            "set CUDA_HOME to such a toolkit"
+            f"name such a toolkit: CUDA_HOME=/usr/local/cuda-{torch.version.cuda} {INSTALL}"
         )
 
 
@@ -162,6 +169,12 @@ def _compiled() -> Any:
     return getattr(torch.ops, NAMESPACE)
 
 
+def _architectures() -> list[str]:
+    """Those that the library is built for."""
+    named: str = _compiled().architectures()
+    return named.split(",")
+
+
 # By type of device what gives its operators. On "cpu" there are some in tests, which emulate CUDA.
 LIBRARIES: dict[str, Callable[[], Any]] = {"cuda": _compiled}
 
@@ -176,13 +189,14 @@ def why_not(device: torch.device, instead: str = "blockwise") -> str | None:
     if device.type != "cuda":
         if device.type in LIBRARIES:
             return None
-        return f"computes on CUDA tensors: got device {device}"
+        missing = "" if torch.cuda.is_available() else "; torch sees no CUDA device"
+        return f"computes on CUDA tensors: got device {device}{missing}"
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
     if reason := _loaded():
         return f"{reason}, or use impl={instead!r}"
     capability = torch.cuda.get_device_capability(device)
-    architectures = _compiled().architectures().split()
+    architectures = _architectures()
     if not runs_on(capability, architectures):
         mine = ".".join(map(str, capability))
         return (
@@ -195,8 +209,10 @@ def why_not(device: torch.device, instead: str = "blockwise") -> str | None:
 def describe() -> tuple[list[str], str]:
     """The types of devices of this machine that the kernels run on, and how that stands."""
     devices = ["cpu"] if why_not(torch.device("cpu")) is None else []
-    reason = why_not(torch.device("cuda")) if torch.cuda.is_available() else _loaded() or "torch sees no CUDA device"
-    if reason is None:
-        architectures = _compiled().architectures().split()
-        return [*devices, "cuda"], f"CUDA C++ kernels (csrc/cuda), built for {', '.join(architectures)}"
-    return devices, reason
+    if reason := _loaded():
+        return devices, reason
+    built = f"CUDA C++ kernels (csrc/cuda), built for {', '.join(_architectures())}"
+    if not torch.cuda.is_available():
+        return devices, f"{built}; torch sees no CUDA device"
+    reason = why_not(torch.device("cuda"))
+    return (devices, reason) if reason else ([*devices, "cuda"], built)

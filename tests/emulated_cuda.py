@@ -56,7 +56,7 @@ def _digest() -> str:
 def _build(library: Path) -> None:
     directory = Path(torch.__file__).parent
     binding = [f"-isystem{directory / 'include' / part}" for part in (".", "torch/csrc/api/include")]
-    binding += [f"-DMCL_NAMESPACE={NAMESPACE}", '-DMCL_ARCHITECTURES="emulated"']
+    binding += [f"-DMCL_NAMESPACE={NAMESPACE}", "-DMCL_ARCHITECTURES=emulated"]
     flags = [*FLAGS, f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"]
     libraries = [f"-L{directory / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
     compile_kernels(library, flags, {_cuda.source_directory() / "operators.cpp": binding}, ["-shared", *libraries])

@@ -116,6 +116,36 @@ def test_an_nvcc_of_another_major_version(
         _cuda.check_toolkit()
 
 
+def test_the_first_error_of_a_build_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Not the command in front of it, which torch repeats."""
+    from torch.utils import cpp_extension
+
+    def fail(*arguments: object, **options: object) -> None:
+        raise RuntimeError('Error building extension: nvcc -c a.cu\na.cu(3): error: expected a ";"\nninja: stopped')
+
+    monkeypatch.setattr(_cuda, "check_toolkit", lambda: None)
+    monkeypatch.setattr(cpp_extension, "load", fail)
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", "/usr/local/cuda")
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0")
+    with pytest.raises(_cuda.CudaUnavailableError, match=r"not built: a\.cu\(3\): error: .*CUDA_HOME=/usr/local/cuda"):
+        _cuda.build(SOURCES, tmp_path / "lib" / "kernels.so")
+    assert not list((tmp_path / "lib").iterdir())
+
+
+def test_a_gpu_newer_than_what_was_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (12, 0))
+    monkeypatch.setattr(_cuda, "_loaded", lambda: None)
+    monkeypatch.setattr(_cuda, "_architectures", lambda: ["7.5", "9.0"])
+    told = (
+        "is built for compute capability 7.5, 9.0: got 12.0; TORCH_CUDA_ARCH_LIST=12.0 MCL_KERNELS_CUDA=1 pip install"
+    )
+    assert str(_cuda.why_not(torch.device("cuda"))).startswith(told)
+    monkeypatch.setattr(_cuda, "_architectures", lambda: ["7.5", "9.0+PTX"])
+    assert _cuda.why_not(torch.device("cuda")) is None
+    assert _cuda.describe()[1] == "CUDA C++ kernels (csrc/cuda), built for 7.5, 9.0+PTX"
+
+
 def test_called_where_it_is_not_built() -> None:
     code = (
         "import torch, mcl_kernels\n"

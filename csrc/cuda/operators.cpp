@@ -244,6 +244,9 @@ void dropped(const Tensor& order, const Tensor& begin, const Tensor& end, const 
 // On every device, since tests run the same operators on the processor; the launchers are of one device alone.
 // Of torch 2.6 TORCH_LIBRARY takes the name as it is written: here it is expanded first.
 #define LIBRARY_OF(name, library) TORCH_LIBRARY(name, library)
+// A definition of the compiler's command line has no quotes: not every shell that it passes leaves them in.
+#define TEXT_OF(...) #__VA_ARGS__
+#define EXPANDED_TEXT_OF(...) TEXT_OF(__VA_ARGS__)
 LIBRARY_OF(MCL_NAMESPACE, library) {
   library.def("forward" MCL_PAIRS "Tensor? threshold, Tensor(a!) result) -> ()", &mcl::forward);
   library.def("backward" MCL_PAIRS
@@ -263,6 +266,6 @@ LIBRARY_OF(MCL_NAMESPACE, library) {
   library.def("dropped(Tensor order, Tensor begin, Tensor end, Tensor values, Tensor column_order, "
               "Tensor column_values, Tensor(a!) drop_begin, Tensor(b!) drop_end) -> ()",
               &mcl::dropped);
-  // Compute capabilities, as in TORCH_CUDA_ARCH_LIST but with spaces.
-  library.def("architectures() -> str", [] { return std::string(MCL_ARCHITECTURES); });
+  // Compute capabilities, as in TORCH_CUDA_ARCH_LIST but with commas.
+  library.def("architectures() -> str", [] { return std::string(EXPANDED_TEXT_OF(MCL_ARCHITECTURES)); });
 }
