@@ -49,12 +49,13 @@ def install(site: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """With the kernels for CUDA, from a copy of the checkout."""
     checkout = site.with_name("checkout")
     shutil.copytree(ROOT, checkout, ignore=shutil.ignore_patterns(".*", "build", "lib", "*.egg-info", "runs"))
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # where ninja is
     return subprocess.run(
         [
             sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--target", site,
             checkout,
         ],
-        env={**os.environ, "MCL_KERNELS_CUDA": "1", "CUDA_HOME": str(toolkit()), **environment},
+        env={**os.environ, "PATH": path, "MCL_KERNELS_CUDA": "1", "CUDA_HOME": str(toolkit()), **environment},
         capture_output=True, text=True, check=False,
     )  # fmt: skip
 
