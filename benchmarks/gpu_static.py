@@ -1,11 +1,14 @@
-"""What the compiler makes of the Triton kernels, ours and the peers': `python -m benchmarks.gpu_static`.
+"""What compilers make of the GPU kernels, ours and the peers': `python -m benchmarks.gpu_static`.
 
-Needs no GPU: Triton's own compiler and disassembler build for any architecture. A row of gpu_static.csv is one kernel
-for one architecture, precision and D, specialised as its launcher does it: registers of a thread, bytes of its stack,
-local stores and loads (what does not fit the registers), shared memory and its limit, columns of tensor memory,
-instructions of the tensor cores by name, loads and special-function instructions, warps that fit a multiprocessor at a
-time, and the units of products of a whole loss by its form (DESIGN: pairs x D, forward and backward). The kernels of
-k-means, which are not of a loss, are the same for every D from 64 on: one D stands for all.
+Needs no GPU: Triton's own compiler and disassembler, and nvcc, build for any architecture. A row of gpu_static.csv is
+one kernel for one architecture, precision and D, specialised as its launcher does it: registers of a thread, bytes of
+its stack, local stores and loads (what does not fit the registers), shared memory and its limit, columns of tensor
+memory, instructions of the tensor cores by name, loads and special-function instructions, warps that fit a
+multiprocessor at a time, and the units of products of a whole loss by its form (DESIGN: pairs x D, forward and
+backward). The kernels of k-means, which are not of a loss, are the same for every D from 64 on: one D stands for all.
+
+Rows "cuda: ..." are all kernels that nvcc finds in csrc/cuda, each for every D; what is known of Triton's launchers
+alone is empty. Their tensor cores are those of nvcuda::wmma, which sm_90 and sm_100 have beside their fast path.
 """
 
 from __future__ import annotations
@@ -18,10 +21,11 @@ import os
 import re
 import subprocess
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from importlib.metadata import version
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from benchmarks.gpu_kernels import (
     INF_CL,
@@ -37,23 +41,44 @@ from benchmarks.gpu_kernels import (
     peer_units,
 )
 from benchmarks.measure import Row, write_rows
+from mcl_kernels import _cuda
 
 HERE = Path(__file__).parent
 ARCHITECTURES = (80, 90, 100)
 PRECISIONS = ("bf16", "tf32", "tf32x3")
 WIDTHS = (64, 128, 256, 512, 768, 1024)
 KMEANS_WIDTH = 512
+CUDA = "cuda"  # stands for all kernels of csrc/cuda
+CUDA_ARCHITECTURES = (75, *ARCHITECTURES)
+CUDA_PRECISIONS = {"__half": "fp16", "__nv_bfloat16": "bf16", "float": "fp32", "double": "fp64"}  # by operand type
 SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes that a program may have
-SHARED_OF_PROCESSOR = {80: 167_936, 90: 233_472, 100: 233_472}
-REGISTERS_OF_PROCESSOR, WARPS_OF_PROCESSOR = 65_536, 64
+CUDA_SHARED_LIMIT = 49_152  # where no launch asks for more
+SHARED_OF_PROCESSOR = {75: 65_536, 80: 167_936, 90: 233_472, 100: 233_472}
+SHARED_OF_SYSTEM = {75: 0, 80: 1024, 90: 1024, 100: 1024}  # of each block
+COUNTED_OF_SYSTEM = {75: 0, 80: 0, 90: 1024, 100: 1024}  # and how much of it a cubin counts as the kernel's
+REGISTERS_OF_PROCESSOR = 65_536
+WARPS_OF_PROCESSOR = {75: 32, 80: 64, 90: 64, 100: 64}
 TENSOR_MEMORY = 512  # columns of a multiprocessor, from sm_100 on
 TENSOR_CORES = {80: r"\bHMMA", 90: r"\bHGMMA", 100: r"\bUTC\w*MMA"}  # the fast path of each
+WMMA = r"\bHMMA"
 COLUMNS = (
     "library", "kernel", "architecture", "precision", "d", "rows", "columns", "features", "gradients", "chunk", "warps",
     "stages", "units_self", "units_one_direction", "units_both_directions", "pairs", "registers", "stack", "spills",
     "shared", "shared_limit", "tensor_memory", "tensor_core", "loads", "special_function", "warps_of_processor",
-    "triton",
+    "compiler",
 )  # fmt: skip
+
+
+class Code(NamedTuple):
+    """Of one kernel: what it uses, and its instructions."""
+
+    registers: int
+    stack: int
+    shared: int  # that it declares
+    listing: str
+
+    def count(self, instruction: str) -> int:
+        return len(re.findall(instruction, self.listing))
 
 
 def compile_kernel(kernel: str, architecture: int, precision: str, width: int) -> Row | None:
@@ -94,42 +119,94 @@ def _compile(launch: Launch, architecture: int) -> Row:
     )
     options = {"num_warps": launch.warps, "num_stages": launch.stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
-    return {**_resources(compiled, architecture, launch.warps), "triton": triton.__version__}
-
-
-def _resources(compiled: Any, architecture: int, warps: int) -> Row:
-    import triton.backends.nvidia
-
-    tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage, code = (
-            subprocess.run([str(tool), option, file.name], capture_output=True, text=True, check=True).stdout
-            for option in ("-res-usage", "-sass")
-        )
-    registers, stack = (int(re.search(rf"{word}:(\d+)", usage).group(1)) for word in ("REG", "STACK"))
-    shared, tensor_memory = compiled.metadata.shared, getattr(compiled.metadata, "tmem_size", None) or 0
-    fit = min(
-        REGISTERS_OF_PROCESSOR // (registers * 32 * warps),
-        SHARED_OF_PROCESSOR[architecture] // (shared + 1024),
-        TENSOR_MEMORY // max(tensor_memory, 1),
-        WARPS_OF_PROCESSOR // warps,
-    )
-
-    def count(instruction: str) -> int:
-        return len(re.findall(instruction, code))
-
+        (code,) = _disassemble(file.name).values()
+    tensor_memory = getattr(compiled.metadata, "tmem_size", None) or 0
     return {
-        "registers": registers, "stack": stack, "spills": count(r"\b(?:STL|LDL)"), "shared": shared,
-        "shared_limit": SHARED_LIMIT[architecture], "tensor_memory": tensor_memory,
-        "tensor_core": count(TENSOR_CORES[architecture]), "loads": count(r"\b(?:LDG|LDGSTS)\b"),
-        "special_function": count(r"\bMUFU"), "warps_of_processor": fit * warps,
+        **_resources(code, architecture, launch.warps, compiled.metadata.shared, tensor_memory),
+        "shared_limit": SHARED_LIMIT[architecture], "tensor_core": code.count(TENSOR_CORES[architecture]),
+        "compiler": f"triton {triton.__version__}",
     }  # fmt: skip
 
 
-def compile_all(kernels: tuple[str, ...] = OWN, every_width_of: tuple[str, ...] | None = None) -> list[Row]:
-    """Every row of the table, compiled side by side; a kernel not in `every_width_of`, if given, for two widths only.
+def compile_cuda(architectures: tuple[int, ...] = CUDA_ARCHITECTURES) -> list[Row]:
+    """A row for each kernel of csrc/cuda, architecture by architecture."""
+    cases = [
+        (source, architecture)
+        for architecture in architectures
+        for source in sorted(_cuda.source_directory().glob("*.cu"))
+    ]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        rows = [row for rows in pool.map(_compile_source, *zip(*cases, strict=True)) for row in rows]
+    return sorted(rows, key=lambda row: row["kernel"])
+
+
+def _compile_source(source: Path, architecture: int) -> list[Row]:
+    nvcc = _cuda.find_nvcc()
+    assert nvcc is not None
+    with tempfile.TemporaryDirectory() as directory:
+        cubin = f"{directory}/kernels.cubin"
+        options = ["-cubin", f"-arch=sm_{architecture}", "--keep", "--keep-dir", directory]
+        _run(nvcc, *_cuda.FLAGS, *options, str(source), "-o", cubin)
+        of_function = _disassemble(cubin)
+        ptx = Path(f"{directory}/{source.stem}.ptx").read_text()
+    rows = []
+    for function, text in re.findall(r"\.entry (\w+)\((.*?)(?=\.entry|\Z)", ptx, re.DOTALL):
+        code, (name, precision) = of_function[function], _kernel_name(function)
+        warps = int(re.search(r"\.maxntid (\d+)", text).group(1)) // 32  # __launch_bounds__: launches have as many
+        given = re.findall(r"dynamic shared memory: (\d+)", text)  # by shared_memory() in csrc/cuda/tiles.cuh
+        shared = code.shared - COUNTED_OF_SYSTEM[architecture] + max(map(int, given), default=0)
+        rows.append({
+            "library": f"mcl_kernels {version('mcl_kernels')}", "kernel": f"{CUDA}: {name}",
+            "architecture": f"sm_{architecture}", "precision": precision, "d": "", "warps": warps,
+            **_resources(code, architecture, warps, shared, 0), "shared_limit": CUDA_SHARED_LIMIT,
+            "tensor_core": code.count(WMMA), "compiler": f"nvcc {_cuda.nvcc_release(nvcc)}",
+        })  # fmt: skip
+    return rows
+
+
+def _kernel_name(function: str) -> tuple[str, str]:
+    """Of mcl::sum_kernel<__half, 3>: "sum, 3" and "fp16"."""
+    demangled = _run("c++filt", function)
+    name, _, arguments = re.search(r"mcl::(\w+)_kernel(<(.*?)>)?\(", demangled).groups()
+    first, *others = (arguments or "").split(", ")
+    if first and first not in CUDA_PRECISIONS:
+        others.insert(0, first)
+    return ", ".join([name, *others]), CUDA_PRECISIONS.get(first, "")
+
+
+def _disassemble(cubin: str) -> dict[str, Code]:
+    import triton.backends.nvidia
+
+    tool = str(Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump")
+    usage, code = (_run(tool, option, cubin) for option in ("-res-usage", "-sass"))
+    listings = dict(re.findall(r"Function : (\S+)\n(.*?)(?=Function : |\Z)", code, re.DOTALL))
+    used = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)", usage)
+    return {function: Code(*map(int, numbers), listings[function]) for function, *numbers in used}
+
+
+def _run(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _resources(code: Code, architecture: int, warps: int, shared: int, tensor_memory: int) -> Row:
+    fit = min(
+        REGISTERS_OF_PROCESSOR // (-(-code.registers // 8) * 8 * 32 * warps),
+        SHARED_OF_PROCESSOR[architecture] // max(shared + SHARED_OF_SYSTEM[architecture], 1),
+        TENSOR_MEMORY // max(tensor_memory, 1),
+        WARPS_OF_PROCESSOR[architecture] // warps,
+    )
+    return {
+        "registers": code.registers, "stack": code.stack, "spills": code.count(r"\b(?:STL|LDL)"),
+        "shared": shared, "tensor_memory": tensor_memory, "loads": code.count(r"\b(?:LDG|LDGSTS)\b"),
+        "special_function": code.count(r"\bMUFU"), "warps_of_processor": fit * warps,
+    }  # fmt: skip
+
+
+def compile_triton(kernels: tuple[str, ...] = OWN, every_width_of: tuple[str, ...] | None = None) -> list[Row]:
+    """The rows of these kernels, compiled side by side; of one not in `every_width_of`, if given, for two widths only.
 
     In this process the interpreter may be on: in those that compile it is not.
     """
@@ -159,9 +236,13 @@ def save(path: Path, kernels: tuple[str, ...], rows: list[Row]) -> None:
     if path.exists():
         with path.open(newline="") as file:
             before = list(csv.DictReader(file))
-    order = (*OWN, *KMEANS, *INF_CL, *MEMEFF)
-    kept = [row for row in before if row["kernel"] in set(order) - set(kernels)]
-    write_rows(path, COLUMNS, sorted(kept + rows, key=lambda row: order.index(row["kernel"])))
+    order = (*OWN, *KMEANS, CUDA, *INF_CL, *MEMEFF)
+
+    def name_of(row: Row) -> str:
+        return CUDA if row["kernel"].startswith(f"{CUDA}: ") else row["kernel"]
+
+    kept = [row for row in before if name_of(row) in set(order) - set(kernels)]
+    write_rows(path, COLUMNS, sorted(kept + rows, key=lambda row: order.index(name_of(row))))
 
 
 def main() -> None:
@@ -170,6 +251,10 @@ def main() -> None:
     parser.add_argument("kernels", nargs="*", metavar="KERNEL", help="only those whose name begins so; other rows stay")
     options = parser.parse_args()
     kernels = (*OWN, *KMEANS)
+    if _cuda.find_nvcc():
+        kernels += (CUDA,)
+    else:
+        print("no rows of csrc/cuda: no nvcc is on the PATH")
     for package, of_package in (("inf_cl", INF_CL), ("memeff", MEMEFF)):
         if importlib.util.find_spec(package):
             kernels += of_package
@@ -177,10 +262,11 @@ def main() -> None:
             print(f"no rows of {package}, which comes with the bench extra")
     if options.kernels:
         kernels = tuple(name for name in kernels if name.startswith(tuple(options.kernels)))
-    rows = compile_all(kernels)
+    rows = compile_triton(tuple(name for name in kernels if name != CUDA))
+    rows += compile_cuda() if CUDA in kernels else []
     for row in rows:
         print(
-            f"{row['kernel']:<43} {row['architecture']:<6} {row['precision']:<6} D {row['d']:>4}"
+            f"{row['kernel']:<43} {row['architecture']:<6} {row['precision']:<6} D {row['d'] or 'any':>4}"
             f"  {row['registers']:>3} registers  {row['stack']:>4} B stack  {row['spills']:>3} spills"
             f"  {row['shared']:>6} B shared  {row['tensor_core']:>3} tensor core  {row['warps_of_processor']:>2} warps"
         )

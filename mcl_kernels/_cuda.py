@@ -88,23 +88,32 @@ def check_toolkit() -> None:
             f"torch {torch.__version__} is built without CUDA; install one that is built with that of your nvcc "
             f"({CUDA_TORCH}), and then: {INSTALL}"
         )
-    from torch.utils.cpp_extension import CUDA_HOME
-
-    nvcc = Path(CUDA_HOME or "") / "bin" / "nvcc"
-    compiler = str(nvcc) if CUDA_HOME and nvcc.exists() else shutil.which("nvcc")
-    if compiler is None:
+    nvcc = find_nvcc()
+    if nvcc is None:
         raise CudaUnavailableError(
             f"no nvcc is on the PATH or under $CUDA_HOME; install the CUDA toolkit {torch.version.cuda} "
             f"(conda install -c nvidia cuda-toolkit={torch.version.cuda}), and then: {INSTALL}"
         )
-    said = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
-    version = re.search(r"release (\d+)\.(\d+)", said)
-    if version is None or version[1] != torch.version.cuda.split(".")[0]:
+    release = nvcc_release(nvcc)
+    if release.split(".")[0] != torch.version.cuda.split(".")[0]:
         raise CudaUnavailableError(
-            f"nvcc must be of the major version of torch's CUDA, {torch.version.cuda}: "
-            f"got {'.'.join(version.groups()) if version else 'no version'} from {compiler}; "
+            f"nvcc must be of the major version of torch's CUDA, {torch.version.cuda}: got {release} from {nvcc}; "
             f"name such a toolkit: CUDA_HOME=/usr/local/cuda-{torch.version.cuda} {INSTALL}"
         )
+
+
+def find_nvcc() -> str | None:
+    """The compiler of $CUDA_HOME, as torch understands it, or on the PATH."""
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    nvcc = Path(CUDA_HOME or "") / "bin" / "nvcc"
+    return str(nvcc) if CUDA_HOME and nvcc.exists() else shutil.which("nvcc")
+
+
+def nvcc_release(nvcc: str) -> str:
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout
+    release = re.search(r"release (\d+\.\d+)", said)
+    return release[1] if release else "no version"
 
 
 def target_architectures() -> list[str]:
