@@ -8,7 +8,9 @@ INTEGRATIONS := .venv-integrations
 DEMO_FLAGS ?=
 CASES ?=
 RUNS ?=
-GPU_TESTS := $(addprefix tests/test_,kmeans.py logsumexp.py losses.py ranks.py triton.py)
+GPU_TESTS := $(addprefix tests/test_,gpu.py kmeans.py logsumexp.py losses.py ranks.py triton.py)
+SANITIZED := tests/test_logsumexp.py tests/test_kmeans.py
+SANITIZE = PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1
 
 .PHONY: demo test sanitize test-oldest test-integrations lint types bench suppression gpu clean
 
@@ -56,14 +58,18 @@ bench: $(BENCH)/installed
 suppression: $(VENV)/installed-demo
 	$(VENV)/bin/python -m benchmarks.suppression $(RUNS)
 
-# All that needs a CUDA device: the tests, under compute-sanitizer too where there is one, and the same benchmarks
-# with the peers' kernels, into benchmarks/gpu_results.csv and gpu_clustering.csv.
+# All that needs a CUDA device: the kernels in CUDA C++ are built for it; the tests, under compute-sanitizer too where there
+# is one (what Triton makes of shared memory is Triton's), and the same benchmarks with the peers' kernels, into
+# benchmarks/gpu_results.csv and gpu_clustering.csv.
 gpu: $(BENCH)/installed
 	$(BENCH)/bin/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("torch sees no CUDA device")'
 	status=0; \
+	PATH="$(CURDIR)/$(BENCH)/bin:$$PATH" MCL_KERNELS_CUDA=1 \
+	    $(BENCH)/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable . || status=1; \
 	$(BENCH)/bin/python -m pytest $(GPU_TESTS) -k 'not cpu-' || status=1; \
-	if command -v compute-sanitizer; then PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 \
-	    $(BENCH)/bin/python -m pytest -x tests/test_logsumexp.py tests/test_kmeans.py -k cuda-triton || status=1; \
+	if command -v compute-sanitizer; then \
+	    $(SANITIZE) $(BENCH)/bin/python -m pytest -x $(SANITIZED) -k 'cuda-triton or cuda-cuda' || status=1; \
+	    $(SANITIZE) --tool racecheck $(BENCH)/bin/python -m pytest -x $(SANITIZED) -k cuda-cuda || status=1; \
 	else echo 'no compute-sanitizer: skipped'; fi; \
 	$(BENCH)/bin/python -m benchmarks --device cuda $(CASES) || status=1; \
 	$(BENCH)/bin/python -m benchmarks.clustering --device cuda || status=1; \

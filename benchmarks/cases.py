@@ -25,6 +25,7 @@ from benchmarks.peers import (
     SCALE,
     TEMPERATURE,
     Contender,
+    own_cuda,
 )
 from mcl_kernels import clip_loss, masked_info_nce, masked_logsumexp, nt_xent
 
@@ -63,30 +64,31 @@ class Case:
     def runs_on(self, device: torch.device) -> bool:
         return bool(self.sizes_on(device)) or (self.cap_bytes is not None and device.type == "cpu")
 
-    @property
-    def contenders(self) -> tuple[Contender, ...]:
-        return (Contender("ours", self.ours), *self.peers)
+    def contenders_on(self, device: torch.device) -> tuple[Contender, ...]:
+        """Ours first. On a GPU that is Triton's, so that the kernels in CUDA C++ are a contender of their own."""
+        cuda = (own_cuda(self.ours),) if device.type == "cuda" else ()
+        return (Contender("ours", self.ours), *cuda, *self.peers)
 
 
-def own_nt_xent(view_a: Tensor, view_b: Tensor, labels: Tensor | None = None) -> Tensor:
-    return nt_xent(view_a, view_b, labels, temperature=TEMPERATURE)
+def own_nt_xent(view_a: Tensor, view_b: Tensor, labels: Tensor | None = None, impl: str = "auto") -> Tensor:
+    return nt_xent(view_a, view_b, labels, temperature=TEMPERATURE, impl=impl)
 
 
-def own_logsumexp(rows: Tensor, labels: Tensor | None = None) -> Tensor:
-    return masked_logsumexp(rows, labels=labels, scale=SCALE).mean()
+def own_logsumexp(rows: Tensor, labels: Tensor | None = None, impl: str = "auto") -> Tensor:
+    return masked_logsumexp(rows, labels=labels, scale=SCALE, impl=impl).mean()
 
 
-def own_moco(query: Tensor, positive: Tensor, queue: Tensor) -> Tensor:
+def own_moco(query: Tensor, positive: Tensor, queue: Tensor, impl: str = "auto") -> Tensor:
     query = F.normalize(query, dim=1)
-    return masked_info_nce(query, queue, positive=positive, temperature=TEMPERATURE, normalize=False)
+    return masked_info_nce(query, queue, positive=positive, temperature=TEMPERATURE, normalize=False, impl=impl)
 
 
-def own_clip(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
-    return clip_loss(image, text, logit_scale=logit_scale)
+def own_clip(image: Tensor, text: Tensor, logit_scale: Tensor, impl: str = "auto") -> Tensor:
+    return clip_loss(image, text, logit_scale=logit_scale, impl=impl)
 
 
-def own_clip_fixed(image: Tensor, text: Tensor) -> Tensor:
-    return clip_loss(image, text, logit_scale=SCALE)
+def own_clip_fixed(image: Tensor, text: Tensor, impl: str = "auto") -> Tensor:
+    return clip_loss(image, text, logit_scale=SCALE, impl=impl)
 
 
 def one_cluster(n: int) -> Tensor:

@@ -60,7 +60,7 @@ def check_agreement(case: Case, contender: Contender, n: int, device: torch.devi
     """Raises unless the contender's loss and gradients are ours: a comparison of costs needs the same result."""
     inputs = case.make(n).to(device)
     half = torch.bfloat16 in (case.dtype, contender.dtype)
-    ours, theirs = (step_of(case, each, inputs)() for each in (case.contenders[0], contender))
+    ours, theirs = (step_of(case, each, inputs)() for each in (case.contenders_on(device)[0], contender))
     for index, (expected, actual) in enumerate(zip(ours, theirs, strict=True)):
         difference = (actual.double() - expected.double()).abs().max()
         allowed = 0 if contender.exact else (1e-2 if half else 1e-3) * expected.double().abs().max()
@@ -72,8 +72,9 @@ def check_agreement(case: Case, contender: Contender, n: int, device: torch.devi
 def time_case(name: str, n: int, device: torch.device) -> tuple[list[Row], dict[str, str]]:
     """A row for each contender, timed in turns with a large product, and why the others have none."""
     case = find(name)
-    skipped = {contender.name: reason for contender in case.contenders if (reason := contender.missing())}
-    contenders = [c for c in case.contenders if c.name not in skipped and n <= (c.largest or n)]
+    every = case.contenders_on(device)
+    skipped = {contender.name: reason for contender in every if (reason := contender.missing())}
+    contenders = [c for c in every if c.name not in skipped and n <= (c.largest or n)]
     for contender in contenders[1:]:
         try:
             check_agreement(case, contender, n, device)
@@ -98,7 +99,7 @@ def time_case(name: str, n: int, device: torch.device) -> tuple[list[Row], dict[
 def measure_peak(name: str, n: int, device: torch.device, peer: str, cap_bytes: int | None = None) -> int | None:
     """Bytes of memory above the inputs in one pass, gradients included; None above the cap."""
     case = find(name)
-    contender = next(c for c in case.contenders if c.name == peer)
+    contender = next(c for c in case.contenders_on(device) if c.name == peer)
     try:
         peak = _peak(case, contender, case.make(n).to(device), device, cap_bytes)[0]
     except (RuntimeError, MemoryError):
@@ -112,9 +113,10 @@ def measure_once(name: str, n: int, device: torch.device) -> Row:
     """The row of our only pass: its time and its peak."""
     case = find(name)
     inputs = case.make(n).to(device)
-    peak, seconds = _peak(case, case.contenders[0], inputs, device)
+    ours = case.contenders_on(device)[0]
+    peak, seconds = _peak(case, ours, inputs, device)
     rate = _rate(case, _in_turns({"product": _product(device)}, device)["product"], device)
-    return {**_row(case, case.contenders[0], n, inputs, [seconds], rate), "peak_bytes": peak}
+    return {**_row(case, ours, n, inputs, [seconds], rate), "peak_bytes": peak}
 
 
 def _peak(
@@ -155,7 +157,8 @@ def _row(case: Case, contender: Contender, n: int, inputs: Inputs, seconds: list
     p20, p80 = (in_order[round(q * (len(in_order) - 1))] for q in (0.2, 0.8))
     p50 = statistics.median(in_order)
     return {
-        "case": case.name, "peer": contender.name, "impl": resolve_impl("auto", device) if contender.own else "",
+        "case": case.name, "peer": contender.name,
+        "impl": resolve_impl(contender.impl, device) if contender.own else "",
         "n": n, "d": inputs.leaves[0].shape[1], "clusters": inputs.clusters,
         "dtype": str(contender.dtype or case.dtype).removeprefix("torch."),
         "threads": contender.threads or torch.get_num_threads(), "p20": p20, "p50": p50, "p80": p80,

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mcl_kernels import _cuda
+
 TEMPERATURE = 0.2  # between SimCLR's 0.1 and 0.5; no cost depends on it
 SCALE = 1 / TEMPERATURE
 
@@ -28,6 +30,7 @@ class Contender:
     largest: int | None = None  # samples; beyond, a step is too slow or too large to be measured
     exact: bool = False  # must give our bits, not only our value
     compiled: bool = False
+    impl: str = "auto"  # of ours
 
     @property
     def own(self) -> bool:
@@ -117,6 +120,16 @@ def memeff(image: Tensor, text: Tensor) -> Tensor:
     from memeff import MemoryEfficientCLIPLoss
 
     return MemoryEfficientCLIPLoss(temperature=1 / SCALE, normalized_inputs=True, stable=False)(image, text)
+
+
+def own_cuda(loss: Callable[..., Tensor]) -> Contender:
+    """Our loss in CUDA C++, where the installation has built it."""
+    return Contender(
+        "own, CUDA C++",
+        functools.partial(loss, impl="cuda"),
+        missing=lambda: _cuda.why_not(torch.device("cuda")),
+        impl="cuda",
+    )
 
 
 def _package(name: str) -> Callable[[], str | None]:

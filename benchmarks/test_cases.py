@@ -18,7 +18,7 @@ ALL = [
     pytest.param(case, contender, id=f"{case.name}: {contender.name}")
     for case in CASES
     if case.runs_on(CPU)
-    for contender in case.contenders
+    for contender in case.contenders_on(CPU)
 ]
 PEERS = [param for param in ALL if param.values[1].name != "ours"]
 

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import clustering, gpu_model, scale
+from benchmarks import clustering, gpu_model, measure, scale
 from mcl_kernels.logsumexp.plan import Pairs, make_plan
+from tests import emulated_cuda
 
 ROOT = Path(__file__).parents[1]
 
@@ -137,6 +138,17 @@ def test_the_figure_of_many_ranks_is_drawn_from_its_csv(tmp_path: Path) -> None:
     assert all(row["processor"] and row["commit"] and float(row["seconds"]) > 0 for row in measured)
     scale.draw(scale.HERE / "scale.csv", tmp_path / "scale.png")
     assert (tmp_path / "scale.png").stat().st_size > 10_000
+
+
+@pytest.mark.skipif(emulated_cuda.why_not() is not None, reason=str(emulated_cuda.why_not()))
+@pytest.mark.parametrize("name", ["plain-nt-xent", "zipf", "queue", "clip", "clip-bf16"])
+def test_on_a_gpu_the_kernels_in_cuda_are_a_contender(name: str) -> None:
+    """With the same loss and gradients, here of their emulation."""
+    case = measure.find(name)
+    ours, cuda, *peers = case.contenders_on(torch.device("cuda"))
+    assert (ours, *peers) == case.contenders_on(measure.CPU)
+    assert (cuda.impl, cuda.own) == ("cuda", True)
+    measure.check_agreement(case, cuda, 4 if name == "queue" else 64)
 
 
 def test_every_case_has_a_reason() -> None:

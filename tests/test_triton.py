@@ -18,8 +18,7 @@ from mcl_kernels.logsumexp import device_plan, triton
 from mcl_kernels.logsumexp.plan import Pairs, kept_pairs, make_plan
 from tests.accuracy import assert_accurate
 from tests.cases import Case, make_case
-from tests.conftest import Backend
-from tests.test_logsumexp import as_float64, check, run
+from tests.test_logsumexp import as_float64, run
 
 pytest.importorskip("triton.knobs", reason="the test extra brings it, where there is one")
 
@@ -142,53 +141,6 @@ def test_tiles_that_are_visited(negatives: str, monkeypatch: pytest.MonkeyPatch)
     # The negative labels cost no tile, and under "different" the huge cluster next to none.
     most = -(-n // tiles.rows) * -(-(n - sizes[0]) // tiles.columns)
     assert visited <= (most // 2 if negatives == "different" else most)
-
-
-# --- what needs a GPU ------------------------------------------------------------------------------------------
-
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
-
-
-def loss_and_gradients(case: Case, bidirectional: bool, negatives: str) -> tuple[Tensor, ...]:
-    scale = torch.full((), 10.0, device="cuda", requires_grad=True)
-    leaves = [x.detach().requires_grad_() for x in (case.query, case.key) if x is not None] + [scale]
-    values = masked_logsumexp(
-        *([*leaves[:-1], None] if case.key is None else leaves[:-1]),
-        case.labels, case.key_labels, ids=case.ids, key_ids=case.key_ids, scale=scale, negatives=negatives,
-        bidirectional=bidirectional, impl="triton",
-    )  # fmt: skip
-    every = torch.cat(values) if isinstance(values, tuple) else values
-    return every, *torch.autograd.grad(torch.where(every.isfinite(), every, 0).sum(), leaves)
-
-
-@needs_cuda
-@pytest.mark.parametrize("negatives", ["same", "different", "all"])
-@pytest.mark.parametrize(("form", "m", "bidirectional"), FORMS)
-def test_no_wait_and_one_graph_for_all_labels(form: str, m: int | None, bidirectional: bool, negatives: str) -> None:
-    """A CUDA graph holds the launches alone: replayed with other labels it computes what they say."""
-    case = make_case(300, m, 40, device="cuda")
-    loss_and_gradients(case, bidirectional, negatives)  # compiles
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        loss_and_gradients(case, bidirectional, negatives)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = loss_and_gradients(case, bidirectional, negatives)
-    for labels in (case.labels, case.key_labels):
-        if labels is not None:
-            labels.copy_(torch.where(labels < 0, labels, labels % 2))
-    graph.replay()
-    for got, expected in zip(captured, loss_and_gradients(case, bidirectional, negatives), strict=True):
-        torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
-
-
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="torch sees fewer than two CUDA devices")
-def test_on_a_device_that_is_not_the_current_one() -> None:
-    case = make_case(300, 200, 40, device="cuda:1")
-    check(case, 10.0, Backend("cuda:1", "triton"), bidirectional=True)
 
 
 # --- what the interpreter does not show: how the tensor cores round their operands ------------------------------

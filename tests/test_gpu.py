@@ -1,0 +1,67 @@
+"""What only a GPU shows of the implementations for one; their numbers are in the tests that all of them run."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from mcl_kernels import _cuda, masked_logsumexp
+from mcl_kernels.logsumexp import triton
+from tests.cases import Case, make_case
+from tests.conftest import Backend
+from tests.test_logsumexp import check
+
+FORMS = [("self", None, False), ("rows", 40, False), ("both", 40, True)]
+WHY_NOT = {"triton": triton.why_not, "cuda": _cuda.why_not}
+
+
+@pytest.fixture(params=[Backend("cuda", impl) for impl in WHY_NOT], ids=str)
+def impl(request: pytest.FixtureRequest) -> str:
+    backend: Backend = request.param
+    if reason := WHY_NOT[backend.impl](torch.device(backend.device)):
+        pytest.skip(reason)
+    return backend.impl
+
+
+def loss_and_gradients(case: Case, bidirectional: bool, negatives: str, impl: str) -> tuple[Tensor, ...]:
+    scale = torch.full((), 10.0, device="cuda", requires_grad=True)
+    leaves = [x.detach().requires_grad_() for x in (case.query, case.key) if x is not None] + [scale]
+    values = masked_logsumexp(
+        *([*leaves[:-1], None] if case.key is None else leaves[:-1]),
+        case.labels, case.key_labels, ids=case.ids, key_ids=case.key_ids, scale=scale, negatives=negatives,
+        bidirectional=bidirectional, impl=impl,
+    )  # fmt: skip
+    every = torch.cat(values) if isinstance(values, tuple) else values
+    return every, *torch.autograd.grad(torch.where(every.isfinite(), every, 0).sum(), leaves)
+
+
+@pytest.mark.parametrize("negatives", ["same", "different", "all"])
+@pytest.mark.parametrize(("form", "m", "bidirectional"), FORMS)
+def test_no_wait_and_one_graph_for_all_labels(
+    impl: str, form: str, m: int | None, bidirectional: bool, negatives: str
+) -> None:
+    """A CUDA graph holds the launches alone: replayed with other labels it computes what they say."""
+    case = make_case(300, m, 40, device="cuda")
+    loss_and_gradients(case, bidirectional, negatives, impl)  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss_and_gradients(case, bidirectional, negatives, impl)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = loss_and_gradients(case, bidirectional, negatives, impl)
+    for labels in (case.labels, case.key_labels):
+        if labels is not None:
+            labels.copy_(torch.where(labels < 0, labels, labels % 2))
+    graph.replay()
+    for got, expected in zip(captured, loss_and_gradients(case, bidirectional, negatives, impl), strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="torch sees fewer than two CUDA devices")
+def test_on_a_device_that_is_not_the_current_one(impl: str) -> None:
+    case = make_case(300, 200, 40, device="cuda:1")
+    check(case, 10.0, Backend("cuda:1", impl), bidirectional=True)
