@@ -35,7 +35,8 @@ build/sanitized-%: $(wildcard csrc/*/* tests/cuda_on_cpu/*) tests/sanitized_kern
 test-oldest: $(OLDEST)/installed
 	$(OLDEST)/bin/python -m pytest -n logical -m 'not slow' $(addprefix --ignore tests/,test_benchmarks.py test_demo.py test_package.py test_readme.py integrations)
 
-# With the libraries whose losses ours replace, and the newest torch that has a torchvision.
+# With the libraries whose losses ours replace, and the newest torch that has a torchvision: one with CUDA, which the
+# kernels in CUDA C++ are linked against where there is an nvcc.
 test-integrations: $(INTEGRATIONS)/installed
 	$(INTEGRATIONS)/bin/python -m pytest -n logical tests/integrations mcl_kernels/integrations
 
