@@ -131,13 +131,9 @@ def _compile(launch: Launch, architecture: int) -> Row:
     }  # fmt: skip
 
 
-def compile_cuda(architectures: tuple[int, ...] = CUDA_ARCHITECTURES) -> list[Row]:
-    """A row for each kernel of csrc/cuda, architecture by architecture."""
-    cases = [
-        (source, architecture)
-        for architecture in architectures
-        for source in sorted(_cuda.source_directory().glob("*.cu"))
-    ]
+def compile_cuda() -> list[Row]:
+    """The rows of all kernels of csrc/cuda."""
+    cases = list(product(sorted(_cuda.source_directory().glob("*.cu")), CUDA_ARCHITECTURES))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         rows = [row for rows in pool.map(_compile_source, *zip(*cases, strict=True)) for row in rows]
     return sorted(rows, key=lambda row: row["kernel"])
@@ -155,7 +151,9 @@ def _compile_source(source: Path, architecture: int) -> list[Row]:
     rows = []
     for function, text in re.findall(r"\.entry (\w+)\((.*?)(?=\.entry|\Z)", ptx, re.DOTALL):
         code, (name, precision) = of_function[function], _kernel_name(function)
-        warps = int(re.search(r"\.maxntid (\d+)", text).group(1)) // 32  # __launch_bounds__: launches have as many
+        bounds = re.search(r"\.maxntid (\d+)", text)
+        assert bounds, f"{name} has no __launch_bounds__: its launches have as many threads"
+        warps = int(bounds[1]) // 32
         given = re.findall(r"dynamic shared memory: (\d+)", text)  # by shared_memory() in csrc/cuda/tiles.cuh
         shared = code.shared - COUNTED_OF_SYSTEM[architecture] + max(map(int, given), default=0)
         rows.append({
@@ -169,12 +167,10 @@ def _compile_source(source: Path, architecture: int) -> list[Row]:
 
 def _kernel_name(function: str) -> tuple[str, str]:
     """Of mcl::sum_kernel<__half, 3>: "sum, 3" and "fp16"."""
-    demangled = _run("c++filt", function)
-    name, _, arguments = re.search(r"mcl::(\w+)_kernel(<(.*?)>)?\(", demangled).groups()
-    first, *others = (arguments or "").split(", ")
-    if first and first not in CUDA_PRECISIONS:
-        others.insert(0, first)
-    return ", ".join([name, *others]), CUDA_PRECISIONS.get(first, "")
+    name, _, arguments = re.search(r"(\w+)_kernel(<(.*?)>)?\(", _run("c++filt", function)).groups()
+    every = arguments.split(", ") if arguments else []
+    others = [argument for argument in every if argument not in CUDA_PRECISIONS]
+    return ", ".join([name, *others]), ", ".join(CUDA_PRECISIONS[x] for x in every if x in CUDA_PRECISIONS)
 
 
 def _disassemble(cubin: str) -> dict[str, Code]:

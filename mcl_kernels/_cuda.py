@@ -76,7 +76,8 @@ def build(sources: Path, library: Path) -> None:
             lines = str(error).splitlines()
             errors = [line for line in lines if ERROR.search(line)] or lines
             raise CudaUnavailableError(
-                f"the CUDA kernels were not built: {errors[0]} (CUDA_HOME={cpp_extension.CUDA_HOME})"
+                f"the CUDA kernels were not built: {errors[0]} "
+                f"(the toolkit is looked for in CUDA_HOME={cpp_extension.CUDA_HOME})"
             ) from error
         (Path(directory) / library.name).replace(library)
 
