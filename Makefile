@@ -8,7 +8,7 @@ INTEGRATIONS := .venv-integrations
 DEMO_FLAGS ?=
 CASES ?=
 RUNS ?=
-GPU_TESTS := $(addprefix tests/test_,gpu.py kmeans.py logsumexp.py losses.py ranks.py triton.py)
+GPU_TESTS := $(addprefix tests/test_,device_plan.py gpu.py kmeans.py logsumexp.py losses.py ranks.py triton.py)
 SANITIZED := tests/test_logsumexp.py tests/test_kmeans.py
 SANITIZE = PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1
 

@@ -21,6 +21,7 @@ import torch
 
 from benchmarks.__main__ import conditions
 from benchmarks.measure import in_fresh_process, write_rows
+from mcl_kernels import _cuda
 
 HERE = Path(__file__).parent
 TURNS = 5
@@ -48,7 +49,8 @@ CASES = (
 
 # The kernels against PyTorch by tiles, and against reading the rows once.
 GPU_ROWS = 16
-GPU_CASES = tuple(case._replace(n=GPU_ROWS * case.n, targets={"reference": 1.0, "x.sum()": 0.0}) for case in CASES)
+GPU_TARGETS = {"own, CUDA C++": 0.0, "reference": 1.0, "x.sum()": 0.0}
+GPU_CASES = tuple(case._replace(n=GPU_ROWS * case.n, targets=GPU_TARGETS) for case in CASES)
 
 
 def data(case: Case, device: str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
@@ -83,6 +85,10 @@ def ours(case: Case, device: str, impl: str = "auto") -> float:
 
 def reference(case: Case, device: str) -> float:
     return ours(case, device, "reference")
+
+
+def own_cuda(case: Case, device: str) -> float:
+    return ours(case, device, "cuda")
 
 
 def ours_assignment(case: Case, device: str) -> float:
@@ -136,6 +142,7 @@ def read_once(case: Case, device: str) -> float:
 
 CONTENDERS: dict[str, Any] = {
     "ours": ours,
+    "own, CUDA C++": own_cuda,
     "reference": reference,
     "ours, assignment": ours_assignment,
     "faiss": faiss,
@@ -167,6 +174,9 @@ def main() -> None:
         names = ["ours", *case.targets]
         if any("assignment" in name for name in names):
             names.insert(1, "ours, assignment")
+        if gpu and (reason := _cuda.why_not(torch.device("cuda"), "reference")):
+            names.remove("own, CUDA C++")
+            print(f"own, CUDA C++: {reason}", flush=True)
         seconds: dict[str, list[float]] = {name: [] for name in names}
         for _ in range(TURNS):
             for name in names:

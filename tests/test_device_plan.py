@@ -12,14 +12,21 @@ from torch import Tensor
 
 from mcl_kernels.logsumexp import device_plan, plan
 from mcl_kernels.logsumexp.plan import NEGATIVES, Pairs
-from tests import emulated_cuda
-
-pytestmark = pytest.mark.skipif(emulated_cuda.why_not() is not None, reason=str(emulated_cuda.why_not()))
-CPU = torch.device("cpu")
+from tests.conftest import DEVICES, Backend, missing_for_cuda
 
 
-def assert_same_plan(n: int, m: int | None, pairs: Pairs) -> None:
-    query, key = torch.zeros(n, 1), None if m is None else torch.zeros(m, 1)
+@pytest.fixture(scope="module", params=[Backend(device, "cuda") for device in DEVICES], ids=str)
+def device(request: pytest.FixtureRequest) -> str:
+    backend: Backend = request.param
+    if reason := missing_for_cuda(backend.device):
+        pytest.skip(reason)
+    return backend.device
+
+
+def assert_same_plan(n: int, m: int | None, pairs: Pairs, device: str) -> None:
+    query, key = torch.zeros(n, 1, device=device), None if m is None else torch.zeros(m, 1, device=device)
+    pairs = Pairs(*(None if values is None else values.to(device) for values in pairs[:4]), pairs.negatives)
+    assert device_plan._in_one_launch(query.device, n, m or 0)
     made, expected = device_plan.make_plan(query, key, pairs), plan.make_plan(query, key, pairs)
     for name, got, wanted in zip(plan.Plan._fields, made, expected, strict=True):
         assert torch.equal(got, wanted), name
@@ -46,10 +53,10 @@ def make_pairs(n: int, m: int | None, negatives: str, labelled: bool, with_ids: 
 @pytest.mark.parametrize("identities", ["labels and ids", "labels", "ids", "neither"])
 # One row; a tile, and one row more; rows of one block and of several; nothing.
 @pytest.mark.parametrize(("n", "m"), [(1, None), (1025, None), (2100, 1024), (3, 1025), (0, 4), (4, 0), (0, None)])
-def test_it_is_that_of_torch(n: int, m: int | None, identities: str, negatives: str) -> None:
+def test_it_is_that_of_torch(device: str, n: int, m: int | None, identities: str, negatives: str) -> None:
     if negatives == "different" and "labels" not in identities:
         pytest.skip("needs labels")
-    assert_same_plan(n, m, make_pairs(n, m, negatives, "labels" in identities, "ids" in identities))
+    assert_same_plan(n, m, make_pairs(n, m, negatives, "labels" in identities, "ids" in identities), device)
 
 
 @given(
@@ -58,15 +65,17 @@ def test_it_is_that_of_torch(n: int, m: int | None, identities: str, negatives: 
     negatives=st.sampled_from(NEGATIVES),
     random=st.randoms(use_true_random=False),
 )
-def test_it_is_that_of_torch_for_any_labels(labels: Any, key_labels: Any, negatives: str, random: Any) -> None:
+def test_it_is_that_of_torch_for_any_labels(
+    device: str, labels: Any, key_labels: Any, negatives: str, random: Any
+) -> None:
     ids, key_ids = ([random.randrange(-5, 5) for _ in side] for side in (labels, key_labels))
     sides = (torch.tensor(side, dtype=torch.int64) for side in (labels, key_labels, ids, key_ids))
-    assert_same_plan(len(labels), len(key_labels), Pairs(*sides, negatives))
+    assert_same_plan(len(labels), len(key_labels), Pairs(*sides, negatives), device)
 
 
-def test_views_of_every_other_number() -> None:
+def test_views_of_every_other_number(device: str) -> None:
     labels, ids = torch.arange(40).flip(0) // 5, torch.arange(40) % 7
-    assert_same_plan(20, None, Pairs(labels[::2], None, ids[::2], None, "same"))
+    assert_same_plan(20, None, Pairs(labels[::2], None, ids[::2], None, "same"), device)
 
 
 @pytest.mark.parametrize(("most", "built", "launches"), [(20, True, 1), (19, True, 0), (20, False, 0)])
