@@ -18,6 +18,7 @@
 #include <vector>
 
 #if defined(CUDA_ON_CPU_THREADS)
+#include <atomic>
 #include <condition_variable>
 #include <thread>
 #else
@@ -66,6 +67,17 @@ namespace cuda_on_cpu {
 
 #if defined(CUDA_ON_CPU_THREADS)
 
+// Its rooms are entered in turn: a thread that is late to leave one is not ordered with those in the next.
+struct Barrier {
+  struct Room {
+    std::mutex mutex;
+    std::condition_variable all_here;
+    int arrived = 0;
+  };
+  Room rooms[2];
+  std::atomic<unsigned> passed{0};
+};
+
 class Threads {
  public:
   void run(int count, const std::function<void()>& body) {
@@ -78,24 +90,25 @@ class Threads {
     for (std::thread& thread : threads) thread.join();
   }
 
-  // Returns once `count` threads are here; `arrived` and `passed` are those of one barrier.
-  void wait(int& arrived, int& passed, int count) {
-    std::unique_lock lock(mutex_);
-    const int before = passed;
-    if (++arrived == count) {
-      arrived = 0;
-      passed++;
-      all_here_.notify_all();
+  // Returns once `count` threads are here.
+  void wait(Barrier& barrier, int count) {
+    const unsigned before = barrier.passed.load(std::memory_order_relaxed);
+    Barrier::Room& room = barrier.rooms[before % 2];
+    std::unique_lock lock(room.mutex);
+    if (++room.arrived == count) {
+      room.arrived = 0;
+      barrier.passed.store(before + 1, std::memory_order_relaxed);
+      room.all_here.notify_all();
     }
-    all_here_.wait(lock, [&] { return passed != before; });
+    room.all_here.wait(lock, [&] { return barrier.passed.load(std::memory_order_relaxed) != before; });
   }
-
- private:
-  std::mutex mutex_;
-  std::condition_variable all_here_;
 };
 
 #else
+
+struct Barrier {
+  int arrived = 0, passed = 0;
+};
 
 // Fibers start with makecontext and go on with longjmp, which asks nothing of the system.
 class Threads {
@@ -110,15 +123,15 @@ class Threads {
     if (_setjmp(caller_) == 0) resume(0);
   }
 
-  void wait(int& arrived, int& passed, int count) {
-    const int before = passed;
-    if (++arrived == count) {
-      arrived = 0;
-      passed++;
+  void wait(Barrier& barrier, int count) {
+    const int before = barrier.passed;
+    if (++barrier.arrived == count) {
+      barrier.arrived = 0;
+      barrier.passed++;
       idle_ = 0;
       return;
     }
-    while (passed == before) {
+    while (barrier.passed == before) {
       if (++idle_ > 2 * count_) fail("a barrier that some threads of the block do not reach");
       switch_to_next();
     }
@@ -178,10 +191,6 @@ class Threads {
 
 #endif
 
-struct Barrier {
-  int arrived = 0, passed = 0;
-};
-
 // The block that runs.
 inline Threads threads;
 inline Barrier block_barrier, warp_barriers[MOST_THREADS / WARP];
@@ -196,13 +205,12 @@ inline void wait_for_block(const char* path, int line) {
     const char* slash = std::strrchr(path, '/');
     if (left_out == std::string(slash ? slash + 1 : path) + ":" + std::to_string(line)) return;
   }
-  threads.wait(block_barrier.arrived, block_barrier.passed, blockDim.x);
+  threads.wait(block_barrier, blockDim.x);
 }
 
 inline void wait_for_warp(unsigned mask) {
   if (mask != 0xffffffff) fail("a warp's barrier without all of its lanes");
-  Barrier& barrier = warp_barriers[threadIdx.x / WARP];
-  threads.wait(barrier.arrived, barrier.passed, WARP);
+  threads.wait(warp_barriers[threadIdx.x / WARP], WARP);
 }
 
 template <class T>
