@@ -70,7 +70,9 @@ gpu: $(BENCH)/installed
 	$(BENCH)/bin/python -m pytest $(GPU_TESTS) -k 'not cpu-' || status=1; \
 	if command -v compute-sanitizer; then \
 	    $(SANITIZE) $(BENCH)/bin/python -m pytest -x $(SANITIZED) -k 'cuda-triton or cuda-cuda' || status=1; \
-	    $(SANITIZE) --tool racecheck $(BENCH)/bin/python -m pytest -x $(SANITIZED) -k cuda-cuda || status=1; \
+	    for tool in racecheck synccheck; do \
+	        $(SANITIZE) --tool $$tool $(BENCH)/bin/python -m pytest -x $(SANITIZED) -k cuda-cuda || status=1; \
+	    done; \
 	else echo 'no compute-sanitizer: skipped'; fi; \
 	$(BENCH)/bin/python -m benchmarks --device cuda $(CASES) || status=1; \
 	$(BENCH)/bin/python -m benchmarks.clustering --device cuda || status=1; \

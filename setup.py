@@ -32,7 +32,10 @@ NATIVE = load("_native") if HAS_TORCH else None
 
 
 def build_cuda(directory):
-    if os.environ.get("MCL_KERNELS_CUDA") != "1":
+    wanted = os.environ.get("MCL_KERNELS_CUDA", "0")
+    if wanted not in ("", "0", "1"):
+        raise SystemExit(f"MCL_KERNELS_CUDA must be 0 or 1: got {wanted!r}")
+    if wanted != "1":
         return
     if not HAS_TORCH:
         raise SystemExit(

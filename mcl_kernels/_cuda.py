@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -21,7 +22,6 @@ import torch
 
 PACKAGE = Path(__file__).parent
 NAMESPACE = "mcl_kernels_cuda"
-INSTALL = "MCL_KERNELS_CUDA=1 pip install --no-build-isolation ."
 CUDA_TORCH = "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu130"
 OLDEST = (7, 5)  # compute capability
 FLAGS = ["-O3", "-std=c++17"]
@@ -32,6 +32,16 @@ ERROR = re.compile(
 
 class CudaUnavailableError(RuntimeError):
     """The CUDA kernels cannot be had here, for the reason that the message gives."""
+
+
+def install_command(**environment: str) -> str:
+    """What builds the kernels, in the shell of this system, with these environment variables."""
+    variables = {**environment, "MCL_KERNELS_CUDA": "1"}.items()
+    if os.name == "nt":
+        settings = [f'$env:{name}="{value}";' for name, value in variables]
+    else:
+        settings = [f"{name}={shlex.quote(value)}" for name, value in variables]
+    return " ".join([*settings, "pip install --no-build-isolation ."])
 
 
 def library_name(sources: Path) -> str:
@@ -83,23 +93,23 @@ def build(sources: Path, library: Path) -> None:
 
 
 def check_toolkit() -> None:
-    """Raises where this torch and this compiler cannot build the kernels; torch.version.cuda is of the torch here."""
+    """Raises where this torch and this compiler cannot build the kernels."""
     if torch.version.cuda is None:
         raise CudaUnavailableError(
             f"torch {torch.__version__} is built without CUDA; install one that is built with that of your nvcc "
-            f"({CUDA_TORCH}), and then: {INSTALL}"
+            f"({CUDA_TORCH}), and then: {install_command()}"
         )
     nvcc = find_nvcc()
     if nvcc is None:
         raise CudaUnavailableError(
             f"no nvcc is on the PATH or under $CUDA_HOME; install the CUDA toolkit {torch.version.cuda} "
-            f"(conda install -c nvidia cuda-toolkit={torch.version.cuda}), and then: {INSTALL}"
+            f"(conda install -c nvidia cuda-toolkit={torch.version.cuda}), and then: {install_command()}"
         )
     release = nvcc_release(nvcc)
     if release.split(".")[0] != torch.version.cuda.split(".")[0]:
         raise CudaUnavailableError(
             f"nvcc must be of the major version of torch's CUDA, {torch.version.cuda}: got {release} from {nvcc}; "
-            f"name such a toolkit: CUDA_HOME=/usr/local/cuda-{torch.version.cuda} {INSTALL}"
+            f"name such a toolkit: {install_command(CUDA_HOME=f'/usr/local/cuda-{torch.version.cuda}')}"
         )
 
 
@@ -107,8 +117,7 @@ def find_nvcc() -> str | None:
     """The compiler of $CUDA_HOME, as torch understands it, or on the PATH."""
     from torch.utils.cpp_extension import CUDA_HOME
 
-    nvcc = Path(CUDA_HOME or "") / "bin" / "nvcc"
-    return str(nvcc) if CUDA_HOME and nvcc.exists() else shutil.which("nvcc")
+    return (CUDA_HOME and shutil.which("nvcc", path=str(Path(CUDA_HOME) / "bin"))) or shutil.which("nvcc")
 
 
 def nvcc_release(nvcc: str) -> str:
@@ -126,7 +135,7 @@ def target_architectures() -> list[str]:
     if not listed:
         raise CudaUnavailableError(
             "for which GPUs? torch sees none here; name their compute capabilities: "
-            f'TORCH_CUDA_ARCH_LIST="7.5;8.0;9.0+PTX" {INSTALL}'
+            + install_command(TORCH_CUDA_ARCH_LIST="7.5;8.0;9.0+PTX")
         )
     for name in listed:
         parsed = re.fullmatch(r"(\d+)\.(\d)a?(\+PTX)?", name)
@@ -149,11 +158,17 @@ def _code_flags(architectures: list[str]) -> list[str]:
 
 
 def runs_on(capability: tuple[int, int], architectures: list[str]) -> bool:
-    """Whether code for these architectures runs on a GPU: that of an older minor version, or PTX of an older one."""
+    """Whether code for these architectures runs on a GPU: that of an older minor version, or PTX of an older one.
+
+    Code for an architecture with an `a` runs on that one alone.
+    """
     for name in architectures:
         number, _, ptx = name.partition("+")
         major, minor = map(int, number.rstrip("a").split("."))
-        if (major == capability[0] and minor <= capability[1]) or (ptx and (major, minor) <= capability):
+        if (major, minor) == capability:
+            return True
+        older = (major == capability[0] or ptx) and (major, minor) < capability
+        if older and not number.endswith("a"):
             return True
     return False
 
@@ -164,7 +179,7 @@ def _loaded() -> str | None:
     try:
         library = PACKAGE / "lib" / library_name(source_directory())
         if not library.exists():
-            return f"is not built for this torch, {torch.__version__}; {INSTALL}"
+            return f"is not built for this torch, {torch.__version__}; {install_command()}"
         torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
     except CudaUnavailableError as error:
         return str(error)
@@ -203,6 +218,8 @@ def why_not(device: torch.device, instead: str = "blockwise") -> str | None:
         return f"computes on CUDA tensors: got device {device}{missing}"
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
+    if torch.version.hip:
+        return f"is for NVIDIA's GPUs: torch is built for ROCm; use impl={instead!r}"
     if reason := _loaded():
         return f"{reason}, or use impl={instead!r}"
     capability = torch.cuda.get_device_capability(device)
@@ -211,7 +228,7 @@ def why_not(device: torch.device, instead: str = "blockwise") -> str | None:
         mine = ".".join(map(str, capability))
         return (
             f"is built for compute capability {', '.join(architectures)}: got {mine}; "
-            f"TORCH_CUDA_ARCH_LIST={mine} {INSTALL}, or use impl={instead!r}"
+            f"{install_command(TORCH_CUDA_ARCH_LIST=mine)}, or use impl={instead!r}"
         )
     return None
 

@@ -27,9 +27,12 @@ def build_native(sanitizers: str, output: str) -> None:
 
 def build_cuda(output: str) -> None:
     """tests/sanitized_cuda.cpp under ThreadSanitizer: the threads of a block are threads of the system."""
-    flags = [*emulated_cuda.FLAGS, "-O1", "-g", "-fsanitize=thread", "-pthread", "-DCUDA_ON_CPU_THREADS"]
+    build_cuda_program(output, ["-O1", "-g", "-fsanitize=thread", "-pthread", "-DCUDA_ON_CPU_THREADS"])
+
+
+def build_cuda_program(output: str, flags: list[str]) -> None:
     program = Path(__file__).with_name("sanitized_cuda.cpp")
-    emulated_cuda.compile_kernels(Path(output), flags, {program: []}, [])
+    emulated_cuda.compile_kernels(Path(output), [*emulated_cuda.FLAGS, *flags], {program: []}, [])
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import torch
 
 from mcl_kernels import _cuda
 from tests import emulated_cuda
-from tests.build_sanitized import build_cuda
+from tests.build_sanitized import build_cuda, build_cuda_program
 
 SOURCES = _cuda.source_directory()
 BARRIERS = [
@@ -58,6 +58,15 @@ def test_a_barrier_that_is_left_out_is_seen(sanitized: Path, barrier: str) -> No
     assert "ThreadSanitizer" in result.stderr or "WRONG" in result.stdout, result.stderr
 
 
+@needs_emulation
+def test_bfloat16_before_its_tensor_cores(tmp_path: Path) -> None:
+    """On sm_75 it is multiplied by fused multiply-adds, which the library that is emulated does not choose."""
+    build_cuda_program(str(tmp_path / "cuda"), ["-DMCL_NO_BF16_TENSOR_CORES"])
+    result = subprocess.run([tmp_path / "cuda"], capture_output=True, text=True, check=False, timeout=300)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "bfloat16" in result.stdout
+
+
 @pytest.mark.parametrize(
     ("capability", "architectures", "runs"),
     [
@@ -66,7 +75,9 @@ def test_a_barrier_that_is_left_out_is_seen(sanitized: Path, barrier: str) -> No
         ((8, 0), ["8.6"], False),
         ((9, 0), ["8.0"], False),
         ((9, 0), ["8.0+PTX"], True),
-        ((12, 0), ["7.5", "9.0a", "10.0"], False),
+        ((12, 0), ["7.5", "9.0a+PTX", "10.0"], False),
+        ((9, 0), ["9.0a"], True),
+        ((10, 3), ["10.0a"], False),
     ],
 )
 def test_which_gpus_run_what_was_built(capability: tuple[int, int], architectures: list[str], runs: bool) -> None:

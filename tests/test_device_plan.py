@@ -1,4 +1,4 @@
-"""The plan in one launch against torch's sorts, and when it is taken."""
+"""The plan by CUDA kernels against torch's sorts, and when it is taken."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def device(request: pytest.FixtureRequest) -> str:
 def assert_same_plan(n: int, m: int | None, pairs: Pairs, device: str) -> None:
     query, key = torch.zeros(n, 1, device=device), None if m is None else torch.zeros(m, 1, device=device)
     pairs = Pairs(*(None if values is None else values.to(device) for values in pairs[:4]), pairs.negatives)
-    assert device_plan._in_one_launch(query.device, n, m or 0)
+    assert device_plan._here(query.device, n, m or 0)
     made, expected = device_plan.make_plan(query, key, pairs), plan.make_plan(query, key, pairs)
     for name, got, wanted in zip(plan.Plan._fields, made, expected, strict=True):
         assert torch.equal(got, wanted), name
@@ -78,18 +78,25 @@ def test_views_of_every_other_number(device: str) -> None:
     assert_same_plan(20, None, Pairs(labels[::2], None, ids[::2], None, "same"), device)
 
 
-@pytest.mark.parametrize(("most", "built", "launches"), [(20, True, 1), (19, True, 0), (20, False, 0)])
-def test_when_it_is_one_launch(monkeypatch: pytest.MonkeyPatch, most: int, built: bool, launches: int) -> None:
-    """Of many rows, and where the kernels are not built, torch sorts."""
-    calls = []
+@pytest.mark.parametrize("one_launch", [0, 1 << 20])
+def test_in_one_launch_and_in_two(monkeypatch: pytest.MonkeyPatch, device: str, one_launch: int) -> None:
+    monkeypatch.setattr(device_plan, "ONE_LAUNCH", one_launch)
+    assert_same_plan(2100, 1030, make_pairs(2100, 1030, "same", True, True), device)
+    assert_same_plan(1500, None, make_pairs(1500, None, "different", True, True), device)
+
+
+@pytest.mark.parametrize(("most", "built", "calls"), [(20, True, 1), (19, True, 0), (20, False, 0)])
+def test_when_torch_sorts(monkeypatch: pytest.MonkeyPatch, most: int, built: bool, calls: int) -> None:
+    """Of many rows, and where the kernels are not built."""
+    called = []
 
     class Library:
         def plan(self, *arguments: Any) -> None:
-            calls.append(arguments)
+            called.append(arguments)
 
     monkeypatch.setattr(device_plan, "MOST_ROWS", most)
     monkeypatch.setattr(device_plan, "_is_built", lambda device: built)
     monkeypatch.setattr(device_plan._cuda, "ops", lambda device: Library())
     labels = torch.zeros(20, dtype=torch.int64)
     device_plan.make_plan(torch.zeros(20, 1), None, Pairs(labels, None, torch.arange(20), None, "same"))
-    assert len(calls) == launches
+    assert len(called) == calls

@@ -1,5 +1,5 @@
-// The operators of namespace MCL_NAMESPACE: tensors in, tensors filled. Called by mcl_kernels/logsumexp/cuda.py, which
-// checks the arguments, allocates, and knows which launches make a forward and a backward pass.
+// The operators of namespace MCL_NAMESPACE: tensors in, tensors filled. Called by the modules named cuda in
+// mcl_kernels and by logsumexp/device_plan.py, which check, allocate, and know which launches make a pass.
 #include <ATen/core/Tensor.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
@@ -25,7 +25,11 @@ struct OnDevice {
   explicit OnDevice(const Tensor& x) : guard(x.device()), stream(c10::cuda::getCurrentCUDAStream(x.device().index())) {}
 };
 
-void check(cudaError_t error) { TORCH_CHECK(error == cudaSuccess, "impl='cuda': ", cudaGetErrorString(error)); }
+void check(cudaError_t error) {
+  if (error == cudaSuccess) return;
+  (void)cudaGetLastError();  // or torch would raise it again, for its next launch
+  TORCH_CHECK(false, "impl='cuda': ", cudaGetErrorString(error));
+}
 
 template <class T>
 const T* pointer(const OptionalTensor& x) {
@@ -148,13 +152,14 @@ PlanSide plan_side(const OptionalTensor& labels, const OptionalTensor& ids, int6
           mutable_pointer<int64_t>(order), mutable_pointer<int64_t>(begin), mutable_pointer<int64_t>(end)};
 }
 
-// `like`: any tensor of the device. `n` and `m` are at most what planning in one launch is for.
+// `like`: any tensor of the device. `n` and `m` are at most what planning by these kernels is for.
 void plan(const Tensor& like, const OptionalTensor& labels, const OptionalTensor& ids, int64_t n,
           const OptionalTensor& key_labels, const OptionalTensor& key_ids, int64_t m, bool self, int64_t negatives,
           const OptionalTensor& order, const OptionalTensor& begin, const OptionalTensor& end,
-          const OptionalTensor& key_order) {
+          const OptionalTensor& key_order, const OptionalTensor& sorted_tiles) {
   const PlanProblem problem{plan_side(labels, ids, n, order, begin, end),
-                            plan_side(key_labels, key_ids, m, key_order, {}, {}), self, Negatives(negatives)};
+                            plan_side(key_labels, key_ids, m, key_order, {}, {}), self, Negatives(negatives),
+                            mutable_pointer<int64_t>(sorted_tiles)};
   const OnDevice on(like);
   check(make_plan(problem, on.stream));
 }
@@ -255,7 +260,7 @@ LIBRARY_OF(MCL_NAMESPACE, library) {
               &mcl::backward);
   library.def("plan(Tensor like, Tensor? labels, Tensor? ids, int n, Tensor? key_labels, Tensor? key_ids, int m, "
               "bool self, int negatives, Tensor(a!)? order, Tensor(b!)? begin, Tensor(c!)? end, "
-              "Tensor(d!)? key_order) -> ()",
+              "Tensor(d!)? key_order, Tensor(e!)? sorted_tiles) -> ()",
               &mcl::plan);
   library.def("nearest(Tensor x, Tensor offset, Tensor points, Tensor[] centers, Tensor half_norms, bool cosine, "
               "Tensor(a!) labels, Tensor(b!) distances, Tensor(c!) inverse_norms) -> ()",

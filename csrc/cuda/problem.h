@@ -67,7 +67,7 @@ struct BackwardProblem {
   T* grad_scale;                        // [n], original: sum_j W_ij <x_i, y_j>
 };
 
-enum class Negatives { same, different, all };
+enum class Negatives { same, different, all };  // as numbered by NEGATIVES in mcl_kernels/logsumexp/plan.py
 
 // Queries or keys before they are sorted, and what is wanted of them.
 struct PlanSide {
@@ -81,6 +81,7 @@ struct PlanProblem {
   PlanSide queries, keys;
   bool self;  // the keys are the queries
   Negatives negatives;
+  int64_t* sorted_tiles;  // [3, n + m] of work space for two launches; null: one, in which each block sorts
 };
 
 // Which columns each row drops, since they have its value: neighbours among those it meets.

@@ -85,6 +85,29 @@ class FusedMultiplyAdds {
   }
 };
 
+// A fragment from shared memory. nvcc reads bfloat16's by generic loads of 4 bytes each, unless the instruction says where
+// they are: then it is one LDSM, as for float16.
+template <class Fragment, class Operand>
+__device__ __forceinline__ void load_fragment(Fragment& fragment, const Operand* from, unsigned stride) {
+  nvcuda::wmma::load_matrix_sync(fragment, from, stride);
+}
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+#define MCL_LOAD_BF16(use, LAYOUT, operand, layout)                                                                  \
+  __device__ __forceinline__ void load_fragment(                                                                     \
+      nvcuda::wmma::fragment<nvcuda::wmma::use, 16, 16, 16, __nv_bfloat16, nvcuda::wmma::LAYOUT>& fragment,          \
+      const __nv_bfloat16* from, unsigned stride) {                                                                  \
+    static_assert(sizeof fragment.x == 16);                                                                          \
+    auto* words = reinterpret_cast<unsigned*>(fragment.x);                                                           \
+    asm volatile("wmma.load." operand ".sync.aligned." layout ".m16n16k16.shared.bf16 {%0, %1, %2, %3}, [%4], %5;"   \
+                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])                                    \
+                 : "r"(unsigned(__cvta_generic_to_shared(from))), "r"(stride)                                        \
+                 : "memory");                                                                                        \
+  }
+MCL_LOAD_BF16(matrix_a, row_major, "a", "row")
+MCL_LOAD_BF16(matrix_b, col_major, "b", "col")
+MCL_LOAD_BF16(matrix_b, row_major, "b", "row")
+#endif
+
 // The same with each warp's part of the sums in fragments of the tensor cores, FRAGMENTS_DOWN x FRAGMENTS_ACROSS.
 template <class Operand, int SIDE, int THREADS>
 class TensorCores {
@@ -103,11 +126,11 @@ class TensorCores {
     for (int first = 0; first < TERMS; first += EDGE) {
       Left left[FRAGMENTS_DOWN];
 #pragma unroll
-      for (int i = 0; i < FRAGMENTS_DOWN; i++) load_matrix_sync(left[i], a + row(i) * a_stride + first, a_stride);
+      for (int i = 0; i < FRAGMENTS_DOWN; i++) load_fragment(left[i], a + row(i) * a_stride + first, a_stride);
 #pragma unroll
       for (int j = 0; j < FRAGMENTS_ACROSS; j++) {
         Right right;
-        load_matrix_sync(right, BY_COLUMN ? b + column(j) * b_stride + first : b + first * b_stride + column(j),
+        load_fragment(right, BY_COLUMN ? b + column(j) * b_stride + first : b + first * b_stride + column(j),
                          b_stride);
 #pragma unroll
         for (int i = 0; i < FRAGMENTS_DOWN; i++) mma_sync(sums_[i][j], left[i], right, sums_[i][j]);
@@ -146,7 +169,7 @@ template <class Operand>
 struct HasTensorCores : std::false_type {};
 template <>
 struct HasTensorCores<__half> : std::true_type {};
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+#if (!defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800) && !defined(MCL_NO_BF16_TENSOR_CORES)  // which is for tests
 template <>
 struct HasTensorCores<__nv_bfloat16> : std::true_type {};
 #endif

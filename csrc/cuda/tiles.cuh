@@ -19,7 +19,7 @@ __device__ __forceinline__ Shared& shared_memory() {
   return *reinterpret_cast<Shared*>(shared_bytes);
 }
 
-// What a block without an opt-in may have on every architecture: two of them or more fit a multiprocessor.
+// What a block without an opt-in may have on every architecture.
 constexpr int MOST_SHARED = 48 * 1024;
 
 // Sizes of a tile. fp64 is for checks: its tiles are smaller for its size alone.

@@ -1,7 +1,8 @@
-"""The plan of the implementations for GPUs: one launch of `csrc/cuda/plan.cuh` where it is built, else torch's sorts.
+"""The plan of the implementations for GPUs: by `csrc/cuda/plan.cuh` where that is built, else by torch's sorts.
 
-Of a small batch planning is a large part of the step, and nearly all of that are launches. The one launch compares each
-tile of rows with every other, N^2 / 1024 steps of sorting in all: beyond `MOST_ROWS` sorts by torch are left to it.
+Of a small batch planning is a large part of the step, and nearly all of that are launches. Here they are one, or two of
+more than `ONE_LAUNCH` rows. Each row is looked for in every tile of 1,024: beyond `MOST_ROWS` torch's sorts do less.
+Neither number is measured.
 """
 
 from __future__ import annotations
@@ -15,20 +16,20 @@ from mcl_kernels import _cuda
 from mcl_kernels.logsumexp import plan
 from mcl_kernels.logsumexp.plan import NEGATIVES, Pairs, Plan
 
-MOST_ROWS = 32_768  # of either side
+ONE_LAUNCH, MOST_ROWS = 1024, 32_768  # of either side
 
 
 def make_plan(query: Tensor, key: Tensor | None, pairs: Pairs) -> Plan:
     """What `plan.make_plan` returns."""
     n, m = len(query), 0 if key is None else len(key)
-    if not _in_one_launch(query.device, n, m):
+    if not _here(query.device, n, m):
         return plan.make_plan(query, key, pairs)
     labels, key_labels, ids, key_ids = _contiguous(pairs)
     order = torch.empty(n, dtype=torch.int64, device=query.device)
     begin, end, key_order = order.new_empty(n), order.new_empty(n), order.new_empty(m)
     _cuda.ops(query.device).plan(
         order, labels, ids, n, key_labels, key_ids, m, key is None, NEGATIVES.index(pairs.negatives),
-        order, begin, end, None if key is None else key_order,
+        order, begin, end, None if key is None else key_order, _work_space(order, n, m),
     )  # fmt: skip
     return Plan(order, key_order, begin, end)
 
@@ -37,12 +38,13 @@ def query_ranges(pairs: Pairs, made: Plan) -> tuple[Tensor, Tensor]:
     """Begin and end of the sorted queries that each sorted key meets, int64 [M]."""
     n, m = len(made.query_order), len(made.key_order)
     labels, key_labels, ids, key_ids = _contiguous(pairs)
-    if not _in_one_launch(made.key_order.device, n, m):
+    if not _here(made.key_order.device, n, m):
         return plan.key_ranges(made.key_order, key_labels, made.query_order, labels, pairs.negatives)
     begin, end = torch.empty_like(made.key_order), torch.empty_like(made.key_order)
     _cuda.ops(begin.device).plan(
-        begin, key_labels, key_ids, m, labels, ids, n, False, NEGATIVES.index(pairs.negatives), None, begin, end, None
-    )
+        begin, key_labels, key_ids, m, labels, ids, n, False, NEGATIVES.index(pairs.negatives),
+        None, begin, end, None, _work_space(begin, n, m),
+    )  # fmt: skip
     return begin, end
 
 
@@ -55,5 +57,9 @@ def _is_built(device: torch.device) -> bool:
     return _cuda.why_not(device) is None
 
 
-def _in_one_launch(device: torch.device, n: int, m: int) -> bool:
+def _here(device: torch.device, n: int, m: int) -> bool:
     return max(n, m) <= MOST_ROWS and _is_built(device)
+
+
+def _work_space(like: Tensor, n: int, m: int) -> Tensor | None:
+    return like.new_empty(3 * (n + m)) if max(n, m) > ONE_LAUNCH else None
