@@ -126,59 +126,6 @@ bool check_plan(const Case& c, bool in_two_launches) {
   return good;
 }
 
-// Of k-means, the columns being centres and the offset 0: labels, distances, and the sums of two ranges of rows.
-bool check_kmeans(const Case& c, bool cosine) {
-  const Side x = make_side(c.rows, c, 1), centers = make_side(c.columns, c, 2);
-  const int n = x.size, k = centers.size;
-  const bool half = c.dtype == mcl::Dtype::float16;
-  const std::vector<float> offset(c.width), points(centers.values.begin(), centers.values.end());
-  std::vector<float> half_norms(k), distances(n), inverse_norms(n);
-  for (int j = 0; j < k; j++)
-    for (int64_t d = 0; d < c.width; d++)
-      half_norms[j] += cosine ? 0 : float(centers.values[j * c.width + d] * centers.values[j * c.width + d] / 2);
-  std::vector<int64_t> labels(n);
-  const std::vector<char> zeros(centers.bytes.size());  // what is left of a centre in half precision
-  const auto matrix = [&](const std::vector<char>& bytes) { return mcl::Matrix{bytes.data(), c.width, 1, c.dtype, false}; };
-  mcl::nearest_centers(mcl::NearestProblem<float>{matrix(x.bytes), n, c.width, k, half, cosine, offset.data(),
-                                                  points.data(), {matrix(centers.bytes), matrix(zeros)},
-                                                  half_norms.data(), labels.data(), distances.data(),
-                                                  inverse_norms.data()},
-                       nullptr);
-  const std::vector<int64_t> begin{0, n / 3}, end{n / 3, n};
-  const std::vector<double> rounding(c.width, std::ldexp(1.5, 20));
-  std::vector<double> sums(2 * c.width), exact_sums(2 * c.width);
-  mcl::range_sums(mcl::SumProblem<float>{matrix(x.bytes), c.width, x.order.data(), nullptr, offset.data(),
-                                         rounding.data(), begin.data(), end.data(), 2, sums.data()},
-                  nullptr);
-
-  std::vector<double> exact(n);
-  bool nearest = true;
-  for (int i = 0; i < n; i++) {
-    double squares = 0, least = INFINITY, of_label = 0;
-    for (int64_t d = 0; d < c.width; d++) squares += x.values[i * c.width + d] * x.values[i * c.width + d];
-    for (int j = 0; j < k; j++) {
-      double product = 0, distance = 0;
-      for (int64_t d = 0; d < c.width; d++) {
-        const double value = x.values[i * c.width + d], center = centers.values[j * c.width + d];
-        product += value * center;
-        distance += (value - center) * (value - center);
-      }
-      distance = cosine ? 1 - product / std::sqrt(squares) : distance;
-      least = std::min(least, distance);
-      if (j == labels[i]) of_label = distance;
-    }
-    exact[i] = least;
-    nearest &= of_label - least < 1e-5;
-  }
-  for (int range = 0; range < 2; range++)
-    for (int64_t at = begin[range]; at < end[range]; at++)
-      for (int64_t d = 0; d < c.width; d++) exact_sums[range * c.width + d] += x.values[x.order[at] * c.width + d];
-  const bool good = nearest & (largest_error("distance", {distances.begin(), distances.end()}, exact) < 1e-5) &
-                    (largest_error("sum", sums, exact_sums) < 1e-6);
-  std::printf("%-32s %s\n", c.name, good ? "good" : "WRONG");
-  return good;
-}
-
 template <class T>
 bool check(const Case& c) {
   const Side x = make_side(c.rows, c, 1), of_keys = make_side(c.columns, c, 2), &y = c.columns ? of_keys : x;
@@ -266,20 +213,116 @@ bool check_plans() {
          check_plan({"plan, in two launches", mcl::Dtype::float32, 1600, 60, 1, 5, 40, false}, true);
 }
 
-// Rows and centres of two tiles.
-bool check_clusters() {
-  return check_kmeans({"k-means, float32", mcl::Dtype::float32, 70, 66, 40, 1, 1, false}, false) &
-         check_kmeans({"k-means, float16, cosine", mcl::Dtype::float16, 70, 66, 70, 1, 1, false}, true);
+
+// k-means: of up to 32 centres the sums of two blocks that share the tiles, of more those of pieces.
+template <class T>
+bool check_clusters(const Case& c, bool cosine) {
+  const Side x = make_side(c.rows, c, 1), of_centers = make_side(c.columns, c, 2);
+  const int n = c.rows, k = c.columns;
+  const int64_t d = c.width;
+  const bool half = c.dtype == mcl::Dtype::float16 || c.dtype == mcl::Dtype::bfloat16;
+
+  std::vector<T> offset(d, cosine ? T(0) : T(0.25)), centers(k * d), half_norms(k), distances(n), inverse_norms(n);
+  std::vector<char> high, low;
+  for (int j = 0; j < k; j++) {
+    double norm = 0;
+    for (int64_t f = 0; f < d; f++) norm += std::pow(of_centers.values[j * d + f], 2);
+    for (int64_t f = 0; f < d; f++) {
+      T& center = centers[j * d + f] = T(of_centers.values[j * d + f] / (cosine ? std::sqrt(norm) : 1) + 1e-3);
+      if (!cosine) half_norms[j] += center * center / 2 + (half ? center * offset[f] : T(0));
+      const auto in_parts = [&](auto part) {
+        append(high, part);
+        append(low, mcl::rounded<decltype(part)>(float(center) - mcl::wide(part)));
+      };
+      if (c.dtype == mcl::Dtype::float16) in_parts(mcl::rounded<__half>(float(center)));
+      else if (c.dtype == mcl::Dtype::bfloat16) in_parts(mcl::rounded<__nv_bfloat16>(float(center)));
+      else append(high, center);
+    }
+  }
+  // Entries are below 8.
+  const std::vector<T> rounding(d, T(std::is_same_v<T, double> ? 1.5 * 4096 : 1.5 * (1 << 23)));
+  const std::vector<float> scale(d, float(1 << 19));
+  const std::vector<double> unit(d, std::ldexp(1.0, -32));
+  const mcl::FixedPoint<T> entries{rounding.data(), scale.data(), unit.data()};
+  const auto matrix = [&](const std::vector<char>& bytes) {
+    return mcl::Matrix{bytes.data(), d, 1, c.dtype, d * int64_t(half ? 2 : sizeof(T)) % 16 == 0};
+  };
+  const mcl::Samples<T> samples{matrix(x.bytes), n, d, offset.data(), cosine ? inverse_norms.data() : nullptr};
+
+  constexpr int BLOCKS = 2, PIECE = 20;
+  const bool few = k <= 32;
+  std::vector<int64_t> labels(n), counts(BLOCKS * k);
+  std::vector<double> sums(BLOCKS * k * d);
+  mcl::assign_clusters(mcl::AssignProblem<T>{samples, half, matrix(high), matrix(half ? low : high), centers.data(),
+                                             half_norms.data(), k, labels.data(), distances.data(), entries,
+                                             few ? sums.data() : nullptr, few ? counts.data() : nullptr, BLOCKS},
+                       nullptr);
+  for (int64_t at = 0; few && at < k * d; at++) sums[at] += sums[k * d + at];
+  if (!few) {
+    std::vector<int64_t> order(n), begin, end, first, last;
+    std::iota(order.begin(), order.end(), 0);
+    std::stable_sort(order.begin(), order.end(), [&](int64_t i, int64_t j) { return labels[i] < labels[j]; });
+    for (int64_t j = 0, at = 0; j < k; j++) {
+      first.push_back(begin.size());
+      for (const int64_t past = at + std::count(labels.begin(), labels.end(), j); at < past; at = end.back()) {
+        begin.push_back(at);
+        end.push_back(std::min(at + PIECE, past));
+      }
+      last.push_back(begin.size());
+    }
+    std::vector<double> pieces(begin.size() * d);
+    mcl::sum_pieces(mcl::PieceProblem<T>{samples, entries, order.data(), begin.data(), end.data(),
+                                         int64_t(begin.size()), pieces.data()},
+                    nullptr);
+    mcl::join_pieces(mcl::JoinProblem{pieces.data(), first.data(), last.data(), k, d, sums.data()}, nullptr);
+  }
+
+  std::vector<double> exact_distances(n), exact_sums(k * d);
+  std::vector<int64_t> exact_counts(k);
+  for (int i = 0; i < n; i++) {
+    double norm = 0;
+    for (int64_t f = 0; f < d; f++) norm += std::pow(x.values[i * d + f], 2);
+    const auto entry = [&](int64_t f) {
+      return cosine ? x.values[i * d + f] / std::sqrt(norm) : x.values[i * d + f] - offset[f];
+    };
+    exact_distances[i] = INFINITY;
+    for (int j = 0; j < k; j++) {
+      double product = 0, square = 0;
+      for (int64_t f = 0; f < d; f++) {
+        product += entry(f) * centers[j * d + f];
+        square += std::pow(entry(f) - centers[j * d + f], 2);
+      }
+      exact_distances[i] = std::min(exact_distances[i], cosine ? 1 - product : square);
+    }
+    exact_counts[labels[i]]++;
+    for (int64_t f = 0; f < d; f++) exact_sums[labels[i] * d + f] += entry(f);
+  }
+  bool counted = true;
+  for (int j = 0; few && j < k; j++) counted &= counts[j] + counts[k + j] == exact_counts[j];
+  sums.resize(k * d);
+  const std::vector<double> found(distances.begin(), distances.end());
+  const bool good = counted & (largest_error("distances", found, exact_distances) < 1e-5) &
+                    (largest_error("sums", sums, exact_sums) < 1e-6);
+  std::printf("%-32s %s\n", c.name, good ? "good" : "WRONG");
+  return good;
+}
+
+// Several tiles of a block; centres of two tiles.
+bool check_kmeans() {
+  return check_clusters<float>({"k-means, float32", mcl::Dtype::float32, 300, 20, 72, 1, 1, false}, false) &
+         check_clusters<float>({"k-means, float16, cosine", mcl::Dtype::float16, 270, 5, 81, 1, 1, false}, true) &
+         check_clusters<float>({"k-means, bfloat16, many", mcl::Dtype::bfloat16, 100, 90, 72, 1, 1, false}, false) &
+         check_clusters<double>({"k-means, float64, many", mcl::Dtype::float64, 70, 40, 33, 1, 1, false}, true);
 }
 
 }  // namespace
 
 int main(int arguments, char** argument) {
-  if (arguments == 1) return check_pairs() & check_plans() & check_clusters() ? 0 : 1;
+  if (arguments == 1) return check_pairs() & check_plans() & check_kmeans() ? 0 : 1;
   cuda_on_cpu::left_out = argument[1];
   // Only what runs the kernel in question.
   const std::string file(argument[1], std::strcspn(argument[1], "."));
   if (file == "plan") return check_plans() ? 0 : 1;
-  if (file == "nearest_centers" || file == "range_sums") return check_clusters() ? 0 : 1;
+  if (file == "kmeans_assign" || file == "kmeans_sums") return check_kmeans() ? 0 : 1;
   return check_pairs() ? 0 : 1;
 }

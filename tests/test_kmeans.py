@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from mcl_kernels import KMeans, assign_clusters
-from mcl_kernels.kmeans import cuda, faiss, native, reference, triton
-from mcl_kernels.kmeans.api import _assign, _steps
+from mcl_kernels import KMeans, _cuda, assign_clusters, logsumexp
+from mcl_kernels.kmeans import gpu_pass, reference, triton
+from mcl_kernels.kmeans.api import IMPLEMENTATIONS, _assign, _steps
 from mcl_kernels.kmeans.centers import Summary, prepare, summarize
+from mcl_kernels.logsumexp.api import for_cuda
 from mcl_kernels.logsumexp.triton import why_not
 from tests.conftest import DEVICES, Backend, is_slow, missing_for_cuda, use_instruction_set
 
-IMPLS = [
+BACKENDS = [
     *(Backend("cpu", "native", name) for name in ("avx512", "avx2", "portable")),
     Backend(DEVICES[-1], "triton"),
     *(Backend(device, "cuda") for device in DEVICES),  # on a CPU emulated
     *(Backend(device, "reference") for device in DEVICES),
     Backend("cpu", "faiss"),
 ]
-STEPS = {"native": native, "triton": triton, "cuda": cuda, "reference": reference, "faiss": faiss}
+assert {backend.impl for backend in BACKENDS} == set(IMPLEMENTATIONS)
 
 
 def summary_of(x: Tensor, metric: str, n: int | None = None) -> Summary:
@@ -29,7 +32,7 @@ def summary_of(x: Tensor, metric: str, n: int | None = None) -> Summary:
     return summarize(n or len(x), x.amin(0), x.amax(0), x.to(wide).mean(0), metric)
 
 
-@pytest.fixture(params=IMPLS, ids=str)
+@pytest.fixture(params=BACKENDS, ids=str)
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Backend:
     backend: Backend = request.param
     if backend.impl == "faiss":
@@ -261,6 +264,7 @@ def test_assign_against_all_distances(impl: str, device: str, metric: str) -> No
     torch.testing.assert_close(distances, expected.values.float(), rtol=1e-4, atol=1e-5)
     assert distances.dtype == torch.float32
     assert (distances >= 0).all()
+    assert (_assign(x, x[:50], metric, impl)[1] >= 0).all()  # of centres themselves it is next to 0
 
 
 def test_every_product_has_the_same_shape(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,11 +286,21 @@ def test_ties_go_to_the_lowest_index(impl: str, device: str) -> None:
     assert _assign(x, centers.repeat(100, 1), "euclidean", impl)[0].tolist() == [1, 0]
 
 
+def test_rows_without_a_direction(impl: str, device: str) -> None:
+    """All centres are equally far: as the row 0 is, so is one whose norm is next to nothing."""
+    centers = torch.eye(4, device=device)[[2, 1, 0]]
+    x = torch.zeros(3, 4, device=device)
+    x[1, 1] = x[2, 0] = 1e-13
+    labels, distances = _assign(x, centers, "cosine", impl)
+    assert labels.tolist() == [0, 0, 0]
+    assert distances.tolist() == [1.0, 1.0, 1.0]
+
+
 def check_pass(backend: Backend, x: Tensor, k: int, metric: str) -> None:
     """Each label is of a nearest centre, as far as its dtype tells, and the sums are those of the labels."""
     if backend.impl == "faiss" and x.dtype == torch.float64:
         pytest.skip("faiss computes in fp32")
-    steps, (n, d) = STEPS[backend.impl], x.shape
+    steps, (n, d) = IMPLEMENTATIONS[backend.impl], x.shape
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     centers = x[torch.arange(k, device=x.device) * n // k].to(wide)
     rows = x.to(wide)
@@ -328,14 +342,20 @@ def test_widths(backend: Backend, poisoned_memory: None, d: int, k: int) -> None
     check_pass(backend, (normal(90, d, backend.device) + 3).half(), k, "cosine")
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_rows_of_whole_vectors(backend: Backend, poisoned_memory: None, dtype: torch.dtype) -> None:
+    check_pass(backend, (normal(300, 40, backend.device) + 3).to(dtype), 35, "euclidean")
+
+
 @pytest.mark.parametrize("k", [7, 34])
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
-def test_sums_have_a_unit(impl: str, device: str, metric: str, k: int) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_sums_have_a_unit(impl: str, device: str, dtype: torch.dtype, metric: str, k: int) -> None:
     """Why they are exact: of any 2^28 rows fp64 holds every multiple of it."""
     n = 1 << 28
-    x = normal(900, 37, device).exp()
+    x = normal(900, 37, device).to(dtype).exp()
     centers = prepare(x[:k], metric, summary_of(x, metric, n))
-    sums = STEPS[impl].assign_and_sum(x, centers)[2]
+    sums = IMPLEMENTATIONS[impl].assign_and_sum(x, centers)[2]
     unit = centers.rounding / 1.5 * 2.0**-52
     assert torch.equal(sums / unit, (sums / unit).round())
     assert (sums.abs().amax(0) < n * centers.largest / 2**20).all()
@@ -352,7 +372,7 @@ def test_sums_are_the_same_in_any_order(backend: Backend, metric: str, k: int) -
     centers = prepare(x[:k], metric, summary_of(x, metric, n))
 
     def run(rows: Tensor) -> tuple[Tensor, ...]:
-        return STEPS[backend.impl].assign_and_sum(rows, centers)
+        return IMPLEMENTATIONS[backend.impl].assign_and_sum(rows, centers)
 
     labels, distances, sums, counts = run(x)
     threads = torch.get_num_threads()
@@ -373,7 +393,7 @@ def test_sums_are_the_same_in_any_order(backend: Backend, metric: str, k: int) -
 @pytest.mark.parametrize(("k", "width"), [(3, 37), (10, 64), (16, 64), (40, 37)])  # whole vectors are not copied
 def test_sums_of_what_changed(impl: str, metric: str, k: int, width: int) -> None:
     """The sums of a pass and the changes since are those of the later pass, bit by bit."""
-    steps = STEPS[impl]
+    steps = IMPLEMENTATIONS[impl]
     if not hasattr(steps, "follow"):
         pytest.skip(f"{impl} sums all rows in every pass")
     n = 3000
@@ -414,13 +434,35 @@ def test_triton_is_never_replaced() -> None:
         _steps("triton", torch.device("meta"))
 
 
+def test_cuda_is_never_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RuntimeError, match="impl='cuda': computes on CUDA tensors: got device meta"):
+        _steps("cuda", torch.device("meta"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(_cuda, "_loaded", lambda: "is not built")
+    with pytest.raises(RuntimeError, match="impl='cuda': is not built, or use impl='reference'"):
+        _steps("cuda", torch.device("cuda"))
+
+
+@pytest.mark.parametrize(
+    ("missing", "chosen"), [((), "triton"), (("triton",), "cuda"), (("triton", "cuda"), "reference")]
+)
+def test_auto_on_a_gpu(monkeypatch: pytest.MonkeyPatch, missing: tuple[str, ...], chosen: str) -> None:
+    for name, module in (("triton", logsumexp.triton), ("cuda", _cuda)):
+        monkeypatch.setattr(module, "why_not", lambda _, __, name=name: "is missing" if name in missing else None)
+    for_cuda.cache_clear()
+    told = "impl='reference' computes.*: impl='triton': is missing; impl='cuda': is missing"
+    with pytest.warns(RuntimeWarning, match=told) if chosen == "reference" else contextlib.nullcontext():
+        assert _steps("auto", torch.device("cuda")) is IMPLEMENTATIONS[chosen]
+    for_cuda.cache_clear()
+
+
 @pytest.mark.skipif(why_not(torch.device("cpu")) is not None, reason="for tiles that the interpreter is given")
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_small_tiles(monkeypatch: pytest.MonkeyPatch, poisoned_memory: None, metric: str, dtype: torch.dtype) -> None:
     """Several of each side, a program with several of them, clusters of several pieces: as on a GPU."""
     monkeypatch.setattr(triton, "INTERPRETED", triton.Tiles(32, 16, 16, 32, 4, 1))
-    monkeypatch.setattr(triton, "PIECE_ROWS", 8)
+    monkeypatch.setattr(gpu_pass, "PIECE_ROWS", 8)
     x = (normal(150, 50, "cpu") + 3).to(dtype)
     for k in (23, 35):
         check_pass(Backend("cpu", "triton"), x, k, metric)
@@ -438,7 +480,8 @@ def test_arrays_and_empty_inputs(impl: str, device: str) -> None:
 
 def test_sums_over_many_equal_rows_are_exact(backend: Backend) -> None:
     # A running fp32 sum of 0.1 drifts by then; the mean has to be the row itself.
-    x = torch.full((60_000 if is_slow(backend) else 300_000, 1), 0.1, device=backend.device)
+    on_cpu = backend.device == "cpu" and backend.impl in ("triton", "cuda")  # interpreted, emulated: slow
+    x = torch.full((60_000 if on_cpu else 300_000, 1), 0.1, device=backend.device)
     kmeans = KMeans(1, impl=backend.impl).fit(x)
     assert float(kmeans.cluster_centers_) == pytest.approx(0.1, rel=1e-6)
 

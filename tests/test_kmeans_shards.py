@@ -21,6 +21,7 @@ from mcl_kernels import KMeans
 from mcl_kernels.kmeans import api, lloyd, shards, sources
 from mcl_kernels.kmeans.centers import Centers
 from mcl_kernels.logsumexp.triton import why_not
+from tests.conftest import missing_for_cuda
 from tests.ranks import RankPool
 
 N, D, K = 1200, 12, 7
@@ -158,9 +159,11 @@ def test_forms(ranks: RankPool, tmp_path: Path, form: str, cut: str) -> None:
     check_is_one_process(ranks, x, ends_of(ranks, cut), form, path, n_clusters=K, max_iter=4)
 
 
-@pytest.mark.parametrize("impl", ["reference", "triton"])
+@pytest.mark.parametrize("impl", ["reference", "triton", "cuda"])
 def test_impls(ranks: RankPool, impl: str) -> None:
     if impl == "triton" and (reason := why_not(torch.device("cpu"))):
+        pytest.skip(reason)
+    if impl == "cuda" and (reason := missing_for_cuda("cpu")):
         pytest.skip(reason)
     x = rows_without_structure(60)
     for options in ({}, {"batch_size": 40}):

@@ -31,8 +31,6 @@ __global__ void __launch_bounds__(DROP_THREADS) find_dropped_kernel(const DropPr
   problem.drop_end[sorted] = first_where(first, end, [&](int column) { return value_at(column) > value; });
 }
 
-struct NoMemory {};
-
 inline cudaError_t launch_find_dropped(const DropProblem& problem, cudaStream_t stream) {
   if (problem.n == 0) return cudaSuccess;
   return launch<NoMemory>(find_dropped_kernel, (int64_t(problem.n) + DROP_THREADS - 1) / DROP_THREADS, DROP_THREADS,

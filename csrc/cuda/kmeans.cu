@@ -1,21 +1,33 @@
+#include "kmeans_assign.cuh"
+
 #include "launch.h"
-#include "nearest_centers.cuh"
-#include "range_sums.cuh"
 
 namespace mcl {
 
-cudaError_t nearest_centers(const NearestProblem<float>& problem, cudaStream_t stream) {
-  if (!problem.half) return launch_nearest<float>(problem, stream);
-  return problem.x.dtype == Dtype::bfloat16 ? launch_nearest<__nv_bfloat16>(problem, stream)
-                                            : launch_nearest<__half>(problem, stream);
+cudaError_t assign_clusters(const AssignProblem<float>& problem, cudaStream_t stream) {
+  if (!problem.half) return launch_assign<float>(problem, stream);
+  return problem.samples.x.dtype == Dtype::bfloat16 ? launch_assign<__nv_bfloat16>(problem, stream)
+                                                    : launch_assign<__half>(problem, stream);
 }
 
-cudaError_t nearest_centers(const NearestProblem<double>& problem, cudaStream_t stream) {
-  return launch_nearest<double>(problem, stream);
+cudaError_t assign_clusters(const AssignProblem<double>& problem, cudaStream_t stream) {
+  return launch_assign<double>(problem, stream);
 }
 
-cudaError_t range_sums(const SumProblem<float>& problem, cudaStream_t stream) { return launch_sums(problem, stream); }
+cudaError_t sum_pieces(const PieceProblem<float>& problem, cudaStream_t stream) {
+  switch (problem.samples.x.dtype) {
+    case Dtype::bfloat16: return launch_sum_pieces<__nv_bfloat16>(problem, stream);
+    case Dtype::float16: return launch_sum_pieces<__half>(problem, stream);
+    default: return launch_sum_pieces<float>(problem, stream);
+  }
+}
 
-cudaError_t range_sums(const SumProblem<double>& problem, cudaStream_t stream) { return launch_sums(problem, stream); }
+cudaError_t sum_pieces(const PieceProblem<double>& problem, cudaStream_t stream) {
+  return launch_sum_pieces<double>(problem, stream);
+}
+
+cudaError_t join_pieces(const JoinProblem& problem, cudaStream_t stream) {
+  return launch_join_pieces(problem, stream);
+}
 
 }  // namespace mcl

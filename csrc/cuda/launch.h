@@ -16,10 +16,12 @@ cudaError_t masked_lse_backward(const BackwardProblem<double>& problem, cudaStre
 cudaError_t make_plan(const PlanProblem& problem, cudaStream_t stream);
 cudaError_t find_dropped(const DropProblem& problem, cudaStream_t stream);
 
-cudaError_t nearest_centers(const NearestProblem<float>& problem, cudaStream_t stream);
-cudaError_t nearest_centers(const NearestProblem<double>& problem, cudaStream_t stream);
+cudaError_t assign_clusters(const AssignProblem<float>& problem, cudaStream_t stream);
+cudaError_t assign_clusters(const AssignProblem<double>& problem, cudaStream_t stream);
 
-cudaError_t range_sums(const SumProblem<float>& problem, cudaStream_t stream);
-cudaError_t range_sums(const SumProblem<double>& problem, cudaStream_t stream);
+cudaError_t sum_pieces(const PieceProblem<float>& problem, cudaStream_t stream);
+cudaError_t sum_pieces(const PieceProblem<double>& problem, cudaStream_t stream);
+
+cudaError_t join_pieces(const JoinProblem& problem, cudaStream_t stream);
 
 }  // namespace mcl

@@ -164,65 +164,6 @@ void plan(const Tensor& like, const OptionalTensor& labels, const OptionalTensor
   check(make_plan(problem, on.stream));
 }
 
-// `centers`: one matrix as rows are multiplied with, or two whose sum it is.
-template <class T>
-void nearest_as(const Tensor& x, const Tensor& offset, const Tensor& points, at::TensorList centers,
-                const Tensor& half_norms, bool cosine, const Tensor& labels, const Tensor& distances,
-                const Tensor& inverse_norms) {
-  const bool half = centers.size() == 2;
-  const at::ScalarType operand = half ? x.scalar_type() : points.scalar_type();
-  const NearestProblem<T> problem{matrix(x, operand),
-                                  x.size(0),
-                                  x.size(1),
-                                  checked_size(points),
-                                  half,
-                                  cosine,
-                                  offset.const_data_ptr<T>(),
-                                  points.const_data_ptr<T>(),
-                                  {matrix(centers.front(), operand), matrix(centers.back(), operand)},
-                                  half_norms.const_data_ptr<T>(),
-                                  labels.mutable_data_ptr<int64_t>(),
-                                  distances.mutable_data_ptr<T>(),
-                                  inverse_norms.mutable_data_ptr<T>()};
-  const OnDevice on(x);
-  check(nearest_centers(problem, on.stream));
-}
-
-void nearest(const Tensor& x, const Tensor& offset, const Tensor& points, at::TensorList centers,
-             const Tensor& half_norms, bool cosine, const Tensor& labels, const Tensor& distances,
-             const Tensor& inverse_norms) {
-  points.scalar_type() == at::kDouble
-      ? nearest_as<double>(x, offset, points, centers, half_norms, cosine, labels, distances, inverse_norms)
-      : nearest_as<float>(x, offset, points, centers, half_norms, cosine, labels, distances, inverse_norms);
-}
-
-template <class T>
-void sum_as(const Tensor& x, const OptionalTensor& order, const OptionalTensor& inverse_norms,
-            const OptionalTensor& offset, const OptionalTensor& rounding, const Tensor& begin, const Tensor& end,
-            const Tensor& sums) {
-  const SumProblem<T> problem{matrix(x, x.scalar_type()),
-                              x.size(1),
-                              pointer<int64_t>(order),
-                              pointer<T>(inverse_norms),
-                              pointer<T>(offset),
-                              pointer<double>(rounding),
-                              begin.const_data_ptr<int64_t>(),
-                              end.const_data_ptr<int64_t>(),
-                              begin.size(0),
-                              sums.mutable_data_ptr<double>()};
-  const OnDevice on(x);
-  check(range_sums(problem, on.stream));
-}
-
-// In the type of the offset; without one in fp64.
-void sum(const Tensor& x, const OptionalTensor& order, const OptionalTensor& inverse_norms,
-         const OptionalTensor& offset, const OptionalTensor& rounding, const Tensor& begin, const Tensor& end,
-         const Tensor& sums) {
-  offset && offset->scalar_type() == at::kFloat
-      ? sum_as<float>(x, order, inverse_norms, offset, rounding, begin, end, sums)
-      : sum_as<double>(x, order, inverse_norms, offset, rounding, begin, end, sums);
-}
-
 void dropped(const Tensor& order, const Tensor& begin, const Tensor& end, const Tensor& values,
              const Tensor& column_order, const Tensor& column_values, const Tensor& drop_begin,
              const Tensor& drop_end) {
@@ -237,6 +178,84 @@ void dropped(const Tensor& order, const Tensor& begin, const Tensor& end, const 
                             drop_end.mutable_data_ptr<int32_t>()};
   const OnDevice on(order);
   check(find_dropped(problem, on.stream));
+}
+
+// Rows of k-means and how their entries are summed; inverse norms are there where the metric is cosine.
+struct SampleTensors {
+  const Tensor &x, &offset;
+  const OptionalTensor &inverse_norms, &rounding, &scale, &unit;
+
+  // `operand`: the type that rows are multiplied in.
+  template <class T>
+  Samples<T> samples(at::ScalarType operand) const {
+    return {matrix(x, operand), x.size(0), x.size(1), inverse_norms ? nullptr : offset.const_data_ptr<T>(),
+            mutable_pointer<T>(inverse_norms)};
+  }
+  template <class T>
+  FixedPoint<T> entries() const {
+    return {pointer<T>(rounding), pointer<float>(scale), pointer<double>(unit)};
+  }
+};
+
+struct AssignTensors {
+  const Tensor &high, &low, &centers, &half_norms, &labels, &distances;
+  const OptionalTensor &sums, &counts;
+};
+
+template <class T>
+void assign_as(const SampleTensors& rows, const AssignTensors& of) {
+  const at::ScalarType operand = of.high.scalar_type();
+  const AssignProblem<T> problem{rows.samples<T>(operand),
+                                 operand != of.centers.scalar_type(),
+                                 matrix(of.high, operand),
+                                 matrix(of.low, operand),
+                                 of.centers.const_data_ptr<T>(),
+                                 of.half_norms.const_data_ptr<T>(),
+                                 checked_size(of.centers),
+                                 of.labels.mutable_data_ptr<int64_t>(),
+                                 of.distances.mutable_data_ptr<T>(),
+                                 rows.entries<T>(),
+                                 mutable_pointer<double>(of.sums),
+                                 mutable_pointer<int64_t>(of.counts),
+                                 of.sums ? checked_size(*of.sums) : 0};
+  const OnDevice on(rows.x);
+  check(assign_clusters(problem, on.stream));
+}
+
+void assign(const Tensor& x, const Tensor& offset, const OptionalTensor& inverse_norms,
+            const OptionalTensor& rounding, const OptionalTensor& scale, const OptionalTensor& unit,
+            const Tensor& centers, const Tensor& high, const Tensor& low, const Tensor& half_norms,
+            const Tensor& labels, const Tensor& distances, const OptionalTensor& sums, const OptionalTensor& counts) {
+  const SampleTensors rows{x, offset, inverse_norms, rounding, scale, unit};
+  const AssignTensors of{high, low, centers, half_norms, labels, distances, sums, counts};
+  centers.scalar_type() == at::kDouble ? assign_as<double>(rows, of) : assign_as<float>(rows, of);
+}
+
+template <class T>
+void sum_pieces_as(const SampleTensors& rows, const Tensor& order, const Tensor& begin, const Tensor& end,
+                   const Tensor& sums) {
+  const PieceProblem<T> problem{rows.samples<T>(rows.x.scalar_type()), rows.entries<T>(),
+                                order.const_data_ptr<int64_t>(),       begin.const_data_ptr<int64_t>(),
+                                end.const_data_ptr<int64_t>(),         begin.size(0),
+                                sums.mutable_data_ptr<double>()};
+  const OnDevice on(rows.x);
+  check(sum_pieces(problem, on.stream));
+}
+
+void sum_by_piece(const Tensor& x, const Tensor& offset, const OptionalTensor& inverse_norms,
+                  const OptionalTensor& rounding, const OptionalTensor& scale, const OptionalTensor& unit,
+                  const Tensor& order, const Tensor& begin, const Tensor& end, const Tensor& sums) {
+  const SampleTensors rows{x, offset, inverse_norms, rounding, scale, unit};
+  offset.scalar_type() == at::kDouble ? sum_pieces_as<double>(rows, order, begin, end, sums)
+                                      : sum_pieces_as<float>(rows, order, begin, end, sums);
+}
+
+void join(const Tensor& pieces, const Tensor& begin, const Tensor& end, const Tensor& sums) {
+  const JoinProblem problem{pieces.const_data_ptr<double>(), begin.const_data_ptr<int64_t>(),
+                            end.const_data_ptr<int64_t>(),   sums.size(0),
+                            sums.size(1),                    sums.mutable_data_ptr<double>()};
+  const OnDevice on(pieces);
+  check(join_pieces(problem, on.stream));
 }
 
 }  // namespace
@@ -258,16 +277,18 @@ LIBRARY_OF(MCL_NAMESPACE, library) {
               "Tensor? row_lse, Tensor? row_weight, Tensor? column_lse, Tensor? column_weight, Tensor? column_scale, "
               "Tensor? unit, Tensor(a!)? grad_x, Tensor(b!)? grad_scale) -> ()",
               &mcl::backward);
+  library.def("assign(Tensor x, Tensor offset, Tensor(a!)? inverse_norms, Tensor? rounding, Tensor? scale, "
+              "Tensor? unit, Tensor centers, Tensor high, Tensor low, Tensor half_norms, Tensor(b!) labels, "
+              "Tensor(c!) distances, Tensor(d!)? sums, Tensor(e!)? counts) -> ()",
+              &mcl::assign);
+  library.def("sum_pieces(Tensor x, Tensor offset, Tensor? inverse_norms, Tensor? rounding, Tensor? scale, "
+              "Tensor? unit, Tensor order, Tensor begin, Tensor end, Tensor(a!) sums) -> ()",
+              &mcl::sum_by_piece);
+  library.def("join_pieces(Tensor pieces, Tensor begin, Tensor end, Tensor(a!) sums) -> ()", &mcl::join);
   library.def("plan(Tensor like, Tensor? labels, Tensor? ids, int n, Tensor? key_labels, Tensor? key_ids, int m, "
               "bool self, int negatives, Tensor(a!)? order, Tensor(b!)? begin, Tensor(c!)? end, "
               "Tensor(d!)? key_order, Tensor(e!)? sorted_tiles) -> ()",
               &mcl::plan);
-  library.def("nearest(Tensor x, Tensor offset, Tensor points, Tensor[] centers, Tensor half_norms, bool cosine, "
-              "Tensor(a!) labels, Tensor(b!) distances, Tensor(c!) inverse_norms) -> ()",
-              &mcl::nearest);
-  library.def("sum(Tensor x, Tensor? order, Tensor? inverse_norms, Tensor? offset, Tensor? rounding, Tensor begin, "
-              "Tensor end, Tensor(a!) sums) -> ()",
-              &mcl::sum);
   library.def("dropped(Tensor order, Tensor begin, Tensor end, Tensor values, Tensor column_order, "
               "Tensor column_values, Tensor(a!) drop_begin, Tensor(b!) drop_end) -> ()",
               &mcl::dropped);

@@ -92,34 +92,55 @@ struct DropProblem {
   int32_t *drop_begin, *drop_end;  // [n], sorted
 };
 
-// k-means: T, the type of scores, distances and centres, is float or double.
+// Of k-means: rows, and their entries as they are summed.
 template <class T>
-struct NearestProblem {
-  Matrix x;            // [n, D]
-  int64_t n, width;
-  int clusters;
-  bool half, cosine;   // rows are multiplied as they are; rows and centres count by their direction
-  const T* offset;     // [D]
-  const T* points;     // [K, D], relative to the offset
-  Matrix centers[2];   // [K, D], the same as rows are multiplied with; where half, the sum of the two
-  const T* half_norms; // [K], in the unit of these
-  int64_t* labels;     // [n]
-  T* distances;        // [n]
-  T* inverse_norms;    // [n], where cosine: 1 / |x_i|, 0 without a direction
+struct Samples {
+  Matrix x;          // [n, D]
+  int64_t n, width;  // width: D
+  const T* offset;   // [D]: an entry is x_if - offset_f; but where the metric is cosine
+  T* inverse_norms;  // [n], 1 / |x_i|, 0 without a direction: x_if / |x_i|
 };
 
-// For each range its rows' sum: of rows relative to an offset, rounded to what fp64 sums exactly; or as they are.
+// By column, how entries are rounded so that sums of them are exact.
 template <class T>
-struct SumProblem {
-  Matrix x;
-  int64_t width;
-  const int64_t* order;        // sorted -> row; null: as they lie
-  const T* inverse_norms;      // of rows, or null
-  const T* offset;             // [D], or null
-  const double* rounding;      // [D], or null
-  const int64_t *begin, *end;  // [ranges], sorted
-  int64_t ranges;
-  double* sums;                // [ranges, D]
+struct FixedPoint {
+  const T* rounding;   // [D], 1.5 * 2^e: adding and subtracting it rounds fp64 entries, and of fp32 the low integer
+  const float* scale;  // [D], of fp32: makes the high integer of an entry
+  const double* unit;  // [D], of fp32: what 1 in the low integer stands for
+};
+
+template <class T>
+struct AssignProblem {
+  Samples<T> samples;
+  bool half;             // rows of 16 bits are multiplied as they are, others relative to the offset
+  Matrix high, low;      // [K, D] in the type that is multiplied: centres, where half as the sum of two
+  const T* centers;      // [K, D], relative to the offset
+  const T* half_norms;   // [K]: the nearest centre has the least half_norms_k - <x_i, c_k>
+  int clusters;          // K
+  int64_t* labels;       // [n]
+  T* distances;          // [n]
+  FixedPoint<T> entries;
+  double* sums;          // [blocks, K, D], added to; null: nothing is summed
+  int64_t* counts;       // [blocks, K]
+  int blocks;
+};
+
+// Sums of pieces of a cluster, at most 256 rows each.
+template <class T>
+struct PieceProblem {
+  Samples<T> samples;
+  FixedPoint<T> entries;
+  const int64_t* order;          // [n], rows by cluster
+  const int64_t *begin, *end;    // [pieces], in that order; equal, or the other way round, where there are no rows
+  int64_t pieces;
+  double* sums;                  // [pieces, D]
+};
+
+struct JoinProblem {
+  const double* pieces;          // [pieces, D]
+  const int64_t *begin, *end;    // [K], the pieces of a cluster
+  int64_t clusters, width;
+  double* sums;                  // [K, D]
 };
 
 }  // namespace mcl

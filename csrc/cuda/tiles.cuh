@@ -53,9 +53,10 @@ struct Places {
 };
 
 // Features first .. first + FEATURES - 1 of the rows at `places`; zeros behind the last, and where there is no row.
+// Of fp32 and fp64 less those of the offset, [D], where there is one.
 template <int FEATURES, int THREADS, class Operand, int STRIDE>
 __device__ __forceinline__ void load_part(const Matrix& x, const int64_t* places, int64_t first, int64_t width,
-                                          Operand (*to)[STRIDE]) {
+                                          Operand (*to)[STRIDE], const Sum<Operand>* offset = nullptr) {
   constexpr int LANES = 16 / sizeof(Operand), VECTORS = FEATURES / LANES;
 #pragma unroll
   for (int index = threadIdx.x; index < Shape<Operand>::SIDE * VECTORS; index += THREADS) {
@@ -70,6 +71,13 @@ __device__ __forceinline__ void load_part(const Matrix& x, const int64_t* places
         vector.lanes[k] = place >= 0 && feature + k < width
                               ? read<Operand>(x, place * x.row_stride + (feature + k) * x.step)
                               : rounded<Operand>(Sum<Operand>(0));
+    }
+    if constexpr (std::is_same_v<Operand, Sum<Operand>>) {
+      if (offset && place >= 0) {
+#pragma unroll
+        for (int k = 0; k < LANES; k++)
+          if (feature + k < width) vector.lanes[k] -= offset[feature + k];
+      }
     }
     *reinterpret_cast<Vector<Operand, LANES>*>(&to[row][lane]) = vector;
   }
@@ -185,6 +193,8 @@ __device__ __forceinline__ void for_each_product(const Row& row, int start, bool
     }
   }
 }
+
+struct NoMemory {};
 
 // Of a kernel whose shared memory is one struct; an empty one is none.
 template <class Shared, class Problem>

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mcl_kernels import _cuda, _gpu, _native
+from mcl_kernels import _cuda, _native
 from mcl_kernels._rows import compute_dtype
 from mcl_kernels._validate import as_integer, as_number, check_choice, check_same_width
 from mcl_kernels.distributed.group import ranks_of
@@ -21,13 +21,15 @@ from mcl_kernels.kmeans.centers import prepare, serial_mean, summarize
 from mcl_kernels.kmeans.lloyd import Clustering, Problem
 from mcl_kernels.kmeans.shards import open_shard
 from mcl_kernels.kmeans.sources import Array, ChunkedRows, Rows, RowsLike, open_rows
+from mcl_kernels.logsumexp.api import for_cuda
 from mcl_kernels.logsumexp.triton import why_not
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 METRICS = ("euclidean", "cosine")
-IMPLS = ("auto", "native", "triton", "cuda", "reference", "faiss")
+IMPLEMENTATIONS = {"native": native, "triton": triton, "cuda": cuda, "reference": reference, "faiss": faiss}
+IMPLS = ("auto", *IMPLEMENTATIONS)
 
 # Rows that k-means++ sees: fewer of many features, but enough of each cluster.
 INIT_ROWS = 1 << 16
@@ -68,8 +70,9 @@ class KMeans:
             iterables: in their order).
         empty: "split": an empty cluster takes the farthest row of the largest one. Counted in `history_`.
         seed: of the initialisation.
-        impl: "native" (C++ kernels, on a CPU), "triton" or "cuda" (kernels for CUDA), "reference" (PyTorch by tiles)
-            or "auto": the first of them that runs on the device of the data. `capabilities()` says what is missing.
+        impl: "native" (C++ kernels, on a CPU), "triton" (kernels for CUDA), "cuda" (CUDA C++ kernels, where the
+            installation built them), "reference" (PyTorch by tiles) or "auto": the first of them that runs on the
+            device of the data. `capabilities()` says what is missing.
             "faiss" computes the distances with that library, on its GPUs where it has some; near-ties may then depend
             on the chunks.
         group: None, or a `torch.distributed` process group, on each of whose ranks `fit` is called.
@@ -288,7 +291,8 @@ def _steps(impl: str, device: torch.device) -> ModuleType:
     if impl == "auto":
         if device.type == "cpu":
             return native if _native.usable() else reference
-        impl = _gpu.pick(device, "reference") if device.type == "cuda" else "reference"
+        impl = for_cuda(device, "reference") if device.type == "cuda" else "reference"
+        return IMPLEMENTATIONS[impl]
     if impl == "native" and device.type != "cpu":
         raise ValueError(f"impl='native' computes on CPU tensors: got device {device}")
     if impl == "triton" and (reason := why_not(device, "reference")):
@@ -297,7 +301,7 @@ def _steps(impl: str, device: torch.device) -> ModuleType:
         raise RuntimeError(f"impl='cuda': {reason}")
     if impl == "faiss" and (missing := faiss.why_not()):
         raise RuntimeError(f"impl='faiss': {missing}")
-    return {"native": native, "triton": triton, "cuda": cuda, "reference": reference, "faiss": faiss}[impl]
+    return IMPLEMENTATIONS[impl]
 
 
 def _check_range(name: str, x: Tensor) -> None:

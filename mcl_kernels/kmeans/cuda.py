@@ -1,13 +1,16 @@
-"""One pass over the data in CUDA C++: `csrc/cuda`, for GPUs and systems that Triton is not for.
+"""One pass over the data in CUDA C++: `csrc/cuda/kmeans_*.cuh`, for GPUs and systems that Triton is not for.
 
     euclidean   label_i = argmin_k |x_i - c_k|^2,   distance_i = |x_i - c_label|^2
     cosine      label_i = argmax_k <x_i, c_k>,      distance_i = 1 - <x_i, c_label>,    x_i divided by its norm
 
-The argmin is taken of |c|^2 / 2 - <x, c> by tiles of rows against tiles of centres, by a running minimum: no N x K
-scores. Rows are relative to the offset, and for products of half precision as they are, with centres as the sum of two
-numbers of that precision. For sums rows are sorted by label, and read once more. Sums are exact, and no add is atomic.
+A block finds the argmin of |c|^2 / 2 - <x, c> for a tile of rows against tiles of centres: no N x K scores. fp16 and
+bf16 rows are multiplied as they are, on tensor cores (bf16 before compute capability 8.0 is not), with centres as the
+sum of two numbers of their dtype; fp32 rows relative to the offset, in fp32. Few centres: a block adds the rows of a
+tile to its sums while the cache has them. Many: rows are sorted by label, and read once more. Sums are exact: fp32
+entries are added as integers. No add is atomic, and nothing waits for the GPU.
 
-Memory beyond inputs and outputs: the order and the norms of the rows, and fp64 sums of every 256 rows.
+Memory beyond inputs and outputs. Few centres: their fp64 sums for each block that runs at a time. Many: the order and
+the norms of the rows, and fp64 sums of every 256 rows.
 """
 
 from __future__ import annotations
@@ -16,10 +19,21 @@ import torch
 from torch import Tensor
 
 from mcl_kernels import _cuda
-from mcl_kernels.kmeans import by_label
 from mcl_kernels.kmeans.centers import Centers
+from mcl_kernels.kmeans.gpu_pass import (
+    MOST_NUMBERS,
+    MOST_SUMMED,
+    cut_into_pieces,
+    fixed_point,
+    make_factors,
+    programs_at_a_time,
+)
 
-PIECE_ROWS = 256
+TILE_ROWS = 64  # of a block; of fp64, which is for checks, half as many
+HIGH_BITS = 22  # of the first of an fp32 entry's two integers
+
+# How entries are rounded, by column: what rounds the last integer, the factor of the first, the unit of the last.
+_Rounding = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 def assign(x: Tensor, centers: Centers) -> tuple[Tensor, Tensor]:
@@ -29,31 +43,50 @@ def assign(x: Tensor, centers: Centers) -> tuple[Tensor, Tensor]:
 
 
 def assign_and_sum(x: Tensor, centers: Centers) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`assign`, and the sum of each centre's rows relative to the offset, and their number."""
-    labels, distances, inverse_norms = _assign(x, centers)
-    sums, counts = by_label.sum_by_label(_run_pieces, _run_join, x, centers, labels, inverse_norms, PIECE_ROWS)
-    return labels, distances, sums, counts
+    """`assign`, and in the same pass the sum of each centre's rows relative to the offset, and their number."""
+    k, width = centers.points.shape
+    rounding = _rounding_of(centers)
+    if k > MOST_SUMMED or k * width > MOST_NUMBERS:
+        labels, distances, inverse_norms = _assign(x, centers)
+        return labels, distances, *_sum_by_label(x, centers, rounding, labels, inverse_norms)
+    blocks = min(-(-len(x) // TILE_ROWS), programs_at_a_time(x.device))
+    sums = torch.zeros(blocks, k, width, dtype=torch.float64, device=x.device)
+    counts = torch.empty(blocks, k, dtype=torch.int64, device=x.device)
+    labels, distances, _ = _assign(x, centers, rounding, sums, counts)
+    return labels, distances, sums.sum(0), counts.sum(0)
 
 
-def _assign(x: Tensor, centers: Centers) -> tuple[Tensor, Tensor, Tensor]:
-    """Labels, distances, and for cosine 1 / |x_i|."""
+def _assign(
+    x: Tensor,
+    centers: Centers,
+    rounding: _Rounding = (None, None, None),
+    sums: Tensor | None = None,
+    counts: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Labels, distances and for cosine 1 / |x_i|; fills the sums and counts of each block."""
     points, n = centers.points, len(x)
-    half = x.dtype if x.dtype.itemsize == 2 and points.dtype == torch.float32 else None
-    relative, multiplied, half_norms = by_label.factors(centers, half)
+    factors = make_factors(x, centers, x.dtype.itemsize == 2 and points.dtype == torch.float32)
     labels, distances = torch.empty(n, dtype=torch.int64, device=x.device), points.new_empty(n)
-    inverse_norms = points.new_empty(n if centers.cosine else 0)
-    _cuda.ops(x.device).nearest(
-        x, centers.offset, relative, multiplied, half_norms, centers.cosine, labels, distances, inverse_norms
-    )
+    inverse_norms = points.new_empty(n) if centers.cosine else None
+    _cuda.ops(x.device).assign(x, centers.offset, inverse_norms, *rounding, *factors, labels, distances, sums, counts)
     return labels, distances, inverse_norms
 
 
-def _run_pieces(
-    x: Tensor, order: Tensor, inverse_norms: Tensor, centers: Centers, begin: Tensor, end: Tensor, sums: Tensor
-) -> None:
-    norms = inverse_norms if centers.cosine else None
-    _cuda.ops(x.device).sum(x, order, norms, centers.offset, centers.rounding, begin, end, sums)
+def _rounding_of(centers: Centers) -> _Rounding:
+    if centers.points.dtype == torch.float64:
+        return centers.rounding, None, None
+    scale, last_integer, unit = fixed_point(centers, HIGH_BITS)
+    return last_integer, scale, unit
 
 
-def _run_join(pieces: Tensor, begin: Tensor, end: Tensor, sums: Tensor) -> None:
-    _cuda.ops(pieces.device).sum(pieces, None, None, None, None, begin, end, sums)
+def _sum_by_label(
+    x: Tensor, centers: Centers, rounding: _Rounding, labels: Tensor, inverse_norms: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Sums and counts of many centres."""
+    ops, k = _cuda.ops(x.device), len(centers.points)
+    pieces = cut_into_pieces(labels, k)
+    of_pieces = torch.empty(len(pieces.begin), x.shape[1], dtype=torch.float64, device=x.device)
+    sums = torch.empty(k, x.shape[1], dtype=torch.float64, device=x.device)
+    ops.sum_pieces(x, centers.offset, inverse_norms, *rounding, pieces.order, pieces.begin, pieces.end, of_pieces)
+    ops.join_pieces(of_pieces, pieces.first, pieces.last, sums)
+    return sums, pieces.counts

@@ -14,25 +14,19 @@ the norms of the rows, and fp64 sums of every 256 rows.
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from mcl_kernels.kmeans import by_label
+from mcl_kernels.kmeans import gpu_pass
 from mcl_kernels.kmeans.centers import Centers
+from mcl_kernels.kmeans.gpu_pass import MOST_NUMBERS, MOST_SUMMED
 from mcl_kernels.logsumexp.triton import on_device_of, product_precision
 
-# Centres, and numbers of them all, whose sums a program adds up: those of all programs fit a cache.
-MOST_SUMMED, MOST_NUMBERS = 32, 1 << 14
-PROGRAMS = 2  # of a multiprocessor
-PIECE_ROWS = 256
 PIECE_TILE = {"ROWS": 16, "CHUNK": 128}
 JOIN_TILE = {"ROWS": 16, "CHUNK": 64}
-INTEGER_BITS = (11, 23, 35)  # of an entry, by its three integers
+FIRST_BITS = 11  # of the first of an entry's three integers
 
 
 class Tiles(NamedTuple):
@@ -62,7 +56,7 @@ TABLE: dict[tuple[str, int], tuple[tuple[int, Tiles], ...]] = {
     ("tf32x3", 80): (_FEW, (_MOST, Tiles(128, 64, 16, 32, 8, 2))),
     ("tf32x3", 90): (_FEW, (_MOST, Tiles(128, 128, 32, 32, 8, 2))),
 }
-INTERPRETED, INTERPRETED_PROGRAMS = Tiles(1024, 256, 1024, 1024, 4, 1), 2  # few and large: its cost is that of calls
+INTERPRETED = Tiles(1024, 256, 1024, 1024, 4, 1)  # few and large: its cost is that of calls
 
 
 def choose_tiles(precision: str, width: int, clusters: int, capability: tuple[int, int] | None) -> Tiles:
@@ -115,9 +109,7 @@ def assign(x: Tensor, centers: Centers) -> tuple[Tensor, Tensor]:
 def assign_and_sum(x: Tensor, centers: Centers) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`assign`, and in the same pass the sum of each centre's rows relative to the offset, and their number."""
     labels, distances, inverse_norms, of_few = _assign(x, centers, True)
-    if of_few is not None:
-        return labels, distances, *of_few
-    sums, counts = by_label.sum_by_label(_run_pieces, _run_join, x, centers, labels, inverse_norms, PIECE_ROWS)
+    sums, counts = _sum_by_label(x, centers, labels, inverse_norms) if of_few is None else of_few
     return labels, distances, sums, counts
 
 
@@ -137,17 +129,15 @@ def _assign(
     inverse_norms = points.new_empty(n if centers.cosine else 0)
     programs, clusters = -(-n // tiles.rows), constants["CLUSTERS"]
     if clusters:
-        programs = min(programs, _programs_at_a_time(x.device))
+        programs = min(programs, gpu_pass.programs_at_a_time(x.device))
     counts = torch.zeros(programs, clusters, dtype=torch.int64, device=x.device)
     sums = torch.zeros(programs, width, clusters, dtype=torch.float64, device=x.device)
-    scale, last_integer, unit = _fixed_point(centers)
+    scale, last_integer, unit = gpu_pass.fixed_point(centers, FIRST_BITS)
     if n:
-        relative, multiplied, half_norms = by_label.factors(centers, x.dtype if precision == "half" else None)
-        half_norms = F.pad(half_norms, (0, -len(points) % tiles.columns), value=math.inf)
+        factors = gpu_pass.make_factors(x, centers, precision == "half", tiles.columns)
         with on_device_of(x):
             assign_kernel[(programs,)](
-                x, centers.offset, relative, multiplied[0], multiplied[-1], half_norms,
-                labels, distances, inverse_norms, sums, counts, scale, last_integer,
+                x, centers.offset, *factors, labels, distances, inverse_norms, sums, counts, scale, last_integer,
                 x.stride(0), x.stride(1), n, len(points), width, **constants,
                 num_warps=tiles.warps, num_stages=tiles.stages,
             )  # fmt: skip
@@ -157,57 +147,28 @@ def _assign(
     return labels, distances, inverse_norms, of_few
 
 
-def _fixed_point(centers: Centers) -> tuple[Tensor, Tensor, Tensor]:
-    """Entries as three integers: by column the factor of the first, what rounds the last, and the unit of the last.
-
-    Of more than 2^17 rows, fp64 sums of whole units might be rounded: then the last is a multiple of a power of 2.
-    """
-    largest, rounding = centers.largest.cpu().numpy(), centers.rounding.cpu().numpy()
-    bound = np.maximum(np.frexp(largest)[1], INTEGER_BITS[0] - 126)  # 2^bound is above every entry
-    of_sums = np.frexp(rounding)[1] - 1 - 52  # 2^of_sums is the unit of `Centers.rounded`
-    multiple = np.clip(of_sums - (bound - INTEGER_BITS[2]), 0, 12)
-    powers = (
-        np.ldexp(1.0, INTEGER_BITS[0] - bound),
-        np.ldexp(1.5, 23 + multiple),
-        np.ldexp(1.0, bound - INTEGER_BITS[2]),
-    )
-    scale, last_integer, unit = (torch.from_numpy(power).to(centers.points.device) for power in powers)
-    return scale.float(), last_integer.float(), unit
-
-
-def _programs_at_a_time(device: torch.device) -> int:
-    if device.type == "cpu":
-        return INTERPRETED_PROGRAMS
-    return PROGRAMS * torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def _run_pieces(
-    x: Tensor, order: Tensor, inverse_norms: Tensor, centers: Centers, begin: Tensor, end: Tensor, sums: Tensor
-) -> None:
+def _sum_by_label(x: Tensor, centers: Centers, labels: Tensor, inverse_norms: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums and counts of many centres."""
     import triton.language as tl
 
-    from mcl_kernels.kmeans.triton_steps import piece_kernel
+    from mcl_kernels.kmeans.triton_steps import join_kernel, piece_kernel
 
+    width, k = x.shape[1], len(centers.points)
+    pieces = gpu_pass.cut_into_pieces(labels, k)
+    of_pieces = torch.empty(len(pieces.begin), width, dtype=torch.float64, device=x.device)
+    sums = torch.empty(k, width, dtype=torch.float64, device=x.device)
     wide = tl.float64 if centers.points.dtype == torch.float64 else tl.float32
-    tile = PIECE_TILE if x.is_cuda else _interpreted_tile(x)
+    interpreted = {"ROWS": 32, "CHUNK": min(1024, _whole(width))}
+    piece_tile, join_tile = (PIECE_TILE, JOIN_TILE) if x.is_cuda else (interpreted, interpreted)
     with on_device_of(x):
-        piece_kernel[(len(begin), -(-x.shape[1] // tile["CHUNK"]))](
-            x, order, inverse_norms, centers.offset, centers.rounding, begin, end, sums,
-            x.stride(0), x.stride(1), x.shape[1], COSINE=centers.cosine, WIDE=wide, **tile,
+        piece_kernel[(len(pieces.begin), -(-width // piece_tile["CHUNK"]))](
+            x, pieces.order, inverse_norms, centers.offset, centers.rounding, pieces.begin, pieces.end, of_pieces,
+            x.stride(0), x.stride(1), width, COSINE=centers.cosine, WIDE=wide, **piece_tile,
         )  # fmt: skip
-
-
-def _run_join(pieces: Tensor, begin: Tensor, end: Tensor, sums: Tensor) -> None:
-    from mcl_kernels.kmeans.triton_steps import join_kernel
-
-    width = sums.shape[1]
-    tile = JOIN_TILE if sums.is_cuda else _interpreted_tile(sums)
-    with on_device_of(sums):
-        join_kernel[(len(sums), -(-width // tile["CHUNK"]))](pieces, begin, end, sums, width, **tile)
-
-
-def _interpreted_tile(x: Tensor) -> dict[str, int]:
-    return {"ROWS": 32, "CHUNK": min(1024, _whole(x.shape[1]))}
+        join_kernel[(k, -(-width // join_tile["CHUNK"]))](
+            of_pieces, pieces.first, pieces.last, sums, width, **join_tile
+        )
+    return sums, pieces.counts
 
 
 def _whole(n: int) -> int:

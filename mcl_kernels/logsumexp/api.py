@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
+from functools import cache
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from mcl_kernels import _cuda, _gpu, _native
+from mcl_kernels import _cuda, _native
 from mcl_kernels._rows import compute_dtype
 from mcl_kernels._validate import (
     as_integer_vector,
@@ -41,8 +43,8 @@ def capabilities() -> dict[str, dict[str, object]]:
     reasons = {device: triton.why_not(torch.device(device)) for device in devices}
     on_triton = [device for device, reason in reasons.items() if reason is None]
     on_cuda, cuda_reason = _cuda.describe()
-    for_cuda = [name for name, on in (("triton", on_triton), ("cuda", on_cuda)) if "cuda" in on]
-    picks = ("native for CPU tensors, " if native else "") + (f"{for_cuda[0]} for CUDA's, " if for_cuda else "")
+    of_gpus = [name for name, on in (("triton", on_triton), ("cuda", on_cuda)) if "cuda" in on]
+    picks = ("native for CPU tensors, " if native else "") + (f"{of_gpus[0]} for CUDA's, " if of_gpus else "")
     picks += "else " if picks else ""
     return {
         "native": {"available": native, "devices": ["cpu"] if native else [], "reason": native_reason},
@@ -76,7 +78,7 @@ def resolve_impl(impl: str, device: torch.device) -> str:
     if impl == "auto":
         if device.type == "cpu":
             return "native" if _native_is_usable() else "blockwise"
-        return _for_cuda(device) if device.type == "cuda" else "blockwise"
+        return for_cuda(device) if device.type == "cuda" else "blockwise"
     if impl == "native":
         if device.type != "cpu":
             raise ValueError(f"impl='native' computes on CPU tensors: got device {device}")
@@ -96,8 +98,18 @@ def _load_native() -> None:
     _native.load()
 
 
-def _for_cuda(device: torch.device) -> str:
-    return _gpu.pick(device, "blockwise")
+@cache
+def for_cuda(device: torch.device, instead: str = "blockwise") -> str:
+    """The first of those for GPUs that runs on this one; else `instead`, and a warning, once, what to do about it."""
+    reasons = {}
+    for name, why_not in (("triton", triton.why_not), ("cuda", _cuda.why_not)):
+        reason = why_not(device, instead)
+        if reason is None:
+            return name
+        reasons[name] = reason
+    told = "; ".join(f"impl={name!r}: {reason}" for name, reason in reasons.items())
+    warnings.warn(f"mcl_kernels: impl={instead!r} computes, several times slower: {told}", RuntimeWarning, 3)
+    return instead
 
 
 def _check_triton(device: torch.device) -> None:
@@ -112,7 +124,7 @@ def _check_cuda(device: torch.device) -> None:
 
 # Building and loading are no part of a compiled graph. This is what `torch.compiler.assume_constant_result` sets; the
 # decorator itself would import the compiler with this module.
-_FUNCTIONS: tuple[Any, ...] = (_native_is_usable, _load_native, _for_cuda, _check_triton, _check_cuda)
+_FUNCTIONS: tuple[Any, ...] = (_native_is_usable, _load_native, for_cuda, _check_triton, _check_cuda)
 for _function in _FUNCTIONS:
     _function._dynamo_marked_constant = True
 
