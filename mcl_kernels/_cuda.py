@@ -22,7 +22,6 @@ import torch
 
 PACKAGE = Path(__file__).parent
 NAMESPACE = "mcl_kernels_cuda"
-CUDA_TORCH = "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu130"
 OLDEST = (7, 5)  # compute capability
 FLAGS = ["-O3", "-std=c++17"]
 ERROR = re.compile(
@@ -96,8 +95,8 @@ def check_toolkit() -> None:
     """Raises where this torch and this compiler cannot build the kernels."""
     if torch.version.cuda is None:
         raise CudaUnavailableError(
-            f"torch {torch.__version__} is built without CUDA; install one that is built with that of your nvcc "
-            f"({CUDA_TORCH}), and then: {install_command()}"
+            f"torch {torch.__version__} is built without CUDA; install one that is built with that of your nvcc, "
+            f"and then: {install_command()}"
         )
     nvcc = find_nvcc()
     if nvcc is None:

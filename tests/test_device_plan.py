@@ -26,7 +26,7 @@ def device(request: pytest.FixtureRequest) -> str:
 def assert_same_plan(n: int, m: int | None, pairs: Pairs, device: str) -> None:
     query, key = torch.zeros(n, 1, device=device), None if m is None else torch.zeros(m, 1, device=device)
     pairs = Pairs(*(None if values is None else values.to(device) for values in pairs[:4]), pairs.negatives)
-    assert device_plan._here(query.device, n, m or 0)
+    assert device_plan._by_kernels(query.device, n, m or 0)
     made, expected = device_plan.make_plan(query, key, pairs), plan.make_plan(query, key, pairs)
     for name, got, wanted in zip(plan.Plan._fields, made, expected, strict=True):
         assert torch.equal(got, wanted), name

@@ -22,7 +22,7 @@ ONE_LAUNCH, MOST_ROWS = 1024, 32_768  # of either side
 def make_plan(query: Tensor, key: Tensor | None, pairs: Pairs) -> Plan:
     """What `plan.make_plan` returns."""
     n, m = len(query), 0 if key is None else len(key)
-    if not _here(query.device, n, m):
+    if not _by_kernels(query.device, n, m):
         return plan.make_plan(query, key, pairs)
     labels, key_labels, ids, key_ids = _contiguous(pairs)
     order = torch.empty(n, dtype=torch.int64, device=query.device)
@@ -38,7 +38,7 @@ def query_ranges(pairs: Pairs, made: Plan) -> tuple[Tensor, Tensor]:
     """Begin and end of the sorted queries that each sorted key meets, int64 [M]."""
     n, m = len(made.query_order), len(made.key_order)
     labels, key_labels, ids, key_ids = _contiguous(pairs)
-    if not _here(made.key_order.device, n, m):
+    if not _by_kernels(made.key_order.device, n, m):
         return plan.key_ranges(made.key_order, key_labels, made.query_order, labels, pairs.negatives)
     begin, end = torch.empty_like(made.key_order), torch.empty_like(made.key_order)
     _cuda.ops(begin.device).plan(
@@ -57,7 +57,7 @@ def _is_built(device: torch.device) -> bool:
     return _cuda.why_not(device) is None
 
 
-def _here(device: torch.device, n: int, m: int) -> bool:
+def _by_kernels(device: torch.device, n: int, m: int) -> bool:
     return max(n, m) <= MOST_ROWS and _is_built(device)
 
 
