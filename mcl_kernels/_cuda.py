@@ -24,9 +24,8 @@ PACKAGE = Path(__file__).parent
 NAMESPACE = "mcl_kernels_cuda"
 OLDEST = (7, 5)  # compute capability
 FLAGS = ["-O3", "-std=c++17"]
-ERROR = re.compile(
-    r"error:|error C\d|fatal|ld: "
-)  # of g++, nvcc, MSVC and linkers, not of ninja, which repeats a command
+# Of g++, nvcc, MSVC and linkers, not of ninja, which repeats a command.
+ERROR = re.compile(r"error:|error (C|LNK)\d|fatal|ld: ")
 
 
 class CudaUnavailableError(RuntimeError):
@@ -208,8 +207,8 @@ def ops(device: torch.device) -> Any:
     return LIBRARIES[device.type]()
 
 
-def why_not(device: torch.device, instead: str = "blockwise") -> str | None:
-    """What is missing for CUDA kernels on a device, and what to use instead; None: nothing."""
+def why_not(device: torch.device) -> str | None:
+    """What is missing for CUDA kernels on a device; None: nothing."""
     if device.type != "cuda":
         if device.type in LIBRARIES:
             return None
@@ -218,16 +217,16 @@ def why_not(device: torch.device, instead: str = "blockwise") -> str | None:
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
     if torch.version.hip:
-        return f"is for NVIDIA's GPUs: torch is built for ROCm; use impl={instead!r}"
+        return "is for NVIDIA's GPUs: torch is built for ROCm"
     if reason := _loaded():
-        return f"{reason}, or use impl={instead!r}"
+        return reason
     capability = torch.cuda.get_device_capability(device)
     architectures = _architectures()
     if not runs_on(capability, architectures):
         mine = ".".join(map(str, capability))
         return (
             f"is built for compute capability {', '.join(architectures)}: got {mine}; "
-            f"{install_command(TORCH_CUDA_ARCH_LIST=mine)}, or use impl={instead!r}"
+            f"{install_command(TORCH_CUDA_ARCH_LIST=mine)}"
         )
     return None
 

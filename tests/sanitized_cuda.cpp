@@ -111,14 +111,14 @@ Ranges find_ranges(const Case& c, const Side& x, const Side& y) {
   return ranges;
 }
 
-bool check_plan(const Case& c, bool in_two_launches) {
+bool check_plan(const Case& c, bool together) {
   const Side x = make_side(c.rows, c, 1), of_keys = make_side(c.columns, c, 2), &y = c.columns ? of_keys : x;
   std::vector<int64_t> order(x.size), begin(x.size), end(x.size), key_order(of_keys.size);
   std::vector<int64_t> sorted_tiles(3 * (x.size + of_keys.size));
   mcl::make_plan({{x.labels.data(), x.ids.data(), x.size, order.data(), begin.data(), end.data()},
                   {y.labels.data(), y.ids.data(), of_keys.size, key_order.data(), nullptr, nullptr},
                   c.columns == 0, c.different ? mcl::Negatives::different : mcl::Negatives::same,
-                  in_two_launches ? sorted_tiles.data() : nullptr},
+                  together ? sorted_tiles.data() : nullptr},
                  nullptr);
   const Ranges ranges = find_ranges(c, x, y);
   const bool good = order == x.order && key_order == of_keys.order && begin == ranges.begin && end == ranges.end;
@@ -210,7 +210,7 @@ bool check_pairs() {
 bool check_plans() {
   return check_plan({"plan, self", mcl::Dtype::float32, 100, 0, 1, 5, 100, false}, false) &
          check_plan({"plan, both sides", mcl::Dtype::float32, 60, 1600, 1, 5, 40, true}, false) &
-         check_plan({"plan, in two launches", mcl::Dtype::float32, 1600, 60, 1, 5, 40, false}, true);
+         check_plan({"plan, tiles sorted once", mcl::Dtype::float32, 1600, 60, 1, 5, 40, false}, true);
 }
 
 

@@ -20,7 +20,7 @@ BARRIERS = [
     f"{path.name}:{number}"
     for path in sorted(SOURCES.glob("*.cuh"))
     for number, line in enumerate(path.read_text().splitlines(), 1)
-    if "__syncthreads()" in line
+    if "__syncthreads()" in line or ".sync()" in line
 ]
 needs_emulation = pytest.mark.skipif(emulated_cuda.why_not() is not None, reason=str(emulated_cuda.why_not()))
 
@@ -127,18 +127,19 @@ def test_an_nvcc_of_another_major_version(
         _cuda.check_toolkit()
 
 
-def test_the_first_error_of_a_build_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("line", ['a.cu(3): error: expected a ";"', "a.o : error LNK2001: unresolved external symbol"])
+def test_the_first_error_of_a_build_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, line: str) -> None:
     """Not the command in front of it, which torch repeats."""
     from torch.utils import cpp_extension
 
     def fail(*arguments: object, **options: object) -> None:
-        raise RuntimeError('Error building extension: nvcc -c a.cu\na.cu(3): error: expected a ";"\nninja: stopped')
+        raise RuntimeError(f"Error building extension: nvcc -c a.cu\n{line}\nninja: stopped")
 
     monkeypatch.setattr(_cuda, "check_toolkit", lambda: None)
     monkeypatch.setattr(cpp_extension, "load", fail)
     monkeypatch.setattr(cpp_extension, "CUDA_HOME", "/usr/local/cuda")
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0")
-    with pytest.raises(_cuda.CudaUnavailableError, match=r"not built: a\.cu\(3\): error: .*CUDA_HOME=/usr/local/cuda"):
+    with pytest.raises(_cuda.CudaUnavailableError, match=rf"not built: {re.escape(line)}.*CUDA_HOME=/usr/local/cuda"):
         _cuda.build(SOURCES, tmp_path / "lib" / "kernels.so")
     assert not list((tmp_path / "lib").iterdir())
 

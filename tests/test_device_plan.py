@@ -78,9 +78,13 @@ def test_views_of_every_other_number(device: str) -> None:
     assert_same_plan(20, None, Pairs(labels[::2], None, ids[::2], None, "same"), device)
 
 
-@pytest.mark.parametrize("one_launch", [0, 1 << 20])
-def test_in_one_launch_and_in_two(monkeypatch: pytest.MonkeyPatch, device: str, one_launch: int) -> None:
-    monkeypatch.setattr(device_plan, "ONE_LAUNCH", one_launch)
+def test_tiles_that_are_sorted_once_or_by_each_block(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    """Whether the blocks wait for one another or not, at any size."""
+    pairs = make_pairs(1000, 700, "same", True, True)
+    monkeypatch.setattr(device_plan, "TILE", 0)
+    assert_same_plan(1000, 700, pairs, device)
+    monkeypatch.setattr(device_plan, "TILE", 1 << 20)
+    assert_same_plan(1000, 700, pairs, device)
     assert_same_plan(2100, 1030, make_pairs(2100, 1030, "same", True, True), device)
     assert_same_plan(1500, None, make_pairs(1500, None, "different", True, True), device)
 

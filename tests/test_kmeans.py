@@ -439,7 +439,7 @@ def test_cuda_is_never_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
         _steps("cuda", torch.device("meta"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(_cuda, "_loaded", lambda: "is not built")
-    with pytest.raises(RuntimeError, match="impl='cuda': is not built, or use impl='reference'"):
+    with pytest.raises(RuntimeError, match="impl='cuda': is not built; or use impl='reference'"):
         _steps("cuda", torch.device("cuda"))
 
 
@@ -448,7 +448,7 @@ def test_cuda_is_never_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_auto_on_a_gpu(monkeypatch: pytest.MonkeyPatch, missing: tuple[str, ...], chosen: str) -> None:
     for name, module in (("triton", logsumexp.triton), ("cuda", _cuda)):
-        monkeypatch.setattr(module, "why_not", lambda _, __, name=name: "is missing" if name in missing else None)
+        monkeypatch.setattr(module, "why_not", lambda _, name=name: "is missing" if name in missing else None)
     for_cuda.cache_clear()
     told = "impl='reference' computes.*: impl='triton': is missing; impl='cuda': is missing"
     with pytest.warns(RuntimeWarning, match=told) if chosen == "reference" else contextlib.nullcontext():

@@ -4,6 +4,7 @@
 // columns from the first of its first row's cluster to the last of its last row's, so the grid depends on n alone.
 #pragma once
 
+#include <algorithm>
 #include <type_traits>
 
 #include "products.cuh"
@@ -198,14 +199,33 @@ struct NoMemory {};
 
 // Of a kernel whose shared memory is one struct; an empty one is none.
 template <class Shared, class Problem>
-cudaError_t launch(void (*kernel)(Problem), int64_t blocks, int threads, const Problem& problem, cudaStream_t stream) {
+cudaError_t launch(void (*kernel)(Problem), int64_t blocks, int threads, const Problem& problem, cudaStream_t stream,
+                   bool together = false) {
   static_assert(sizeof(Shared) <= MOST_SHARED);
+  cudaLaunchAttribute cooperative{};
+  cooperative.id = cudaLaunchAttributeCooperative;
+  cooperative.val.cooperative = 1;
   cudaLaunchConfig_t launch{};
   launch.gridDim.x = unsigned(blocks);
   launch.blockDim.x = threads;
   launch.dynamicSmemBytes = std::is_empty_v<Shared> ? 0 : sizeof(Shared);
   launch.stream = stream;
+  launch.attrs = &cooperative;
+  launch.numAttrs = together ? 1 : 0;
   return cudaLaunchKernelEx(&launch, kernel, problem);
+}
+
+// As many of the blocks as the device holds at once, which may wait for one another.
+template <class Shared, class Problem>
+cudaError_t launch_together(void (*kernel)(Problem), int64_t blocks, int threads, const Problem& problem,
+                            cudaStream_t stream) {
+  int device = 0, processors = 0, resident = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  if (error == cudaSuccess)
+    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, threads, sizeof(Shared));
+  if (error != cudaSuccess) return error;
+  return launch<Shared>(kernel, std::min(blocks, int64_t(processors) * resident), threads, problem, stream, true);
 }
 
 }  // namespace mcl

@@ -103,7 +103,7 @@ def for_cuda(device: torch.device, instead: str = "blockwise") -> str:
     """The first of those for GPUs that runs on this one; else `instead`, and a warning, once, what to do about it."""
     reasons = {}
     for name, why_not in (("triton", triton.why_not), ("cuda", _cuda.why_not)):
-        reason = why_not(device, instead)
+        reason = why_not(device)
         if reason is None:
             return name
         reasons[name] = reason
@@ -114,12 +114,12 @@ def for_cuda(device: torch.device, instead: str = "blockwise") -> str:
 
 def _check_triton(device: torch.device) -> None:
     if reason := triton.why_not(device):
-        raise RuntimeError(f"impl='triton': {reason}")
+        raise RuntimeError(f"impl='triton': {reason}; or use impl='blockwise'")
 
 
 def _check_cuda(device: torch.device) -> None:
     if reason := _cuda.why_not(device):
-        raise RuntimeError(f"impl='cuda': {reason}")
+        raise RuntimeError(f"impl='cuda': {reason}; or use impl='blockwise'")
 
 
 # Building and loading are no part of a compiled graph. This is what `torch.compiler.assume_constant_result` sets; the

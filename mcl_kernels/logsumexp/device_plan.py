@@ -1,8 +1,7 @@
 """The plan of the implementations for GPUs: by `csrc/cuda/plan.cuh` where that is built, else by torch's sorts.
 
-Of a small batch planning is a large part of the step, and nearly all of that are launches. Here they are one, or two of
-more than `ONE_LAUNCH` rows. Each row is looked for in every tile of 1,024: beyond `MOST_ROWS` torch's sorts do less.
-Neither number is measured.
+Of a small batch planning is a large part of the step, and nearly all of that are launches: here it is one. Each row is
+looked for in every tile of 1,024: beyond `MOST_ROWS` torch's sorts do less. That number is not measured.
 """
 
 from __future__ import annotations
@@ -16,7 +15,8 @@ from mcl_kernels import _cuda
 from mcl_kernels.logsumexp import plan
 from mcl_kernels.logsumexp.plan import NEGATIVES, Pairs, Plan
 
-ONE_LAUNCH, MOST_ROWS = 1024, 32_768  # of either side
+TILE = 1024  # rows that a block sorts at a time; of a side with more, each tile is sorted once
+MOST_ROWS = 32_768  # of either side
 
 
 def make_plan(query: Tensor, key: Tensor | None, pairs: Pairs) -> Plan:
@@ -62,4 +62,4 @@ def _by_kernels(device: torch.device, n: int, m: int) -> bool:
 
 
 def _work_space(like: Tensor, n: int, m: int) -> Tensor | None:
-    return like.new_empty(3 * (n + m)) if max(n, m) > ONE_LAUNCH else None
+    return like.new_empty(3 * (n + m)) if max(n, m) > TILE else None

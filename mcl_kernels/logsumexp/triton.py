@@ -29,27 +29,27 @@ OLDEST = 8  # major compute capability: what Triton itself supports
 PLAN_ROWS = 256  # of a program that looks for dropped columns
 
 
-def why_not(device: torch.device, instead: str = "blockwise") -> str | None:
-    """What is missing for Triton kernels on a device, and what to use instead; None: nothing."""
+def why_not(device: torch.device) -> str | None:
+    """What is missing for Triton kernels on a device; None: nothing."""
     try:
         import triton
     except ImportError as error:
-        return f"triton cannot be imported ({error}); pip install triton, or use impl={instead!r}"
+        return f"triton cannot be imported ({error}); pip install triton"
     if not hasattr(triton, "knobs"):
-        return f"needs triton 3.4 or later: got {triton.__version__}; use impl={instead!r}"
+        return f"needs triton 3.4 or later: got {triton.__version__}"
     if device.type == "cpu":
         if triton.knobs.runtime.interpret:
             return None
         return "computes on CUDA tensors: got device cpu (TRITON_INTERPRET=1 interprets it, for tests)"
     if device.type != "cuda":
-        return f"computes on CUDA tensors: got device {device}; use impl={instead!r}"
+        return f"computes on CUDA tensors: got device {device}"
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
     if torch.version.hip:
-        return f"is for NVIDIA's GPUs: torch is built for ROCm; use impl={instead!r}"
+        return "is for NVIDIA's GPUs: torch is built for ROCm"
     major, minor = torch.cuda.get_device_capability(device)
     if major < OLDEST:
-        return f"needs compute capability {OLDEST}.0 or later: got {major}.{minor}; use impl={instead!r}"
+        return f"needs compute capability {OLDEST}.0 or later: got {major}.{minor}"
     return None
 
 

@@ -1,9 +1,10 @@
 // CUDA C++ as C++: g++ compiles the kernels with this directory in the place of the toolkit's headers, and they run on
 // the processor. For tests: it shows what a kernel computes, and which barriers it needs, not how long it takes.
 //
-// Blocks run one after the other. The threads of a block are fibers on one thread of the system, each running to its
-// next barrier; with CUDA_ON_CPU_THREADS they are threads of the system, for ThreadSanitizer. Shared memory is all NaN
-// when a block starts, and lanes of a warp see each other's writes behind a barrier only, as CUDA guarantees no more.
+// Blocks run one after the other, and those that wait for one another from one barrier of the grid to the next. The
+// threads of a block are fibers on one thread of the system, each running to its next barrier; with CUDA_ON_CPU_THREADS
+// they are threads of the system, for ThreadSanitizer. Shared memory is all NaN when a block starts, and lanes of a warp
+// see each other's writes behind a barrier only, as CUDA guarantees no more.
 #pragma once
 
 #include <algorithm>
@@ -12,6 +13,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <mutex>
 #include <string>
@@ -41,6 +43,7 @@ struct dim3 {
 namespace cuda_on_cpu {
 
 constexpr int WARP = 32, MOST_THREADS = 1024, MOST_SHARED = 48 * 1024;
+constexpr int PROCESSORS = 2;  // each holds one block
 
 [[noreturn]] inline void fail(const char* message) {
   std::fprintf(stderr, "cuda_on_cpu: %s\n", message);
@@ -56,14 +59,19 @@ constexpr unsigned char POISON = 0xff;  // bytes of NaN, whatever the type
 // What a kernel's `extern __shared__ char shared_bytes[]` names.
 alignas(128) inline char shared_bytes[cuda_on_cpu::MOST_SHARED + cuda_on_cpu::GUARD];
 
-inline dim3 gridDim, blockDim, blockIdx;
 #if defined(CUDA_ON_CPU_THREADS)
-inline thread_local dim3 threadIdx;
+#define CUDA_ON_CPU_OWN thread_local
 #else
-inline dim3 threadIdx;
+#define CUDA_ON_CPU_OWN
 #endif
 
+inline dim3 gridDim, blockDim;
+inline CUDA_ON_CPU_OWN dim3 blockIdx, threadIdx;
+
 namespace cuda_on_cpu {
+
+struct Block;
+inline CUDA_ON_CPU_OWN Block* block;  // the one that runs
 
 #if defined(CUDA_ON_CPU_THREADS)
 
@@ -78,16 +86,41 @@ struct Barrier {
   std::atomic<unsigned> passed{0};
 };
 
+// The threads of a block, and where they stand.
 class Threads {
  public:
+  // Starts `count` of them; returns when all have ended or the block has handed over, as `go_on` does.
   void run(int count, const std::function<void()>& body) {
-    std::vector<std::thread> threads;
+    left_ = count;
+    inside_ = true;
     for (int t = 0; t < count; t++)
-      threads.emplace_back([&, t] {
+      threads_.emplace_back([this, t, &body, own_block = block, own_index = blockIdx] {
+        block = own_block;
+        blockIdx = own_index;
         threadIdx = {unsigned(t), 0, 0};
         body();
+        const std::lock_guard lock(mutex_);
+        if (--left_ == 0) leave();
       });
-    for (std::thread& thread : threads) thread.join();
+    wait_outside();
+  }
+
+  void go_on() {
+    {
+      const std::lock_guard lock(mutex_);
+      inside_ = true;
+      changed_.notify_all();
+    }
+    wait_outside();
+  }
+
+  bool ended() const { return left_ == 0; }
+
+  // By one thread, while the others wait at a barrier: other blocks run before this one goes on.
+  void hand_over() {
+    std::unique_lock lock(mutex_);
+    leave();
+    changed_.wait(lock, [&] { return inside_; });
   }
 
   // Returns once `count` threads are here.
@@ -102,6 +135,27 @@ class Threads {
     }
     room.all_here.wait(lock, [&] { return barrier.passed.load(std::memory_order_relaxed) != before; });
   }
+
+ private:
+  void leave() {
+    inside_ = false;
+    changed_.notify_all();
+  }
+
+  void wait_outside() {
+    std::unique_lock lock(mutex_);
+    changed_.wait(lock, [&] { return !inside_; });
+    lock.unlock();
+    if (!ended()) return;
+    for (std::thread& thread : threads_) thread.join();
+    threads_.clear();
+  }
+
+  std::vector<std::thread> threads_;
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  bool inside_ = false;  // whether the block runs, and not who launched it
+  int left_ = 0;
 };
 
 #else
@@ -110,17 +164,32 @@ struct Barrier {
   int arrived = 0, passed = 0;
 };
 
-// Fibers start with makecontext and go on with longjmp, which asks nothing of the system.
+// The threads of a block, and where they stand: fibers, which start with makecontext and go on with longjmp, which asks
+// nothing of the system.
 class Threads {
  public:
+  // Starts `count` of them; returns when all have ended or the block has handed over, as `go_on` does.
   void run(int count, const std::function<void()>& body) {
     body_ = &body;
     count_ = count;
     fibers_.resize(std::max<size_t>(fibers_.size(), count));
     for (int t = 0; t < count; t++) fibers_[t].begun = fibers_[t].ended = false;
     left_ = count;
+    handing_ = 0;
+    go_on();
+  }
+
+  void go_on() {
     idle_ = 0;
-    if (_setjmp(caller_) == 0) resume(0);
+    if (_setjmp(caller_) == 0) resume(handing_);
+  }
+
+  bool ended() const { return left_ == 0; }
+
+  // By one thread, while the others wait at a barrier: other blocks run before this one goes on.
+  void hand_over() {
+    handing_ = threadIdx.x;
+    if (_setjmp(fibers_[handing_].state) == 0) _longjmp(caller_, 1);
   }
 
   void wait(Barrier& barrier, int count) {
@@ -186,41 +255,57 @@ class Threads {
   const std::function<void()>* body_;
   std::vector<Fiber> fibers_;
   jmp_buf caller_;
-  int count_, left_, idle_;
+  int count_, left_, idle_, handing_;
 };
 
 #endif
 
-// The block that runs.
-inline Threads threads;
-inline Barrier block_barrier, warp_barriers[MOST_THREADS / WARP];
-inline uint64_t exchanged[MOST_THREADS];  // what each lane shows the others of its warp
+// What a block has for itself, and of its shared memory what it held when it handed over.
+struct Block {
+  Threads threads;
+  Barrier barrier, warp_barriers[MOST_THREADS / WARP];
+  uint64_t exchanged[MOST_THREADS];  // what each lane shows the others of its warp
+  char shared[sizeof shared_bytes];
+};
+
+inline std::deque<Block> blocks;
+inline bool together;  // whether all blocks of the grid are resident
 inline std::mutex one_launch;
 
-// The barrier of the block that tests leave out, "FILE:LINE"; null: none.
+// The barrier of a block or the grid that tests leave out, "FILE:LINE"; null: none.
 inline const char* left_out = nullptr;
 
+inline bool is_left_out(const char* path, int line) {
+  if (!left_out) return false;
+  const char* slash = std::strrchr(path, '/');
+  return left_out == std::string(slash ? slash + 1 : path) + ":" + std::to_string(line);
+}
+
 inline void wait_for_block(const char* path, int line) {
-  if (left_out) {
-    const char* slash = std::strrchr(path, '/');
-    if (left_out == std::string(slash ? slash + 1 : path) + ":" + std::to_string(line)) return;
-  }
-  threads.wait(block_barrier, blockDim.x);
+  if (!is_left_out(path, line)) block->threads.wait(block->barrier, blockDim.x);
+}
+
+inline void wait_for_grid(const char* path, int line) {
+  if (is_left_out(path, line)) return;
+  if (!together) fail("a barrier of a grid whose blocks need not all be there");
+  block->threads.wait(block->barrier, blockDim.x);
+  if (threadIdx.x == 0) block->threads.hand_over();
+  block->threads.wait(block->barrier, blockDim.x);
 }
 
 inline void wait_for_warp(unsigned mask) {
   if (mask != 0xffffffff) fail("a warp's barrier without all of its lanes");
-  threads.wait(warp_barriers[threadIdx.x / WARP], WARP);
+  block->threads.wait(block->warp_barriers[threadIdx.x / WARP], WARP);
 }
 
 template <class T>
 T value_of_lane(unsigned mask, T value, int lane) {
   static_assert(sizeof(T) <= sizeof(uint64_t));
   const int first = threadIdx.x / WARP * WARP;
-  std::memcpy(&exchanged[threadIdx.x], &value, sizeof(T));
+  std::memcpy(&block->exchanged[threadIdx.x], &value, sizeof(T));
   wait_for_warp(mask);
   T result;
-  std::memcpy(&result, &exchanged[first + lane], sizeof(T));
+  std::memcpy(&result, &block->exchanged[first + lane], sizeof(T));
   wait_for_warp(mask);
   return result;
 }
@@ -255,11 +340,63 @@ enum cudaError_t { cudaSuccess, cudaErrorInvalidConfiguration };
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t) { return "invalid configuration argument"; }
 
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  *value = cuda_on_cpu::PROCESSORS;
+  return cudaSuccess;
+}
+template <class Kernel>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel*, int, size_t) {
+  *blocks = 1;
+  return cudaSuccess;
+}
+
+enum cudaLaunchAttributeID { cudaLaunchAttributeCooperative };
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    int cooperative;
+  } val;
+};
+
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes;
   cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
 };
+
+namespace cuda_on_cpu {
+
+// Blocks `first` to `past`, in turn, until all have ended. Of several each handed over with its shared memory.
+inline void run_blocks(unsigned first, unsigned past, size_t bytes, const std::function<void()>& body) {
+  blocks.resize(std::max<size_t>(blocks.size(), past - first));
+  bool begun = false;
+  for (unsigned ended = 0; ended < past - first; begun = true)
+    for (unsigned index = first; index < past; index++) {
+      block = &blocks[index - first];
+      blockIdx = {index, 0, 0};
+      if (begun) {
+        if (block->threads.ended()) continue;
+        std::memcpy(shared_bytes, block->shared, bytes + GUARD);
+        block->threads.go_on();
+      } else {
+        std::memset(shared_bytes, POISON, bytes + GUARD);
+        block->threads.run(blockDim.x, body);
+      }
+      for (int i = 0; i < GUARD; i++)
+        if (static_cast<unsigned char>(shared_bytes[bytes + i]) != POISON) fail("a write behind the shared memory");
+      ended += block->threads.ended();
+      std::memcpy(block->shared, shared_bytes, bytes + GUARD);
+    }
+}
+
+}  // namespace cuda_on_cpu
 
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* launch, void (*kernel)(Parameters...),
@@ -267,18 +404,16 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* launch, void (*kernel)(
   using namespace cuda_on_cpu;
   const dim3 grid = launch->gridDim, block = launch->blockDim;
   const size_t bytes = launch->dynamicSmemBytes;
+  const bool cooperative = launch->numAttrs == 1 && launch->attrs->val.cooperative;
   if (grid.x == 0 || grid.y != 1 || grid.z != 1 || block.x == 0 || block.x % WARP || block.x > MOST_THREADS ||
-      block.y != 1 || block.z != 1 || bytes > MOST_SHARED)
+      block.y != 1 || block.z != 1 || bytes > MOST_SHARED || (cooperative && grid.x > PROCESSORS))
     return cudaErrorInvalidConfiguration;
   const std::lock_guard lock(one_launch);
   gridDim = grid;
   blockDim = block;
-  for (unsigned index = 0; index < grid.x; index++) {
-    blockIdx = {index, 0, 0};
-    std::memset(shared_bytes, POISON, bytes + GUARD);
-    threads.run(block.x, [&] { kernel(arguments...); });
-    for (int i = 0; i < GUARD; i++)
-      if (static_cast<unsigned char>(shared_bytes[bytes + i]) != POISON) fail("a write behind the shared memory");
-  }
+  together = cooperative;
+  const std::function<void()> body = [&] { kernel(arguments...); };
+  for (unsigned first = 0; first < grid.x; first = cooperative ? grid.x : first + 1)
+    run_blocks(first, cooperative ? grid.x : first + 1, bytes, body);
   return cudaSuccess;
 }
