@@ -301,6 +301,19 @@ def test_moco_follows_slowly_and_knows_the_labels_of_its_queue(data):
     emptied.assert_called_once()
 
 
+def test_moco_keys_do_not_tell_their_batch(data):
+    """Or the positive, alone of this batch, would be found by its statistics."""
+    model = MoCo(data, SETTINGS).train()
+    index = torch.arange(8)
+    views = data.views(index)
+    key = model(views, index)[1]
+    few = tuple(view[:3] for view in views)
+    torch.testing.assert_close(model(few, index[:3])[1], key[:3])
+    model.after_step()
+    means = [m.running_mean for m in (model.backbone[1], model.momentum_encoder[0][1])]
+    assert 0 < means[1].abs().sum() < 0.1 * means[0].abs().sum()
+
+
 def test_the_viewmaker_spends_its_budget_against_the_encoder():
     torch.manual_seed(0)
     viewmaker = Viewmaker(2, budget=0.05)

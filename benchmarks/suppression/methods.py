@@ -121,7 +121,11 @@ class FeatureDropout(SimCLR):
 class MoCo(SimCLR):
     """MoCo-v2: one view against the other's momentum embedding and a queue of 2,048, momentum 0.99.
 
-    The published 65,536 and 0.999 belong to a million images; a queue here is as long as 16 batches.
+    The published 65,536 and 0.999 belong to a million images; a queue here is as long as 16 batches. Keys are
+    normalised by running statistics, which follow those of the encoder as the weights do: those of a batch would tell a
+    positive, of this batch, from the queue (He et al. 2020, section 3.3, who shuffle samples among GPUs).
+
+    Source: Cai et al. 2021 (arXiv 2101.08482), of the statistics.
     """
 
     QUEUE, MOMENTUM = 2048, 0.99
@@ -133,7 +137,7 @@ class MoCo(SimCLR):
 
     def forward(self, views: tuple[Tensor, Tensor], index: Tensor) -> tuple[Tensor, ...]:
         with torch.no_grad():
-            key = F.normalize(self.momentum_encoder(views[1]), dim=1)
+            key = F.normalize(self.momentum_encoder.eval()(views[1]), dim=1)
         return self.head(self.backbone(views[0])), key
 
     def loss(self, embeddings: tuple[Tensor, ...], index: Tensor, labels: Tensor, progress: float) -> Tensor:
@@ -147,9 +151,10 @@ class MoCo(SimCLR):
 
     @torch.no_grad()
     def after_step(self) -> None:
-        learned = (*self.backbone.parameters(), *self.head.parameters())
-        for average, now in zip(self.momentum_encoder.parameters(), learned, strict=True):
-            average.lerp_(now, 1 - self.MOMENTUM)
+        learned = nn.Sequential(self.backbone, self.head).state_dict()
+        for name, average in self.momentum_encoder.state_dict().items():
+            if average.is_floating_point():  # not the counts of batches
+                average.lerp_(learned[name], 1 - self.MOMENTUM)
 
     def new_stage(self) -> None:
         self.queue.labels.fill_(-1)  # as if never filled
