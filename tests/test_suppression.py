@@ -116,6 +116,7 @@ def test_every_method_trains_and_is_measured(objective, regime, run_tiny):
     assert sum(labels) == 48
     assert (len(labels) > 1) == (regime == "mcl+")
     assert 0 < result["encoders"][0]["loss_seconds"] < result["encoders"][0]["seconds"]
+    assert result["encoders"][0]["commit"] == result["commit"]  # trained, and measured
 
 
 def test_what_is_clustered_and_where_stages_start(run_tiny, data):

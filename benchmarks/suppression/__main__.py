@@ -6,7 +6,8 @@
     python -m benchmarks.suppression                                     everything in the report: days on 2 cores
     python -m benchmarks.suppression --report                            only the report, from the JSONs alone
 
-A finished run is not repeated and an interrupted one goes on. Runs that fail are named in the end, and the exit status
+A finished run is not repeated and an interrupted one goes on; what is trained lies in runs/suppression, and to train a
+run again its folder there is deleted, and its JSON. Runs that fail are named in the end, and the exit status
 is then 1. Raw data are read from runs/data; what is missing is named with the command that gets it.
 """
 

@@ -126,9 +126,9 @@ def read_runs(directory: Path) -> list[Run]:
             run = json.loads(path.read_text())
             missing = [key for key in KEYS if key not in run]
         except (ValueError, TypeError) as error:
-            raise ValueError(f"{path} is not the result of a run ({error}); delete it to run again") from None
+            raise ValueError(f"{path} is not the result of a run ({error}); delete it to measure again") from None
         if missing:
-            raise ValueError(f"{path} is not the result of a run ({missing[0]} is missing); delete it to run again")
+            raise ValueError(f"{path} is not the result of a run ({missing[0]} is missing); delete it to measure again")
         runs.append(run)
     return runs
 

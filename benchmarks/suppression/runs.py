@@ -73,7 +73,9 @@ def run(settings: Settings, results: Path, directory: Path) -> Path:
         start = None if previous is None else previous["model"]
         model, training = train(data, settings, stage.index, labels, start, work / "unfinished.pt")
         clustered = embed(model, data, data.train, settings.layer)
-        stage.finish(clustered, state={"model": model.state_dict(), "training": vars(training)})
+        # That of the JSON is where it was measured.
+        trained = {**vars(training), "commit": conditions(torch.device("cpu"))["commit"]}
+        stage.finish(clustered, state={"model": model.state_dict(), "training": trained})
         (work / "unfinished.pt").unlink(missing_ok=True)
         print(f"{settings.data} {settings.name} seed {settings.seed}: encoder {stage.index}, "
               f"loss {training.curve[-1]:.3f}, {training.seconds:.0f} s", flush=True)  # fmt: skip
