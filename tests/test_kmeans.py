@@ -430,7 +430,7 @@ def test_native_is_for_cpu_tensors() -> None:
 
 
 def test_triton_is_never_replaced() -> None:
-    with pytest.raises(RuntimeError, match=r"impl='triton': .*use impl='reference'"):
+    with pytest.raises(RuntimeError, match=r"impl='triton': .*use impl='auto'"):
         _steps("triton", torch.device("meta"))
 
 
@@ -439,7 +439,7 @@ def test_cuda_is_never_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
         _steps("cuda", torch.device("meta"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(_cuda, "_loaded", lambda: "is not built")
-    with pytest.raises(RuntimeError, match="impl='cuda': is not built; or use impl='reference'"):
+    with pytest.raises(RuntimeError, match="impl='cuda': is not built; or use impl='auto'"):
         _steps("cuda", torch.device("cuda"))
 
 

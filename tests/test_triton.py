@@ -242,7 +242,7 @@ def test_without_triton() -> None:
     )
     assert "'available': False" in result.stdout
     assert "triton cannot be imported" in result.stderr
-    assert "use impl='blockwise'" in result.stderr
+    assert "use impl='auto'" in result.stderr
 
 
 def test_either_switch_of_torch_asks_for_tf32() -> None:
