@@ -81,7 +81,7 @@ struct PlanProblem {
   PlanSide queries, keys;
   bool self;  // the keys are the queries
   Negatives negatives;
-  int64_t* sorted_tiles;  // [3, n + m] of work space; null where a side is one tile at most, which each block sorts
+  int64_t* sorted_tiles;  // [3, n + m] of work space; null: each block sorts for itself, as suits one tile a side
 };
 
 // Which columns each row drops, since they have its value: neighbours among those it meets.
