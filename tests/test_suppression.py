@@ -288,10 +288,10 @@ def test_moco_follows_slowly_and_knows_the_labels_of_its_queue(data):
     model.after_step()
     for was, now in zip(before, model.momentum_encoder.parameters(), strict=True):
         torch.testing.assert_close(now, was + 0.01)
-    index, labels = torch.arange(4), torch.tensor([0, 0, 1, 1])
+    index, labels = torch.arange(8), torch.tensor([0, 0, 1, 1, 2, 2, 3, 3])
     model.loss(model(data.views(index), index), index, labels, 0.0)
-    assert model.queue.labels[:5].tolist() == [0, 0, 1, 1, -1]
-    assert model.queue.ids[:4].tolist() == [0, 1, 2, 3]
+    assert model.queue.labels[:9].tolist() == [*labels.tolist(), -1]
+    assert model.queue.ids[:8].tolist() == index.tolist()
     model.new_stage()
     assert model.queue.labels.unique().tolist() == [-1]
     other = MoCo(data, SETTINGS)
@@ -302,17 +302,24 @@ def test_moco_follows_slowly_and_knows_the_labels_of_its_queue(data):
     emptied.assert_called_once()
 
 
-def test_moco_keys_do_not_tell_their_batch(data):
+def test_moco_keys_are_not_normalised_with_their_queries(data):
     """Or the positive, alone of this batch, would be found by its statistics."""
-    model = MoCo(data, SETTINGS).train()
-    index = torch.arange(8)
-    views = data.views(index)
-    key = model(views, index)[1]
-    few = tuple(view[:3] for view in views)
-    torch.testing.assert_close(model(few, index[:3])[1], key[:3])
-    model.after_step()
-    means = [m.running_mean for m in (model.backbone[1], model.momentum_encoder[0][1])]
-    assert 0 < means[1].abs().sum() < 0.1 * means[0].abs().sum()
+    model, index = MoCo(data, SETTINGS).train(), torch.arange(16)
+    seen = []
+    for name, encoder in (("query", model.backbone), ("key", model.momentum_encoder)):
+        encoder.register_forward_pre_hook(lambda _, inputs, name=name: seen.append((name, inputs[0])))
+    images = torch.rand(16, *data.shape)
+    model((images, images), index)
+    parts = {
+        name: [{int((images == x).flatten(1).all(1).nonzero()) for x in part} for of, part in seen if of == name]
+        for name in ("query", "key")
+    }
+    assert parts["query"] == [set(range(first, first + 4)) for first in (0, 4, 8, 12)]
+    assert set().union(*parts["key"]) == set(range(16))
+    assert not any(part in parts["query"] for part in parts["key"])
+    # The order is that of the queries again: a key is that of its image, whatever its part was.
+    query, key = MoCo(data, SETTINGS).eval()((images, images), index)
+    torch.testing.assert_close(key, torch.nn.functional.normalize(query, dim=1))
 
 
 def test_the_viewmaker_spends_its_budget_against_the_encoder():

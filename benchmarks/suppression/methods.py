@@ -121,14 +121,12 @@ class FeatureDropout(SimCLR):
 class MoCo(SimCLR):
     """MoCo-v2: one view against the other's momentum embedding and a queue of 2,048, momentum 0.99.
 
-    The published 65,536 and 0.999 belong to a million images; a queue here is as long as 16 batches. Keys are
-    normalised by running statistics, which follow those of the encoder as the weights do: those of a batch would tell a
-    positive, of this batch, from the queue (He et al. 2020, section 3.3, who shuffle samples among GPUs).
-
-    Source: Cai et al. 2021 (arXiv 2101.08482), of the statistics.
+    The published 65,536 and 0.999 belong to a million images; a queue here is as long as 16 batches. Batches are
+    normalised in four parts, and those of the keys are shuffled: by the statistics of one and the same batch a positive
+    would be told from the queue (He et al. 2020, section 3.3, where a part is a GPU's).
     """
 
-    QUEUE, MOMENTUM = 2048, 0.99
+    QUEUE, MOMENTUM, PARTS = 2048, 0.99, 4
 
     def __init__(self, data: Dataset, settings: Settings) -> None:
         super().__init__(data, settings)
@@ -136,9 +134,12 @@ class MoCo(SimCLR):
         self.queue = LabelledQueue(self.QUEUE, 64)
 
     def forward(self, views: tuple[Tensor, Tensor], index: Tensor) -> tuple[Tensor, ...]:
+        query = torch.cat([self.head(self.backbone(part)) for part in views[0].chunk(self.PARTS)])
         with torch.no_grad():
-            key = F.normalize(self.momentum_encoder.eval()(views[1]), dim=1)
-        return self.head(self.backbone(views[0])), key
+            shuffled = torch.randperm(len(index))
+            key = torch.cat([self.momentum_encoder(part) for part in views[1][shuffled].chunk(self.PARTS)])
+            key = F.normalize(key[shuffled.argsort()], dim=1)
+        return query, key
 
     def loss(self, embeddings: tuple[Tensor, ...], index: Tensor, labels: Tensor, progress: float) -> Tensor:
         query, key = embeddings
@@ -151,10 +152,9 @@ class MoCo(SimCLR):
 
     @torch.no_grad()
     def after_step(self) -> None:
-        learned = nn.Sequential(self.backbone, self.head).state_dict()
-        for name, average in self.momentum_encoder.state_dict().items():
-            if average.is_floating_point():  # not the counts of batches
-                average.lerp_(learned[name], 1 - self.MOMENTUM)
+        learned = (*self.backbone.parameters(), *self.head.parameters())
+        for average, now in zip(self.momentum_encoder.parameters(), learned, strict=True):
+            average.lerp_(now, 1 - self.MOMENTUM)
 
     def new_stage(self) -> None:
         self.queue.labels.fill_(-1)  # as if never filled
