@@ -24,6 +24,8 @@ PACKAGE = Path(__file__).parent
 NAMESPACE = "mcl_kernels_cuda"
 OLDEST = (7, 5)  # compute capability
 FLAGS = ["-O3", "-std=c++17"]
+# The toolkit's cooperative_groups.h includes libraries that ask for MSVC's newer preprocessor.
+FLAGS += ["-Xcompiler", "/Zc:preprocessor"] if os.name == "nt" else []
 # Of g++, nvcc, MSVC and linkers, not of ninja, which repeats a command.
 ERROR = re.compile(r"error:|error (C|LNK)\d|fatal|ld: ")
 

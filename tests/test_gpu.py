@@ -12,7 +12,10 @@ from tests.cases import Case, make_case
 from tests.conftest import Backend
 from tests.test_logsumexp import check
 
-FORMS = [("self", None, False), ("rows", 40, False), ("both", 40, True)]
+FORMS = [
+    ("self", 300, None, False), ("rows", 300, 40, False), ("both", 300, 40, True),
+    ("a plan of several tiles", 1500, 1100, True),
+]  # fmt: skip
 WHY_NOT = {"triton": triton.why_not, "cuda": _cuda.why_not}
 
 
@@ -37,12 +40,12 @@ def loss_and_gradients(case: Case, bidirectional: bool, negatives: str, impl: st
 
 
 @pytest.mark.parametrize("negatives", ["same", "different", "all"])
-@pytest.mark.parametrize(("form", "m", "bidirectional"), FORMS)
+@pytest.mark.parametrize(("form", "n", "m", "bidirectional"), FORMS)
 def test_no_wait_and_one_graph_for_all_labels(
-    impl: str, form: str, m: int | None, bidirectional: bool, negatives: str
+    impl: str, form: str, n: int, m: int | None, bidirectional: bool, negatives: str
 ) -> None:
     """A CUDA graph holds the launches alone: replayed with other labels it computes what they say."""
-    case = make_case(300, m, 40, device="cuda")
+    case = make_case(n, m, 40, device="cuda")
     loss_and_gradients(case, bidirectional, negatives, impl)  # compiles
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -63,5 +66,5 @@ def test_no_wait_and_one_graph_for_all_labels(
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="torch sees fewer than two CUDA devices")
 def test_on_a_device_that_is_not_the_current_one(impl: str) -> None:
-    case = make_case(300, 200, 40, device="cuda:1")
+    case = make_case(1300, 200, 40, device="cuda:1")
     check(case, 10.0, Backend("cuda:1", impl), bidirectional=True)

@@ -439,7 +439,7 @@ def test_cuda_is_never_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
         _steps("cuda", torch.device("meta"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(_cuda, "_loaded", lambda: "is not built")
-    with pytest.raises(RuntimeError, match="impl='cuda': is not built; or use impl='auto'"):
+    with pytest.raises(RuntimeError, match=r"impl='cuda': is not built \(or use impl='auto'\)"):
         _steps("cuda", torch.device("cuda"))
 
 

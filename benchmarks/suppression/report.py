@@ -308,7 +308,7 @@ def _section(data: str, of: dict[str, Group]) -> dict[str, Any]:
         "data": data,
         "aside": kind_of(data).endswith("randbits") and data != SWEPT,
         "groups": plain,
-        "rows": [group for group in of.values() if data != SWEPT or " " not in group.name],
+        "rows": [group for group in of.values() if data != SWEPT or not group.name.startswith("mcl+simclr ")],  # swept
         "features": any_group.features,
         "chance": {name: 1 / classes for name, classes in any_group.runs[0]["classes"].items()},
         "by_stage": data_uri(figures.by_stage(plain)) if several else None,

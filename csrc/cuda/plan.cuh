@@ -2,7 +2,8 @@
 //
 // A row's place in the order is the number of rows before it: rows are sorted in tiles, and a row finds by bisection how
 // many of each tile are before it. That is one launch. Of at most PLAN_TILE rows a side each block sorts the one tile
-// for itself; of more each tile is sorted once, and the blocks, all of them resident, wait for one another.
+// for itself; of more each tile is sorted once, and the blocks, all of them resident, wait for one another: where a
+// device does not hold them so, each sorts all tiles.
 #pragma once
 
 #include <cooperative_groups.h>
@@ -100,7 +101,7 @@ __device__ __forceinline__ void write_sorted(const PlanProblem& problem, int ind
 template <bool SORTED>
 __device__ __forceinline__ int load_tile(const PlanProblem& problem, bool of_queries, int first, PlanMemory& tile) {
   const PlanSide side = of_queries ? problem.queries : problem.keys;
-  if (!SORTED) return sort_tile(side, problem.negatives, first, tile);
+  if constexpr (!SORTED) return sort_tile(side, problem.negatives, first, tile);
   const int count = min(side.n - first, PLAN_TILE);
   const int64_t* from = sorted_tile(problem, of_queries, first);
   for (int at = threadIdx.x; at < count; at += PLAN_THREADS)
@@ -147,7 +148,7 @@ __device__ __forceinline__ void plan_rows(const PlanProblem& problem, int index,
 template <bool SORTED>
 __global__ void __launch_bounds__(PLAN_THREADS, 2) plan_kernel(const PlanProblem problem) {
   auto& tile = shared_memory<PlanMemory>();
-  if (SORTED) {
+  if constexpr (SORTED) {
     const int tiles = tiles_of(problem.queries.n) + tiles_of(problem.keys.n);
     for (int index = blockIdx.x; index < tiles; index += gridDim.x) write_sorted(problem, index, tile);
     cooperative_groups::this_grid().sync();
@@ -159,7 +160,11 @@ __global__ void __launch_bounds__(PLAN_THREADS, 2) plan_kernel(const PlanProblem
 inline cudaError_t launch_plan(const PlanProblem& problem, cudaStream_t stream) {
   const int parts = parts_of(problem.queries) + parts_of(problem.keys);
   if (parts == 0) return cudaSuccess;
-  if (!problem.sorted_tiles) return launch<PlanMemory>(plan_kernel<false>, parts, PLAN_THREADS, problem, stream);
+  int device = 0, may_wait = 0;  // blocks for one another
+  (void)cudaGetDevice(&device);
+  (void)cudaDeviceGetAttribute(&may_wait, cudaDevAttrCooperativeLaunch, device);
+  if (!problem.sorted_tiles || !may_wait)
+    return launch<PlanMemory>(plan_kernel<false>, parts, PLAN_THREADS, problem, stream);
   const int blocks = std::max(parts, tiles_of(problem.queries.n) + tiles_of(problem.keys.n));
   return launch_together<PlanMemory>(plan_kernel<true>, blocks, PLAN_THREADS, problem, stream);
 }

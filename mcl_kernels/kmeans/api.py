@@ -296,9 +296,9 @@ def _steps(impl: str, device: torch.device) -> ModuleType:
     if impl == "native" and device.type != "cpu":
         raise ValueError(f"impl='native' computes on CPU tensors: got device {device}")
     if impl == "triton" and (reason := why_not(device)):
-        raise RuntimeError(f"impl='triton': {reason}; or use impl='auto'")
+        raise RuntimeError(f"impl='triton': {reason} (or use impl='auto')")
     if impl == "cuda" and (reason := _cuda.why_not(device)):
-        raise RuntimeError(f"impl='cuda': {reason}; or use impl='auto'")
+        raise RuntimeError(f"impl='cuda': {reason} (or use impl='auto')")
     if impl == "faiss" and (missing := faiss.why_not()):
         raise RuntimeError(f"impl='faiss': {missing}")
     return IMPLEMENTATIONS[impl]

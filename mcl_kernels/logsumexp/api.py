@@ -114,12 +114,12 @@ def for_cuda(device: torch.device, instead: str = "blockwise") -> str:
 
 def _check_triton(device: torch.device) -> None:
     if reason := triton.why_not(device):
-        raise RuntimeError(f"impl='triton': {reason}; or use impl='auto'")
+        raise RuntimeError(f"impl='triton': {reason} (or use impl='auto')")
 
 
 def _check_cuda(device: torch.device) -> None:
     if reason := _cuda.why_not(device):
-        raise RuntimeError(f"impl='cuda': {reason}; or use impl='auto'")
+        raise RuntimeError(f"impl='cuda': {reason} (or use impl='auto')")
 
 
 # Building and loading are no part of a compiled graph. This is what `torch.compiler.assume_constant_result` sets; the

@@ -1,7 +1,8 @@
 """The plan of the implementations for GPUs: by `csrc/cuda/plan.cuh` where that is built, else by torch's sorts.
 
 Of a small batch planning is a large part of the step, and nearly all of that are launches: here it is one. Each row is
-looked for in every tile of 1,024: beyond `MOST_ROWS` torch's sorts do less. That number is not measured.
+looked for in every tile of 1,024: beyond `MOST_ROWS` torch's sorts do less. That number is not measured. With more than
+a tile a side its blocks wait for one another, and for room on the GPU for all of them.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from mcl_kernels import _cuda
 from mcl_kernels.logsumexp import plan
 from mcl_kernels.logsumexp.plan import NEGATIVES, Pairs, Plan
 
-TILE = 1024  # rows that a block sorts at a time; of a side with more, each tile is sorted once
+TILE = 1024  # PLAN_TILE of csrc/cuda: rows that a block sorts at a time; of a side with more, each tile is sorted once
 MOST_ROWS = 32_768  # of either side
 
 

@@ -72,7 +72,7 @@ def test_it_links_loads_and_says_what_it_is(tmp_path: Path) -> None:
         "7.5,9.0+PTX",
         "CUDA C++ kernels (csrc/cuda), built for 7.5, 9.0+PTX; torch sees no CUDA device",
     ], result.stderr
-    error = "impl='cuda': computes on CUDA tensors: got device cpu; torch sees no CUDA device; or use impl='auto'"
+    error = "impl='cuda': computes on CUDA tensors: got device cpu; torch sees no CUDA device (or use impl='auto')"
     assert result.stderr.strip().endswith(f"RuntimeError: {error}")
 
     import triton.backends.nvidia  # comes with a torch that has CUDA
