@@ -31,7 +31,7 @@ EXPERIMENTS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("dominoes-side", CONTROLS),
     ("trifeature-64", BASELINES),
     *((f"fashion-randbits-{bits}", CONTROLS[:3]) for bits in (0, 2, 4, 6, 8, 12)),
-    ("randbits-8", ("mcl+moco", "mcl+ifm", "mcl+ts", "mcl+dcl", "mcl+fd")),
+    ("randbits-8", tuple(f"mcl+{method}" for method in BASELINES)),
 )
 
 
