@@ -60,7 +60,7 @@ def masked_info_nce(
             label matches nothing. Where M = N and key i belongs to query i they hold for the keys too.
         key_labels: pseudo labels of the keys, integers [M] (-1 for a queue slot that was never filled).
         temperature: t > 0, a float, a 0-d tensor or a vector [N]; tensors get an exact gradient and are not
-            checked (a bad one gives NaN).
+            checked, which would wait for a GPU: keep a learned one positive.
         positive: p, [N, D], or None.
         ids: identity of the queries' samples, integers [N]; equal ids are never negatives. **A positive among the
             keys must have its query's id**, or it is its own negative too. Default: query i and key i share one,

@@ -3,7 +3,7 @@
     python -m benchmarks.suppression randbits-8 simclr mcl+simclr        two methods, three seeds each
     python -m benchmarks.suppression randbits-8 sweep                    K, stages, clusters per batch, layer, start
     python -m benchmarks.suppression trifeature-64 mcl+ifm --clusters 32 another K
-    python -m benchmarks.suppression                                     everything in the report: days on 2 cores
+    python -m benchmarks.suppression                                     everything in the report: a day on 2 cores
     python -m benchmarks.suppression --report                            only the report, from the JSONs alone
 
 A finished run is not repeated and an interrupted one goes on; what is trained lies in runs/suppression, and to train a
