@@ -25,7 +25,7 @@ class ClusterBatchSampler(Sampler[list[int]]):
     Args:
         labels: pseudo labels of the data set, integers [N] (a tensor or an array).
         batch_size: samples per rank and batch.
-        clusters_per_batch: must divide G. Many where negatives are a queue's, which a batch of few fills for others.
+        clusters_per_batch: must divide G. Many where the negatives are a queue's, which other batches fill.
         seed: of the order. Every rank computes the same order from (seed, epoch), without communication.
         rank, world_size: which part of each global batch this process loads.
         small: what becomes of the rest of each cluster, less than g samples. "merge": the rests are packed,

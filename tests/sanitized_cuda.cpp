@@ -208,7 +208,10 @@ bool check_pairs() {
 
 // Columns of two tiles of the plan, the second of which takes the whole place of the first.
 bool check_plans() {
-  return check_plan({"plan, self", mcl::Dtype::float32, 100, 0, 1, 5, 100, false}, false) &
+  cuda_on_cpu::holds_grids = false;
+  const bool without = check_plan({"plan, no grid is held", mcl::Dtype::float32, 60, 1100, 1, 5, 40, false}, true);
+  cuda_on_cpu::holds_grids = true;
+  return without & check_plan({"plan, self", mcl::Dtype::float32, 100, 0, 1, 5, 100, false}, false) &
          check_plan({"plan, both sides", mcl::Dtype::float32, 60, 1600, 1, 5, 40, true}, false) &
          check_plan({"plan, tiles sorted once", mcl::Dtype::float32, 2100, 60, 1, 5, 40, false}, true);
 }

@@ -160,10 +160,7 @@ __global__ void __launch_bounds__(PLAN_THREADS, 2) plan_kernel(const PlanProblem
 inline cudaError_t launch_plan(const PlanProblem& problem, cudaStream_t stream) {
   const int parts = parts_of(problem.queries) + parts_of(problem.keys);
   if (parts == 0) return cudaSuccess;
-  int device = 0, may_wait = 0;  // blocks for one another
-  (void)cudaGetDevice(&device);
-  (void)cudaDeviceGetAttribute(&may_wait, cudaDevAttrCooperativeLaunch, device);
-  if (!problem.sorted_tiles || !may_wait)
+  if (!problem.sorted_tiles || !device_attribute(cudaDevAttrCooperativeLaunch))
     return launch<PlanMemory>(plan_kernel<false>, parts, PLAN_THREADS, problem, stream);
   const int blocks = std::max(parts, tiles_of(problem.queries.n) + tiles_of(problem.keys.n));
   return launch_together<PlanMemory>(plan_kernel<true>, blocks, PLAN_THREADS, problem, stream);

@@ -215,17 +215,22 @@ cudaError_t launch(void (*kernel)(Problem), int64_t blocks, int threads, const P
   return cudaLaunchKernelEx(&launch, kernel, problem);
 }
 
+// Of the current device; 0 where it cannot be told.
+inline int device_attribute(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
+  if (cudaGetDevice(&device) == cudaSuccess) (void)cudaDeviceGetAttribute(&value, attribute, device);
+  return value;
+}
+
 // As many of the blocks as the device holds at once, which may wait for one another.
 template <class Shared, class Problem>
 cudaError_t launch_together(void (*kernel)(Problem), int64_t blocks, int threads, const Problem& problem,
                             cudaStream_t stream) {
-  int device = 0, processors = 0, resident = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  if (error == cudaSuccess)
-    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, threads, sizeof(Shared));
+  int resident = 0;
+  const cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, threads, sizeof(Shared));
   if (error != cudaSuccess) return error;
-  return launch<Shared>(kernel, std::min(blocks, int64_t(processors) * resident), threads, problem, stream, true);
+  const int64_t most = int64_t(device_attribute(cudaDevAttrMultiProcessorCount)) * resident;
+  return launch<Shared>(kernel, std::min(blocks, most), threads, problem, stream, true);
 }
 
 }  // namespace mcl

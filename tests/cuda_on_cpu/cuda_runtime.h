@@ -3,9 +3,9 @@
 //
 // Blocks run one after the other, and those that wait for one another from one barrier of the grid to the next. The
 // threads of a block are fibers on one thread of the system, each running to its next barrier; with CUDA_ON_CPU_THREADS
-// they are threads of the system, for ThreadSanitizer. Shared memory is all NaN when a block starts, and lanes of a warp
-// see each other's writes behind a barrier only, as CUDA guarantees no more. Not seen is a race between blocks but by a
-// wrong result, where an earlier block reads what a later one writes.
+// they are threads of the system, for ThreadSanitizer. Shared memory is all NaN when a block starts, and lanes of a
+// warp see each other's writes behind a barrier only, as CUDA guarantees no more. Not seen is a race between blocks but
+// by a wrong result, where an earlier block reads what a later one writes.
 #pragma once
 
 #include <algorithm>
@@ -271,6 +271,7 @@ struct Block {
 
 inline std::deque<Block> blocks;
 inline bool together;  // whether all blocks of the grid are resident
+inline bool holds_grids = true;  // whether they may be; tests run without it, too
 inline std::mutex one_launch;
 
 // The barrier of a block or the grid that tests leave out, "FILE:LINE"; null: none.
@@ -347,7 +348,7 @@ inline cudaError_t cudaGetDevice(int* device) {
   return cudaSuccess;
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrMultiProcessorCount ? cuda_on_cpu::PROCESSORS : 1;
+  *value = attribute == cudaDevAttrMultiProcessorCount ? cuda_on_cpu::PROCESSORS : cuda_on_cpu::holds_grids;
   return cudaSuccess;
 }
 template <class Kernel>
@@ -408,7 +409,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* launch, void (*kernel)(
   const size_t bytes = launch->dynamicSmemBytes;
   const bool cooperative = launch->numAttrs == 1 && launch->attrs->val.cooperative;
   if (grid.x == 0 || grid.y != 1 || grid.z != 1 || block.x == 0 || block.x % WARP || block.x > MOST_THREADS ||
-      block.y != 1 || block.z != 1 || bytes > MOST_SHARED || (cooperative && grid.x > PROCESSORS))
+      block.y != 1 || block.z != 1 || bytes > MOST_SHARED || (cooperative && (!holds_grids || grid.x > PROCESSORS)))
     return cudaErrorInvalidConfiguration;
   const std::lock_guard lock(one_launch);
   gridDim = grid;
