@@ -325,6 +325,7 @@ bool check_clusters(int64_t size, int64_t width, int64_t count, bool cosine) {
   clusters.width = width;
   clusters.centers = count;
   clusters.cosine = cosine;
+  clusters.points = centers.data();
   const std::vector<double> rounding(width, 1.5 * (1 << 20));
   clusters.rounding = rounding.data();
   std::vector<int32_t> before(size);

@@ -16,6 +16,8 @@ struct PackedCenters {
   T *offset, *zeros;        // [stride]
   T *rows, *panels;         // rows: zeros behind the last
   T* half_norms;            // |c|^2 / 2, 0 where cosine; infinity behind the last centre: it is never the nearest
+  T* largest_norm;          // [1], the largest |c|
+  double* inverse_norms;    // [columns], 1 / |c| where cosine
 
   PackedCenters(Arena& arena, int64_t width, int64_t centers)
       : stride(padded_width<T>(width)),
@@ -24,7 +26,9 @@ struct PackedCenters {
         zeros(arena.take<T>(stride)),
         rows(arena.take<T>((columns + FEW_AT_ONCE) * stride)),
         panels(arena.take<T>(round_up(columns, PANEL<T>) * stride)),
-        half_norms(arena.take<T>(columns)) {}
+        half_norms(arena.take<T>(columns)),
+        largest_norm(arena.take<T>(1)),
+        inverse_norms(arena.take<double>(columns)) {}
 };
 
 template <class T>
@@ -43,6 +47,7 @@ void pack_centers(const Clusters<T>& clusters, const T* centers, const T* offset
     packed.offset[d] = d < width ? offset[d] : T(0);
     packed.zeros[d] = 0;
   }
+  double largest = 0;
   for (int64_t j = 0; j < packed.columns + FEW_AT_ONCE; j++) {
     T* row = packed.rows + j * packed.stride;
     double norm = 0;
@@ -50,9 +55,12 @@ void pack_centers(const Clusters<T>& clusters, const T* centers, const T* offset
       row[d] = j < count && d < width ? centers[j * width + d] - offset[d] : T(0);
       norm += double(row[d]) * double(row[d]);
     }
-    if (j < packed.columns)
-      packed.half_norms[j] = j >= count ? T(__builtin_inf()) : clusters.cosine ? T(0) : T(norm / 2);
+    largest = norm <= largest ? largest : norm;
+    if (j >= packed.columns) continue;
+    packed.half_norms[j] = j >= count ? T(__builtin_inf()) : clusters.cosine ? T(0) : T(norm / 2);
+    packed.inverse_norms[j] = norm > 0 ? 1 / __builtin_sqrt(norm) : 0;
   }
+  *packed.largest_norm = T(__builtin_sqrt(largest));
   pack_panels(packed.rows, packed.columns, width, packed.stride, packed.panels);
 }
 
@@ -60,6 +68,20 @@ void pack_centers(const Clusters<T>& clusters, const T* centers, const T* offset
 template <class T>
 bool rows_are_plain(const Clusters<T>& clusters) {
   return !clusters.cosine && clusters.rows.dtype == (sizeof(T) == 8 ? Dtype::float64 : Dtype::float32);
+}
+
+// Divides a row by its norm, of any size: only that of a zero row has no direction.
+template <class T>
+void to_unit_length(T* x, int64_t width) {
+  T squares = dot(x, x, width);
+  if (!(squares > T(1e-30) && squares < T(1e30))) {  // it may have left the range of T
+    T largest = 0;
+    for (int64_t d = 0; d < width; d++) largest = larger(largest, T(__builtin_fabs(x[d])));
+    for (int64_t d = 0; largest > 0 && d < width; d++) x[d] /= largest;
+    squares = dot(x, x, width);
+  }
+  const T factor = squares == 0 ? T(0) : 1 / T(__builtin_sqrt(squares));
+  for (int64_t d = 0; d < width; d++) x[d] *= factor;
 }
 
 // Relative to the offset, or of length 1; zeros behind.
@@ -72,25 +94,104 @@ void load_cluster_row(const Clusters<T>& clusters, int64_t row, const PackedCent
   else
     copy_row(clusters.rows, row, width, to);
   if (clusters.cosine) {
-    const T factor = inverse_norm(to, width);
-    for (int64_t d = 0; d < width; d++) to[d] *= factor;
+    to_unit_length(to, width);
   } else {
     for (int64_t d = 0; d < width; d++) to[d] = from[d] - centers.offset[d];
   }
   for (int64_t d = width; d < centers.stride; d++) to[d] = 0;
 }
 
-// Of a loaded row.
-template <class T>
-T distance_to_center(const Clusters<T>& clusters, const PackedCenters<T>& centers, const T* x, int64_t label) {
-  const T* c = centers.rows + label * centers.stride;
-  Vector<T> total{};
-  for (int64_t d = 0; d < centers.stride; d += LANES<T>) {
-    const Vector<T> a = load<Vector<T>>(x + d), b = load<Vector<T>>(c + d);
-    total += clusters.cosine ? a * b : (a - b) * (a - b);
+inline float root(float x) { return __builtin_sqrtf(x); }
+inline double root(double x) { return __builtin_sqrt(x); }
+template <class V>
+inline V root(V x) {
+  for (int64_t i = 0; i < int64_t(sizeof(V) / sizeof(x[0])); i++) x[i] = root(x[i]);
+  return x;
+}
+
+// Bounds the errors of scores s = |c|^2 / 2 - <x, c> of a row, or of a row in each lane: |c| (|c| / 2 + |x|) times the
+// error of a product. |c| is at most that of the largest centre, and at most |x| + |x - c|, where |x - c|^2 = |x|^2 + 2 s:
+// one far centre takes no digits from the others.
+template <class T, class V>
+struct ScoreErrors {
+  V of_largest, squares;
+  T unit, least;
+
+  V operator()(V score) const {
+    const V of_score = 4 * squares + 3 * score;
+    return unit * (of_largest < of_score ? of_largest : of_score) + least;
   }
-  const T sum = sum_lanes<T>(total);
-  return clusters.cosine ? larger(1 - sum, T(0)) : sum;
+};
+
+// `squares` are |x|^2. A micro-kernel rounds at most DEPTH times, a sum of passes once for each; rows and centres
+// relative to the offset are rounded, too. Twice that, since |x| and s are rounded; and what is lost below the normal
+// numbers.
+template <class T, class V>
+ScoreErrors<T, V> score_errors(const PackedCenters<T>& centers, int64_t width, V squares) {
+  const T largest = *centers.largest_norm;
+  const T unit = T(2 * (smaller(width, DEPTH) + width / DEPTH + 8) * (sizeof(T) == 8 ? 0x1p-53 : 0x1p-24));
+  return {largest * largest / 2 + largest * root(squares), squares, unit, T(width * (sizeof(T) == 8 ? 0x1p-1020 : 0x1p-124))};
+}
+
+// A row as it lies in memory, from which distances are taken as differences in fp64.
+template <class T>
+struct ExactRow {
+  const T* x;
+  double inverse_norm;  // 1 where not cosine; 0 without a direction
+};
+
+// `memory` holds a row where that is a copy.
+template <class T>
+ExactRow<T> exact_row(const Clusters<T>& clusters, int64_t row, T* memory) {
+  if (rows_are_plain(clusters)) return {reinterpret_cast<const T*>(address_of(clusters.rows, row)), 1};
+  copy_row(clusters.rows, row, clusters.width, memory);
+  if (!clusters.cosine) return {memory, 1};
+  const auto squares = [&] {
+    double sum = 0;
+    for (int64_t d = 0; d < clusters.width; d++) sum += double(memory[d]) * double(memory[d]);
+    return sum;
+  };
+  double norm = squares();
+  if (!(norm > 1e-280 && norm < 1e280)) {
+    to_unit_length(memory, clusters.width);
+    norm = squares();
+  }
+  return {memory, norm == 0 ? 0 : 1 / __builtin_sqrt(norm)};
+}
+
+// The squared distance of a row to a centre, for cosine half that of their directions.
+template <class T>
+double exact_distance(const Clusters<T>& clusters, const PackedCenters<T>& centers, const ExactRow<T>& row,
+                      int64_t center) {
+  if (row.inverse_norm == 0) return 1;  // as far from all centres
+  const int64_t width = clusters.width;
+  const T *x = row.x, *c = clusters.points + center * width;
+  const double factor = clusters.cosine ? centers.inverse_norms[center] : 1;
+  constexpr int64_t WIDE = LANES<double>;
+  Vector<double> sums{};
+  int64_t d = 0;
+  for (; d + WIDE <= width; d += WIDE) {
+    const Vector<double> difference = load_wide(x + d) * row.inverse_norm - load_wide(c + d) * factor;
+    sums += difference * difference;
+  }
+  double sum = sum_lanes<double>(sums);
+  for (; d < width; d++) {
+    const double difference = double(x[d]) * row.inverse_norm - double(c[d]) * factor;
+    sum += difference * difference;
+  }
+  return clusters.cosine ? sum / 2 : sum;
+}
+
+// Rounding shows in a distance whose square is less than this part of the row's, both relative to the offset: in one
+// that comes from a product, and in one that comes from differences of rows that are rounded themselves.
+constexpr int NEAR_BY_PRODUCT = 16, NEAR_BY_DIFFERENCES = 4096;
+
+// The two lowest scores of those seen, with another one.
+template <class V>
+inline void take_lowest(V s, V& lowest, V& second) {
+  const V higher = s < lowest ? lowest : s;
+  lowest = s < lowest ? s : lowest;
+  second = higher < second ? higher : second;
 }
 
 // Rounded to a multiple of one number, such that all sums are exact: any order of rows has the same bits. It is the

@@ -10,15 +10,22 @@ constexpr int64_t CLUSTER_ROWS = 96;  // of a block: whole groups that stay in t
 // A block of rows, their products with a tile of centres, and the nearest so far.
 template <class T>
 struct ClusterBlock {
-  T* rows;
+  T *rows, *exact;     // [rows, stride]; [GROUP, stride]: copies of rows whose label rounding could decide
   T* products;
-  T *score, *center;  // [rows, LANES]: each lane has seen its centres in ascending order
+  T *score, *second;   // [rows, LANES]: the two lowest scores of each lane,
+  Index<T>* center;    // [rows, LANES]: and the centre of the lowest; a lane has seen its centres in ascending order
+  T* squares;          // [rows], |x|^2
+  int64_t* labels;     // [rows]
 
   ClusterBlock(Arena& arena, int64_t stride)
       : rows(arena.take<T>(CLUSTER_ROWS * stride)),
+        exact(arena.take<T>(GROUP * stride)),
         products(arena.take<T>(CLUSTER_ROWS * TILE_STRIDE<T>)),
         score(arena.take<T>(CLUSTER_ROWS * LANES<T>)),
-        center(arena.take<T>(CLUSTER_ROWS * LANES<T>)) {}
+        second(arena.take<T>(CLUSTER_ROWS * LANES<T>)),
+        center(arena.take<Index<T>>(CLUSTER_ROWS * LANES<T>)),
+        squares(arena.take<T>(CLUSTER_ROWS)),
+        labels(arena.take<int64_t>(CLUSTER_ROWS)) {}
 };
 
 template <class T>
@@ -29,40 +36,110 @@ int64_t cluster_workspace_bytes(int64_t width) {
   return larger(few.bytes(), many.bytes());
 }
 
-// Of equal scores the lowest index.
+constexpr int64_t UNDECIDED = -1;  // the label of a row that rounding could give another one
+
+// Rows first .. first + rows - 1 of the block times a tile of centres, into the first rows of its products. A row is
+// computed in one order, whatever the rows next to it.
 template <class T>
-int64_t nearest_of_lanes(const T* score, const T* center) {
-  const Vector<T> scores = load<Vector<T>>(score), lowest = broadcast(smallest_lane<T>(scores));
-  return int64_t(smallest_lane<T>(scores == lowest ? load<Vector<T>>(center) : broadcast(T(__builtin_inf()))));
+void multiply_tile(const Clusters<T>& clusters, const PackedCenters<T>& centers, const ClusterBlock<T>& block,
+                   int64_t first, int64_t rows, int64_t center, int64_t columns) {
+  multiply_add<T, false>({rows, columns, clusters.width, block.rows + first * centers.stride, centers.stride,
+                          centers.panels + center * centers.stride, PANEL<T>, PANEL<T> * centers.stride,
+                          block.products, TILE_STRIDE<T>, false});
 }
 
-// The centre with the lowest |c|^2 / 2 - <x, c>. A row is computed in one order, whatever the rows beside it.
+// Of the lowest score of all lanes the centre, of equal ones the first.
+template <class T>
+int64_t nearest_of_lanes(const ClusterBlock<T>& block, int64_t i, const ScoreErrors<T, T>& error) {
+  const Vector<T> scores = load<Vector<T>>(block.score + i * LANES<T>);
+  const Vector<T> seconds = load<Vector<T>>(block.second + i * LANES<T>);
+  const Mask<T> centers = load<Mask<T>>(block.center + i * LANES<T>);
+  const T lowest = smallest_lane<T>(scores);
+  constexpr Index<T> LAST = Index<T>(uint64_t(-1) >> (65 - 8 * sizeof(T)));
+  const int64_t label = smallest_integer<T>(scores == lowest ? centers : Mask<T>{} + LAST);
+  const T second = smallest_lane<T>((centers == Index<T>(label)) & (scores == lowest) ? seconds : scores);
+  return second - lowest > error(lowest) + error(second) ? label : UNDECIDED;
+}
+
+// The centres with the lowest |c|^2 / 2 - <x, c>.
 template <class T>
 void find_nearest(const Clusters<T>& clusters, const PackedCenters<T>& centers, const ClusterBlock<T>& block,
                   int64_t rows) {
   using V = Vector<T>;
-  V lanes;
-  for (int64_t lane = 0; lane < LANES<T>; lane++) lanes[lane] = T(lane);
+  Mask<T> lanes;
+  for (int64_t lane = 0; lane < LANES<T>; lane++) lanes[lane] = Index<T>(lane);
   for (int64_t i = 0; i < rows; i++) {
     store(block.score + i * LANES<T>, broadcast(T(__builtin_inf())));
-    store(block.center + i * LANES<T>, V{});
+    store(block.second + i * LANES<T>, broadcast(T(__builtin_inf())));
+    store(block.center + i * LANES<T>, Mask<T>{});
   }
   for (int64_t first = 0; first < centers.columns; first += TILE) {
     const int64_t columns = smaller(TILE, centers.columns - first);
-    multiply_add<T, false>({round_up(rows, GROUP), columns, clusters.width, block.rows, centers.stride,
-                            centers.panels + first * centers.stride, PANEL<T>, PANEL<T> * centers.stride,
-                            block.products, TILE_STRIDE<T>, false});
+    multiply_tile(clusters, centers, block, 0, round_up(rows, GROUP), first, columns);
     for (int64_t i = 0; i < rows; i++) {
-      V score = load<V>(block.score + i * LANES<T>), center = load<V>(block.center + i * LANES<T>);
+      V score = load<V>(block.score + i * LANES<T>), second = load<V>(block.second + i * LANES<T>);
+      Mask<T> center = load<Mask<T>>(block.center + i * LANES<T>);
       for (int64_t j = 0; j < columns; j += LANES<T>) {
         const V s = load<V>(centers.half_norms + first + j) - load<V>(block.products + i * TILE_STRIDE<T> + j);
-        center = s < score ? lanes + T(first + j) : center;
-        score = s < score ? s : score;
+        center = s < score ? lanes + Index<T>(first + j) : center;
+        take_lowest(s, score, second);
       }
       store(block.score + i * LANES<T>, score);
+      store(block.second + i * LANES<T>, second);
       store(block.center + i * LANES<T>, center);
     }
   }
+  for (int64_t i = 0; i < rows; i++)
+    block.labels[i] = nearest_of_lanes(block, i, score_errors(centers, clusters.width, block.squares[i]));
+}
+
+// Labels of the undecided ones of the rows first .. first + GROUP - 1 of the block, whose row 0 is row `begin` of the
+// data: the nearest, by differences, of the centres whose scores come near the lowest.
+template <class T>
+void decide(const Clusters<T>& clusters, const PackedCenters<T>& centers, const ClusterBlock<T>& block, int64_t begin,
+            int64_t first, int64_t rows) {
+  ExactRow<T> exact[GROUP];
+  ScoreErrors<T, T> error[GROUP];
+  T limit[GROUP];
+  double nearest[GROUP];
+  int64_t undecided[GROUP], count = 0;
+  for (int64_t i = first; i < first + rows; i++) {
+    if (block.labels[i] != UNDECIDED) continue;
+    const T lowest = smallest_lane<T>(load<Vector<T>>(block.score + i * LANES<T>));
+    exact[count] = exact_row(clusters, begin + i, block.exact + count * centers.stride);
+    error[count] = score_errors(centers, clusters.width, block.squares[i]);
+    limit[count] = lowest + error[count](lowest);
+    nearest[count] = __builtin_inf();
+    block.labels[i] = 0;
+    undecided[count++] = i;
+  }
+  for (int64_t tile = 0; count && tile < clusters.centers; tile += TILE) {
+    multiply_tile(clusters, centers, block, first, GROUP, tile, smaller(TILE, centers.columns - tile));
+    for (int64_t u = 0; u < count; u++) {
+      const int64_t i = undecided[u];
+      for (int64_t j = 0; j < smaller(TILE, clusters.centers - tile); j++) {
+        const T score = centers.half_norms[tile + j] - block.products[(i - first) * TILE_STRIDE<T> + j];
+        if (score - error[u](score) > limit[u]) continue;
+        const double distance = exact_distance(clusters, centers, exact[u], tile + j);
+        if (distance < nearest[u]) nearest[u] = distance, block.labels[i] = tile + j;
+      }
+    }
+  }
+}
+
+// The distance of a row of the block to the centre of its label.
+template <class T>
+T distance_to_center(const Clusters<T>& clusters, const PackedCenters<T>& centers, const ClusterBlock<T>& block,
+                     int64_t begin, int64_t i) {
+  const T *x = block.rows + i * centers.stride, *c = centers.rows + block.labels[i] * centers.stride;
+  Vector<T> total{};
+  for (int64_t d = 0; d < centers.stride; d += LANES<T>) {
+    const Vector<T> difference = load<Vector<T>>(x + d) - load<Vector<T>>(c + d);
+    total += difference * difference;
+  }
+  const T distance = clusters.cosine ? sum_lanes<T>(total) / 2 : sum_lanes<T>(total);
+  if (distance >= block.squares[i] / NEAR_BY_DIFFERENCES) return distance;
+  return T(exact_distance(clusters, centers, exact_row(clusters, begin + i, block.exact), block.labels[i]));
 }
 
 // Rows begin .. end - 1. Adds to sums [K, D] and counts [K] of the caller's thread, where these are wanted.
@@ -78,18 +155,22 @@ void cluster_rows(const Clusters<T>& clusters, char* packed, int64_t begin, int6
   const ClusterBlock<T> block(of_block, centers.stride);
   for (int64_t first = begin; first < end; first += CLUSTER_ROWS) {
     const int64_t rows = smaller(CLUSTER_ROWS, end - first);
-    for (int64_t i = 0; i < rows; i++)
-      load_cluster_row(clusters, first + i, centers, block.rows + i * centers.stride);
+    for (int64_t i = 0; i < rows; i++) {
+      T* x = block.rows + i * centers.stride;
+      load_cluster_row(clusters, first + i, centers, x);
+      block.squares[i] = dot(x, x, centers.stride);
+    }
     for (int64_t at = rows * centers.stride; at < round_up(rows, GROUP) * centers.stride; at++) block.rows[at] = 0;
     find_nearest(clusters, centers, block, rows);
+    for (int64_t i = 0; i < rows; i += GROUP)
+      decide(clusters, centers, block, first, i, smaller(GROUP, rows - i));
     for (int64_t i = 0; i < rows; i++) {
       // The next block comes while this one is computed: memory is what a pass waits for.
       if (first + CLUSTER_ROWS + i < end) prefetch_row(clusters.rows, first + CLUSTER_ROWS + i, clusters.width);
-      const int64_t label = nearest_of_lanes(block.score + i * LANES<T>, block.center + i * LANES<T>);
-      const T* x = block.rows + i * centers.stride;
-      clusters.distances[first + i] = distance_to_center(clusters, centers, x, label);
+      const int64_t label = block.labels[i];
+      clusters.distances[first + i] = distance_to_center(clusters, centers, block, first, i);
       if (clusters.labels) clusters.labels[first + i] = label;
-      if (sums) follow_row(clusters, first + i, label, x, sums, counts);
+      if (sums) follow_row(clusters, first + i, label, block.rows + i * centers.stride, sums, counts);
     }
   }
 }

@@ -105,6 +105,18 @@ void multiply_block(const Clusters<T>& clusters, const PackedCenters<T>& centers
   }
 }
 
+// By differences from all of them; of equally near ones the first.
+template <class T>
+int64_t nearest_of_few(const Clusters<T>& clusters, const PackedCenters<T>& centers, const ExactRow<T>& x) {
+  double nearest = __builtin_inf();
+  int64_t label = 0;
+  for (int64_t j = 0; j < clusters.centers; j++) {
+    const double distance = exact_distance(clusters, centers, x, j);
+    if (distance < nearest) nearest = distance, label = j;
+  }
+  return label;
+}
+
 // As cluster_rows.
 template <class T>
 void cluster_rows_to_few(const Clusters<T>& clusters, const PackedCenters<T>& centers, const FewBlock<T>& block,
@@ -141,22 +153,27 @@ void cluster_rows_to_few(const Clusters<T>& clusters, const PackedCenters<T>& ce
       multiply_block<T, 0>(clusters, centers, {here, centers.offset, clusters.rows.row_stride, run}, first, block);
     }
     // Of equal scores the lowest index.
-    V score = broadcast(T(__builtin_inf())), center{};
+    V score = broadcast(T(__builtin_inf())), second = score, center{};
     for (int64_t j = 0; j < clusters.centers; j++) {
       const V s = centers.half_norms[j] - sums_of_vectors<T>(block.products + j * LANES<T> * LANES<T>);
       center = s < score ? broadcast(T(j)) : center;
-      score = s < score ? s : score;
+      take_lowest(s, score, second);
     }
     const V norms = sums_of_vectors<T>(block.norms);
     const V distances = clusters.cosine ? 1 + score : norms + 2 * score;
+    const ScoreErrors<T, V> error = score_errors(centers, clusters.width, norms);
+    const Mask<T> decided = second - score > error(score) + error(second);
+    const Mask<T> exact = decided & (distances >= norms / NEAR_BY_PRODUCT);
     for (int64_t i = 0; i < rows; i++) {
-      const int64_t label = int64_t(center[i]), row = first + i % OF_A_RUN<T> + i / OF_A_RUN<T> * run;
-      if (clusters.labels) clusters.labels[row] = label;
-      clusters.distances[row] = larger(distances[i], T(0));
-      if (!clusters.cosine && distances[i] < norms[i] / 16) {  // its rounding would show
-        load_cluster_row(clusters, row, centers, block.row);
-        clusters.distances[row] = distance_to_center(clusters, centers, block.row, label);
+      const int64_t row = first + i % OF_A_RUN<T> + i / OF_A_RUN<T> * run;
+      int64_t label = int64_t(center[i]);
+      clusters.distances[row] = distances[i];
+      if (!exact[i]) {
+        const ExactRow<T> x = exact_row(clusters, row, block.row);
+        if (!decided[i]) label = nearest_of_few(clusters, centers, x);
+        clusters.distances[row] = T(exact_distance(clusters, centers, x, label));
       }
+      if (clusters.labels) clusters.labels[row] = label;
       if (!sums || (clusters.followed && clusters.followed[row] == label)) continue;
       block.moved[moved] = row;
       block.moved_to[moved++] = label;

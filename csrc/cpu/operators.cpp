@@ -395,6 +395,7 @@ ClusterPass assign_clusters_as(const Tensor& x, const Tensor& centers, const Ten
   clusters.width = width;
   clusters.centers = k;
   clusters.cosine = cosine;
+  clusters.points = dense_centers.const_data_ptr<T>();
   clusters.rounding = dense_rounding.const_data_ptr<double>();
   TORCH_CHECK(!followed || followed->is_contiguous(), "followed must be contiguous");
   clusters.followed = followed ? followed->mutable_data_ptr<int32_t>() : nullptr;

@@ -74,6 +74,7 @@ struct Clusters {
   Side rows;  // in their own order: neither `order` nor `code` is there
   int64_t width, centers;
   bool cosine;            // rows are divided by their norms; centres come so
+  const T* points;        // [K, D] the centres
   const double* rounding; // [D] 1.5 * 2^e, where no sum of such entries is above 2^e
   int64_t* labels;        // [N], or null
   int32_t* followed;      // [N] labels of an earlier pass, -1 for none, which become those of this one: sums are what

@@ -26,18 +26,22 @@ template <class T>
 struct VectorOf;
 template <>
 struct VectorOf<float> {
+  typedef int32_t index;
   typedef float type __attribute__((vector_size(MCL_VECTOR_BYTES)));
   typedef int32_t mask __attribute__((vector_size(MCL_VECTOR_BYTES)));
 };
 template <>
 struct VectorOf<double> {
+  typedef int64_t index;
   typedef double type __attribute__((vector_size(MCL_VECTOR_BYTES)));
   typedef int64_t mask __attribute__((vector_size(MCL_VECTOR_BYTES)));
 };
 template <class T>
 using Vector = typename VectorOf<T>::type;
 template <class T>
-using Mask = typename VectorOf<T>::mask;  // a lane is 0 or -1
+using Mask = typename VectorOf<T>::mask;  // integers; of a comparison, a lane is 0 or -1
+template <class T>
+using Index = typename VectorOf<T>::index;  // a lane of a mask
 
 template <class T>
 constexpr int64_t LANES = MCL_VECTOR_BYTES / sizeof(T);
@@ -116,6 +120,26 @@ inline T smallest_lane(Vector<T> v) {
   if constexpr (LANES<T> > 2) step(rotate<T, 2>(v));
   step(rotate<T, 1>(v));
   return v[0];
+}
+
+template <class T>
+inline int64_t smallest_integer(Mask<T> v) {
+  const auto step = [&](Vector<T> rotated) {
+    const Mask<T> other = (Mask<T>)rotated;
+    v = other < v ? other : v;
+  };
+  if constexpr (LANES<T> > 8) step(rotate<T, 8>((Vector<T>)v));
+  if constexpr (LANES<T> > 4) step(rotate<T, 4>((Vector<T>)v));
+  if constexpr (LANES<T> > 2) step(rotate<T, 2>((Vector<T>)v));
+  step(rotate<T, 1>((Vector<T>)v));
+  return v[0];
+}
+
+// LANES<double> numbers as fp64.
+inline Vector<double> load_wide(const double* from) { return load<Vector<double>>(from); }
+inline Vector<double> load_wide(const float* from) {
+  typedef float Half __attribute__((vector_size(MCL_VECTOR_BYTES / 2)));
+  return __builtin_convertvector(load<Half>(from), Vector<double>);
 }
 
 // <x, y> of two rows.

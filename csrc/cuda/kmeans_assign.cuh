@@ -31,7 +31,8 @@ struct AssignMemory {
     alignas(32) Sum<Operand> products[SIDE][Shape<Operand>::PRODUCT_STRIDE];
   };
   int64_t rows[SIDE], centers[SIDE];  // of the tile; -1 behind the last
-  int labels[SIDE];                   // K behind the last row
+  int labels[SIDE];                   // K behind the last row, and of an undecided one
+  Sum<Operand> lowest[SIDE], second[SIDE];
   Sum<Operand> inverse_norms[SIDE];
   int order[SIDE];                    // the tile's rows by cluster,
   int begin[MOST_SUMMED + 1];         // and where each cluster's begin among them
@@ -63,8 +64,15 @@ __device__ __forceinline__ void multiply_centers(const AssignProblem<Sum<Operand
   __syncthreads();
 }
 
-// Labels of the tile's rows, a row by the TEAM threads that share it: of equal scores the first. None is behind the
-// last centre; a row whose scores are all NaN has the label 0.
+// The two lowest scores of those of two threads.
+template <class T>
+__device__ __forceinline__ void take_lowest(T other, T second_of_other, T& lowest, T& second) {
+  second = min(min(second, second_of_other), max(lowest, other));
+  lowest = min(lowest, other);
+}
+
+// Labels of the tile's rows and their two lowest scores, a row by the TEAM threads that share it: of equal scores the
+// first. None is behind the last centre; a row whose scores are all NaN has the label 0.
 template <class Operand>
 __device__ __forceinline__ void find_nearest(const AssignProblem<Sum<Operand>>& problem, int64_t first_row,
                                              AssignMemory<Operand>& shared) {
@@ -75,7 +83,7 @@ __device__ __forceinline__ void find_nearest(const AssignProblem<Sum<Operand>>& 
     const int64_t row = first_row + threadIdx.x;
     shared.rows[threadIdx.x] = row < problem.samples.n ? row : -1;
   }
-  T lowest = INFINITY;
+  T lowest = INFINITY, second = INFINITY;
   int label = 0;
   for (int start = 0; start < problem.clusters; start += SIDE) {
     if (threadIdx.x < SIDE) {
@@ -91,17 +99,23 @@ __device__ __forceinline__ void find_nearest(const AssignProblem<Sum<Operand>>& 
         const int center = start + first + k;
         if (center >= problem.clusters) break;
         const T score = problem.half_norms[center] - products.lanes[k];
-        if (score < lowest) lowest = score, label = center;
+        if (score < lowest) label = center;
+        take_lowest(score, T(INFINITY), lowest, second);
       }
     }
   }
 #pragma unroll
   for (int lanes = 1; lanes < TEAM; lanes *= 2) {
     const T other = __shfl_xor_sync(0xffffffff, lowest, lanes);
+    const T second_of_other = __shfl_xor_sync(0xffffffff, second, lanes);
     const int label_of_other = __shfl_xor_sync(0xffffffff, label, lanes);
-    if (other < lowest || (other == lowest && label_of_other < label)) lowest = other, label = label_of_other;
+    if (other < lowest || (other == lowest && label_of_other < label)) label = label_of_other;
+    take_lowest(other, second_of_other, lowest, second);
   }
-  if (member == 0) shared.labels[of_tile] = first_row + of_tile < problem.samples.n ? label : problem.clusters;
+  if (member > 0) return;
+  shared.labels[of_tile] = first_row + of_tile < problem.samples.n ? label : problem.clusters;
+  shared.lowest[of_tile] = lowest;
+  shared.second[of_tile] = second;
 }
 
 template <class T>
@@ -111,8 +125,19 @@ __device__ __forceinline__ T sum_of_warp(T value) {
   return value;
 }
 
-// The distance of each row to its centre from differences, a warp for a row, which the cache still has. A row without a
-// direction is equally far from all centres: its label is 0.
+// Whether rounding could not give a row, by its second lowest score and the sum of the squares that are multiplied,
+// another label: `score_limits` of gpu_pass.py.
+template <class T>
+__device__ __forceinline__ bool is_decided(const AssignProblem<T>& problem, T lowest, T second, T squares) {
+  const T* limits = problem.limits;
+  const T above = limits[0] * squares + limits[1];
+  T bound = limits[2] + limits[3] * sqrt(above);
+  if (!problem.samples.inverse_norms) bound = min(bound, limits[4] * above + limits[5] * second);
+  return second - lowest > bound + limits[6] + limits[7] * above;
+}
+
+// The distance of each row to its centre from differences, a warp for a row, which the cache still has; and whether its
+// label is decided. Of cosine that of a row whose squares leave the range of fp32 is not, nor of one without direction.
 template <class Operand>
 __device__ __forceinline__ void measure(const AssignProblem<Sum<Operand>>& problem, int64_t first_row,
                                         AssignMemory<Operand>& shared) {
@@ -120,39 +145,38 @@ __device__ __forceinline__ void measure(const AssignProblem<Sum<Operand>>& probl
   using S = AssignShape<Operand>;
   const Samples<T>& samples = problem.samples;
   const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+  const bool is_relative = samples.offset && !problem.half;  // what was multiplied
   for (int of_tile = warp; of_tile < S::SIDE; of_tile += S::WARPS) {
     const int64_t row = first_row + of_tile;
     if (row >= samples.n) break;
-    int label = shared.labels[of_tile];
+    const int label = shared.labels[of_tile];
     const T* center = problem.centers + label * samples.width;
-    T distance = 0, inverse_norm = 0;
-    if (samples.inverse_norms) {
-      T product = 0, squares = 0;
+    T distance = 0, squares = 0, factor = 1;
 #pragma unroll 4
-      for (int64_t feature = lane; feature < samples.width; feature += WARP) {
-        const T value = value_at<Operand>(samples.x, row, feature);
-        product += value * center[feature];
-        squares += value * value;
-      }
-      const T norm = sqrt(sum_of_warp(squares));
-      inverse_norm = norm <= T(1e-12) ? T(0) : 1 / norm;
-      if (inverse_norm == 0) label = 0;
-      distance = 1 - sum_of_warp(product) * inverse_norm;
-      if (distance < 0) distance = 0;  // NaN stays
-    } else {
-#pragma unroll 4
-      for (int64_t feature = lane; feature < samples.width; feature += WARP) {
-        const T difference = value_at<Operand>(samples.x, row, feature) - samples.offset[feature] - center[feature];
-        distance += difference * difference;
-      }
-      distance = sum_of_warp(distance);
+    for (int64_t feature = lane; feature < samples.width; feature += WARP) {
+      const T value = value_at<Operand>(samples.x, row, feature);
+      const T multiplied = is_relative ? value - samples.offset[feature] : value;
+      squares += multiplied * multiplied;
     }
+    squares = sum_of_warp(squares);
+    bool decided = is_decided(problem, shared.lowest[of_tile], shared.second[of_tile], squares);
+    if (samples.inverse_norms) {
+      decided = decided && squares > T(1e-30) && squares < T(1e30);
+      factor = decided ? 1 / sqrt(squares) : T(0);
+    }
+#pragma unroll 4
+    for (int64_t feature = lane; feature < samples.width; feature += WARP) {
+      const T difference = value_at<Operand>(samples.x, row, feature) * factor - center[feature];
+      distance += difference * difference;
+    }
+    distance = sum_of_warp(distance);
     if (lane > 0) continue;
     problem.labels[row] = label;
-    problem.distances[row] = distance;
-    if (samples.inverse_norms) samples.inverse_norms[row] = inverse_norm;
-    shared.labels[of_tile] = label;
-    shared.inverse_norms[of_tile] = inverse_norm;
+    problem.distances[row] = samples.inverse_norms ? distance / 2 : distance;
+    problem.undecided[row] = !decided;
+    if (samples.inverse_norms) samples.inverse_norms[row] = factor;
+    shared.labels[of_tile] = decided ? label : problem.clusters;
+    shared.inverse_norms[of_tile] = factor;
   }
 }
 

@@ -198,7 +198,7 @@ struct SampleTensors {
 };
 
 struct AssignTensors {
-  const Tensor &high, &low, &centers, &half_norms, &labels, &distances;
+  const Tensor &high, &low, &centers, &half_norms, &limits, &labels, &distances, &undecided;
   const OptionalTensor &sums, &counts;
 };
 
@@ -211,9 +211,11 @@ void assign_as(const SampleTensors& rows, const AssignTensors& of) {
                                  matrix(of.low, operand),
                                  of.centers.const_data_ptr<T>(),
                                  of.half_norms.const_data_ptr<T>(),
+                                 of.limits.const_data_ptr<T>(),
                                  checked_size(of.centers),
                                  of.labels.mutable_data_ptr<int64_t>(),
                                  of.distances.mutable_data_ptr<T>(),
+                                 of.undecided.mutable_data_ptr<bool>(),
                                  rows.entries<T>(),
                                  mutable_pointer<double>(of.sums),
                                  mutable_pointer<int64_t>(of.counts),
@@ -225,9 +227,10 @@ void assign_as(const SampleTensors& rows, const AssignTensors& of) {
 void assign(const Tensor& x, const Tensor& offset, const OptionalTensor& inverse_norms,
             const OptionalTensor& rounding, const OptionalTensor& scale, const OptionalTensor& unit,
             const Tensor& centers, const Tensor& high, const Tensor& low, const Tensor& half_norms,
-            const Tensor& labels, const Tensor& distances, const OptionalTensor& sums, const OptionalTensor& counts) {
+            const Tensor& limits, const Tensor& labels, const Tensor& distances, const Tensor& undecided,
+            const OptionalTensor& sums, const OptionalTensor& counts) {
   const SampleTensors rows{x, offset, inverse_norms, rounding, scale, unit};
-  const AssignTensors of{high, low, centers, half_norms, labels, distances, sums, counts};
+  const AssignTensors of{high, low, centers, half_norms, limits, labels, distances, undecided, sums, counts};
   centers.scalar_type() == at::kDouble ? assign_as<double>(rows, of) : assign_as<float>(rows, of);
 }
 
@@ -278,8 +281,9 @@ LIBRARY_OF(MCL_NAMESPACE, library) {
               "Tensor? unit, Tensor(a!)? grad_x, Tensor(b!)? grad_scale) -> ()",
               &mcl::backward);
   library.def("assign(Tensor x, Tensor offset, Tensor(a!)? inverse_norms, Tensor? rounding, Tensor? scale, "
-              "Tensor? unit, Tensor centers, Tensor high, Tensor low, Tensor half_norms, Tensor(b!) labels, "
-              "Tensor(c!) distances, Tensor(d!)? sums, Tensor(e!)? counts) -> ()",
+              "Tensor? unit, Tensor centers, Tensor high, Tensor low, Tensor half_norms, Tensor limits, "
+              "Tensor(b!) labels, Tensor(c!) distances, Tensor(d!) undecided, Tensor(e!)? sums, Tensor(f!)? counts) "
+              "-> ()",
               &mcl::assign);
   library.def("sum_pieces(Tensor x, Tensor offset, Tensor? inverse_norms, Tensor? rounding, Tensor? scale, "
               "Tensor? unit, Tensor order, Tensor begin, Tensor end, Tensor(a!) sums) -> ()",

@@ -114,11 +114,13 @@ struct AssignProblem {
   Samples<T> samples;
   bool half;             // rows of 16 bits are multiplied as they are, others relative to the offset
   Matrix high, low;      // [K, D] in the type that is multiplied: centres, where half as the sum of two
-  const T* centers;      // [K, D], relative to the offset
+  const T* centers;      // [K, D]
   const T* half_norms;   // [K]: the nearest centre has the least half_norms_k - <x_i, c_k>
+  const T* limits;       // [8]: how far the second least has to be above it
   int clusters;          // K
   int64_t* labels;       // [n]
   T* distances;          // [n]
+  bool* undecided;       // [n]: rounding could give the row another label; it is not summed
   FixedPoint<T> entries;
   double* sums;          // [blocks, K, D], added to; null: nothing is summed
   int64_t* counts;       // [blocks, K]

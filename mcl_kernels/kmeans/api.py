@@ -8,7 +8,6 @@ import warnings
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,7 +16,7 @@ from mcl_kernels._rows import compute_dtype
 from mcl_kernels._validate import as_integer, as_number, check_choice, check_same_width
 from mcl_kernels.distributed.group import ranks_of
 from mcl_kernels.kmeans import cuda, faiss, lloyd, native, reference, triton
-from mcl_kernels.kmeans.centers import prepare, serial_mean, summarize
+from mcl_kernels.kmeans.centers import middle_and_scale, prepare, summarize
 from mcl_kernels.kmeans.lloyd import Clustering, Problem
 from mcl_kernels.kmeans.shards import open_shard
 from mcl_kernels.kmeans.sources import Array, ChunkedRows, Rows, RowsLike, open_rows
@@ -107,6 +106,7 @@ class KMeans:
     n_iter_: int
     init_rows_: int
     history_: list[dict[str, Any]]
+    _dtype: torch.dtype  # of products: `predict` takes the same, so that even labels of ties are the same
 
     def __init__(
         self,
@@ -169,13 +169,13 @@ class KMeans:
             _check_range(rows.name, torch.stack((low, high)))
             generator = torch.Generator().manual_seed(self.seed)
             sample = self._sample(rows, n, generator)
-            middle = rows.from_first(lambda: serial_mean(sample).to(compute_dtype(sample)).unsqueeze(0)).squeeze(0)
-            summary = summarize(n, low, high, middle, self.metric)
+            middle = rows.from_first(lambda: middle_and_scale(sample, self.metric).to(compute_dtype(sample)))
+            summary = summarize(n, low, high, middle, self.metric, self.init)
             problem = Problem(rows, summary, self.metric, _steps(self.impl, rows.device))
             tol = self.tol * lloyd.mean_variance(problem) if self.tol else 0.0
             runs = (self._run(problem, sample, tol, generator) for _ in range(self.n_init))
-            # As fp32: the order of a sum, which depends on chunks and shards, must not decide between equal runs.
-            best = min(runs, key=lambda run: np.float32(run.inertia))
+            # Of 24 bits: the order of a sum, which depends on chunks and shards, must not decide between equal runs.
+            best = min(runs, key=lambda run: _rounded(run.inertia))
         if len(best.centers) < self.n_clusters:
             warnings.warn(
                 f"n_clusters={self.n_clusters} but only {len(best.centers)} clusters hold a row: too few rows differ",
@@ -183,6 +183,7 @@ class KMeans:
             )
         self.cluster_centers_, self.labels_, self.inertia_, self.history_ = best
         self.n_iter_ = len(self.history_)
+        self._dtype = summary.dtype
         self.init_rows_ = 0 if isinstance(self.init, Tensor) else len(sample)
         return self
 
@@ -190,7 +191,7 @@ class KMeans:
         """The nearest centre of each row of x (anything that `fit` takes), int64 [N]: each rank of a group alone."""
         if not hasattr(self, "cluster_centers_"):
             raise RuntimeError("this KMeans has no clusters yet: call fit(x) first")
-        return _assign(x, self.cluster_centers_, self.metric, self.impl)[0]
+        return _assign(x, self.cluster_centers_, self.metric, self.impl, self._dtype)[0]
 
     def fit_predict(self, x: RowsLike) -> Tensor:
         """`fit(x).labels_`."""
@@ -224,12 +225,14 @@ class KMeans:
         return rows.take(drawn)
 
     def _run(self, problem: Problem, sample: Tensor, tol: float, generator: torch.Generator) -> Clustering:
+        public = compute_dtype(sample)
+
         def initial_centers() -> Tensor:
             if isinstance(self.init, Tensor):
-                return prepare(self.init.to(compute_dtype(sample)), self.metric).points
-            return lloyd.initial_centers(sample, self.n_clusters, self.init, self.metric, generator)
+                return problem.points(self.init).to(public)
+            return lloyd.initial_centers(problem, sample, self.n_clusters, self.init, generator).to(public)
 
-        points = problem.rows.from_first(initial_centers)
+        points = problem.rows.from_first(initial_centers).to(problem.summary.dtype)
         if self.batch_size is None:
             return lloyd.lloyd(problem, points, self.max_iter, tol)
         return lloyd.mini_batches(problem, points, self.max_iter, tol, self.batch_size, generator)
@@ -262,7 +265,9 @@ def assign_clusters(x: RowsLike, centers: Tensor | Array, *, metric: str = "eucl
     return _assign(x, centers, metric, "auto")
 
 
-def _assign(x: RowsLike, centers: Tensor | Array, metric: str, impl: str) -> tuple[Tensor, Tensor]:
+def _assign(
+    x: RowsLike, centers: Tensor | Array, metric: str, impl: str, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
     rows, centers = open_rows("x", x), finite_rows("centers", centers)
     check_same_width("centers", centers, rows.name, rows.like)
     if len(centers) == 0:
@@ -270,7 +275,8 @@ def _assign(x: RowsLike, centers: Tensor | Array, metric: str, impl: str) -> tup
     steps = _steps(impl, rows.device)
     labels, distances, begin = [], [], 0
     with torch.autocast(rows.device.type, enabled=False):
-        prepared = prepare(centers.to(compute_dtype(rows.like, centers)), metric)
+        wide = compute_dtype(rows.like, centers)
+        prepared = prepare(centers.to(wide), metric, dtype=torch.float64 if wide == torch.float64 else dtype)
         for chunk in rows.chunks():
             of_chunk = steps.assign(chunk, prepared)
             # What is not finite shows in its distance: x need not be read twice.
@@ -305,13 +311,16 @@ def _steps(impl: str, device: torch.device) -> ModuleType:
 
 
 def _check_range(name: str, x: Tensor) -> None:
-    """Raises where squared distances would overflow."""
-    dtype = compute_dtype(x)
-    largest, most = float(x.abs().max()), math.sqrt(torch.finfo(dtype).max / (8 * x.shape[1]))
+    """Raises where squared distances would overflow fp64, which takes the place of other dtypes where theirs would."""
+    largest, most = float(x.abs().max()), math.sqrt(torch.finfo(torch.float64).max / (8 * x.shape[1]))
     if largest > most:
-        raise ValueError(
-            f"{name} must be at most {most:.3g} by magnitude for {x.shape[1]} features in {dtype}: got {largest:.3g}"
-        )
+        raise ValueError(f"{name} must be at most {most:.3g} by magnitude for {x.shape[1]} features: got {largest:.3g}")
+
+
+def _rounded(x: float) -> float:
+    """To the 24 bits of fp32, in any range."""
+    fraction, exponent = math.frexp(x)
+    return math.ldexp(round(fraction * 2**24), exponent - 24)
 
 
 def _digest(init: str | Tensor) -> str:

@@ -8,12 +8,15 @@
                                  changes of sums and numbers since
 
 Since sums are exact, adding up their changes gives the bits of a sum of all rows.
+
+The nearest centre is found by a product, the lowest score |c|^2 / 2 - <x, c> relative to the offset. Where the two
+lowest are so close that rounding could have decided, distances are taken from differences in fp64.
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,89 +24,208 @@ from torch import Tensor
 
 from mcl_kernels._rows import normalize_rows
 
+Array = np.ndarray[Any, np.dtype[np.float64]]
+
 SUMMED_ROWS = 1024  # that are copied at a time
+COMPARED_ENTRIES = 1 << 22  # distances in fp64 at a time
 SERIAL = 1 << 14  # numbers that PyTorch sums by one thread
+SURVEYED_ROWS = 256  # enough to tell the offset and the scale of each column
+SURVEYED_CENTERS = 64
+SCALE_BITS = 16  # sums resolve that much of a column's scale
+LEAST_FAR, MOST_FAR = 2.0**8, 2.0**18  # an entry by its column's scale: ordinary ones of many rows; what GPUs resolve
+LEAST_EXPONENT = -960
+SMALLEST_FP32 = 2.0**-40  # differences whose squares fp32 still resolves
+NEAR = 2.0**-12  # a squared distance between rows of length 1 in which rounding of the rows shows
 
 
 class Summary(NamedTuple):
-    """Of a whole data set, so that sums over it are exact whatever the chunks it comes in."""
+    """Statistics of a whole data set, so that sums over it are exact whatever the chunks it comes in."""
 
     rows: int
-    offset: Tensor  # [D] in the dtype of the centres, about the middle of the data; 0 where cosine
+    dtype: torch.dtype  # of products and distances: fp64 where squares leave the range of fp32
+    offset: Tensor  # [D] in that dtype, about the middle of the data; 0 where cosine
     largest: Tensor  # fp64 [D], entry relative to the offset by magnitude, or above it
-    rounding: Tensor  # fp64 [D], 1.5 * 2^e, where no sum of entries is above 2^e
+    rounding: Tensor  # fp64 [levels, D], see `Centers`
 
 
 class Centers(NamedTuple):
     """Centres, and what rows are computed relative to: an offset of the data costs no digits.
 
     Before they are summed, entries relative to the offset are rounded to multiples of 2^-52 times a bound of their
-    column's sums, at most what fp32 resolves of the largest one of the column for up to 2^29 rows. fp64 sums of these
-    are exact: the same bits in any order of rows, so for any number of threads and any chunks of the data.
+    column's sums, so that fp64 sums of these are exact: the same bits in any order of rows, so for any number of
+    threads and any chunks of the data. Where a column has entries far beyond its scale one level would lose the others:
+    what rounding left is then summed by itself, on as many further levels as the scale asks for.
     """
 
     points: Tensor  # [K, D] fp32 or fp64, of unit length where cosine
     offset: Tensor  # [D], 0 where cosine
     cosine: bool
     largest: Tensor  # fp64 [D] as those of the summary; 0 where nothing is summed
-    rounding: Tensor
+    rounding: Tensor  # fp64 [levels, D], 1.5 * 2^e, where no sum of a level's entries is above 2^e
 
     def rounded(self, x: Tensor) -> Tensor:
-        """Rows as they are summed, fp64 [N, D]."""
-        x = x.to(self.points.dtype)
-        x = normalize_rows(x) if self.cosine else x - self.offset
-        return (x.double() + self.rounding) - self.rounding
+        """Rows as they are summed, fp64 [levels, N, D]."""
+        if self.cosine:
+            left = unit_rows(x.to(self.points.dtype)).double()
+        elif len(self.rounding) == 1:
+            left = (x.to(self.points.dtype) - self.offset).double()  # as kernels round them
+        else:
+            left = x.double() - self.offset.double()
+        levels = []
+        for rounding in self.rounding:
+            levels.append((left + rounding) - rounding)
+            left = left - levels[-1]
+        return torch.stack(levels)
 
     def sum_rows(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """The sums and numbers of a pass whose labels are known; only exact sums may be added up in any order."""
-        sums = torch.zeros_like(self.points, dtype=torch.float64)
+        """Sums [levels, K, D] and numbers of rows whose labels are known; exact sums may be added up in any order."""
+        sums = self.offset.new_zeros(len(self.rounding), *self.points.shape, dtype=torch.float64)
         for start in range(0, len(x), SUMMED_ROWS):
             rows = slice(start, start + SUMMED_ROWS)
-            sums.index_add_(0, labels[rows], self.rounded(x[rows]))
-        return sums, torch.bincount(labels, minlength=len(sums))
+            sums.index_add_(1, labels[rows], self.rounded(x[rows]))
+        return sums, torch.bincount(labels, minlength=len(self.points))
 
     def means(self, sums: Tensor, counts: Tensor) -> Tensor:
         """[K, D], of unit length where cosine; a centre without rows stays where it is."""
-        means = self.offset.double() + sums / counts.clamp(min=1).unsqueeze(1)
+        means = self.offset.double() + sums.sum(0) / counts.clamp(min=1).unsqueeze(1)
         means = torch.where(counts.unsqueeze(1) > 0, means, self.points.double())
         return (normalize_rows(means) if self.cosine else means).to(self.points.dtype)
 
+    def score_errors(self, squared_norms: Tensor, squares: Tensor) -> Tensor:
+        """Bounds of the errors of scores, [N, K], of rows and centres of these squares relative to the offset.
 
-def summarize(rows: int, low: Tensor, high: Tensor, middle: Tensor, metric: str) -> Summary:
-    """Of so many rows between `low` and `high`, [D] each."""
+        A product of D numbers, each of them rounded, with as much again to spare; and what it loses below the normal
+        numbers.
+        """
+        limits, width = torch.finfo(self.points.dtype), self.points.shape[1]
+        products = (squared_norms.unsqueeze(1) * squares).sqrt()
+        return (width + 8) * limits.eps * (squares / 2 + products) + 4 * width * limits.tiny
+
+
+
+def undecided_rows(gap: Tensor, second: Tensor, squares: Tensor, largest: Tensor, width: int) -> Tensor:
+    """Where rounding in fp32 could give a row, of these |x|^2, another label, bool [N]: by its second lowest score s
+    and how far it is above the lowest.
+
+    The norm of a centre is at most the largest one, and at most |x| + |x - c|, where |x - c|^2 = |x|^2 + 2 s: one far
+    centre takes no digits from the others.
+    """
+    limits = torch.finfo(torch.float32)
+    bound = torch.minimum(largest.square() / 2 + largest * squares.sqrt(), 4 * squares + 3 * second)
+    return ~(gap > 2 * ((width + 8) * limits.eps * bound + 4 * width * limits.tiny))
+
+
+def settle(x: Tensor, centers: Centers, labels: Tensor, distances: Tensor, undecided: Tensor) -> Tensor:
+    """Gives the undecided rows, bool [N], their nearest centre, in place: from differences in fp64, of equally near
+    ones the first. Cosine distances next to 0, in which rounding shows, are taken from differences, too.
+
+    Returns the indices of the undecided rows.
+    """
+    exact = undecided | (distances < NEAR) if centers.cosine else undecided
+    index = exact.nonzero().squeeze(1)
+    points = centers.points.double()
+    points = unit_rows(points) if centers.cosine else points
+    for part in index.split(max(COMPARED_ENTRIES // max(len(points), 1), 1)):
+        rows = x[part].double()
+        rows = unit_rows(rows) if centers.cosine else rows
+        every = torch.cdist(rows, points, compute_mode="donot_use_mm_for_euclid_dist")
+        nearest = every.min(1)
+        squared = nearest.values.square()
+        if centers.cosine:  # a row without a direction is as far from all centres
+            squared = torch.where((rows == 0).all(1), 1.0, squared / 2)
+        labels[part], distances[part] = nearest.indices, squared.to(distances.dtype)
+    return index
+
+
+def unit_rows(x: Tensor) -> Tensor:
+    """x_i / |x_i| for norms of any size; 0 for a zero row, and a row as it is whose length is 1 to rounding."""
+    largest = x.abs().amax(1, keepdim=True)
+    scaled = x / torch.where(largest > 0, largest, 1.0)
+    norm = torch.linalg.vector_norm(scaled, dim=1, keepdim=True)
+    is_unit = (norm * largest - 1).abs() < 4 * torch.finfo(x.dtype).eps
+    return torch.where(is_unit, x, scaled / torch.where(norm > 0, norm, 1.0))
+
+
+def middle_and_scale(x: Tensor, metric: str) -> Tensor:
+    """The median of each column, and that of the distances to it that are not 0, [2, D]: some far rows change neither.
+
+    For cosine 0 and the scale of entries.
+    """
+    rows = _spread(x, SURVEYED_ROWS).double().cpu().numpy()
+    middle = np.partition(rows, len(rows) // 2, axis=0)[len(rows) // 2]
     if metric == "cosine":
-        offset, largest = torch.zeros_like(middle), torch.ones_like(middle, dtype=torch.float64)
-    else:
-        offset, center = middle, middle.double()
-        largest = torch.maximum(high.double() - center, center - low.double())
-    exponents = np.frexp(largest.cpu().numpy() * max(rows, 1))[1]
-    return Summary(rows, offset, largest, torch.from_numpy(np.ldexp(1.5, exponents)).to(offset.device))
+        middle = np.zeros_like(middle)
+    away = np.sort(np.ascontiguousarray(np.abs(rows - middle).T), axis=1)
+    zeros = (away == 0).sum(1)
+    scale = np.take_along_axis(away, (zeros + len(rows) - 1)[:, None] // 2, axis=1)
+    return torch.from_numpy(np.stack((middle, scale.squeeze(1)))).to(x.device)
 
 
-def prepare(points: Tensor, metric: str, summary: Summary | None = None) -> Centers:
-    """Centres for passes over data of that summary, without which there are no sums."""
+def summarize(
+    rows: int, low: Tensor, high: Tensor, middle_and_scale: Tensor, metric: str, init: Tensor | str = ""
+) -> Summary:
+    """Summary of so many rows between `low` and `high`, [D] each, and of given centres [K, D]."""
+    middle, scale = middle_and_scale
+    largest = torch.maximum(high.double() - middle.double(), middle.double() - low.double())
+    farthest, dtype = float(largest.max()), middle.dtype
+    if isinstance(init, Tensor):
+        farthest = max(farthest, float((init.double() - middle.double()).abs().max()))
+    if not _fits(farthest, float(scale.max()), len(middle), dtype):
+        dtype = torch.float64
+    if metric == "cosine":
+        largest, scale = torch.ones_like(largest), torch.ones_like(largest)
+    rounding = _levels(rows, largest.cpu().numpy(), scale.double().cpu().numpy())
+    return Summary(rows, dtype, middle.to(dtype), largest, torch.from_numpy(rounding).to(middle.device))
+
+
+def _fits(largest: float, scale: float, width: int, dtype: torch.dtype) -> bool:
+    """Whether squares of so many numbers, and of their usual differences, are in the range of a dtype."""
+    if dtype == torch.float64:
+        return True
+    return largest <= math.sqrt(torch.finfo(dtype).max / (8 * width)) and (scale or largest or 1.0) >= SMALLEST_FP32
+
+
+def _levels(rows: int, largest: Array, scale: Array) -> Array:
+    """What rounds the entries of each level of sums, fp64 [levels, D]."""
+    wanted = np.where(scale > 0, scale, largest)
+    far = largest > wanted * min(max(2.0 ** (52 - SCALE_BITS) / rows, LEAST_FAR), MOST_FAR)
+    levels, bound = [], largest
+    while True:
+        exponents = np.maximum(np.frexp(bound * rows)[1], LEAST_EXPONENT)
+        levels.append(np.ldexp(1.5, exponents))
+        unit = np.ldexp(1.0, exponents - 52)
+        if not (far & (unit > wanted * 2.0**-24) & (exponents > LEAST_EXPONENT)).any():
+            return np.stack(levels)
+        bound = unit / 2
+
+
+def prepare(
+    points: Tensor, metric: str, summary: Summary | None = None, dtype: torch.dtype | None = None
+) -> Centers:
+    """Centres for passes over data of that summary. Without one there are no sums, and the dtype is that of products:
+    by default that of the points, or fp64 where their squares would leave its range."""
     cosine = metric == "cosine"
-    points = normalize_rows(points) if cosine else points
     if summary is not None:
+        points = points.to(summary.dtype)
+        points = unit_rows(points) if cosine else points
         return Centers(points, summary.offset, cosine, summary.largest, summary.rounding)
-    mean = serial_mean(points).to(points.dtype)
-    nothing = torch.zeros_like(mean, dtype=torch.float64)
-    return Centers(points, torch.zeros_like(mean) if cosine else mean, cosine, nothing, nothing)
+    middle = _spread(points, SURVEYED_CENTERS).median(0).values
+    offset = torch.zeros_like(middle) if cosine else middle
+    if dtype is None:
+        dtype, largest = points.dtype, float((points.double() - offset.double()).abs().max())
+        dtype = dtype if cosine or largest == 0 or _fits(largest, largest, len(middle), dtype) else torch.float64
+    points, offset = points.to(dtype), offset.to(dtype)
+    nothing = torch.zeros_like(offset, dtype=torch.float64)
+    return Centers(unit_rows(points) if cosine else points, offset, cosine, nothing, nothing.unsqueeze(0))
 
 
-def serial_mean(x: Tensor) -> Tensor:
-    """Of each column, fp64: in one order, whatever the number of threads and the strides of x."""
-    if x.device.type != "cpu":
-        return x.mean(0, dtype=torch.float64)
-    size = max(SERIAL // x.shape[1], 1)
-    total = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
-    for start in range(0, len(x), size):
-        total += x[start : start + size].contiguous().sum(0, dtype=torch.float64)
-    return total / max(len(x), 1)
+def _spread(x: Tensor, most: int) -> Tensor:
+    """At most so many rows, evenly spaced."""
+    return x[:: -(-len(x) // most)] if len(x) > most else x
 
 
 def serial_sum(x: Tensor) -> float:
-    """Of a vector, as `serial_mean`."""
+    """Sum of a vector in fp64, in one order whatever the number of threads."""
     if x.device.type != "cpu":
         return float(x.sum(dtype=torch.float64))
     return math.fsum(float(x[start : start + SERIAL].sum(dtype=torch.float64)) for start in range(0, len(x), SERIAL))

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from mcl_kernels import _cuda
-from mcl_kernels.kmeans.centers import Centers
+from mcl_kernels.kmeans.centers import Centers, settle
 from mcl_kernels.kmeans.gpu_pass import (
     MOST_NUMBERS,
     MOST_SUMMED,
@@ -27,6 +27,7 @@ from mcl_kernels.kmeans.gpu_pass import (
     fixed_point,
     make_factors,
     programs_at_a_time,
+    score_limits,
 )
 
 TILE_ROWS = 64  # of a block; of fp64, which is for checks, half as many
@@ -38,7 +39,7 @@ _Rounding = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 def assign(x: Tensor, centers: Centers) -> tuple[Tensor, Tensor]:
     """The nearest centre of each row, int64 [N], and the distance to it, [N] in the dtype of the centres."""
-    labels, distances, _ = _assign(x, centers)
+    labels, distances, _, _ = _assign(x, centers)
     return labels, distances
 
 
@@ -47,13 +48,17 @@ def assign_and_sum(x: Tensor, centers: Centers) -> tuple[Tensor, Tensor, Tensor,
     k, width = centers.points.shape
     rounding = _rounding_of(centers)
     if k > MOST_SUMMED or k * width > MOST_NUMBERS:
-        labels, distances, inverse_norms = _assign(x, centers)
-        return labels, distances, *_sum_by_label(x, centers, rounding, labels, inverse_norms)
+        labels, distances, index, inverse_norms = _assign(x, centers)
+        sums, counts = _sum_by_label(x, centers, rounding, labels, inverse_norms)
+        if centers.cosine:
+            sums += centers.sum_rows(x[index], labels[index])[0][0]
+        return labels, distances, sums, counts
     blocks = min(-(-len(x) // TILE_ROWS), programs_at_a_time(x.device))
     sums = torch.zeros(blocks, k, width, dtype=torch.float64, device=x.device)
     counts = torch.empty(blocks, k, dtype=torch.int64, device=x.device)
-    labels, distances, _ = _assign(x, centers, rounding, sums, counts)
-    return labels, distances, sums.sum(0), counts.sum(0)
+    labels, distances, index, _ = _assign(x, centers, rounding, sums, counts)
+    added, number = centers.sum_rows(x[index], labels[index])
+    return labels, distances, sums.sum(0) + added[0], counts.sum(0) + number
 
 
 def _assign(
@@ -62,19 +67,26 @@ def _assign(
     rounding: _Rounding = (None, None, None),
     sums: Tensor | None = None,
     counts: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Labels, distances and for cosine 1 / |x_i|; fills the sums and counts of each block."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Labels, distances, the rows that were undecided, and for cosine 1 / |x_i| of the others; fills the sums and
+    counts of each block, of the others alone."""
     points, n = centers.points, len(x)
-    factors = make_factors(x, centers, x.dtype.itemsize == 2 and points.dtype == torch.float32)
+    half = x.dtype.itemsize == 2 and points.dtype == torch.float32
+    factors = make_factors(x, centers, half)
+    limits = score_limits(x, centers, factors, "half" if half else "fp32")
     labels, distances = torch.empty(n, dtype=torch.int64, device=x.device), points.new_empty(n)
+    undecided = torch.empty(n, dtype=torch.bool, device=x.device)
     inverse_norms = points.new_empty(n) if centers.cosine else None
-    _cuda.ops(x.device).assign(x, centers.offset, inverse_norms, *rounding, *factors, labels, distances, sums, counts)
-    return labels, distances, inverse_norms
+    _cuda.ops(x.device).assign(
+        x, centers.offset, inverse_norms, *rounding, points.contiguous(), factors.high, factors.low,
+        factors.half_norms, limits, labels, distances, undecided, sums, counts,
+    )  # fmt: skip
+    return labels, distances, settle(x, centers, labels, distances, undecided), inverse_norms
 
 
 def _rounding_of(centers: Centers) -> _Rounding:
     if centers.points.dtype == torch.float64:
-        return centers.rounding, None, None
+        return centers.rounding[0], None, None
     scale, last_integer, unit = fixed_point(centers, HIGH_BITS)
     return last_integer, scale, unit
 

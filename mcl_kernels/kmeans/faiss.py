@@ -1,18 +1,18 @@
 """One pass over the data by a flat index of faiss, on its GPUs where it has some: another engine, for comparisons.
 
-The algorithm around it is the same, and so is what it promises but for one thing: faiss computes in fp32, in an order
-that depends on the rows of a chunk, so that of two centres which are equally near another one may win.
+The algorithm around it is the same, and so is what it promises: faiss computes in fp32, in an order that depends on the
+rows of a chunk, but where that could decide which of two centres is nearer differences do.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mcl_kernels._rows import normalize_rows
-from mcl_kernels.kmeans.centers import Centers
+from mcl_kernels.kmeans.centers import Centers, settle, undecided_rows, unit_rows
 
 SLAB = 1 << 14  # rows that are copied at a time
 
@@ -30,27 +30,41 @@ def assign(x: Tensor, centers: Centers) -> tuple[Tensor, Tensor]:
     """The nearest centre of each row, int64 [N], and the distance to it, [N] in the dtype of the centres."""
     import faiss
 
-    points = centers.points - centers.offset
-    width = points.shape[1]
+    points, width = centers.points - centers.offset, centers.points.shape[1]
+    # By a power of 2 next to 1: faiss computes in fp32.
+    unit = 2.0 ** -math.frexp(float(points.abs().max()))[1]
+    scaled = (points * unit).float().cpu()
+    largest = scaled.square().sum(1).max().sqrt()
     index: Any = faiss.IndexFlatIP(width) if centers.cosine else faiss.IndexFlatL2(width)
     if faiss.get_num_gpus():
         index = faiss.index_cpu_to_all_gpus(index)
-    index.add(points.float().cpu().numpy())
+    index.add(scaled.numpy())
     labels = torch.empty(len(x), dtype=torch.int64, device=x.device)
     distances = points.new_empty(len(x))
+    undecided = torch.zeros(len(x), dtype=torch.bool, device=x.device)
     for start in range(0, len(x), SLAB):
         rows = slice(start, min(start + SLAB, len(x)))
-        slab = x[rows].to(points.dtype)
-        slab = normalize_rows(slab) if centers.cosine else slab - centers.offset
-        found = index.search(slab.float().cpu().numpy(), 1)[1]
-        labels[rows] = torch.from_numpy(found).to(x.device).squeeze(1).clamp(min=0)  # -1 where a row is not finite
-        nearest = points[labels[rows]]
+        raw = x[rows].to(points.dtype)
+        relative = unit_rows(raw) if centers.cosine else raw - centers.offset
+        slab = (relative * unit).float().cpu()
+        values, nearest = map(torch.from_numpy, index.search(slab.numpy(), min(2, len(points))))
+        labels[rows] = nearest[:, 0].clamp(min=0).to(x.device)  # -1 where a row is not finite
+        if len(points) > 1:
+            squares = slab.square().sum(1)
+            scores = -values if centers.cosine else (values - squares.unsqueeze(1)) / 2
+            unsure = undecided_rows(scores[:, 1] - scores[:, 0], scores[:, 1], squares, largest, width)
+            undecided[rows] = unsure.to(x.device)
         # From differences: its own lose digits next to a centre.
-        distances[rows] = 1 - (slab * nearest).sum(1) if centers.cosine else (slab - nearest).square().sum(1)
-    return labels, distances.clamp(min=0)
+        if centers.cosine:
+            distances[rows] = (relative - points[labels[rows]]).square().sum(1) / 2
+        else:
+            distances[rows] = (raw - centers.points[labels[rows]]).square().sum(1)
+    settle(x, centers, labels, distances, undecided)
+    return labels, distances
 
 
 def assign_and_sum(x: Tensor, centers: Centers) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`assign`, and the sum of each centre's rows relative to the offset, and their number."""
     labels, distances = assign(x, centers)
-    return labels, distances, *centers.sum_rows(x, labels)
+    sums, counts = centers.sum_rows(x, labels)
+    return labels, distances, sums[0], counts

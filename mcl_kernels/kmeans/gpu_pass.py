@@ -22,14 +22,20 @@ INTERPRETED_PROGRAMS = 2  # on a CPU
 PIECE_ROWS = 256  # their entries' integers add up in 32 bits
 ENTRY_BITS = 35  # of an fp32 entry
 
+# What a number of a product may lose, twice: of fp32 in one product of tf32 and in three, of centres in two of 16 bits.
+LOST = {"ieee": 0.0, "fp32": 0.0, "tf32": 2.0**-9, "tf32x3": 2.0**-19}
+LOST_OF_HALF = {torch.bfloat16: 2.0**-15, torch.float16: 2.0**-20}
+LOST_BELOW_FP16 = 2.0**-34  # of the largest centre
+
 
 class Factors(NamedTuple):
     """What rows are multiplied with, relative to the offset: <x - o, c> is <x, c> - <o, c>."""
 
-    centers: Tensor  # [K, D]
+    relative: Tensor  # [K, D]
     high: Tensor  # [K, D] as they are multiplied: where rows are of 16 bits, in two parts of their dtype
     low: Tensor
     half_norms: Tensor  # [K], |c|^2 / 2 where not cosine, and <o, c> where rows are multiplied as they are
+    unit: Tensor  # fp64 [], what scores are multiplied with
 
 
 class Pieces(NamedTuple):
@@ -49,6 +55,7 @@ def make_factors(x: Tensor, centers: Centers, half: bool, columns: int = 1) -> F
     wide = relative.double()
     half_norms = wide.square().sum(1) / 2 if not centers.cosine else wide.new_zeros(len(wide))
     high = low = relative
+    unit = wide.new_ones(())
     if half:
         half_norms += wide @ offset.double()
         # Scores may be scaled: by the power of 2 that brings what becomes fp16 into its range.
@@ -58,7 +65,33 @@ def make_factors(x: Tensor, centers: Centers, half: bool, columns: int = 1) -> F
         low = (relative * unit - high).to(x.dtype)
         half_norms *= unit
     padding = -len(relative) % columns
-    return Factors(relative, high, low, F.pad(half_norms, (0, padding), value=math.inf).to(relative.dtype))
+    half_norms = F.pad(half_norms, (0, padding), value=math.inf).to(relative.dtype)
+    return Factors(relative, high, low, half_norms, unit)
+
+
+def score_limits(x: Tensor, centers: Centers, factors: Factors, precision: str) -> Tensor:
+    """How far the second lowest score s of a row has to be above the lowest, or rounding could give it another label.
+
+    With the numbers l of the result, [8] in the dtype of scores, and the sum t of the squares that are multiplied:
+
+        X^2 = l0 t + l1,    limit = min(l2 + l3 X, l4 X^2 + l5 s) + l6 + l7 X^2
+
+    X is at least |x|, and the error of a score e |c| (|c| / 2 + X), where |c| is at most the largest norm of a centre,
+    and at most |x| + |x - c|, with |x - c|^2 = |x|^2 + 2 s: one far centre takes no digits from the others. For cosine
+    |c| is 1, and l4 and l5 are not used.
+    """
+    half, limits, width = precision == "half", torch.finfo(centers.points.dtype), x.shape[1]
+    lost = LOST_OF_HALF[x.dtype] if half else LOST[precision]
+    largest = factors.relative.double().square().sum(1).amax().sqrt()
+    one, zero = torch.ones_like(largest), torch.zeros_like(largest)
+    # Tensor cores cut off where others round.
+    error = 2 * (lost + 2 * (width + 8) * limits.eps) * factors.unit
+    below = factors.unit * (LOST_BELOW_FP16 * math.sqrt(width) if half and x.dtype == torch.float16 else 0.0)
+    squares = (2 * one, 2 * centers.offset.double().square().sum()) if half else (one, zero)
+    of_centers = (zero if centers.cosine else error * largest.square() / 2, error * largest)
+    of_scores = (4 * error, 3 * error / factors.unit)
+    least = (8 * width * limits.tiny + below * largest.square(), below)
+    return torch.stack((*squares, *of_centers, *of_scores, *least)).to(centers.points.dtype)
 
 
 def fixed_point(centers: Centers, first_bits: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -68,7 +101,7 @@ def fixed_point(centers: Centers, first_bits: int) -> tuple[Tensor, Tensor, Tens
     might be rounded: then the last is a multiple of a power of 2.
     """
     bound = centers.largest.frexp().exponent.clamp(min=first_bits - 126)  # 2^bound is above every entry
-    of_sums = centers.rounding.frexp().exponent - 1 - 52  # 2^of_sums is the unit of `Centers.rounded`
+    of_sums = centers.rounding[0].frexp().exponent - 1 - 52  # 2^of_sums is the unit of `Centers.rounded`
     multiple = (of_sums - (bound - ENTRY_BITS)).clamp(0, 12)
     scale, last_integer = _power_of_2(first_bits - bound), 1.5 * _power_of_2(23 + multiple)
     return scale.float(), last_integer.float(), _power_of_2(bound - ENTRY_BITS)

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mcl_kernels._rows import compute_dtype, normalize_rows
-from mcl_kernels.kmeans.centers import Centers, Summary, prepare, serial_sum
+from mcl_kernels._rows import compute_dtype
+from mcl_kernels.kmeans.centers import Centers, Summary, prepare, serial_sum, unit_rows
 from mcl_kernels.kmeans.sources import Rows
 
 
@@ -27,6 +27,11 @@ class Problem(NamedTuple):
     def prepare(self, points: Tensor) -> Centers:
         return prepare(points, self.metric, self.summary)
 
+    def points(self, x: Tensor) -> Tensor:
+        """Rows as centres, in the dtype of products: of unit length for the cosine metric."""
+        x = x.to(self.summary.dtype)
+        return unit_rows(x) if self.metric == "cosine" else x
+
 
 class Clustering(NamedTuple):
     centers: Tensor  # [K, D]
@@ -38,31 +43,29 @@ class Clustering(NamedTuple):
 class Partition:
     """Which rows are nearest to which centre, followed from pass to pass: sums, numbers and the objective.
 
-    Labels, of the rows that this process has, are kept as int32 where the implementation follows what changed.
+    Labels, of the rows that this process has, are kept as int32 where what changed is followed: by the implementation,
+    or here where sums have several levels, which no kernel has.
     """
 
     def __init__(self, problem: Problem, n_clusters: int) -> None:
         self.problem = problem
-        offset = problem.summary.offset
-        self.sums = torch.zeros(n_clusters, len(offset), dtype=torch.float64, device=offset.device)
-        self.counts = torch.zeros(n_clusters, dtype=torch.int64, device=offset.device)
+        device, (levels, width) = problem.rows.device, problem.summary.rounding.shape
+        self.sums = torch.zeros(levels, n_clusters, width, dtype=torch.float64, device=device)
+        self.counts = torch.zeros(n_clusters, dtype=torch.int64, device=device)
         self.labels: Tensor | None = None
-        if hasattr(problem.steps, "follow"):
-            self.labels = torch.full((len(problem.rows.held),), -1, dtype=torch.int32, device=offset.device)
+        if hasattr(problem.steps, "follow") or levels > 1:
+            self.labels = torch.full((len(problem.rows.held),), -1, dtype=torch.int32, device=device)
 
     def follow(self, centers: Centers) -> None:
         """One pass over all rows."""
         objective, begin = 0.0, 0
         sums, counts = torch.zeros_like(self.sums), torch.zeros_like(self.counts)
         for chunk in self.problem.rows.chunks():
-            if self.labels is None:
-                _, distances, *of_chunk = self.problem.steps.assign_and_sum(chunk, centers)
-            else:
-                labels = self.labels[begin : begin + len(chunk)]
-                distances, *of_chunk = self.problem.steps.follow(chunk, centers, labels)
+            followed = None if self.labels is None else self.labels[begin : begin + len(chunk)]
+            distances, of_chunk, in_chunk = _pass(self.problem.steps, chunk, centers, followed)
             objective += serial_sum(distances)
-            sums += of_chunk[0]
-            counts += of_chunk[1]
+            sums += of_chunk
+            counts += in_chunk
             begin += len(chunk)
         self.objective, (sums, counts) = self.problem.rows.total(objective, sums, counts)
         if self.labels is None:
@@ -72,9 +75,9 @@ class Partition:
             self.counts += counts
 
     def move(self, row: int, x: Tensor, source: int, to: int) -> None:
-        """Row `row`, rounded as it is summed, to another centre."""
-        self.sums[source] -= x
-        self.sums[to] += x
+        """Row `row`, [levels, D] rounded as it is summed, to another centre."""
+        self.sums[:, source] -= x
+        self.sums[:, to] += x
         self.counts[source] -= 1
         self.counts[to] += 1
         held = self.problem.rows.held
@@ -82,7 +85,28 @@ class Partition:
             self.labels[row - held.start] = to
 
 
-def initial_centers(sample: Tensor, n_clusters: int, init: str, metric: str, generator: torch.Generator) -> Tensor:
+def _pass(
+    steps: ModuleType, x: Tensor, centers: Centers, followed: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Distances, sums [levels, K, D] and numbers; of these, what changed since the labels `followed`, if given."""
+    if len(centers.rounding) == 1:
+        if followed is None:
+            _, distances, sums, counts = steps.assign_and_sum(x, centers)
+        else:
+            distances, sums, counts = steps.follow(x, centers, followed)
+        return distances, sums.unsqueeze(0), counts
+    labels, distances = steps.assign(x, centers)
+    if followed is None:
+        return distances, *centers.sum_rows(x, labels)
+    moved = (labels != followed).nonzero().squeeze(1)
+    sums, counts = centers.sum_rows(x[moved], labels[moved])
+    left = moved[followed[moved] >= 0]
+    sums_before, counts_before = centers.sum_rows(x[left], followed[left].long())
+    followed.copy_(labels)
+    return distances, sums - sums_before, counts - counts_before
+
+
+def initial_centers(problem: Problem, sample: Tensor, n_clusters: int, init: str, generator: torch.Generator) -> Tensor:
     """Rows of a sample: distinct ones at random, or by greedy k-means++, which finds fewer where fewer differ.
 
     k-means++ draws each next centre with probability proportional to the squared distance to the nearest one
@@ -90,21 +114,21 @@ def initial_centers(sample: Tensor, n_clusters: int, init: str, metric: str, gen
     """
     if init == "random":
         chosen = torch.randperm(len(sample), generator=generator)[:n_clusters]
-        return _wide(sample[chosen.to(sample.device)], metric)
-    x = _wide(sample, metric)
-    squared_distances = _squared_distances_among(x)
+        return problem.points(sample[chosen.to(sample.device)])
+    x = problem.points(sample)
+    squared_distances = _squared_distances_among(x, problem.summary.offset)
     n_candidates = 2 + int(math.log(n_clusters))
     centers = torch.randint(len(x), (1,), generator=generator).to(x.device)
     nearest = squared_distances(centers)[0]
     while len(centers) < n_clusters:
-        cumulative = nearest.double().cumsum(0).cpu()
+        cumulative = nearest.cumsum(0).cpu()
         if cumulative[-1] == 0:
             break
         # side="right" never draws a row of distance 0, which is a centre already.
         drawn = torch.rand(n_candidates, dtype=torch.float64, generator=generator) * cumulative[-1]
         candidates = torch.searchsorted(cumulative, drawn, right=True).clamp(max=len(x) - 1).to(x.device)
         reachable = torch.minimum(nearest, squared_distances(candidates))
-        best = int(reachable.sum(1, dtype=torch.float64).argmin())
+        best = int(reachable.sum(1).argmin())
         nearest = reachable[best]
         centers = torch.cat((centers, candidates[best : best + 1]))
     return x[centers]
@@ -116,7 +140,7 @@ def mean_variance(problem: Problem) -> float:
     all_rows.follow(center)
     n = problem.summary.rows
     mean_square = 1.0 if center.cosine else all_rows.objective / n
-    return max(mean_square - float((all_rows.sums / n).square().sum()), 0.0) / problem.rows.width
+    return max(mean_square - float((all_rows.sums.sum(0) / n).square().sum()), 0.0) / problem.rows.width
 
 
 def lloyd(problem: Problem, points: Tensor, max_iter: int, tol: float) -> Clustering:
@@ -150,13 +174,14 @@ def mini_batches(
     empty.
     """
     history: list[dict[str, Any]] = []
-    sums, counts = torch.zeros_like(points, dtype=torch.float64), points.new_zeros(len(points), dtype=torch.int64)
+    sums = points.new_zeros(len(problem.summary.rounding), *points.shape, dtype=torch.float64)
+    counts = points.new_zeros(len(points), dtype=torch.int64)
     for _ in _with_bar(max_iter, problem.rows):
         started, before, before_counts = time.perf_counter(), points, counts.clone()
         objective = 0.0
         for batch in problem.rows.batches(batch_size, problem.summary.rows, generator):
             centers = problem.prepare(points)
-            _, distances, of_batch, in_batch = problem.steps.assign_and_sum(batch, centers)
+            distances, of_batch, in_batch = _pass(problem.steps, batch, centers)
             of_rows, (of_batch, in_batch) = problem.rows.total(serial_sum(distances), of_batch, in_batch)
             sums += of_batch
             counts += in_batch
@@ -194,8 +219,8 @@ def _finish(problem: Problem, points: Tensor, history: list[dict[str, Any]]) -> 
     """Labels, as `predict` gives them, and inertia of the last centres. Empty ones are filled, or else left out."""
     fills_left = len(points)  # an update can empty a cluster again
     while True:
-        points = _of_first(problem.rows, points)
-        labels, objective, counts = _label(problem, prepare(points, problem.metric))
+        points = _of_first(problem.rows, points.to(compute_dtype(problem.rows.like)))
+        labels, objective, counts = _label(problem, prepare(points, problem.metric, dtype=problem.summary.dtype))
         occupied = counts > 0
         if bool(occupied.all()):
             return Clustering(points, labels, objective, history)
@@ -267,29 +292,24 @@ def _fill_empty(partition: Partition, centers: Centers) -> int:
     in_order = {largest: iter(sorted(offered)) for largest, offered in farthest.items()}
     moved = sorted((next(in_order[largest])[1], largest, empty) for largest, empty in moves)
     taken = rows.take(torch.tensor([row for row, _, _ in moved], dtype=torch.int64))
-    for x, move in zip(centers.rounded(taken), moved, strict=True):
+    for x, move in zip(centers.rounded(taken).unbind(1), moved, strict=True):
         partition.move(move[0], x, *move[1:])
     return len(moves)
 
 
-def _wide(x: Tensor, metric: str) -> Tensor:
-    """Rows in the dtype of the centres, of unit length for the cosine metric."""
-    x = x.to(compute_dtype(x))
-    return normalize_rows(x) if metric == "cosine" else x
-
-
-def _squared_distances_among(x: Tensor) -> Callable[[Tensor], Tensor]:
-    """|x_i - x_j|^2 of the rows i of an index and all j, [rows, N]; exactly 0 between equal rows."""
-    relative = x - x.mean(0)
+def _squared_distances_among(x: Tensor, offset: Tensor) -> Callable[[Tensor], Tensor]:
+    """|x_i - x_j|^2 of the rows i of an index and all j, fp64 [rows, N]; exactly 0 between equal rows."""
+    relative = x - offset
     squares = relative.square().sum(1)
 
     def squared_distances(index: Tensor) -> Tensor:
         scale = squares[index].unsqueeze(1) + squares
         squared = torch.addmm(scale, relative[index], relative.T, alpha=-2)
         close = squared < 1e-3 * scale  # rounding of the product would show: their differences are taken
+        squared = squared.double()
         for i, row in enumerate(index.tolist()):
             near = close[i].nonzero().squeeze(1)
-            squared[i, near] = (x[near] - x[row]).square().sum(1)
+            squared[i, near] = (x[near].double() - x[row].double()).square().sum(1)
         return squared
 
     return squared_distances

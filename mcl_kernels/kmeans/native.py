@@ -39,7 +39,7 @@ def follow(x: Tensor, centers: Centers, labels: Tensor) -> tuple[Tensor, Tensor,
 
 
 def _described(centers: Centers) -> tuple[Tensor, Tensor, bool, Tensor]:
-    return centers.points, centers.offset, centers.cosine, centers.rounding
+    return centers.points, centers.offset, centers.cosine, centers.rounding[0]
 
 
 def _ops() -> Any:

@@ -4,7 +4,8 @@
     cosine      label_i = argmax_k <x_i, c_k>,      distance_i = 1 - <x_i, c_label>,    x_i divided by its norm
 
 Ties go to the lowest index. Every product has the same shape, the last tile being padded, so that a row gets
-the same label whatever the rows around it. The argmin is taken of |c|^2 / 2 - <x, c> relative to the offset.
+the same label whatever the rows around it. The argmin is taken of |c|^2 / 2 - <x, c> relative to the offset, and of
+differences where rounding could decide.
 """
 
 from __future__ import annotations
@@ -13,8 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mcl_kernels._rows import normalize_rows
-from mcl_kernels.kmeans.centers import Centers
+from mcl_kernels.kmeans.centers import Centers, settle, unit_rows
 
 TILE = 1024
 
@@ -23,30 +23,36 @@ def assign(x: Tensor, centers: Centers) -> tuple[Tensor, Tensor]:
     """The nearest centre of each row, int64 [N], and the distance to it, [N] in the dtype of the centres."""
     labels = torch.empty(len(x), dtype=torch.int64, device=x.device)
     distances = centers.points.new_empty(len(x))
+    undecided = torch.empty(len(x), dtype=torch.bool, device=x.device)
     for start in range(0, len(x), TILE):
         rows = slice(start, min(start + TILE, len(x)))
-        tile = x[rows].to(centers.points.dtype)
-        tile = normalize_rows(tile) if centers.cosine else tile - centers.offset
-        labels[rows], distances[rows] = _assign_tile(tile, centers)
+        labels[rows], distances[rows], undecided[rows] = _assign_tile(x[rows].to(centers.points.dtype), centers)
+    settle(x, centers, labels, distances, undecided)
     return labels, distances
 
 
 def assign_and_sum(x: Tensor, centers: Centers) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`assign`, and the sum of each centre's rows relative to the offset, and their number."""
     labels, distances = assign(x, centers)
-    return labels, distances, *centers.sum_rows(x, labels)
+    sums, counts = centers.sum_rows(x, labels)
+    return labels, distances, sums[0], counts
 
 
-def _assign_tile(tile: Tensor, centers: Centers) -> tuple[Tensor, Tensor]:
+def _assign_tile(tile: Tensor, centers: Centers) -> tuple[Tensor, Tensor, Tensor]:
+    """Labels, distances, and where another label may be right."""
+    rows = unit_rows(tile) if centers.cosine else tile - centers.offset
     points = centers.points - centers.offset
-    scores = -_fixed_shape_product(tile, points)
+    squares = points.square().sum(1)
+    scores = -_fixed_shape_product(rows, points)
     if not centers.cosine:
-        scores += points.square().sum(1) / 2
+        scores += squares / 2
+    errors = centers.score_errors(rows.square().sum(1), squares)
     labels = scores.argmin(1)
-    nearest = points[labels]
+    # One centre alone is certain to be as near as the nearest; where the numbers left their range, none is.
+    undecided = (scores - errors <= (scores + errors).amin(1, keepdim=True)).sum(1) != 1
     if centers.cosine:
-        return labels, (1.0 - (tile * nearest).sum(1)).clamp(min=0.0)
-    return labels, (tile - nearest).square().sum(1)
+        return labels, (rows - points[labels]).square().sum(1) / 2, undecided
+    return labels, (tile - centers.points[labels]).square().sum(1), undecided
 
 
 def _fixed_shape_product(tile: Tensor, centers: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from mcl_kernels.kmeans import gpu_pass
-from mcl_kernels.kmeans.centers import Centers
+from mcl_kernels.kmeans.centers import Centers, settle
 from mcl_kernels.kmeans.gpu_pass import MOST_NUMBERS, MOST_SUMMED
 from mcl_kernels.logsumexp.triton import on_device_of, product_precision
 
@@ -102,30 +102,36 @@ def sums_few(precision: str, width: int, clusters: int) -> bool:
 
 def assign(x: Tensor, centers: Centers) -> tuple[Tensor, Tensor]:
     """The nearest centre of each row, int64 [N], and the distance to it, [N] in the dtype of the centres."""
-    labels, distances, _, _ = _assign(x, centers, False)
+    labels, distances, _, _, _ = _assign(x, centers, False)
     return labels, distances
 
 
 def assign_and_sum(x: Tensor, centers: Centers) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`assign`, and in the same pass the sum of each centre's rows relative to the offset, and their number."""
-    labels, distances, inverse_norms, of_few = _assign(x, centers, True)
-    sums, counts = _sum_by_label(x, centers, labels, inverse_norms) if of_few is None else of_few
-    return labels, distances, sums, counts
+    labels, distances, index, inverse_norms, of_few = _assign(x, centers, True)
+    added, number = centers.sum_rows(x[index], labels[index])
+    if of_few is not None:
+        sums, counts = of_few
+        return labels, distances, sums + added[0], counts + number
+    sums, counts = _sum_by_label(x, centers, labels, inverse_norms)
+    return labels, distances, sums + added[0] if centers.cosine else sums, counts
 
 
 def _assign(
     x: Tensor, centers: Centers, with_sums: bool
-) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor] | None]:
-    """Labels, distances, for cosine 1 / |x_i|, and the sums and counts of few centres."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+    """Labels, distances, the rows that were undecided, for cosine 1 / |x_i| of the others, and the sums and counts of
+    few centres, of the others alone."""
     from mcl_kernels.kmeans.triton_steps import assign_kernel
 
     points, (n, width) = centers.points, x.shape
     precision = product_precision(x, x, points)
     capability = torch.cuda.get_device_capability(x.device) if x.is_cuda else None
-    # fp64 is for checks: it takes the tiles of what is nearest in size.
+    # fp64 is for checks, and for rows in the range of none other: it takes the tiles of what is nearest in size.
     tiles = choose_tiles("tf32x3" if precision == "ieee" else precision, width, len(points), capability)
     constants = tile_constants(precision, x.dtype, width, len(points), centers.cosine, with_sums, tiles)
     labels, distances = torch.empty(n, dtype=torch.int64, device=x.device), points.new_empty(n)
+    undecided = torch.empty(n, dtype=torch.bool, device=x.device)
     inverse_norms = points.new_empty(n if centers.cosine else 0)
     programs, clusters = -(-n // tiles.rows), constants["CLUSTERS"]
     if clusters:
@@ -135,16 +141,19 @@ def _assign(
     scale, last_integer, unit = gpu_pass.fixed_point(centers, FIRST_BITS)
     if n:
         factors = gpu_pass.make_factors(x, centers, precision == "half", tiles.columns)
+        limits = gpu_pass.score_limits(x, centers, factors, precision)
         with on_device_of(x):
             assign_kernel[(programs,)](
-                x, centers.offset, *factors, labels, distances, inverse_norms, sums, counts, scale, last_integer,
+                x, centers.offset, points, factors.high, factors.low, factors.half_norms, limits,
+                labels, distances, inverse_norms, undecided, sums, counts, scale, last_integer,
                 x.stride(0), x.stride(1), n, len(points), width, **constants,
                 num_warps=tiles.warps, num_stages=tiles.stages,
             )  # fmt: skip
+    index = settle(x, centers, labels, distances, undecided)
     if not clusters:
-        return labels, distances, inverse_norms, None
+        return labels, distances, index, inverse_norms, None
     of_few = sums.sum(0).T[: len(points)] * unit, counts.sum(0)[: len(points)]
-    return labels, distances, inverse_norms, of_few
+    return labels, distances, index, inverse_norms, of_few
 
 
 def _sum_by_label(x: Tensor, centers: Centers, labels: Tensor, inverse_norms: Tensor) -> tuple[Tensor, Tensor]:
@@ -162,7 +171,7 @@ def _sum_by_label(x: Tensor, centers: Centers, labels: Tensor, inverse_norms: Te
     piece_tile, join_tile = (PIECE_TILE, JOIN_TILE) if x.is_cuda else (interpreted, interpreted)
     with on_device_of(x):
         piece_kernel[(len(pieces.begin), -(-width // piece_tile["CHUNK"]))](
-            x, pieces.order, inverse_norms, centers.offset, centers.rounding, pieces.begin, pieces.end, of_pieces,
+            x, pieces.order, inverse_norms, centers.offset, centers.rounding[0], pieces.begin, pieces.end, of_pieces,
             x.stride(0), x.stride(1), width, COSINE=centers.cosine, WIDE=wide, **piece_tile,
         )  # fmt: skip
         join_kernel[(k, -(-width // join_tile["CHUNK"]))](

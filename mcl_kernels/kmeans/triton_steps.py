@@ -15,6 +15,7 @@ from mcl_kernels.logsumexp.triton_tiles import load_features, multiply
 
 # v + TO_INTEGER - TO_INTEGER is v as a whole number, for |v| up to 2^22.
 TO_INTEGER = tl.constexpr(1.5 * 2.0**23)
+SMALLEST_SQUARE, LARGEST_SQUARE = tl.constexpr(1e-30), tl.constexpr(1e30)  # whose entries' squares fp32 holds, too
 NEXT = tl.constexpr(2.0**12)  # of an integer's half, which is what the one before it left, to the next one's 2^11
 
 
@@ -27,15 +28,17 @@ def relative_to(rows, offset, width, first, FEATURES: tl.constexpr):
 
 @triton.jit
 def nearest_centers(
-    x, row_at, valid, x_step, offset, high, low, half_norms, clusters, width,
+    x, row_at, valid, x_step, offset, high, low, half_norms, limits, clusters, width,
     COSINE: tl.constexpr, HALF: tl.constexpr, DTYPE: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, FEATURES: tl.constexpr,
 ):  # fmt: skip
-    """For each row the centre of the lowest |c|^2 / 2 - <x, c>, and for cosine 1 / |x|, 0 without a direction.
+    """For each row the centre of the lowest |c|^2 / 2 - <x, c>; where rounding could not give it another one; and for
+    cosine 1 / |x|, 0 where it is undecided.
 
-    Of equal ones the first. Never one behind the last, whose score is infinite, nor where all are NaN: then it is 0.
+    Of equal scores the first. Never one behind the last, whose score is infinite, nor where all are NaN: then it is 0.
     """
     lowest = tl.full((ROWS,), float("inf"), WIDE)
+    second = tl.full((ROWS,), float("inf"), WIDE)
     label = tl.zeros((ROWS,), tl.int32)
     squares = tl.zeros((ROWS,), WIDE)
     for start in range(0, clusters, COLUMNS):
@@ -52,20 +55,26 @@ def nearest_centers(
             if HALF:
                 columns = load_features(low, center_at, center_valid, 1, width, first, FEATURES, DTYPE)
                 products = multiply(part, tl.trans(columns), products, PRECISION)
-            if COSINE:
-                wide = part.to(WIDE)
-                squares += tl.sum(wide * wide, 1)
+            wide = part.to(WIDE)
+            squares += tl.sum(wide * wide, 1)
         scores = tl.load(half_norms + center)[None, :] - products
         of_tile = tl.min(scores, 1)
         first_of_equal = tl.min(tl.where(scores == of_tile[:, None], center[None, :], clusters), 1)
+        next_of_tile = tl.min(tl.where(center[None, :] == first_of_equal[:, None], float("inf"), scores), 1)
+        second = tl.minimum(tl.minimum(second, next_of_tile), tl.maximum(lowest, of_tile))
         label = tl.where(of_tile < lowest, first_of_equal, label)
         lowest = tl.minimum(of_tile, lowest)
+    # See `gpu_pass.score_limits`.
+    above = squares * tl.load(limits) + tl.load(limits + 1)
+    bound = tl.load(limits + 2) + tl.load(limits + 3) * tl.sqrt(above)
+    if not COSINE:
+        bound = tl.minimum(bound, tl.load(limits + 4) * above + tl.load(limits + 5) * second)
+    decided = second - lowest > bound + tl.load(limits + 6) + tl.load(limits + 7) * above
     inverse_norm = squares
     if COSINE:
-        norm = tl.sqrt(squares)
-        inverse_norm = 1.0 / tl.where(norm <= 1e-12, float("inf"), norm)
-        label = tl.where(inverse_norm == 0.0, 0, label)
-    return label, inverse_norm
+        decided = decided & (squares > SMALLEST_SQUARE) & (squares < LARGEST_SQUARE)
+        inverse_norm = tl.where(decided, 1.0 / tl.sqrt(squares), 0.0)
+    return label, decided, inverse_norm
 
 
 @triton.jit
@@ -91,16 +100,17 @@ def add_to_sums(sums, rows, one_hot, scale, last_integer, width, first, CHUNK: t
 @triton.jit(do_not_specialize=["n", "clusters"])
 def assign_kernel(
     x,  # [N, D]
-    offset, points, high, low,  # [D]; [K, D] relative to it: as they are, and in two parts as rows are multiplied with
-    half_norms,  # [K in whole tiles], infinity behind the last
-    labels, distances, inverse_norms,  # int64 [N], [N], [N] where cosine
+    offset, points, high, low,  # [D]; [K, D], and relative to the offset in two parts as rows are multiplied with
+    half_norms, limits,  # [K in whole tiles], infinity behind the last; [8], see `gpu_pass.score_limits`
+    labels, distances, inverse_norms, undecided,  # int64 [N], [N], [N] where cosine, bool [N]
     sums, counts,  # of each program fp64 [D, CLUSTERS] in units of the last integer, int64 [CLUSTERS]
     scale, last_integer,  # fp32 [D]
     x_stride, x_step, n, clusters, width,
     COSINE: tl.constexpr, HALF: tl.constexpr, DTYPE: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, FEATURES: tl.constexpr, CHUNK: tl.constexpr, CLUSTERS: tl.constexpr,
 ):  # fmt: skip
-    """Tiles of ROWS rows: the nearest centre of each, the distance to it, and with CLUSTERS sums of a program's rows.
+    """Tiles of ROWS rows: the nearest centre of each, the distance to it, and with CLUSTERS sums of a program's rows
+    that are decided.
 
     A row is loaded for its products, and from the cache for its distance and its cluster's sum.
     """
@@ -112,30 +122,33 @@ def assign_kernel(
         row = tl.cast(tile, tl.int64) * ROWS + tl.arange(0, ROWS)
         valid = row < n
         row_at = row * x_stride
-        label, inverse_norm = nearest_centers(
-            x, row_at, valid, x_step, offset, high, low, half_norms, clusters, width,
+        label, decided, inverse_norm = nearest_centers(
+            x, row_at, valid, x_step, offset, high, low, half_norms, limits, clusters, width,
             COSINE, HALF, DTYPE, WIDE, PRECISION, ROWS, COLUMNS, FEATURES,
         )  # fmt: skip
         one_hot = label
         if CLUSTERS:
-            of_cluster = (label[:, None] == cluster[None, :]) & valid[:, None]
+            of_cluster = (label[:, None] == cluster[None, :]) & (valid & decided)[:, None]
             one_hot = of_cluster.to(tl.float16)
             tl.store(counts_at, tl.load(counts_at) + tl.sum(of_cluster.to(tl.int32), 0))
         center_at = label.to(tl.int64) * width
         distance = tl.zeros((ROWS,), WIDE)
         for first in range(0, width, CHUNK):
             rows = load_features(x, row_at, valid, x_step, width, first, CHUNK, WIDE)
-            rows = rows * inverse_norm[:, None] if COSINE else relative_to(rows, offset, width, first, CHUNK)
+            if COSINE:
+                rows = rows * inverse_norm[:, None]
             center = load_features(points, center_at, valid, 1, width, first, CHUNK, WIDE)
-            distance += tl.sum(rows * center if COSINE else (rows - center) * (rows - center), 1)
+            distance += tl.sum((rows - center) * (rows - center), 1)
             if CLUSTERS:
-                # Behind the last row is the offset, which fp16 need not hold.
-                rows = tl.where(valid[:, None], rows, 0.0)
+                if not COSINE:
+                    rows = relative_to(rows, offset, width, first, CHUNK)
+                # Behind the last row is the offset, which fp16 need not hold; nor need it hold an undecided row.
+                rows = tl.where((valid & decided)[:, None], rows, 0.0)
                 add_to_sums(sums_of_program, rows, one_hot, scale, last_integer, width, first, CHUNK, CLUSTERS)
         if COSINE:
-            distance = 1.0 - distance
-            distance = tl.where(distance < 0.0, 0.0, distance)  # NaN stays
+            distance = distance * 0.5
             tl.store(inverse_norms + row, inverse_norm, mask=valid)
+        tl.store(undecided + row, decided == 0, mask=valid)
         tl.store(labels + row, label.to(tl.int64), mask=valid)
         tl.store(distances + row, distance, mask=valid)
         if CLUSTERS:

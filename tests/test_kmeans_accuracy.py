@@ -1,0 +1,136 @@
+"""Labels, centres and inertia of k-means against fp64, of data that leaves rounding little: in any units, far from 0,
+with rows or centres that are far from the others.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mcl_kernels import KMeans
+from mcl_kernels.kmeans.api import _assign
+from mcl_kernels.kmeans.centers import unit_rows
+from tests.conftest import Backend, is_slow
+from tests.test_kmeans import backend  # noqa: F401
+
+# Of the dtypes, what a column's entries differ by beside their offset: so much that they differ at all.
+RESOLUTION = {torch.float16: 2e-3, torch.bfloat16: 2e-2, torch.float32: 2e-7, torch.float64: 1e-15}
+UNITS = {torch.float16: 2, torch.bfloat16: 30, torch.float32: 30, torch.float64: 30}  # powers of ten
+
+
+class Data(NamedTuple):
+    x: Tensor
+    centers: Tensor
+
+
+@st.composite
+def data(draw: st.DrawFn, metric: str) -> Data:
+    random = np.random.default_rng(draw(st.integers(0, 2**32)))
+    dtype = draw(st.sampled_from(list(UNITS)))
+    n, d, k = draw(st.integers(30, 120)), draw(st.sampled_from([1, 3, 16, 33, 64])), draw(st.sampled_from([2, 5, 16, 40]))
+    x = random.normal(size=(n, d))
+    if draw(st.booleans()):  # clusters, which may be narrow
+        x = random.normal(size=(k, d))[np.arange(n) % k] + x * 10.0 ** draw(st.integers(-4, 0))
+    if draw(st.booleans()):  # columns in units of their own
+        x *= 10.0 ** random.integers(-2, 3, size=d)
+    # Far from 0, as far as the dtype still tells rows apart; rows far from the others, a sentinel say.
+    x += 10.0 ** draw(st.integers(-2, int(-np.log10(RESOLUTION[dtype])) - 1)) * draw(st.sampled_from([0, 0, 1, -1]))
+    unit = 10.0 ** draw(st.integers(-UNITS[dtype], UNITS[dtype]))
+    largest = float(torch.finfo(dtype).max) if dtype != torch.float64 else 1e150
+    x = x * min(unit, largest / 8 / np.abs(x).max())
+    far = draw(st.integers(0, 3))
+    if far:
+        x[random.integers(n, size=far)] *= 10.0 ** draw(st.integers(1, 60))
+    x = torch.from_numpy(np.clip(x, -largest / 2, largest / 2)).to(dtype)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    # Rows are centres as k-means++ draws them: far ones too, equal ones too.
+    centers = x[torch.from_numpy(random.choice(n, size=min(k, n)))].to(wide)
+    if draw(st.booleans()):
+        centers = centers + torch.from_numpy(random.normal(size=centers.shape)).to(wide) * 1e-3 * centers.abs()
+    return Data(x, unit_rows(centers) if metric == "cosine" else centers)
+
+
+def exact_distances(x: Tensor, centers: Tensor, metric: str) -> Tensor:
+    """Squared distances in fp64, [N, K]; for cosine 1 - <x, c> of unit vectors, 1 where there is no direction."""
+    x, centers = x.double(), centers.double()
+    if metric == "euclidean":
+        return (x[:, None] - centers[None]).square().sum(2)
+    x, centers = unit_rows(x), unit_rows(centers)
+    halves = (x[:, None] - centers[None]).square().sum(2) / 2
+    return torch.where((x == 0).all(1, keepdim=True) | (centers == 0).all(1), 1.0, halves)
+
+
+def near(least: Tensor, metric: str) -> Tensor:
+    """What fp64 cannot tell from the least distance: directions are rounded, and differences of coordinates are not."""
+    return least * (1 + 1e-9) + (1e-14 * least.sqrt() + 1e-30 if metric == "cosine" else 0.0)
+
+
+def examples(backend: Backend, number: int) -> settings:
+    return settings(
+        max_examples=number // 5 if is_slow(backend) or backend.impl == "cuda" else number,
+        deadline=None,
+        suppress_health_check=[HealthCheck.function_scoped_fixture],
+        derandomize=True,
+    )
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+def test_labels_are_those_of_fp64(backend: Backend, metric: str) -> None:  # noqa: F811
+    @examples(backend, 300)
+    @given(data(metric))
+    def check(of: Data) -> None:
+        x, centers = of.x.to(backend.device), of.centers.to(backend.device)
+        labels, distances = _assign(x, centers, metric, backend.impl)
+        every = exact_distances(x, centers, metric)
+        least, own = every.min(1).values, every.gather(1, labels.unsqueeze(1)).squeeze(1)
+        assert (own <= near(least, metric)).all()
+        representable = (own > (1e-22 if metric == "cosine" else 1e-30)) & (own < 1e37)
+        torch.testing.assert_close(distances[representable], own[representable].float(), rtol=2e-4, atol=0)
+
+    check()
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+def test_a_fit_is_that_of_fp64(backend: Backend, metric: str) -> None:  # noqa: F811
+    """One iteration from given centres; then labels and inertia of the centres that came out."""
+
+    @examples(backend, 150)
+    @given(data(metric), st.sampled_from(["given", "k-means++"]))
+    def check(of: Data, init: str) -> None:
+        x, centers = of.x.to(backend.device), of.centers.to(backend.device)
+        k = len(centers) if init == "given" else 3
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of fewer clusters than asked for
+            fit = KMeans(
+                k, metric=metric, init=centers if init == "given" else init, max_iter=1, tol=0, impl=backend.impl
+            ).fit(x)
+        assert torch.equal(fit.predict(x), fit.labels_)
+        every = exact_distances(x, fit.cluster_centers_, metric)
+        own = every.gather(1, fit.labels_.unsqueeze(1)).squeeze(1)
+        assert (own <= near(every.min(1).values, metric)).all()
+        assert fit.inertia_ == pytest.approx(float(own.sum()), rel=1e-4, abs=1e-22 if metric == "cosine" else 1e-320)
+        if init == "k-means++" or fit.history_[0]["splits"] or len(fit.cluster_centers_) < k:
+            return
+        every = exact_distances(x, centers, metric)
+        two = every.topk(2, dim=1, largest=False).values
+        if metric == "cosine" or (two[:, 1] <= two[:, 0] * (1 + 1e-9)).any():
+            return  # of equally near centres any may be chosen
+        for j in range(k):
+            own_rows = x.double()[every.argmin(1) == j]
+            if len(own_rows) == 0:
+                continue
+            mean = own_rows.mean(0)
+            spread = (own_rows - mean).abs().amax(0)
+            # Rounded to the dtype of the centre, and before that relative to the middle of the data.
+            rounded = 4 * torch.finfo(fit.cluster_centers_.dtype).eps * (mean.abs() + x.double().median(0).values.abs())
+            tolerance = rounded + 1e-4 * spread + 1e-44
+            assert ((fit.cluster_centers_[j].double() - mean).abs() <= tolerance).all()
+
+    check()
