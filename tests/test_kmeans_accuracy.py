@@ -17,7 +17,7 @@ from torch import Tensor
 from mcl_kernels import KMeans
 from mcl_kernels.kmeans.api import _assign
 from mcl_kernels.kmeans.centers import unit_rows
-from tests.conftest import Backend, is_slow
+from tests.conftest import Backend, is_slow, use_instruction_set
 from tests.test_kmeans import backend  # noqa: F401
 
 # Of the dtypes, what a column's entries differ by beside their offset: so much that they differ at all.
@@ -34,7 +34,11 @@ class Data(NamedTuple):
 def data(draw: st.DrawFn, metric: str) -> Data:
     random = np.random.default_rng(draw(st.integers(0, 2**32)))
     dtype = draw(st.sampled_from(list(UNITS)))
-    n, d, k = draw(st.integers(30, 120)), draw(st.sampled_from([1, 3, 16, 33, 64])), draw(st.sampled_from([2, 5, 16, 40]))
+    n, d, k = (
+        draw(st.integers(30, 120)),
+        draw(st.sampled_from([1, 3, 16, 33, 64])),
+        draw(st.sampled_from([2, 5, 16, 40])),
+    )
     x = random.normal(size=(n, d))
     if draw(st.booleans()):  # clusters, which may be narrow
         x = random.normal(size=(k, d))[np.arange(n) % k] + x * 10.0 ** draw(st.integers(-4, 0))
@@ -72,9 +76,9 @@ def near(least: Tensor, metric: str) -> Tensor:
     return least * (1 + 1e-9) + (1e-14 * least.sqrt() + 1e-30 if metric == "cosine" else 0.0)
 
 
-def examples(backend: Backend, number: int) -> settings:
+def examples(of: Backend, number: int) -> settings:
     return settings(
-        max_examples=number // 5 if is_slow(backend) or backend.impl == "cuda" else number,
+        max_examples=number // 5 if is_slow(of) or of.impl == "cuda" else number,
         deadline=None,
         suppress_health_check=[HealthCheck.function_scoped_fixture],
         derandomize=True,
@@ -83,7 +87,7 @@ def examples(backend: Backend, number: int) -> settings:
 
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
 def test_labels_are_those_of_fp64(backend: Backend, metric: str) -> None:  # noqa: F811
-    @examples(backend, 300)
+    @examples(backend, 100)
     @given(data(metric))
     def check(of: Data) -> None:
         x, centers = of.x.to(backend.device), of.centers.to(backend.device)
@@ -99,24 +103,24 @@ def test_labels_are_those_of_fp64(backend: Backend, metric: str) -> None:  # noq
 
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
 def test_a_fit_is_that_of_fp64(backend: Backend, metric: str) -> None:  # noqa: F811
-    """One iteration from given centres; then labels and inertia of the centres that came out."""
+    """One iteration, of the whole data or of mini-batches; then labels and inertia of the centres that came out."""
 
-    @examples(backend, 150)
-    @given(data(metric), st.sampled_from(["given", "k-means++"]))
-    def check(of: Data, init: str) -> None:
+    @examples(backend, 60)
+    @given(data(metric), st.sampled_from(["given", "k-means++"]), st.sampled_from([None, None, 25]))
+    def check(of: Data, init: str, batch_size: int | None) -> None:
         x, centers = of.x.to(backend.device), of.centers.to(backend.device)
         k = len(centers) if init == "given" else 3
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of fewer clusters than asked for
-            fit = KMeans(
-                k, metric=metric, init=centers if init == "given" else init, max_iter=1, tol=0, impl=backend.impl
-            ).fit(x)
+            start = centers if init == "given" else init
+            kmeans = KMeans(k, metric=metric, init=start, max_iter=1, batch_size=batch_size, impl=backend.impl)
+            fit = kmeans.fit(x)
         assert torch.equal(fit.predict(x), fit.labels_)
         every = exact_distances(x, fit.cluster_centers_, metric)
         own = every.gather(1, fit.labels_.unsqueeze(1)).squeeze(1)
         assert (own <= near(every.min(1).values, metric)).all()
         assert fit.inertia_ == pytest.approx(float(own.sum()), rel=1e-4, abs=1e-22 if metric == "cosine" else 1e-320)
-        if init == "k-means++" or fit.history_[0]["splits"] or len(fit.cluster_centers_) < k:
+        if init == "k-means++" or batch_size or fit.history_[0]["splits"] or len(fit.cluster_centers_) < k:
             return
         every = exact_distances(x, centers, metric)
         two = every.topk(2, dim=1, largest=False).values
@@ -134,3 +138,32 @@ def test_a_fit_is_that_of_fp64(backend: Backend, metric: str) -> None:  # noqa: 
             assert ((fit.cluster_centers_[j].double() - mean).abs() <= tolerance).all()
 
     check()
+
+
+@pytest.mark.parametrize("unit", [1e-25, 1.0, 1e25])
+def test_restarts_compare_in_the_range_of_the_data(unit: float) -> None:
+    random = np.random.default_rng(0)
+    middles = random.uniform(-8, 8, (12, 2))
+    x = np.concatenate([random.normal(middle, 0.3, (60, 2)) for middle in middles]).astype(np.float32)
+    one, best = (KMeans(12, n_init=n).fit(x * np.float32(unit)).inertia_ / unit**2 for n in (1, 20))
+    assert one == pytest.approx(143.7325, rel=1e-5)
+    assert best == pytest.approx(125.4370, rel=1e-5)
+
+
+@pytest.mark.parametrize("unit", [1e-23, 1.0, 1e30])
+def test_a_warning_of_few_rows_is_true(unit: float) -> None:
+    x = torch.tensor([[0.0], [1.0], [5.0], [6.0], [6.0]]) * unit
+    assert KMeans(2).fit(x).labels_.tolist() in ([0, 0, 1, 1, 1], [1, 1, 0, 0, 0])
+    assert len(KMeans(4).fit(x).cluster_centers_) == 4  # and no warning, which would be an error
+    with pytest.warns(UserWarning, match="n_clusters=5 but only 4 clusters hold a row"):
+        KMeans(5).fit(x)
+
+
+@pytest.mark.slow
+def test_more_centers_than_fp32_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_instruction_set("portable", monkeypatch)  # whose vectors, and so its centres, take least memory
+    centers = torch.full((2**24 + 6, 1), 1e6)
+    centers[2**24 + 1] = 5.0
+    labels, distances = _assign(torch.tensor([[5.0], [2e6]]), centers, "euclidean", "native")
+    assert labels.tolist() == [2**24 + 1, 0]
+    assert distances.tolist() == [0.0, pytest.approx(1e12)]

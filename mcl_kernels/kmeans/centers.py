@@ -102,30 +102,19 @@ class Centers(NamedTuple):
         return (width + 8) * limits.eps * (squares / 2 + products) + 4 * width * limits.tiny
 
 
-
-def undecided_rows(gap: Tensor, second: Tensor, squares: Tensor, largest: Tensor, width: int) -> Tensor:
-    """Where rounding in fp32 could give a row, of these |x|^2, another label, bool [N]: by its second lowest score s
-    and how far it is above the lowest.
-
-    The norm of a centre is at most the largest one, and at most |x| + |x - c|, where |x - c|^2 = |x|^2 + 2 s: one far
-    centre takes no digits from the others.
-    """
-    limits = torch.finfo(torch.float32)
-    bound = torch.minimum(largest.square() / 2 + largest * squares.sqrt(), 4 * squares + 3 * second)
-    return ~(gap > 2 * ((width + 8) * limits.eps * bound + 4 * width * limits.tiny))
-
-
 def settle(x: Tensor, centers: Centers, labels: Tensor, distances: Tensor, undecided: Tensor) -> Tensor:
     """Gives the undecided rows, bool [N], their nearest centre, in place: from differences in fp64, of equally near
     ones the first. Cosine distances next to 0, in which rounding shows, are taken from differences, too.
 
     Returns the indices of the undecided rows.
     """
-    exact = undecided | (distances < NEAR) if centers.cosine else undecided
-    index = exact.nonzero().squeeze(1)
+    index = undecided.nonzero().squeeze(1)
+    exact = (undecided | (distances < NEAR)).nonzero().squeeze(1) if centers.cosine else index
     points = centers.points.double()
     points = unit_rows(points) if centers.cosine else points
-    for part in index.split(max(COMPARED_ENTRIES // max(len(points), 1), 1)):
+    size = max(COMPARED_ENTRIES // len(points), 1)
+    for start in range(0, len(exact), size):
+        part = exact[start : start + size]
         rows = x[part].double()
         rows = unit_rows(rows) if centers.cosine else rows
         every = torch.cdist(rows, points, compute_mode="donot_use_mm_for_euclid_dist")
@@ -199,9 +188,7 @@ def _levels(rows: int, largest: Array, scale: Array) -> Array:
         bound = unit / 2
 
 
-def prepare(
-    points: Tensor, metric: str, summary: Summary | None = None, dtype: torch.dtype | None = None
-) -> Centers:
+def prepare(points: Tensor, metric: str, summary: Summary | None = None, dtype: torch.dtype | None = None) -> Centers:
     """Centres for passes over data of that summary. Without one there are no sums, and the dtype is that of products:
     by default that of the points, or fp64 where their squares would leave its range."""
     cosine = metric == "cosine"

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mcl_kernels.kmeans.centers import Centers, settle, undecided_rows, unit_rows
+from mcl_kernels.kmeans.centers import Centers, settle, unit_rows
 
 SLAB = 1 << 14  # rows that are copied at a time
 
@@ -50,10 +50,7 @@ def assign(x: Tensor, centers: Centers) -> tuple[Tensor, Tensor]:
         values, nearest = map(torch.from_numpy, index.search(slab.numpy(), min(2, len(points))))
         labels[rows] = nearest[:, 0].clamp(min=0).to(x.device)  # -1 where a row is not finite
         if len(points) > 1:
-            squares = slab.square().sum(1)
-            scores = -values if centers.cosine else (values - squares.unsqueeze(1)) / 2
-            unsure = undecided_rows(scores[:, 1] - scores[:, 0], scores[:, 1], squares, largest, width)
-            undecided[rows] = unsure.to(x.device)
+            undecided[rows] = _undecided(values, slab, largest, centers.cosine).to(x.device)
         # From differences: its own lose digits next to a centre.
         if centers.cosine:
             distances[rows] = (relative - points[labels[rows]]).square().sum(1) / 2
@@ -68,3 +65,19 @@ def assign_and_sum(x: Tensor, centers: Centers) -> tuple[Tensor, Tensor, Tensor,
     labels, distances = assign(x, centers)
     sums, counts = centers.sum_rows(x, labels)
     return labels, distances, sums[0], counts
+
+
+def _undecided(values: Tensor, slab: Tensor, largest: Tensor, cosine: bool) -> Tensor:
+    """Where rounding could give a row another label, bool [N], by the values of its two nearest centres.
+
+    faiss takes |x|^2 + |c|^2 - 2 <x, c>, where |c| is at most the norm of the largest centre, and at most |x| + |x - c|:
+    one far centre takes no digits from the others.
+    """
+    limits, width = torch.finfo(torch.float32), slab.shape[1]
+    squares = slab.square().sum(1)
+    if cosine:
+        gap, bound = values[:, 0] - values[:, 1], largest * squares.sqrt()
+    else:
+        gap, second = (values[:, 1] - values[:, 0]) / 2, values[:, 1]
+        bound = squares + torch.minimum(largest.square() / 2 + largest * squares.sqrt(), 3 * squares + second)
+    return ~(gap > 2 * ((width + 8) * limits.eps * bound + 4 * width * limits.tiny))
