@@ -132,6 +132,8 @@ def _kmeans_type(argument: str, precision: str) -> str:
         return POINTERS[precision]
     if argument in ("labels", "counts", "order", "begin", "end"):
         return "*i64"
+    if argument == "undecided":
+        return "*i1"
     if argument in ("sums", "pieces", "rounding"):
         return "*fp64"
     return "i32" if argument in ("x_stride", "n", "clusters", "width") else "*fp32"

@@ -318,6 +318,8 @@ bool check_clusters(int64_t size, int64_t width, int64_t count, bool cosine) {
     }
     for (int64_t d = 0; d < width && cosine; d++) centers[j * width + d] /= std::sqrt(norm);
   }
+  // Two are equally near: rows whose label rounding could decide.
+  std::copy_n(centers.begin(), width, centers.end() - width);
 
   const mcl::Kernels<float> kernels = mcl::choose_kernels<float>(false);
   mcl::Clusters<float> clusters{};

@@ -70,7 +70,7 @@ def assign_and_sum(x: Tensor, centers: Centers) -> tuple[Tensor, Tensor, Tensor,
 def _undecided(values: Tensor, slab: Tensor, largest: Tensor, cosine: bool) -> Tensor:
     """Where rounding could give a row another label, bool [N], by the values of its two nearest centres.
 
-    faiss takes |x|^2 + |c|^2 - 2 <x, c>, where |c| is at most the norm of the largest centre, and at most |x| + |x - c|:
+    faiss takes |x|^2 + |c|^2 - 2 <x, c>, where |c| is at most the largest norm of a centre, and at most |x| + |x - c|:
     one far centre takes no digits from the others.
     """
     limits, width = torch.finfo(torch.float32), slab.shape[1]
