@@ -42,6 +42,10 @@ class KMeans:
         inertia = sum_i min_k |x_i - c_k|^2                             metric="euclidean"
         inertia = sum_i min_k (1 - <x_i, c_k> / (|x_i| |c_k|))          metric="cosine" (spherical k-means)
 
+    Labels are right for any data, in units from 1e-30 to 1e30, far from 0, with rows or centres far from the others: a
+    distance that rounding could decide is taken from differences in fp64, and all are computed in fp64 where squares
+    would leave the range of fp32.
+
     Every row is read once in every iteration; no iteration samples. Sums over the data are fp64, the same in any order,
     for any number of threads and any chunks, and random numbers come from a generator of its own: the same seed gives
     the same clusters, and PyTorch's global random state is not touched. Memory beyond the data: N labels twice, of 4
@@ -72,8 +76,7 @@ class KMeans:
         impl: "native" (C++ kernels, on a CPU), "triton" (kernels for CUDA), "cuda" (CUDA C++ kernels, where the
             installation built them), "reference" (PyTorch by tiles) or "auto": the first of them that runs on the
             device of the data. `capabilities()` says what is missing.
-            "faiss" computes the distances with that library, on its GPUs where it has some; near-ties may then depend
-            on the chunks.
+            "faiss" finds the nearest centres with that library, on its GPUs where it has some.
         group: None, or a `torch.distributed` process group, on each of whose ranks `fit` is called.
 
     Attributes:
@@ -87,10 +90,11 @@ class KMeans:
             cluster over the mean one), splits.
 
     Raises:
-        TypeError, ValueError: arguments that do not fit; rows that hold NaN or infinity, the first one named; a file
-            that ends early; an iterable of empty or differing chunks, or of other rows in a later pass. With a group
-            also arguments that differ between ranks, and a batch_size where x is an iterable; where one rank cannot
-            read its rows it raises why, and the others a ValueError that names it.
+        TypeError, ValueError: arguments that do not fit; rows that hold NaN or infinity, the first one named, or
+            entries whose squares fp64 does not hold; a file that ends early; an iterable of empty or differing chunks,
+            or of other rows in a later pass. With a group also arguments that differ between ranks, and a batch_size
+            where x is an iterable; where one rank cannot read its rows it raises why, and the others a ValueError that
+            names it.
 
     Source: Lloyd 1982; Arthur and Vassilvitskii 2007 for the initialisation; Sculley 2010 for mini-batches.
 
@@ -252,7 +256,7 @@ def assign_clusters(x: RowsLike, centers: Tensor | Array, *, metric: str = "eucl
         metric: "euclidean" or "cosine".
 
     Returns:
-        labels, int64 [N], and distances, fp32 [N].
+        labels, int64 [N], and distances, fp32 [N], which may round to 0 or to infinity.
 
     Raises:
         TypeError, ValueError: as `KMeans`.
