@@ -104,7 +104,9 @@ class Stage:
     ) -> ClusterBatchSampler:
         """A `ClusterBatchSampler` over this stage's labels, set to `epoch`, its order seeded by the run.
 
-        `rank` and `world_size` are by default those of the runner's group; without one this process loads all.
+        One for all epochs of the stage goes on by itself; where each epoch makes its own, `epoch` has to say which.
+        `rank` and `world_size` are by default those of the runner's group; without one this process loads all. Under
+        accelerate they are 0 and 1: see `ClusterBatchSampler`.
         """
         ranks = self._runner.ranks
         if rank is None and world_size is None and ranks is not None:
