@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,30 @@ def test_batch_sampler() -> None:
         halves = [list(stage.batch_sampler(4, clusters_per_batch=2, rank=r, world_size=2)) for r in (0, 1)]
         assert [a + b for a, b in zip(*halves, strict=True)] == first
         stage.finish(embeddings(stage.index))
+
+
+@pytest.mark.parametrize("n_stages", [3, 4])
+def test_stages_that_starve_are_said_so(n_stages: int, directory: Path | None) -> None:
+    """1,000 samples without structure: 16 labels, then 240 to 260 of about 4 samples, then 850 to 900."""
+    runner = MultistageRunner(1000, n_stages=n_stages, n_clusters=16, directory=directory)
+    for stage in runner:
+        rows = torch.randn(1000, 32, generator=torch.Generator().manual_seed(stage.index))
+        if stage.index == 2 and n_stages == 4:
+            said = r"stage 3 will have few negatives: 9\d% of the samples .*9\d% of the 8\d\d labels.*fewer clusters or"
+            with pytest.warns(UserWarning, match=said) as warned:
+                stage.finish(rows)
+            assert [warning.filename for warning in warned] == [__file__]
+        else:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                stage.finish(rows)  # no stage follows the third of three
+    read_back = MultistageRunner(1000, n_stages=n_stages, n_clusters=16, directory=directory)
+    for done in (*runner.finished, *read_back.finished):
+        sizes = done.labels.bincount()
+        assert done.statistics["small_labels"] == pytest.approx(float((sizes <= 2).double().mean()))
+        held = (sizes[done.labels] <= 2).double().mean()
+        assert done.statistics["samples_in_small_labels"] == pytest.approx(float(held))
+        assert (float(held) > 0.5) == (done.index > 1)
 
 
 def test_a_finished_run_is_read_back(tmp_path: Path) -> None:
