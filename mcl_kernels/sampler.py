@@ -27,7 +27,8 @@ class ClusterBatchSampler(Sampler[list[int]]):
     call `set_epoch`. Lightning and accelerate call it:
 
     * Lightning with several processes: `Trainer(use_distributed_sampler=False)`, `rank=trainer.global_rank` and
-      `world_size=trainer.world_size`.
+      `world_size=trainer.world_size`. (Resumed after an epoch, with workers, it draws before it calls `set_epoch`: that
+      epoch has the order of the one that the sampler was set to.)
     * accelerate splits the batches itself: `rank=0`, `world_size=1`, `batch_size` that of all processes together, and
       `DataLoaderConfiguration(split_batches=True)`, without which each process takes batches of its own. A sampler
       with a larger world_size is refused by `prepare`.

@@ -178,6 +178,12 @@ def test_lightning(tmp_path: Path) -> None:
     assert trained(tmp_path) == expected_epochs()
 
 
+def test_lightning_goes_on_after_an_epoch(tmp_path: Path) -> None:
+    first, second, third = trained(tmp_path)
+    checkpoint = tmp_path / "checkpoints" / f"step={len(first) + len(second)}.ckpt"
+    assert trained(tmp_path, resume=checkpoint) == [[], [], third]
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_lightning_goes_on_in_mid_epoch(tmp_path: Path, workers: int) -> None:
     stateful = pytest.importorskip("torchdata.stateful_dataloader")
