@@ -1,7 +1,7 @@
 """A warning where losses are near 0 because hardly any anchor has a negative, which looks like success.
 
-It comes after 35 losses in a row, since a queue is empty at first. Every seventh is looked at, which costs next to
-nothing, and no GPU is waited for: its answer is read seven losses later, or when it has arrived.
+It comes after 44 losses in a row, since a queue is empty at first. Every eleventh is looked at, which costs next to
+nothing, and no GPU is waited for: its answer is read eleven losses later, or when it has arrived.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-LOOK_EVERY, LOOKS = 7, 5  # 7: prime, so that a loop of several losses has each looked at
+LOOK_EVERY, LOOKS = 11, 4  # 11: prime, so that a loop of several losses has each looked at
 MIN_ANCHORS = 32
 SHARE = 0.9
 
