@@ -148,6 +148,7 @@ def test_a_finished_run_is_read_back(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["stage-0", "stage-1", "stage-2"]
 
 
+@pytest.mark.filterwarnings("ignore:stage 3 will have few negatives")
 def test_more_stages_continue_a_finished_run(tmp_path: Path) -> None:
     run(tmp_path, n_stages=2)
     assert [stage.index for stage in MultistageRunner(N, n_stages=2, n_clusters=4, directory=tmp_path)] == []
@@ -345,6 +346,7 @@ def test_peak_memory_of_composing_and_saving(tmp_path: Path) -> None:
     assert max(later) < 4 + 4 + 4
 
 
+@pytest.mark.filterwarnings("ignore:stage 3 will have few negatives")
 def test_labels_of_earlier_versions_are_read(tmp_path: Path) -> None:
     """They were int64 in their file."""
     expected = run(tmp_path).labels.clone()

@@ -151,6 +151,7 @@ class InWorkers(Dataset[tuple[Any, ...]]):
         return *self.samples[index], labels.stored.untyped_storage().nbytes(), labels.stored.is_shared()
 
 
+@pytest.mark.filterwarnings("ignore:stage 1 will have few negatives")
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("in_memory", [True, False], ids=["memory", "directory"])
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
