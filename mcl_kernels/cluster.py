@@ -24,7 +24,7 @@ from mcl_kernels._durable import check_writable, replaced_file, sha256_of, write
 from mcl_kernels._validate import as_integer_vector
 from mcl_kernels.kmeans import KMeans
 from mcl_kernels.kmeans.sources import FileRows, Rows, as_tensor, open_rows
-from mcl_kernels.pseudo_labels import compose_pairs, label_dtype
+from mcl_kernels.pseudo_labels import compose_pairs, label_dtype, shares_of_small_labels, starvation
 from mcl_kernels.stored_labels import StoredLabels
 
 AMI_ROWS = 1 << 20
@@ -106,6 +106,7 @@ def run(options: Options, say: Callable[[str], None]) -> dict[str, Any]:
         },
         "cluster_sizes": cluster_sizes.tolist(),
         "label_sizes": label_sizes.tolist(),
+        **shares_of_small_labels(label_sizes),
     }
     # The summary is renamed before the labels are, which nothing follows that could fail.
     with replaced_file(options.out) as file, replaced_file(summary_path) as beside:
@@ -118,6 +119,8 @@ def run(options: Options, say: Callable[[str], None]) -> dict[str, Any]:
         beside.write(json.dumps(summary, indent=2).encode())
     without = f", {summary['unlabelled']:,} rows without one" if summary["unlabelled"] else ""
     say(f"{options.out}: {len(label_sizes):,} pseudo labels of {_sizes(label_sizes)} rows{without}; {summary_path}")
+    if starved := starvation(label_sizes):
+        say(f"few negatives: {starved}")
     return summary
 
 

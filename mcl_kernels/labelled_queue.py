@@ -18,7 +18,8 @@ from mcl_kernels._validate import (
 class LabelledQueue(nn.Module):
     """The last `size` keys of a momentum encoder, with their pseudo labels and the ids of their samples.
 
-    A slot that was never filled has label -1, which matches nothing. The queue form of a loss takes all three:
+    A slot that was never filled has label -1, which matches nothing: the first loss is 0, and losses are low until the
+    queue is full, where MoCo's queue begins with random keys. The queue form of a loss takes all three:
 
         masked_info_nce(query, queue.embeddings, labels, queue.labels, positive=key, ids=ids, key_ids=queue.ids)
         queue.enqueue(key, labels, ids)

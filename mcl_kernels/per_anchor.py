@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mcl_kernels._lonely import watch
 from mcl_kernels._rows import row_dot
 from mcl_kernels.distributed.exchange import gather_vectors
 from mcl_kernels.distributed.group import Ranks
@@ -24,6 +25,7 @@ def one_way(
     positive_logit = scale * row_dot(query, positive, scale.dtype)
     factors, counts = _needs(objective)
     lse = [_logsumexp(query, key, pairs, scale * factor, impl) for factor in factors]
+    watch(lse[0], pairs.labels)
     count = count_kept(query, key, pairs) if counts else None
     return _per_anchor(objective, positive_logit, lse, count, scale, ranks)
 
@@ -36,6 +38,7 @@ def all_views(
     positive_logit = scale * torch.cat((cosine, cosine))
     factors, counts = _needs(objective)
     lse = [_logsumexp(views, None, pairs, scale * factor, impl) for factor in factors]
+    watch(lse[0], pairs.labels)
     count = count_kept(views, views, pairs) if counts else None
     return _per_anchor(objective, positive_logit, lse, count, scale)
 
@@ -51,6 +54,7 @@ def both_ways(image: Tensor, text: Tensor, pairs: Pairs, scale: Tensor, objectiv
         )
         for factor in factors
     ]  # fmt: skip
+    watch(both[0][0], pairs.labels)
     of_image = count_kept(image, text, pairs) if counts else None
     of_text = count_kept(text, image, pairs.swapped()) if counts else None
     image_loss = _per_anchor(objective, positive_logit, [b for b, _ in both], of_image, scale)

@@ -11,6 +11,7 @@ from mcl_kernels._validate import as_integer_vector, as_integers
 
 CHUNK = 1 << 18  # labels at a time, so that what is computed of them stays small
 SMALL_TABLE = 1 << 16
+SMALL_LABEL = 2  # samples: one has no negative, two have one
 
 
 def compose_labels(previous: Tensor, new: Tensor) -> Tensor:
@@ -83,6 +84,27 @@ def compose_pairs(previous: Tensor, new: Tensor, dtype: torch.dtype) -> tuple[Te
 def label_dtype(n_samples: int) -> torch.dtype:
     """The narrowest one, of int32 and int64, that holds the label of each sample."""
     return torch.int32 if n_samples <= torch.iinfo(torch.int32).max else torch.int64
+
+
+def shares_of_small_labels(label_sizes: Tensor) -> dict[str, float]:
+    """The share of the labels that have one or two samples, and that of the samples which these hold."""
+    small = label_sizes <= SMALL_LABEL
+    return {
+        "small_labels": int(small.sum()) / max(len(label_sizes), 1),
+        "samples_in_small_labels": int(label_sizes[small].sum()) / max(int(label_sizes.sum()), 1),
+    }
+
+
+def starvation(label_sizes: Tensor) -> str | None:
+    """What to say where labels of one or two samples hold more than half of the samples."""
+    shares = shares_of_small_labels(label_sizes)
+    if shares["samples_in_small_labels"] <= 0.5:
+        return None
+    return (
+        f"{shares['samples_in_small_labels']:.0%} of the samples have a pseudo label of one or two samples "
+        f"({shares['small_labels']:.0%} of the {len(label_sizes):,} labels), and so one other sample as a negative or "
+        "none: a small loss means little there; use fewer clusters or fewer stages"
+    )
 
 
 def look_up_tuples(tuples: Tensor, clusters: Tensor) -> Tensor:

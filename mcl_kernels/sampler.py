@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,20 @@ class ClusterBatchSampler(Sampler[list[int]]):
     `clusters_per_batch=1` is the sampler of the paper. Rank r takes the r-th part of each global batch. A sample
     is drawn at most once an epoch; samples with a negative label match nothing and are never drawn.
 
+    Every iteration is another epoch, in another order: the one that `set_epoch` chose, or the one after the last.
+    An iteration counts from its first batch on, also if it ends there, so all ranks have to begin equally many or
+    call `set_epoch`. Lightning and accelerate call it:
+
+    * Lightning with several processes: `Trainer(use_distributed_sampler=False)`, `rank=trainer.global_rank` and
+      `world_size=trainer.world_size`. (Resumed after an epoch, with workers, it draws before it calls `set_epoch`: that
+      epoch has the order of the one that the sampler was set to.)
+    * accelerate splits the batches itself: `rank=0`, `world_size=1`, `batch_size` that of all processes together, and
+      `DataLoaderConfiguration(split_batches=True)`, without which each process takes batches of its own. A sampler
+      with a larger world_size is refused by `prepare`.
+
+    To go on in mid-epoch, `set_epoch` and skip the batches that were seen (accelerate's `skip_first_batches`), or use
+    torchdata's `StatefulDataLoader`, which takes this sampler's `state_dict`; Lightning saves it with its checkpoints.
+
     Args:
         labels: pseudo labels of the data set, integers [N] (a tensor or an array).
         batch_size: samples per rank and batch.
@@ -33,19 +47,24 @@ class ClusterBatchSampler(Sampler[list[int]]):
             next one. "drop": they are left out, others in each epoch; clusters below g are never seen.
 
     Attributes:
+        epoch: of the iteration that began last, or that `set_epoch` chose since.
         left_out: samples left out of each epoch.
 
     Raises:
         TypeError: labels that are not integers.
-        ValueError: sizes that do not fit, or that leave not even one batch.
+        ValueError: sizes that do not fit, or that leave not even one batch; a rank's part of the batches in the hands
+            of a host that splits them once more.
 
     Source: the public sampler of arXiv 2402.11816 (one pseudo label per batch), with its rests merged.
 
     Example:
         >>> sampler = ClusterBatchSampler(torch.tensor([0, 1] * 8), batch_size=4, clusters_per_batch=2)
-        >>> sampler.set_epoch(1)
         >>> len(sampler), sampler.left_out, sorted(i for batch in sampler for i in batch) == list(range(16))
         (4, 0, True)
+        >>> first, second = list(sampler), list(sampler)
+        >>> sampler.set_epoch(1)
+        >>> first == second, first == list(sampler)
+        (False, True)
     """
 
     def __init__(
@@ -79,9 +98,10 @@ class ClusterBatchSampler(Sampler[list[int]]):
         self.group_size = self.global_size // clusters_per_batch
         self.clusters_per_batch = clusters_per_batch
         self.seed = as_integer("seed", seed, least=0)
-        self.rank = rank
+        self.rank, self.world_size = rank, world_size
         self.small = small
-        self.epoch = 0
+        self.epoch, self._first, self._drawn_from = 0, 0, False
+        self._position = 0, 0
         self._samples = np.flatnonzero(labels >= 0)
         # Dense cluster ids of the samples that have one.
         _, self._clusters, sizes = np.unique(labels[self._samples], return_inverse=True, return_counts=True)
@@ -97,16 +117,64 @@ class ClusterBatchSampler(Sampler[list[int]]):
         self.left_out = len(self._samples) - self._n_batches * self.global_size
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses the order; call it before each epoch, with the same number on every rank."""
-        self.epoch = as_integer("epoch", epoch, least=0)
+        """Chooses the order of the next iteration: the same for the same epoch, on every rank.
+
+        After `load_state_dict` the epoch that was loaded goes on where it was, and another begins.
+        """
+        epoch = as_integer("epoch", epoch, least=0)
+        if self._drawn_from or epoch != self.epoch:
+            self._begin_at(epoch, 0)
+
+    def state_dict(self) -> dict[str, int]:
+        """The epoch that was iterated last and the number of its batches drawn: the next one, where it is finished.
+
+        A loader with workers draws ahead of the loop: let `StatefulDataLoader` call it.
+        """
+        epoch, batches = self._position if self._drawn_from else (self.epoch, self._first)
+        return {"epoch": epoch, "batches": batches}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Lets the next iteration be the rest of the epoch that `state` is of."""
+        batches = as_integer("state['batches']", state["batches"], least=0)
+        if batches > len(self):
+            raise ValueError(f"state must be of a sampler with as many batches: got batch {batches} of {len(self)}")
+        self._begin_at(as_integer("state['epoch']", state["epoch"], least=0), batches)
+
+    @property
+    def sampler(self) -> ClusterBatchSampler:
+        """This object: Lightning and accelerate call `loader.batch_sampler.sampler.set_epoch`."""
+        return self
+
+    @property
+    def drop_last(self) -> bool:
+        """Not there, since every batch is full; refused to a host that asks in order to split a rank's own batches."""
+        if self.world_size == 1:
+            raise AttributeError("every batch is full: there is none to drop")
+        raise ValueError(
+            f"rank and world_size must be 0 and 1 where a host splits batches among its processes: got rank "
+            f"{self.rank} of {self.world_size}, whose batches would be split once more. With accelerate: world_size=1, "
+            f"batch_size={self.global_size} and DataLoaderConfiguration(split_batches=True), or a loader that is not "
+            "prepared. With Lightning: Trainer(use_distributed_sampler=False)"
+        )
 
     def __len__(self) -> int:
         return self._n_batches
 
     def __iter__(self) -> Iterator[list[int]]:
+        # Not before the first batch is drawn: loaders with workers ask for two iterators, and draw from the second.
+        if self._drawn_from:
+            self._begin_at(self.epoch + 1, 0)
+        self._drawn_from = True
+        epoch, first = self.epoch, self._first
         start = self.rank * self.batch_size
-        for batch in self._global_batches():
+        for number, batch in enumerate(self._global_batches()[first:], first + 1):
+            self._position = epoch, number
             yield self._samples[batch[start : start + self.batch_size]].tolist()
+        self._position = epoch + 1, 0
+
+    def _begin_at(self, epoch: int, batch: int) -> None:
+        """Lets the next iteration begin with this batch of this epoch."""
+        self.epoch, self._first, self._drawn_from = epoch, batch, False
 
     def _global_batches(self) -> Array:
         """Positions in `_samples`, [batches, G], the same on every rank."""

@@ -19,6 +19,7 @@ import json
 import re
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -36,7 +37,13 @@ from mcl_kernels.distributed.group import check_alike, meeting_device, ranks_of,
 from mcl_kernels.kmeans import KMeans, assign_clusters
 from mcl_kernels.kmeans.api import METRICS
 from mcl_kernels.kmeans.sources import Rows, RowsLike, open_rows
-from mcl_kernels.pseudo_labels import compose_pairs, label_dtype, look_up_tuples
+from mcl_kernels.pseudo_labels import (
+    compose_pairs,
+    label_dtype,
+    look_up_tuples,
+    shares_of_small_labels,
+    starvation,
+)
 from mcl_kernels.sampler import ClusterBatchSampler
 from mcl_kernels.stored_labels import StoredLabels
 
@@ -56,7 +63,8 @@ class FinishedStage:
         centers: of its clusters, [K, D].
         labels: pseudo labels after it, int64 [n_samples]: those of the next stage, kept as in `Stage.labels`.
         tuples: cluster ids behind each pseudo label, int64 [labels, index + 1].
-        statistics: inertia, iterations, cluster_sizes, label_sizes, clustering_seconds.
+        statistics: inertia, iterations, cluster_sizes, label_sizes, clustering_seconds; small_labels, the share of the
+            labels that have one or two samples, and samples_in_small_labels, the share of the samples that these hold.
     """
 
     index: int
@@ -104,7 +112,9 @@ class Stage:
     ) -> ClusterBatchSampler:
         """A `ClusterBatchSampler` over this stage's labels, set to `epoch`, its order seeded by the run.
 
-        `rank` and `world_size` are by default those of the runner's group; without one this process loads all.
+        One for all epochs of the stage goes on by itself; where each epoch makes its own, `epoch` has to say which.
+        `rank` and `world_size` are by default those of the runner's group; without one this process loads all. Under
+        accelerate they are 0 and 1: see `ClusterBatchSampler`.
         """
         ranks = self._runner.ranks
         if rank is None and world_size is None and ranks is not None:
@@ -188,8 +198,17 @@ class Stage:
             OSError: the directory cannot be written; earlier stages are intact and finish() can be called again.
             RuntimeError: the stage is finished already.
             With a group an error of one rank is raised on every rank, elsewhere as a ValueError that names it.
+
+        Warns:
+            UserWarning: another stage follows, and more than half of the samples will have a label of one or two
+            samples in it. With a group the first rank says so.
         """
-        return self._runner._finish(self, embeddings, state)
+        finished = self._runner._finish(self, embeddings, state)
+        ranks, is_last = self._runner.ranks, self.index + 1 == self._runner.n_stages
+        starved = None if is_last else starvation(torch.tensor(finished.statistics["label_sizes"]))
+        if starved is not None and (ranks is None or ranks.rank == 0):
+            warnings.warn(f"stage {self.index + 1} will have few negatives: {starved}", stacklevel=2)
+        return finished
 
 
 class MultistageRunner:
@@ -380,11 +399,13 @@ class MultistageRunner:
             "centers": kmeans.cluster_centers_.cpu(),
             "tuples": torch.cat((earlier[pairs[:, 0]], pairs[:, 1:]), dim=1),
         }
+        label_sizes = labels.bincount()
         statistics = {
             "inertia": kmeans.inertia_,
             "iterations": kmeans.n_iter_,
             "cluster_sizes": clusters.bincount().tolist(),
-            "label_sizes": labels.bincount().tolist(),
+            "label_sizes": label_sizes.tolist(),
+            **shares_of_small_labels(label_sizes),
             "clustering_seconds": seconds,
         }
         if self.directory is None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,11 +21,20 @@ _METADATA = {
 }
 
 
+class MappedFile(NamedTuple):
+    """A file, and what tells it from a later one of its name."""
+
+    path: Path
+    size: int
+    modified: int  # nanoseconds
+
+
 class StoredLabels(Tensor):
     """An int64 vector whose entries are kept as `stored`, integers of any width, in memory or mapped from a file.
 
     Indexing reads and widens what it hands out, a copy. Any other operation takes place on a plain int64 tensor of all
-    labels, made for it: whatever takes a tensor takes this one, at that price. Read-only.
+    labels, made for it: whatever takes a tensor takes this one, at that price. Read-only. Other processes, the workers
+    of a `DataLoader` say, are given no copy: they map the file again, or share the memory.
 
     Example:
         >>> labels = StoredLabels(torch.tensor([5, 0, 5], dtype=torch.int32))
@@ -33,11 +43,12 @@ class StoredLabels(Tensor):
     """
 
     stored: Tensor
+    file: MappedFile | None
 
     @staticmethod
-    def __new__(cls, stored: Tensor) -> StoredLabels:
+    def __new__(cls, stored: Tensor, file: MappedFile | None = None) -> StoredLabels:
         labels = stored.as_subclass(cls)
-        labels.stored = stored
+        labels.stored, labels.file = stored, file
         return labels
 
     @classmethod
@@ -63,7 +74,27 @@ class StoredLabels(Tensor):
 
 def map_labels(path: Path) -> StoredLabels:
     """The labels of a .npy file, which is mapped: what is not read takes no memory."""
-    return StoredLabels(as_tensor(str(path), np.load(path, mmap_mode="r", allow_pickle=False)))
+    file = _file_at(path.absolute())
+    return StoredLabels(as_tensor(str(path), np.load(path, mmap_mode="r", allow_pickle=False)), file)
+
+
+def _file_at(path: Path) -> MappedFile:
+    status = path.stat()
+    return MappedFile(path, status.st_size, status.st_mtime_ns)
+
+
+def _reduce(labels: StoredLabels) -> tuple[Callable[..., StoredLabels], tuple[Any, ...]]:
+    """What is sent to another process: a path, or a tensor whose memory is shared and outlives the sending."""
+    if labels.file is None:
+        return StoredLabels, (labels.stored,)
+    path = labels.file.path
+    if not path.exists() or _file_at(path) != labels.file:
+        raise RuntimeError(f"{path} was replaced or deleted: another process cannot map these labels; clone() them")
+    return map_labels, (path,)
+
+
+# Otherwise the plain tensor made for pickling would be sent, whose memory is gone before a spawned process opens it.
+ForkingPickler.register(StoredLabels, _reduce)
 
 
 def _whole(x: Any) -> Any:

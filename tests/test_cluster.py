@@ -122,6 +122,15 @@ def test_stages_accumulate(suffix: str, capsys: pytest.CaptureFixture[str]) -> N
     assert json.loads(Path(f"z.{suffix}.json").read_text())["labels"] == len(dense.unique())
 
 
+def test_labels_that_starve_are_said_so(capsys: pytest.CaptureFixture[str]) -> None:
+    np.save("pairs.npy", np.arange(N) // 2)
+    for previous, small in ("pairs.npy", True), ("y.npy", False):
+        np.save("y.npy", np.arange(N) // (N // 4))
+        assert run("f0.npy", "--clusters", 4, "--previous", previous, "--out", "z.npy") == 0
+        assert ("few negatives: 100% of the samples" in capsys.readouterr().out) == small
+        assert json.loads(Path("z.npy.json").read_text())["samples_in_small_labels"] == small
+
+
 def test_samples_without_a_label_stay_so(capsys: pytest.CaptureFixture[str]) -> None:
     previous = torch.arange(N) % 3 - 1
     torch.save(previous.int(), "p.pt")

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from itertools import chain, pairwise
+import copy
+import pickle
+from collections.abc import Sequence
+from itertools import chain, islice, pairwise
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -112,6 +117,112 @@ def test_epochs_and_seeds_differ_and_repeat() -> None:
     assert epoch_of(sampler, 0) == epoch_of(sampler, 0)
     assert epoch_of(sampler, 0) != epoch_of(sampler, 1)
     assert epoch_of(ClusterBatchSampler(labels, 256, seed=1), 0) != epoch_of(sampler, 0)
+
+
+# --- epochs -----------------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def samplers(draw: st.DrawFn) -> ClusterBatchSampler:
+    n = draw(st.integers(40, 120))
+    labels = draw(st.lists(st.integers(0, 5), min_size=n, max_size=n))
+    clusters_per_batch, batch_size = draw(st.sampled_from([(1, 5), (2, 8), (4, 16), (1, 37)]))
+    world_size = draw(st.sampled_from([1, 2] if 2 * batch_size <= n else [1]))
+    return ClusterBatchSampler(
+        np.array(labels), batch_size, clusters_per_batch=clusters_per_batch, seed=draw(st.integers(0, 3)),
+        rank=world_size - 1, world_size=world_size,
+    )  # fmt: skip
+
+
+@given(samplers(), st.integers(2, 4))
+@settings(deadline=None)
+def test_iterated_again_and_again(sampler: ClusterBatchSampler, epochs: int) -> None:
+    """Each time another order without duplicates, and with one rank all samples in any two of them."""
+    iterations = [list(chain(*sampler)) for _ in range(epochs)]
+    assert iterations == [list(chain(*epoch_of(sampler, epoch))) for epoch in range(epochs)]
+    for drawn in iterations:
+        assert len(set(drawn)) == len(drawn) == len(sampler) * sampler.batch_size
+    for before, after in pairwise(iterations):
+        assert before != after
+        if sampler.world_size == 1:
+            assert len({*before, *after}) == sampler.left_out + len(before)
+
+
+ACTIONS = st.one_of(
+    st.tuples(st.just("iterate"), st.integers(0, 30)),
+    st.tuples(st.just("resume"), st.integers(1, 30)),
+    st.tuples(st.just("set"), st.integers(0, 5)),
+)
+
+
+@given(samplers(), st.lists(ACTIONS, max_size=8))
+@settings(deadline=None)
+def test_any_loop(sampler: ClusterBatchSampler, actions: Sequence[tuple[str, int]]) -> None:
+    """An iteration that drew a batch is followed by the next epoch, one that did not counts for nothing."""
+    orders = copy.deepcopy(sampler)
+    epoch = 0  # of the next iteration
+    for action, number in actions:
+        if action == "set":
+            sampler.set_epoch(number)
+            epoch = number
+            continue
+        order = epoch_of(orders, epoch)
+        drawn = list(islice(sampler, number))
+        assert drawn == order[:number]
+        assert len(sampler) == len(order)
+        if action == "resume":
+            fresh = copy.deepcopy(orders)
+            fresh.load_state_dict(sampler.state_dict())
+            # Lightning sets the epoch after the state was loaded.
+            fresh.set_epoch(fresh.epoch)
+            sampler = pickle.loads(pickle.dumps(fresh))
+            if number <= len(order):
+                assert drawn + list(sampler) == order
+                drawn = order
+        epoch += bool(drawn)
+
+
+def test_set_epoch_in_an_iteration_is_for_the_next_one() -> None:
+    sampler = ClusterBatchSampler(MANY_SMALL, 256)
+    expected = [epoch_of(sampler, epoch) for epoch in (0, 3)]
+    sampler.set_epoch(0)
+    iterator = iter(sampler)
+    first = next(iterator)
+    sampler.set_epoch(3)
+    assert [first, *iterator] == expected[0]
+    assert sampler.state_dict() == {"epoch": 3, "batches": 0}
+    assert list(sampler) == expected[1]
+
+
+def test_iterators_side_by_side_are_two_epochs() -> None:
+    sampler = ClusterBatchSampler(MANY_SMALL, 256)
+    pairs = list(zip(sampler, sampler, strict=True))
+    assert [list(batches) for batches in zip(*pairs, strict=True)] == [epoch_of(sampler, epoch) for epoch in (0, 1)]
+
+
+@pytest.mark.parametrize(("workers", "persistent"), [(0, False), (1, False), (2, False), (2, True)])
+def test_epochs_of_a_data_loader(workers: int, persistent: bool) -> None:
+    labels = torch.arange(103) % 4
+    loader = DataLoader(
+        TensorDataset(torch.arange(103)), batch_sampler=ClusterBatchSampler(labels, 16), num_workers=workers,
+        persistent_workers=persistent,
+    )  # fmt: skip
+    epochs = [[batch.tolist() for (batch,) in loader] for _ in range(3)]
+    assert epochs == [epoch_of(ClusterBatchSampler(labels, 16), epoch) for epoch in range(3)]
+    assert set(chain(*epochs[0], *epochs[1])) == set(range(103))
+
+
+def test_a_state_of_other_batches_is_refused() -> None:
+    sampler = ClusterBatchSampler(MANY_SMALL, 256)
+    with pytest.raises(ValueError, match="state must be of a sampler with as many batches: got batch 20 of 19"):
+        sampler.load_state_dict({"epoch": 0, "batches": 20})
+
+
+def test_a_ranks_own_batches_are_not_split_once_more() -> None:
+    """`drop_last` is what hosts ask a batch sampler for before they split its batches among their processes."""
+    assert not hasattr(ClusterBatchSampler(MANY_SMALL, 256), "drop_last")
+    with pytest.raises(ValueError, match=r"would be split once more\. With accelerate: world_size=1, batch_size=512"):
+        hasattr(ClusterBatchSampler(MANY_SMALL, 256, rank=1, world_size=2), "drop_last")
 
 
 def test_neither_reads_nor_writes_the_global_generators() -> None:

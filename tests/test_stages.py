@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,30 @@ def test_batch_sampler() -> None:
         stage.finish(embeddings(stage.index))
 
 
+@pytest.mark.parametrize("n_stages", [3, 4])
+def test_stages_that_starve_are_said_so(n_stages: int, directory: Path | None) -> None:
+    """1,000 samples without structure: 16 labels, then 240 to 260 of about 4 samples, then 850 to 900."""
+    runner = MultistageRunner(1000, n_stages=n_stages, n_clusters=16, directory=directory)
+    for stage in runner:
+        rows = torch.randn(1000, 32, generator=torch.Generator().manual_seed(stage.index))
+        if stage.index == 2 and n_stages == 4:
+            said = r"stage 3 will have few negatives: 9\d% of the samples .*9\d% of the 8\d\d labels.*fewer clusters or"
+            with pytest.warns(UserWarning, match=said) as warned:
+                stage.finish(rows)
+            assert [warning.filename for warning in warned] == [__file__]
+        else:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                stage.finish(rows)  # no stage follows the third of three
+    read_back = MultistageRunner(1000, n_stages=n_stages, n_clusters=16, directory=directory)
+    for done in (*runner.finished, *read_back.finished):
+        sizes = done.labels.bincount()
+        assert done.statistics["small_labels"] == pytest.approx(float((sizes <= 2).double().mean()))
+        held = (sizes[done.labels] <= 2).double().mean()
+        assert done.statistics["samples_in_small_labels"] == pytest.approx(float(held))
+        assert (float(held) > 0.5) == (done.index > 1)
+
+
 def test_a_finished_run_is_read_back(tmp_path: Path) -> None:
     here = run(tmp_path)
     there = MultistageRunner(N, n_clusters=4, directory=tmp_path)
@@ -123,6 +148,7 @@ def test_a_finished_run_is_read_back(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["stage-0", "stage-1", "stage-2"]
 
 
+@pytest.mark.filterwarnings("ignore:stage 3 will have few negatives")
 def test_more_stages_continue_a_finished_run(tmp_path: Path) -> None:
     run(tmp_path, n_stages=2)
     assert [stage.index for stage in MultistageRunner(N, n_stages=2, n_clusters=4, directory=tmp_path)] == []
@@ -320,6 +346,7 @@ def test_peak_memory_of_composing_and_saving(tmp_path: Path) -> None:
     assert max(later) < 4 + 4 + 4
 
 
+@pytest.mark.filterwarnings("ignore:stage 3 will have few negatives")
 def test_labels_of_earlier_versions_are_read(tmp_path: Path) -> None:
     """They were int64 in their file."""
     expected = run(tmp_path).labels.clone()

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+import warnings
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,27 @@ def test_each_rank_loads_its_part_of_a_batch(ranks: RankPool, tmp_path: Path) ->
     stage = next(iter(MultistageRunner(N, n_stages=2, n_clusters=4, directory=tmp_path)))
     expected = stage.batch_sampler(4 * ranks.world_size, clusters_per_batch=1, epoch=3)
     assert [list(chain(*parts)) for parts in zip(*of_ranks, strict=True)] == list(expected)
+
+
+def warnings_of_finish(clusters: torch.Tensor, directory: Path | None) -> list[str]:
+    k = int(clusters.max()) + 1
+    runner = MultistageRunner(N, n_stages=2, n_clusters=k, directory=directory, group=dist.group.WORLD)
+    stage = next(iter(runner))
+    rows = torch.eye(k)[clusters]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        stage.finish(rows[stage.shard.start : stage.shard.stop])
+    return [str(warning.message) for warning in caught]
+
+
+@pytest.mark.parametrize("in_memory", [False, True], ids=["directory", "memory"])
+def test_starving_labels_are_those_of_all_ranks(ranks: RankPool, tmp_path: Path, in_memory: bool) -> None:
+    """Said by one rank; not where only the shard of each has one or two samples of a label."""
+    threes, pairs = torch.arange(N) % 30, torch.arange(N) // 2
+    assert ranks.run(warnings_of_finish, threes, None if in_memory else tmp_path / "threes") == [[]] * ranks.world_size
+    said, *others = ranks.run(warnings_of_finish, pairs, None if in_memory else tmp_path / "pairs")
+    assert [message[:58] for message in said] == ["stage 1 will have few negatives: 100% of the samples have "]
+    assert others == [[]] * (ranks.world_size - 1)
 
 
 def run_with_slow_writer(directory: Path, seconds: float) -> list[list[Any]]:

@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 from collections.abc import Callable
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from mcl_kernels import ClusterBatchSampler, compose_labels, count_negatives, nt_xent
+from mcl_kernels import ClusterBatchSampler, MultistageRunner, compose_labels, count_negatives, nt_xent
 from mcl_kernels.stored_labels import StoredLabels, map_labels
 
 PLAIN = torch.tensor([3, 0, 3, -1, 2, 0, 1, 3])
@@ -130,3 +131,56 @@ def test_indexing_and_metadata_do_not_widen_all() -> None:
     assert labels[-3:].tolist() == [0, 0, 0]
     with pytest.raises(RuntimeError, match="allocate"):
         labels.clone()
+
+
+# --- other processes --------------------------------------------------------------------------------------------------
+
+
+class InWorkers(Dataset[tuple[Any, ...]]):
+    """The samples of a data set, each with how a worker holds the labels."""
+
+    def __init__(self, *tensors: Tensor) -> None:
+        self.samples = TensorDataset(*tensors)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Any, ...]:
+        labels = self.samples.tensors[-1]
+        assert isinstance(labels, StoredLabels)
+        return *self.samples[index], labels.stored.untyped_storage().nbytes(), labels.stored.is_shared()
+
+
+@pytest.mark.filterwarnings("ignore:stage 1 will have few negatives")
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("in_memory", [True, False], ids=["memory", "directory"])
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_in_workers(method: str, in_memory: bool, workers: int, tmp_path: Path) -> None:
+    """Labels of a first stage, and of a second one, which are a file where there is a directory."""
+    runner = MultistageRunner(8, n_clusters=4, n_stages=2, directory=None if in_memory else tmp_path / "run")
+    labels = []
+    for stage in runner:
+        labels.append(stage.labels)
+        stage.finish(X)
+    loader = DataLoader(InWorkers(X, *labels), batch_size=3, num_workers=workers, multiprocessing_context=method)
+    x, first, second, held_bytes, is_shared = map(torch.cat, zip(*loader, strict=True))
+    assert (first.dtype, second.dtype) == (torch.int64, torch.int64)
+    assert torch.equal(x, X)
+    assert torch.equal(first, labels[0])
+    assert torch.equal(second, labels[1])
+    assert held_bytes.unique().tolist() == [8 * 4]
+    if method != "fork":
+        assert is_shared.unique().tolist() == [in_memory], "a file is mapped again, memory is shared"
+
+
+def test_a_file_that_was_replaced_is_not_sent(tmp_path: Path) -> None:
+    path = tmp_path / "labels.npy"
+    np.save(path, PLAIN.numpy().astype(np.int32))
+    labels = map_labels(path)
+    assert torch.equal(pickle.loads(ForkingPickler.dumps(labels)), PLAIN)
+    path.unlink()
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"labels.npy was replaced or deleted: .*; clone\(\) them"):
+            ForkingPickler.dumps(labels)
+        np.save(path, np.zeros(8, np.int32))
+    assert torch.equal(labels, PLAIN)

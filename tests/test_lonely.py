@@ -1,0 +1,149 @@
+"""Losses near 0 because hardly any anchor has a negative are said so, once, and nothing else is."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from mcl_kernels import LabelledQueue, _lonely, clip_loss, masked_info_nce, nt_xent
+
+N = 64
+X = torch.randn(2, N, 8, generator=torch.Generator().manual_seed(0))
+DISTINCT = torch.arange(N)
+CALLS = (_lonely.LOOKS + 1) * _lonely.LOOK_EVERY  # a look is at what the one before found
+
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "masked_info_nce": lambda x, labels: masked_info_nce(x, X[1], labels, impl="reference"),
+    "nt_xent": lambda x, labels: nt_xent(x, X[1], labels, impl="reference"),
+    "clip_loss": lambda x, labels: clip_loss(x, X[1], labels, logit_scale=1.0, impl="reference"),
+}
+all_losses = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+
+
+@pytest.fixture(autouse=True)
+def watch(monkeypatch: pytest.MonkeyPatch) -> Iterator[_lonely._Watch]:
+    fresh = _lonely._Watch()
+    monkeypatch.setattr(_lonely, "_watch", fresh)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        yield fresh
+
+
+@all_losses
+def test_said_once(loss: Callable[[Tensor, Tensor], Tensor]) -> None:
+    for _ in range(CALLS - 1):
+        assert loss(X[0], DISTINCT) == 0
+    with pytest.warns(
+        UserWarning, match=r"more than 90% of the anchors had no negative, .* in each of 4 losses"
+    ) as said:
+        loss(X[0], DISTINCT)
+    assert said[0].filename == __file__
+    for _ in range(2 * CALLS):
+        loss(X[0], DISTINCT)
+
+
+FEW = _lonely.MIN_ANCHORS - 1
+OTHERS: dict[str, Callable[[], Tensor]] = {
+    "negatives": lambda: nt_xent(X[0], X[1], DISTINCT // 8, impl="reference"),
+    "80 % without": lambda: masked_info_nce(X[0], X[1], DISTINCT.clamp(max=N * 4 // 5), impl="reference"),
+    "without labels": lambda: masked_info_nce(X[0], X[1, :0], positive=X[1], impl="reference"),
+    "unlabelled": lambda: masked_info_nce(X[0], X[1], torch.full((N,), -1), impl="reference"),
+    "few": lambda: masked_info_nce(X[0, :FEW], X[1, :FEW], DISTINCT[:FEW], impl="reference"),
+}
+
+
+@pytest.mark.parametrize("loss", OTHERS.values(), ids=OTHERS)
+def test_nothing_is_said_of_others(loss: Callable[[], Tensor]) -> None:
+    for _ in range(2 * CALLS):
+        loss()
+
+
+def test_a_loss_with_negatives_begins_anew() -> None:
+    for _ in range(3):
+        for _ in range(CALLS - 2 * _lonely.LOOK_EVERY):
+            nt_xent(X[0], X[1], DISTINCT, impl="reference")
+        for _ in range(_lonely.LOOK_EVERY):
+            nt_xent(X[0], X[1], DISTINCT // 8, impl="reference")
+
+
+def test_a_queue_that_fills_is_no_alarm() -> None:
+    queue = LabelledQueue(40 * N, 8)
+    for step in range(2 * CALLS):
+        labels = torch.full((N,), step % 16)  # one cluster a batch: none has negatives in the first 16 steps
+        loss = masked_info_nce(X[0], queue.embeddings, labels, queue.labels, positive=X[1], impl="reference")
+        assert (loss == 0) == (step < 16)
+        queue.enqueue(X[1], labels)
+
+
+def test_no_gpu_is_waited_for(monkeypatch: pytest.MonkeyPatch, watch: _lonely._Watch) -> None:
+    """What a GPU has not written yet is NaN, and read later."""
+    sent: list[Tensor] = []
+
+    def send(share: Tensor) -> Tensor:
+        sent.append(torch.tensor(torch.nan))
+        return sent[-1]
+
+    monkeypatch.setattr(_lonely, "_sent_to_cpu", send)
+    for look in range(_lonely.LOOKS):
+        for _ in range(3 * _lonely.LOOK_EVERY):
+            nt_xent(X[0], X[1], DISTINCT, impl="reference")
+            assert watch.looks == look
+        assert len(sent) == look + 1
+        sent[-1].fill_(1.0)
+        if look < _lonely.LOOKS - 1:
+            for _ in range(_lonely.LOOK_EVERY):
+                nt_xent(X[0], X[1], DISTINCT, impl="reference")
+    for _ in range(_lonely.LOOK_EVERY - 1):
+        nt_xent(X[0], X[1], DISTINCT, impl="reference")
+    with pytest.warns(UserWarning, match="had no negative"):
+        nt_xent(X[0], X[1], DISTINCT, impl="reference")
+
+
+def on_fake(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        return f(mode.from_tensor(x))
+
+
+TRANSFORMS: dict[str, Callable[[Callable[[Tensor], Tensor]], Callable[[Tensor], object]]] = {
+    "grad": torch.func.grad,
+    "jvp": lambda f: lambda x: torch.func.jvp(f, (x,), (x,)),
+    "make_fx": lambda f: make_fx(f),
+    "fake": lambda f: lambda x: on_fake(f, x),
+}
+
+
+@all_losses
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_transforms(
+    loss: Callable[[Tensor, Tensor], Tensor],
+    transform: Callable[[Callable[[Tensor], Tensor]], Callable[[Tensor], object]],
+    watch: _lonely._Watch,
+) -> None:
+    def on_labels(x: Tensor) -> Tensor:
+        return loss(x, DISTINCT)
+
+    on_labels(X[0])
+    for _ in range(_lonely.LOOK_EVERY):
+        transform(on_labels)(X[0])
+    assert watch.share is None
+
+
+class Loss(torch.nn.Module):
+    def forward(self, x: Tensor, y: Tensor, labels: Tensor) -> Tensor:
+        return nt_xent(x, y, labels, impl="reference")
+
+
+def test_neither_compiled_nor_exported(watch: _lonely._Watch) -> None:
+    compiled = torch.compile(Loss(), fullgraph=True, backend="aot_eager")
+    for _ in range(CALLS):
+        compiled(X[0], X[1], DISTINCT)
+    for strict in (False, True):
+        exported = torch.export.export(Loss(), (X[0], X[1], DISTINCT), strict=strict)
+        assert not any("copy" in str(node.target) for node in exported.graph.nodes)
+    assert watch == _lonely._Watch()
