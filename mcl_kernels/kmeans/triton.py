@@ -48,7 +48,7 @@ class Tiles(NamedTuple):
 _MOST = 1 << 62
 _FEW, _FEW_HALF = (MOST_SUMMED, Tiles(64, 32, 32, 64, 8, 2)), (MOST_SUMMED, Tiles(64, 32, 64, 64, 8, 2))
 TABLE: dict[tuple[str, int], tuple[tuple[int, Tiles], ...]] = {
-    ("half", 80): (_FEW_HALF, (_MOST, Tiles(128, 128, 32, 32, 8, 2))),
+    ("half", 80): ((MOST_SUMMED, Tiles(64, 32, 64, 32, 8, 2)), (_MOST, Tiles(128, 128, 32, 32, 8, 2))),
     ("half", 90): (_FEW_HALF, (_MOST, Tiles(128, 128, 64, 32, 8, 3))),
     ("tf32", 80): (_FEW, (_MOST, Tiles(128, 128, 16, 32, 8, 2))),
     ("tf32", 90): (_FEW, (_MOST, Tiles(128, 128, 32, 32, 8, 3))),
