@@ -93,29 +93,40 @@ class _Normalize(torch.autograd.Function):
 
 
 def _composed(view_a: Tensor, view_b: Tensor | None) -> tuple[Tensor, Tensor]:
-    unit_a = _scaled(view_a, _inverse_norm(view_a))
+    unit_a = _unit(view_a)
     if view_b is None:
         return unit_a, unit_a.new_empty(0)
-    return joined_views(unit_a, _scaled(view_b, _inverse_norm(view_b)))
+    return joined_views(unit_a, _unit(view_b))
 
 
-def _inverse_norm(x: Tensor) -> Tensor:
-    """1 / |x_i|, [N, 1]; 0 for a row without a direction."""
-    norm = torch.linalg.vector_norm(x.to(compute_dtype(x)), dim=1, keepdim=True)
-    vanishing = norm <= max(1e-12, torch.finfo(x.dtype).tiny)
-    return torch.where(vanishing, torch.inf, norm).reciprocal()
+def _unit(x: Tensor) -> Tensor:
+    scaled, inverse, _ = _scaled(x)
+    return (scaled * inverse).to(x.dtype)
 
 
-def _scaled(x: Tensor, factor: Tensor) -> Tensor:
-    return (x.to(factor.dtype) * factor).to(x.dtype)
+def _scaled(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows c_i x_i whose norms are numbers of their dtype, 1 / |c_i x_i|, [N, 1], and the powers of two c_i, [N, 1].
+
+    A row without a direction has 0 in place of 1 / |c_i x_i|.
+    """
+    wide = x.to(compute_dtype(x))
+    # c_i is 1, unless the norm of x_i is infinite: its squares may overflow where it is finite itself. 1 / |x_i| may be
+    # below the normal numbers then, and stays in two factors. Derivatives do not depend on c_i.
+    shrink = 2.0**80 if wide.dtype == torch.float32 else 2.0**540
+    norm = torch.linalg.vector_norm(wide.detach(), dim=1, keepdim=True)
+    scale = torch.threshold(norm.clamp(max=shrink), shrink / 2, 1.0).reciprocal()
+    scaled = wide * scale
+    norm = torch.linalg.vector_norm(scaled, dim=1, keepdim=True)
+    vanishing = max(1e-12, torch.finfo(x.dtype).tiny)
+    return scaled, torch.threshold(norm, vanishing, torch.inf).reciprocal(), scale
 
 
 def _projected(x: Tensor, direction: Tensor) -> Tensor:
     """The derivative of x / |x| along a direction, and by symmetry its transpose: (g - y <y, g>) / |x|, y = x / |x|."""
-    inverse = _inverse_norm(x)
-    wide, g = x.to(inverse.dtype), direction.to(inverse.dtype)
-    along = row_dot(wide, g, inverse.dtype).unsqueeze(1)
-    return (torch.addcmul(g, wide, -along * inverse.square()) * inverse).to(x.dtype)
+    scaled, inverse, scale = _scaled(x)
+    g = direction.to(inverse.dtype)
+    along = row_dot(scaled, g, inverse.dtype).unsqueeze(1) * inverse * inverse
+    return (torch.addcmul(g, scaled, along, value=-1) * inverse * scale).to(x.dtype)
 
 
 def row_dot(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
