@@ -23,6 +23,11 @@ def normalize_rows(x: Tensor, impl: str = "reference") -> Tensor:
     return unit_views(x, None, impl)[0]
 
 
+def shrunk_rows(x: Tensor) -> Tensor:
+    """Rows for the normalisation of another library: those whose norm overflows divided by a power of two."""
+    return (x * _shrinking(x.to(compute_dtype(x)))).to(x.dtype)
+
+
 def unit_views(view_a: Tensor, view_b: Tensor | None, impl: str) -> tuple[Tensor, Tensor]:
     """Both views normalised as by `normalize_rows`, one after the other, [2N, D], and their cosines, [N].
 
@@ -105,20 +110,25 @@ def _unit(x: Tensor) -> Tensor:
 
 
 def _scaled(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows c_i x_i whose norms are numbers of their dtype, 1 / |c_i x_i|, [N, 1], and the powers of two c_i, [N, 1].
+    """Rows c_i x_i, 1 / |c_i x_i|, [N, 1], and the powers of two c_i of `_shrinking`, [N, 1].
 
-    A row without a direction has 0 in place of 1 / |c_i x_i|.
+    1 / |x_i| may be below the normal numbers, and stays in two factors. A row without a direction has 0 in place of
+    1 / |c_i x_i|.
     """
     wide = x.to(compute_dtype(x))
-    # c_i is 1, unless the norm of x_i is infinite: its squares may overflow where it is finite itself. 1 / |x_i| may be
-    # below the normal numbers then, and stays in two factors. Derivatives do not depend on c_i.
-    shrink = 2.0**80 if wide.dtype == torch.float32 else 2.0**540
-    norm = torch.linalg.vector_norm(wide.detach(), dim=1, keepdim=True)
-    scale = torch.threshold(norm.clamp(max=shrink), shrink / 2, 1.0).reciprocal()
+    scale = _shrinking(wide)
     scaled = wide * scale
     norm = torch.linalg.vector_norm(scaled, dim=1, keepdim=True)
     vanishing = max(1e-12, torch.finfo(x.dtype).tiny)
     return scaled, torch.threshold(norm, vanishing, torch.inf).reciprocal(), scale
+
+
+def _shrinking(wide: Tensor) -> Tensor:
+    """A power of two for each row, [N, 1], which times the row has a finite norm: 1 where that of the row itself is."""
+    divisor = 2.0**80 if wide.dtype == torch.float32 else 2.0**540
+    # Without a graph: the direction of a row does not depend on it.
+    norm = torch.linalg.vector_norm(wide.detach(), dim=1, keepdim=True)
+    return torch.threshold(norm.clamp(max=divisor), divisor / 2, 1.0).reciprocal()
 
 
 def _projected(x: Tensor, direction: Tensor) -> Tensor:
