@@ -23,6 +23,11 @@ def normalize_rows(x: Tensor, impl: str = "reference") -> Tensor:
     return unit_views(x, None, impl)[0]
 
 
+def shrunk_rows(x: Tensor) -> Tensor:
+    """Rows for the normalisation of another library: those whose norm overflows divided by a power of two."""
+    return (x * _shrinking(x.to(compute_dtype(x)))).to(x.dtype)
+
+
 def unit_views(view_a: Tensor, view_b: Tensor | None, impl: str) -> tuple[Tensor, Tensor]:
     """Both views normalised as by `normalize_rows`, one after the other, [2N, D], and their cosines, [N].
 
@@ -93,29 +98,45 @@ class _Normalize(torch.autograd.Function):
 
 
 def _composed(view_a: Tensor, view_b: Tensor | None) -> tuple[Tensor, Tensor]:
-    unit_a = _scaled(view_a, _inverse_norm(view_a))
+    unit_a = _unit(view_a)
     if view_b is None:
         return unit_a, unit_a.new_empty(0)
-    return joined_views(unit_a, _scaled(view_b, _inverse_norm(view_b)))
+    return joined_views(unit_a, _unit(view_b))
 
 
-def _inverse_norm(x: Tensor) -> Tensor:
-    """1 / |x_i|, [N, 1]; 0 for a row without a direction."""
-    norm = torch.linalg.vector_norm(x.to(compute_dtype(x)), dim=1, keepdim=True)
-    vanishing = norm <= max(1e-12, torch.finfo(x.dtype).tiny)
-    return torch.where(vanishing, torch.inf, norm).reciprocal()
+def _unit(x: Tensor) -> Tensor:
+    scaled, inverse, _ = _scaled(x)
+    return (scaled * inverse).to(x.dtype)
 
 
-def _scaled(x: Tensor, factor: Tensor) -> Tensor:
-    return (x.to(factor.dtype) * factor).to(x.dtype)
+def _scaled(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows c_i x_i, 1 / |c_i x_i|, [N, 1], and the powers of two c_i of `_shrinking`, [N, 1].
+
+    1 / |x_i| may be below the normal numbers, and stays in two factors. A row without a direction has 0 in place of
+    1 / |c_i x_i|.
+    """
+    wide = x.to(compute_dtype(x))
+    scale = _shrinking(wide)
+    scaled = wide * scale
+    norm = torch.linalg.vector_norm(scaled, dim=1, keepdim=True)
+    vanishing = max(1e-12, torch.finfo(x.dtype).tiny)
+    return scaled, torch.threshold(norm, vanishing, torch.inf).reciprocal(), scale
+
+
+def _shrinking(wide: Tensor) -> Tensor:
+    """A power of two for each row, [N, 1], which times the row has a finite norm: 1 where that of the row itself is."""
+    divisor = 2.0**80 if wide.dtype == torch.float32 else 2.0**540
+    # Without a graph: the direction of a row does not depend on it.
+    norm = torch.linalg.vector_norm(wide.detach(), dim=1, keepdim=True)
+    return torch.threshold(norm.clamp(max=divisor), divisor / 2, 1.0).reciprocal()
 
 
 def _projected(x: Tensor, direction: Tensor) -> Tensor:
     """The derivative of x / |x| along a direction, and by symmetry its transpose: (g - y <y, g>) / |x|, y = x / |x|."""
-    inverse = _inverse_norm(x)
-    wide, g = x.to(inverse.dtype), direction.to(inverse.dtype)
-    along = row_dot(wide, g, inverse.dtype).unsqueeze(1)
-    return (torch.addcmul(g, wide, -along * inverse.square()) * inverse).to(x.dtype)
+    scaled, inverse, scale = _scaled(x)
+    g = direction.to(inverse.dtype)
+    along = row_dot(scaled, g, inverse.dtype).unsqueeze(1) * inverse * inverse
+    return (torch.addcmul(g, scaled, along, value=-1) * inverse * scale).to(x.dtype)
 
 
 def row_dot(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:

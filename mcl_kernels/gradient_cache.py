@@ -36,7 +36,8 @@ def cached_backward(
         batches: what `encode` is given, one after the other; any sizes. All are held: on the CPU if need be, since
             `encode` may move them.
         loss: given the concatenated outputs, as `encode` returned them (a tuple as arguments, a mapping as keywords),
-            returns a scalar. With a GradScaler: `lambda z: scaler.scale(loss(z))`.
+            returns a scalar. With a GradScaler: `lambda z: scaler.scale(loss(z))`. A loss with `group=` is computed
+            once on every rank, whatever the number of batches; an error in `encode` is not shared with the others.
         no_sync: under DDP the context manager that holds back the exchange of gradients, until the last batch. Default:
             `encode.no_sync` where it is there; a function around a model gives `no_sync=model.no_sync`.
 

@@ -77,6 +77,10 @@ def masked_info_nce(
             W ranks: the mean of what they get is the loss of the whole batch, and so are, once averaged as
             `DistributedDataParallel` does, the gradients of parameters and temperature (those of embeddings are
             W times as large). "sum" is spread in the same way; "none" gives the losses of this rank's rows.
+            An error before anything is exchanged, such as an argument that is refused on one rank, is raised on every
+            rank in that call: there the error itself, elsewhere a ValueError that names the rank. The ranks stay in
+            step, and may go on. Only this rank hears of an error in `group` itself, in the objective, or in the
+            backward pass: end the process then, or the others wait until the group's timeout.
         exchange: "cluster" sends the rows of each cluster to the rank that compares them, or to several if the cluster
             is large: with clusters, about its own batch for each rank. "gather" sends all keys to all ranks. "auto"
             takes what is done first (`plan_exchange`); it gathers where an anchor needs more than its cluster: other
@@ -88,8 +92,8 @@ def masked_info_nce(
     Raises:
         TypeError: an argument of the wrong type or dtype.
         ValueError: shapes, lengths, devices or options that do not fit, or that are not alike on all ranks; each
-            message names the argument.
-        RuntimeError: a rank that failed, or did not come within the timeout of the group.
+            message names the argument. With `group`, an error of another rank too.
+        RuntimeError: a rank that is gone, or did not come within the timeout of the group.
 
     Source: "Learning the Unlearned" (ECCV 2024, arXiv 2402.11816), the loss L_j of stage j.
 
@@ -98,20 +102,21 @@ def masked_info_nce(
         >>> masked_info_nce(query, key, labels=torch.tensor([0, 0, 1, 1]), temperature=1.0)
         tensor(0.3133)
     """
-    ranks = _ranks(group, exchange, reduction)
+    ranks = None if group is None else ranks_of(group)
     described: dict[str, Any] = {
         "query": query, "key": key, "labels": labels, "key_labels": key_labels, "positive": positive, "ids": ids,
-        "key_ids": key_ids, "temperature": temperature, "normalize": normalize,
+        "key_ids": key_ids, "temperature": temperature, "normalize": normalize, "exchange": exchange,
+        "negatives": negatives, "objective": objective, "reduction": reduction,
     }  # fmt: skip
-    query, key, positive, pairs = query_key_positive(
-        query, key, labels, key_labels, positive, ids, key_ids, negatives, normalize, impl, ranks
-    )
-    scale = _inverse_temperature(temperature, query, compute_dtype(query, key, positive))
+    with over_ranks.agreement(ranks, "masked_info_nce", described):
+        _check_options(exchange, reduction)
+        query, key, positive, pairs, impl = query_key_positive(
+            query, key, labels, key_labels, positive, ids, key_ids, negatives, normalize, impl, ranks
+        )
+        scale = _inverse_temperature(temperature, query, compute_dtype(query, key, positive))
     if ranks is None:
         return _reduce(per_anchor.one_way(query, positive, key, pairs, scale, objective, impl), reduction)
-    exchange = over_ranks.agreed_exchange(
-        ranks, "masked_info_nce", described, exchange, negatives, objective, reduction
-    )
+    exchange = over_ranks.needed_exchange(exchange, negatives, objective, reduction)
     loss, total = over_ranks.one_way(query, positive, key, pairs, scale, objective, impl, ranks, exchange)
     return _reduce(loss, reduction, total, ranks)
 
@@ -161,24 +166,27 @@ def nt_xent(
         >>> nt_xent(view, view, labels=torch.tensor([0, 0, 1, 1]), temperature=1.0)
         tensor(0.5514)
     """
-    ranks = _ranks(group, exchange, reduction)
-    check_embeddings("view_a", view_a)
-    check_embeddings("view_b", view_b)
-    check_same_shape("view_b", view_b, "view_a", view_a)
+    ranks = None if group is None else ranks_of(group)
     described = {
         "view_a": view_a, "view_b": view_b, "labels": labels, "ids": ids, "temperature": temperature,
-        "normalize": normalize,
+        "normalize": normalize, "exchange": exchange, "negatives": negatives, "objective": objective,
+        "reduction": reduction,
     }  # fmt: skip
-    if ids is None:
-        ids = _row_ids(view_a, ranks)
-    names = ("view_a", "view_b", "labels")
-    of_sample = as_pairs(view_a, view_b, labels, labels, ids, ids, negatives, key_is_query=True, names=names)
-    impl = resolve_impl(impl, view_a.device)
-    views, cosine = unit_views(view_a, view_b, impl) if normalize else joined_views(view_a, view_b)
-    scale = _inverse_temperature(temperature, views, compute_dtype(views))
+    with over_ranks.agreement(ranks, "nt_xent", described):
+        _check_options(exchange, reduction)
+        check_embeddings("view_a", view_a)
+        check_embeddings("view_b", view_b)
+        check_same_shape("view_b", view_b, "view_a", view_a)
+        if ids is None:
+            ids = _row_ids(view_a, ranks)
+        names = ("view_a", "view_b", "labels")
+        of_sample = as_pairs(view_a, view_b, labels, labels, ids, ids, negatives, key_is_query=True, names=names)
+        impl = resolve_impl(impl, view_a.device)
+        views, cosine = unit_views(view_a, view_b, impl) if normalize else joined_views(view_a, view_b)
+        scale = _inverse_temperature(temperature, views, compute_dtype(views))
     if ranks is None:
         return _reduce(per_anchor.all_views(views, cosine, of_sample, scale, objective, impl), reduction)
-    exchange = over_ranks.agreed_exchange(ranks, "nt_xent", described, exchange, negatives, objective, reduction)
+    exchange = over_ranks.needed_exchange(exchange, negatives, objective, reduction)
     part_a, part_b = views.chunk(2)
     loss, total = over_ranks.all_views(part_a, part_b, of_sample, scale, objective, impl, ranks, exchange)
     return _reduce(loss, reduction, 2 * total, ranks)
@@ -233,34 +241,37 @@ def clip_loss(
         >>> clip_loss(features, features, labels=torch.tensor([0, 0, 1, 1]), logit_scale=1.0)
         tensor(0.3133)
     """
-    ranks = _ranks(group, exchange, reduction)
-    check_embeddings("image_features", image_features)
-    check_embeddings("text_features", text_features)
-    check_same_shape("text_features", text_features, "image_features", image_features)
+    ranks = None if group is None else ranks_of(group)
     described = {
         "image_features": image_features, "text_features": text_features, "labels": labels, "text_labels": text_labels,
-        "ids": ids, "logit_scale": logit_scale, "normalize": normalize,
+        "ids": ids, "logit_scale": logit_scale, "normalize": normalize, "exchange": exchange, "negatives": negatives,
+        "objective": objective, "reduction": reduction,
     }  # fmt: skip
-    if ids is None:
-        ids = _row_ids(image_features, ranks)
-    names = ("image_features", "text_features", "text_labels")
-    pairs = as_pairs(
-        image_features, text_features, labels, text_labels, ids, ids, negatives, key_is_query=True, names=names
-    )
-    impl = resolve_impl(impl, image_features.device)
-    if normalize:
-        image_features, text_features = normalize_rows(image_features, impl), normalize_rows(text_features, impl)
-    dtype = compute_dtype(image_features, text_features)
-    if isinstance(logit_scale, Tensor):
-        if logit_scale.numel() != 1:
-            raise ValueError(f"logit_scale must be one number: got shape {list(logit_scale.shape)}")
-        logit_scale = logit_scale.reshape(())
-    else:
-        check_positive("logit_scale", logit_scale)
-    scale = as_scale("logit_scale", logit_scale, image_features, dtype)
+    with over_ranks.agreement(ranks, "clip_loss", described):
+        _check_options(exchange, reduction)
+        check_embeddings("image_features", image_features)
+        check_embeddings("text_features", text_features)
+        check_same_shape("text_features", text_features, "image_features", image_features)
+        if ids is None:
+            ids = _row_ids(image_features, ranks)
+        names = ("image_features", "text_features", "text_labels")
+        pairs = as_pairs(
+            image_features, text_features, labels, text_labels, ids, ids, negatives, key_is_query=True, names=names
+        )
+        impl = resolve_impl(impl, image_features.device)
+        if normalize:
+            image_features, text_features = normalize_rows(image_features, impl), normalize_rows(text_features, impl)
+        dtype = compute_dtype(image_features, text_features)
+        if isinstance(logit_scale, Tensor):
+            if logit_scale.numel() != 1:
+                raise ValueError(f"logit_scale must be one number: got shape {list(logit_scale.shape)}")
+            logit_scale = logit_scale.reshape(())
+        else:
+            check_positive("logit_scale", logit_scale)
+        scale = as_scale("logit_scale", logit_scale, image_features, dtype)
     if ranks is None:
         return _reduce(per_anchor.both_ways(image_features, text_features, pairs, scale, objective, impl), reduction)
-    exchange = over_ranks.agreed_exchange(ranks, "clip_loss", described, exchange, negatives, objective, reduction)
+    exchange = over_ranks.needed_exchange(exchange, negatives, objective, reduction)
     both_ways = over_ranks.both_ways if labels is None or text_labels is None else over_ranks.each_way
     loss, total = both_ways(image_features, text_features, pairs, scale, objective, impl, ranks, exchange)
     return _reduce(loss, reduction, total, ranks)
@@ -278,8 +289,8 @@ def query_key_positive(
     normalize: bool,
     impl: str,
     ranks: Ranks | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Pairs]:
-    """The checked arguments of the query-key form, its positives [N, D] and who may be a negative of whom."""
+) -> tuple[Tensor, Tensor, Tensor, Pairs, str]:
+    """The checked arguments of the query-key form, its positives [N, D], who may be a negative of whom, and `impl`."""
     check_embeddings("query", query)
     check_embeddings("key", key)
     check_same_width("key", key, "query", query)
@@ -293,21 +304,20 @@ def query_key_positive(
         ids, key_ids = _row_ids(query, ranks), _row_ids(key, ranks)
     key_is_query = positive is None and m == n
     pairs = as_pairs(query, key, labels, key_labels, ids, key_ids, negatives, key_is_query=key_is_query)
+    impl = resolve_impl(impl, query.device)
     if normalize:
-        impl = resolve_impl(impl, query.device)
         query, key = normalize_rows(query, impl), normalize_rows(key, impl)
         positive = None if positive is None else normalize_rows(positive, impl)
-    return query, key, key[:n] if positive is None else positive, pairs
+    return query, key, key[:n] if positive is None else positive, pairs, impl
 
 
 def _row_ids(rows: Tensor, ranks: Ranks | None) -> Tensor:
     return torch.arange(len(rows), device=rows.device) if ranks is None else ranks.row_ids(rows)
 
 
-def _ranks(group: ProcessGroup | None, exchange: str, reduction: str) -> Ranks | None:
+def _check_options(exchange: str, reduction: str) -> None:
     check_choice("reduction", reduction, REDUCTIONS)
     check_choice("exchange", exchange, EXCHANGES)
-    return None if group is None else ranks_of(group)
 
 
 def _inverse_temperature(temperature: float | Tensor, query: Tensor, dtype: torch.dtype) -> Tensor:

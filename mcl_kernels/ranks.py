@@ -9,7 +9,6 @@ from torch import Tensor
 
 from mcl_kernels._rows import compute_dtype, row_dot
 from mcl_kernels.logsumexp import ops, reference
-from mcl_kernels.logsumexp.api import resolve_impl
 from mcl_kernels.losses import query_key_positive
 
 
@@ -33,7 +32,8 @@ def positive_ranks(
 
     A key that is the positive's equal up to the rounding of the products, 2 sqrt(D) eps |q_i| |p_i|, does not count.
     `(rank < k).float().mean()` is the top-k accuracy that a training loop prints. By tiles; no N x M matrix and
-    no gradient. A NaN counts as higher, so a model that has diverged does not look perfect.
+    no gradient. A NaN counts as higher, and so does every key where the positive's score overflows, so a model that has
+    diverged does not look perfect.
 
     Args:
         query, key, labels, key_labels, positive, ids, key_ids, negatives, normalize, impl: as in `masked_info_nce`.
@@ -49,14 +49,14 @@ def positive_ranks(
         >>> positive_ranks(query, query.flip(1))
         tensor([2, 2, 0])
     """
-    query, key, positive, pairs = query_key_positive(
+    query, key, positive, pairs, impl = query_key_positive(
         query, key, labels, key_labels, positive, ids, key_ids, negatives, normalize, impl
     )
     dtype = compute_dtype(query, key, positive)
     norms = [torch.linalg.vector_norm(x.to(dtype), dim=1) for x in (query, positive)]
     rounding = 2.0 * math.sqrt(query.shape[1]) * torch.finfo(dtype).eps * norms[0] * norms[1]
     threshold = row_dot(query, positive, dtype) + rounding
-    impl = resolve_impl(impl, query.device)
+    threshold = threshold.masked_fill(threshold == torch.inf, torch.nan)  # nothing is higher than infinity
     if impl == "reference":
         return reference.count_above(query, key, threshold, pairs)
     count: Tensor = ops.count_above(query, key, threshold, *pairs, impl)

@@ -251,7 +251,8 @@ bool check(const Case& c) {
   return good;
 }
 
-// Unit rows and their gradient of any width, with a row of zeros, in blocks of memory of exactly their size.
+// Unit rows and their gradient of any width, with a row of zeros and rows whose squares overflow, in blocks of memory of
+// exactly their size.
 bool check_unit_rows(int64_t width, bool paired) {
   const int64_t size = 7, total = size * width;
   std::mt19937 random(3);
@@ -263,6 +264,10 @@ bool check_unit_rows(int64_t width, bool paired) {
   };
   std::vector<float> x[2] = {draw(total), draw(total)};
   std::fill_n(x[0].begin() + 2 * width, width, 0.0f);
+  const auto enlarge = [&](std::vector<float>& rows, int64_t row) {
+    for (int64_t d = 0; d < width; d++) rows[row * width + d] = std::copysign(3e38f, rows[row * width + d]);
+  };
+  enlarge(x[0], 3), enlarge(x[0], 5), enlarge(x[1], 4), enlarge(x[1], 5);
   const std::vector<float> g[2] = {draw(total), draw(total)}, w = draw(size);
   std::vector<float> unit[2] = {x[0], x[1]}, grad[2] = {x[0], x[1]}, cosine(size);
   const mcl::Views<float> views{x[0].data(), paired ? x[1].data() : nullptr, width, width, width};
@@ -289,8 +294,9 @@ bool check_unit_rows(int64_t width, bool paired) {
       for (int64_t d = 0; d < width; d++) along += at(x, v, d) * inverse[v] * incoming(d);
       for (int64_t d = 0; d < width; d++) {
         got.row_lse.push_back(at(unit, v, d)), exact.row_lse.push_back(at(x, v, d) * inverse[v]);
-        got.grad_query.push_back(at(grad, v, d));
-        exact.grad_query.push_back((incoming(d) - at(x, v, d) * inverse[v] * along) * inverse[v]);
+        // Times the norm of the row: those of large rows are small.
+        got.grad_query.push_back(inverse[v] == 0 ? at(grad, v, d) : at(grad, v, d) / inverse[v]);
+        exact.grad_query.push_back(inverse[v] == 0 ? 0 : incoming(d) - at(x, v, d) * inverse[v] * along);
       }
     }
   }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -18,8 +19,18 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.scale import counted
-from mcl_kernels import ClipLoss, MaskedInfoNCE, NTXentLoss, clip_loss, masked_info_nce, nt_xent, objectives
+from mcl_kernels import (
+    ClipLoss,
+    MaskedInfoNCE,
+    NTXentLoss,
+    cached_backward,
+    clip_loss,
+    masked_info_nce,
+    nt_xent,
+    objectives,
+)
 from mcl_kernels.distributed.exchange import _Move, _sum_of_copies
+from mcl_kernels.distributed.group import _described
 from mcl_kernels.distributed.plan import (
     ExchangePlan,
     all_reduced_bytes,
@@ -733,29 +744,177 @@ def test_ranks_that_disagree_are_told_so(ranks: RankPool, name: str) -> None:
     ranks.run(check_unlike, name)
 
 
+class Unprintable:
+    """An objective that cannot be described."""
+
+    def __repr__(self) -> str:
+        raise KeyError("no name")
+
+
+X, Y, KEYS, LABELS = torch.ones(6, D), torch.ones(6, D), torch.ones(9, D), torch.arange(6) % 2
+OF_QUERIES, OF_KEYS = torch.arange(6), torch.arange(9)
+# What is refused whatever the loss, of its first embeddings or of an option.
+REFUSED_BY_ALL: list[dict[str, Any]] = [
+    {"first": [1.0]},
+    {"first": X[0]},
+    {"first": X.long()},
+    {"first": X[:, :0]},
+    {"first": X[:, :5]},
+    {"first": X.to("meta")},
+    {"labels": LABELS[:-1]},
+    {"labels": LABELS.float()},
+    {"labels": [0] * 6},
+    {"ids": LABELS[:, None]},
+    {"ids": OF_QUERIES[:-1]},
+    {"negatives": "others"},
+    {"reduction": "median"},
+    {"exchange": "ring"},
+    {"impl": "fast"},
+    {"impl": "cuda"},
+    {"objective": Unprintable()},
+]
+OF_TEMPERATURE = [0.0, -1.0, "0.5", None, torch.tensor(1), torch.ones(5), torch.ones(6, 1)]
+REFUSED: dict[str, list[dict[str, Any]]] = {
+    "nt_xent": [
+        *REFUSED_BY_ALL,
+        *({"temperature": value} for value in OF_TEMPERATURE),
+        {"view_b": Y[:-1]},
+        {"labels": None, "negatives": "different"},
+    ],
+    "clip_loss": [
+        *REFUSED_BY_ALL,
+        *({"logit_scale": value} for value in (0.0, "1", None, torch.tensor(1), torch.ones(2))),
+        {"text_features": Y[:, :3], "normalize": False},
+        {"text_labels": LABELS[:-1]},
+        {"labels": None, "negatives": "different"},
+    ],
+    "masked_info_nce": [
+        *REFUSED_BY_ALL,
+        *({"temperature": value} for value in OF_TEMPERATURE),
+        {"impl": "fast", "normalize": False},
+        {"key": KEYS[:3]},
+        {"key": KEYS[:, :3]},
+        {"positive": Y[:-1]},
+        {"positive": 1},
+        {"key_labels": None},
+        {"key_ids": OF_KEYS},
+        {"key_labels": OF_KEYS[:-1]},
+    ],
+}
+
+
+def refusable(loss: str, **changed: Any) -> Tensor:
+    """A small loss of this rank, through its Module where that takes what is changed."""
+    arguments: dict[str, Any] = {"first": X, "labels": LABELS, "exchange": "auto", **changed}
+    first, options = arguments.pop("first"), {"group": dist.group.WORLD, **arguments}
+    if loss == "nt_xent":
+        module = NTXentLoss(**{k: v for k, v in options.items() if k not in ("labels", "ids", "view_b")})
+        return module(first, options.get("view_b", Y), options["labels"], ids=options.get("ids"))
+    if loss == "clip_loss":
+        return clip_loss(first, options.pop("text_features", Y), **{"logit_scale": 2.0, **options})
+    return masked_info_nce(first, options.pop("key", KEYS), **{"key_labels": OF_KEYS % 2, **options})
+
+
+def check_refused_on_one_rank(loss: str, exchange: str) -> None:
+    """Caught, and the following step is that of a run without the error."""
+    last = dist.get_world_size() - 1
+    batch = shard_of(make_batch("balanced"), "uneven")
+    steps = [{**batch, "temperature": batch["temperature"] + 0.1 * step} for step in range(3)]
+    name = f"{loss}, queue" if loss == "masked_info_nce" else loss
+    options = {"group": dist.group.WORLD, "exchange": exchange}
+    expected = [value_and_gradients(name, step, **options) for step in steps]
+    for index, changed in enumerate(REFUSED[loss]):
+        mine = changed if dist.get_rank() == last else {}
+        with pytest.raises(Exception, match=r".") as failure:
+            refusable(loss, **{"exchange": exchange, **mine})
+        elsewhere = str(failure.value).startswith(f"rank {last} of the group met an error: ")
+        assert elsewhere == (dist.get_rank() != last), (changed, failure.value)
+        assert type(failure.value) is ValueError or not elsewhere
+        value, grads = value_and_gradients(name, steps[index % 3], **options)
+        assert value.equal(expected[index % 3][0]), changed
+        assert all(grads[k].equal(x) for k, x in expected[index % 3][1].items()), changed
+
+
+@pytest.mark.parametrize("exchange", ["gather", "cluster"])
+@pytest.mark.parametrize("loss", REFUSED)
+def test_what_one_rank_refuses_is_an_error_on_all_in_that_step(ranks: RankPool, loss: str, exchange: str) -> None:
+    ranks.run(check_refused_on_one_rank, loss, exchange)
+
+
+def check_refused_on_several_ranks() -> None:
+    """Every rank has its own error, alike or not."""
+    for temperature in (0.0, -1.0 - dist.get_rank()):
+        with pytest.raises(ValueError, match=f"temperature must be positive: got {temperature}"):
+            refusable("nt_xent", temperature=temperature)
+    refusable("nt_xent")
+
+
+def test_several_ranks_refuse(ranks: RankPool) -> None:
+    ranks.run(check_refused_on_several_ranks)
+
+
+def check_failing_objective() -> None:
+    """It is the same on all ranks, so that all of them have its error, after the exchange."""
+    for exchange in ("gather", "cluster"):
+        with pytest.raises(TypeError, match="positional arguments"):
+            refusable("nt_xent", objective=partial(_weighted, 1.0, 2.0), exchange=exchange)
+        refusable("nt_xent", exchange=exchange)
+
+
+def test_an_objective_that_raises(ranks: RankPool) -> None:
+    ranks.run(check_failing_objective)
+
+
+def check_cached_backward() -> None:
+    """The loss is the meeting, once for all batches: a refusal there is shared."""
+    last, weight = dist.get_world_size() - 1, torch.ones(D, requires_grad=True)
+    of_rank = LABELS[:-1] if dist.get_rank() == last else LABELS
+    message = "labels must have one entry per row" if dist.get_rank() == last else f"rank {last} of the group met"
+
+    def run(labels: Tensor) -> None:
+        cached_backward(lambda x: x * weight, X.split(2), lambda x: nt_xent(x, x, labels, group=dist.group.WORLD))
+
+    with pytest.raises(ValueError, match=message):
+        run(of_rank)
+    run(LABELS)
+
+
+def test_a_refusal_inside_cached_backward(ranks: RankPool) -> None:
+    ranks.run(check_cached_backward)
+
+
+def test_a_tensor_is_described_with_its_device() -> None:
+    """A rank whose embeddings are not where the others' are would fail by itself in the exchange."""
+    assert _described(torch.ones(3, 8, device="meta")) == "[rows, 8] float32 on meta"
+
+
 def fail_on_last_rank(how: str) -> None:
-    """Rank 0 is left waiting."""
     last = dist.get_rank() == dist.get_world_size() - 1
-    if how == "raises" and last:  # before it meets the others
+    if how == "raises" and last:
         nt_xent(torch.ones(3, 8), torch.ones(3, 7), group=dist.group.WORLD)
-    if how == "killed" and last:  # in the exchange, after what comes before it
+    if how == "killed" and last:  # in the exchange, after what comes before it: rank 0 is left waiting
         dist.all_to_all_single = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
     x = torch.ones(3, 8, requires_grad=True)
     nt_xent(x, x, torch.zeros(3).long(), group=dist.group.WORLD, exchange="cluster").backward()
 
 
-@pytest.mark.parametrize("how", ["raises", "killed"])
-def test_a_rank_that_fails_ends_the_others(how: str) -> None:
-    with RankPool(2, timeout=5.0) as pool:
+@pytest.mark.parametrize(
+    ("how", "timeout", "errors"),
+    [
+        ("raises", 60.0, ("ValueError: rank 1 of the group met an error", "ValueError: view_b must have")),
+        ("killed", 5.0, ("RuntimeError|DistBackendError", "the process ended")),
+    ],
+)
+def test_a_rank_that_fails_ends_the_others(how: str, timeout: float, errors: tuple[str, str]) -> None:
+    with RankPool(2, timeout=timeout) as pool:
         pool.run(time.time)
         started = time.monotonic()
         with pytest.raises(AssertionError) as failure:
             pool.run(fail_on_last_rank, how)
         waited = time.monotonic() - started
     assert waited < 15
-    rank_0, rank_1 = str(failure.value).split("rank 1: ")
-    assert "RuntimeError" in rank_0 or "DistBackendError" in rank_0
-    assert {"raises": "view_b must have", "killed": "the process ended"}[how] in rank_1
+    for of_rank, error in zip(str(failure.value).split("rank 1: ", 1), errors, strict=True):
+        assert re.search(error, of_rank)
 
 
 def test_a_group_is_needed() -> None:

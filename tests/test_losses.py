@@ -295,6 +295,61 @@ def test_zero_rows_under_normalize(backend: Backend, loss: str, dtype: torch.dty
     assert x.grad.dtype == dtype
 
 
+def unit_and_norm(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Unit rows in fp64, of rows of any length, and their norms [N, 1] in two factors."""
+    largest = x.double().abs().amax(1, keepdim=True)
+    scaled = x.double() / largest
+    norm = torch.linalg.vector_norm(scaled, dim=1, keepdim=True)
+    return scaled / norm, largest, norm
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_rows_of_any_length_under_normalize(backend: Backend, loss: str, dtype: torch.dtype) -> None:
+    """The value is that of the unit rows, and the gradient is in proportion, where their squares overflow."""
+    n, d, largest = 12, 16, torch.finfo(dtype).max
+    length = torch.tensor([largest, largest**0.5, largest**0.75, 1.0, 1e-3, largest, 7.0], dtype=torch.float64)
+    rows = [z.double() / z.abs().amax(1, keepdim=True) for z in pair(n, d)]
+    x, y = (z * length[torch.arange(i, i + n) % len(length)].unsqueeze(1) for i, z in enumerate(rows))
+    x[6] = 1e-13 / d  # without a direction
+    x, y = (z.to(dtype).requires_grad_() for z in (x, y))
+    assert x.isfinite().all()
+    assert y.isfinite().all()
+    value = LOSSES[loss](x, y, torch.arange(n) % 2, impl=backend.impl)
+    value.backward()
+
+    exact = [unit_and_norm(z.detach()) for z in (x, y)]
+    exact[0][0][6] = 0.0
+    units = [unit.to(dtype).double().requires_grad_() for unit, *_ in exact]
+    expected = LOSSES[loss](*units, torch.arange(n) % 2, normalize=False, impl="reference")
+    expected.backward()
+    tolerance = {torch.float16: 2e-3, torch.bfloat16: 2e-2, torch.float32: 1e-5, torch.float64: 1e-12}[dtype]
+    torch.testing.assert_close(value.double(), expected.detach(), rtol=min(tolerance, 1e-4), atol=0.0)
+    for z, of_unit, (unit, *norm) in zip((x, y), units, exact, strict=True):
+        assert z.grad is not None
+        assert of_unit.grad is not None
+        projected = of_unit.grad - unit * (unit * of_unit.grad).sum(1, keepdim=True)
+        # Times the norm; what is smallest of its dtype is a larger part of it where the row is long.
+        smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps * norm[0] * norm[1]
+        error = (z.grad.double() * norm[0] * norm[1] - projected).abs()
+        allowed = tolerance * of_unit.grad.abs().amax() + smallest
+        assert (error <= allowed)[unit.any(1)].all()
+    assert (x.grad[6] == 0).all()  # type: ignore[index]
+
+
+def test_a_norm_that_overflows_as_it_was_found(backend: Backend) -> None:
+    x = torch.randn(8, 4, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
+    x = (x * 1e25).to(torch.get_default_device())
+    torch.testing.assert_close(nt_xent(x, x.flip(1), impl=backend.impl), torch.tensor(2.88137))
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_products_that_overflow_never_give_a_finite_loss(backend: Backend, loss: str) -> None:
+    x, y = (1e25 * z for z in pair(12))
+    options = {"normalize": False, "impl": backend.impl}
+    assert not LOSSES[loss](x, y, torch.arange(12) % 2, **options).isfinite()
+
+
 def test_logit_scale_100_in_bfloat16(backend: Backend) -> None:
     x, y = (F.normalize(z).bfloat16() for z in pair(64, 32))
     scale = torch.tensor(100.0, requires_grad=True)
@@ -373,6 +428,27 @@ def test_derivatives_through_the_normalisation() -> None:
     assert torch.autograd.gradcheck(loss, (x,), check_forward_ad=True)
     assert torch.autograd.gradgradcheck(loss, (x,))
     assert torch.func.hessian(loss)(x.detach()).isfinite().all()
+
+
+def test_derivatives_of_rows_whose_norm_overflows() -> None:
+    """The loss of c x is that of x, so each derivative is divided by c once."""
+    x, y, tangent = torch.randn(3, 6, 4, dtype=torch.float64)
+    c = 2.0**700
+
+    def loss(x: Tensor) -> Tensor:
+        return nt_xent(x, y, impl="reference")
+
+    def derivatives(x: Tensor, tangent: Tensor) -> tuple[Tensor, ...]:
+        return (
+            *torch.func.jvp(loss, (x,), (tangent,)),
+            *torch.func.jvp(torch.func.grad(loss), (x,), (tangent,)),
+            torch.func.vmap(torch.func.grad(loss))(torch.stack((x, x)))[1],
+        )
+
+    value, derivative, gradient, moved, mapped = derivatives(x, tangent)
+    got = derivatives(c * x, c * tangent)
+    torch.testing.assert_close(got[:2], (value, derivative))
+    torch.testing.assert_close(tuple(c * z for z in got[2:]), (gradient, moved, mapped))
 
 
 # --- dtypes and autocast --------------------------------------------------------------------------------------

@@ -206,6 +206,23 @@ def test_compile(loss: str, impl: str, compiler: str) -> None:
             torch.testing.assert_close(a, b)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("impl", ["native", "reference"])
+def test_compile_of_rows_whose_norm_overflows(impl: str) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(losses(impl)["nt_xent"], fullgraph=True, dynamic=True, backend="aot_eager")
+    x, y = torch.randn(2, 40, 8)
+    labels, temperature = torch.arange(40) % 3, torch.tensor(0.5)
+    expected = losses(impl)["nt_xent"](x.requires_grad_(), y, labels, temperature)
+    long = (2.0**80 * x.detach()).requires_grad_()
+    got = compiled(long, y, labels, temperature)
+    torch.testing.assert_close(got, expected)
+    got.backward()
+    expected.backward()
+    assert long.grad is not None
+    torch.testing.assert_close(2.0**80 * long.grad, x.grad)
+
+
 def run_python(code: str) -> str:
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr

@@ -69,3 +69,9 @@ def test_unfilled_slots_do_not_count(backend: Backend) -> None:
     x, queue = torch.randn(6, 4), torch.full((10, 4), torch.nan)
     labels, queue_labels = torch.zeros(6, dtype=torch.long), torch.full((10,), -1)
     assert positive_ranks(x, queue, labels, queue_labels, positive=x, impl=backend.impl).tolist() == [0] * 6
+
+
+def test_scores_that_overflow_never_look_perfect(backend: Backend) -> None:
+    x = 1e25 * torch.randn(6, 8)
+    assert positive_ranks(x, x, normalize=False, impl=backend.impl).tolist() == [5] * 6
+    assert positive_ranks(x, x, impl=backend.impl).tolist() == [0] * 6

@@ -21,6 +21,13 @@ def test_concat_encoder() -> None:
 
 
 @pytest.mark.parametrize("normalize", ["joint", "stage"])
+def test_concat_encoder_of_outputs_whose_norm_overflows(normalize: str) -> None:
+    x = torch.randn(5, 4)
+    encoder = ConcatEncoder([nn.Identity(), nn.Identity()], normalize=normalize)
+    torch.testing.assert_close(encoder(2.0**100 * x), encoder(x))
+
+
+@pytest.mark.parametrize("normalize", ["joint", "stage"])
 def test_concat_encoder_in_half_precision(normalize: str) -> None:
     x = torch.stack((torch.zeros(4), torch.full((4,), 40000.0), torch.ones(4))).half()
     out = ConcatEncoder([nn.Identity(), nn.Identity()], normalize=normalize)(x)

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields, is_dataclass
 from functools import partial
 from itertools import chain
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 TEXT_BYTES, DESCRIBED = 8192, 100
+FAILED = 2**57
 MOMENT = 0.5  # seconds
 T = TypeVar("T")
 
@@ -47,12 +48,28 @@ def ranks_of(group: Any) -> Ranks:
 
 def check_alike(ranks: Ranks, device: torch.device, arguments: Mapping[str, object]) -> None:
     """Raises on every rank where the ranks do not agree, before one of them waits for what never comes."""
-    text = json.dumps({name: _described(value)[:DESCRIBED] for name, value in arguments.items()}).encode()
+    with agreement(ranks, device, arguments):
+        pass
+
+
+@contextmanager
+def agreement(ranks: Ranks, device: torch.device, arguments: Mapping[str, object]) -> Iterator[None]:
+    """Raises on every rank what one of them raises inside, or at the end where `arguments` differ: one all-reduce."""
+    text, error = b"", None
+    try:
+        yield
+        text = json.dumps({name: _described(value)[:DESCRIBED] for name, value in arguments.items()}).encode()
+    except Exception as caught:
+        error = caught
     digest = int.from_bytes(hashlib.sha256(text).digest()[:7], "big")
-    extremes = torch.tensor([digest, -digest], device=device)
+    # The two largest values add up to 0 only where all digests are equal; FAILED is above them.
+    extremes = torch.tensor([digest, -digest] if error is None else [FAILED, FAILED], device=device)
     dist.all_reduce(extremes, dist.ReduceOp.MAX, group=ranks.group)
-    if int(extremes.sum()) == 0:
+    difference = int(extremes.sum())
+    if difference == 0:
         return
+    if difference == 2 * FAILED:
+        _raise_for_all(error, ranks, device)
     described = [json.loads(described) for described in _gather_texts(text, ranks, device)]
     for name in dict.fromkeys(chain.from_iterable(described)):
         values = [of_rank.get(name, "nothing") for of_rank in described]
@@ -68,8 +85,11 @@ def check_none_failed(ranks: Ranks, device: torch.device, error: BaseException |
     """Raises on every rank where one of them met an error: there that one, elsewhere one that names the rank."""
     failed = torch.tensor([int(error is not None)], device=device)
     dist.all_reduce(failed, dist.ReduceOp.MAX, group=ranks.group)
-    if not int(failed):
-        return
+    if int(failed):
+        _raise_for_all(error, ranks, device)
+
+
+def _raise_for_all(error: BaseException | None, ranks: Ranks, device: torch.device) -> NoReturn:
     texts = _gather_texts(b"" if error is None else f"{type(error).__name__}: {error}".encode(), ranks, device)
     if error is not None:
         raise error
@@ -127,7 +147,8 @@ def _described(value: object) -> str:
     if isinstance(value, Tensor):
         shape = ", ".join(["rows", *map(str, value.shape[1:])][: value.ndim])
         with_grad = " that requires grad" if value.requires_grad and torch.is_grad_enabled() else ""
-        return f"[{shape}] {str(value.dtype).removeprefix('torch.')}{with_grad}"
+        on_device = f" on {value.device.type}" if value.ndim and value.device.type != "cpu" else ""
+        return f"[{shape}] {str(value.dtype).removeprefix('torch.')}{on_device}{with_grad}"
     if isinstance(value, partial):
         return f"{_described(value.func)} of {_described(value.args)} {_described(value.keywords)}"
     if isinstance(value, dict):

@@ -5,6 +5,7 @@ Each function is that of `per_anchor`, of the rows of this rank.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -12,25 +13,25 @@ from torch import Tensor
 
 from mcl_kernels import per_anchor
 from mcl_kernels._rows import joined_views
+from mcl_kernels.distributed import group
 from mcl_kernels.distributed.exchange import Side, share_queries, share_samples
-from mcl_kernels.distributed.group import Ranks, check_alike
+from mcl_kernels.distributed.group import Ranks, meeting_device
 from mcl_kernels.logsumexp.plan import Pairs
 from mcl_kernels.objectives import Objective
 
 
-def agreed_exchange(
-    ranks: Ranks,
-    loss: str,
-    arguments: dict[str, Any],
-    exchange: str,
-    negatives: str,
-    objective: Objective,
-    reduction: str,
-) -> str:
-    """The exchange of a call that is the same on all ranks: "gather" where an anchor needs more than its cluster."""
-    options = {"exchange": exchange, "negatives": negatives, "objective": objective, "reduction": reduction}
-    device = next(x.device for x in arguments.values() if isinstance(x, Tensor))
-    check_alike(ranks, device, {"loss": loss, **arguments, **options})
+def agreement(ranks: Ranks | None, loss: str, arguments: dict[str, Any]) -> AbstractContextManager[None]:
+    """Shares what is raised inside on one rank, and then compares the arguments of a call; without ranks, nothing."""
+    if ranks is None:
+        return nullcontext()
+    # A rank that fails may have none of its tensors on the device of the others.
+    devices = (x.device for x in arguments.values() if isinstance(x, Tensor))
+    device = next((device for device in devices if device.type not in ("cpu", "meta")), None) or meeting_device(ranks)
+    return group.agreement(ranks, device, {"loss": loss, **arguments})
+
+
+def needed_exchange(exchange: str, negatives: str, objective: Objective, reduction: str) -> str:
+    """The exchange of a call: "gather" where an anchor needs more than its cluster."""
     needing_all = {
         f"negatives={negatives!r}": negatives != "same",
         "reduction='none'": reduction == "none",

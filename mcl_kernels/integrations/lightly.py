@@ -15,6 +15,7 @@ from lightly import loss as host
 from lightly.utils import dist
 from torch import Tensor
 
+from mcl_kernels._rows import shrunk_rows
 from mcl_kernels._validate import as_integers, check_same_shape
 from mcl_kernels.losses import masked_info_nce, nt_xent
 from mcl_kernels.objectives import Objective, decoupled, info_nce
@@ -52,7 +53,7 @@ class NTXentLoss(host.NTXentLoss):  # type: ignore[misc]
         if labels is not None:
             labels = as_integers("labels", labels, "out0", out0)
         check_same_shape("out1", out1, "out0", out0)
-        out0, out1 = F.normalize(out0, dim=1), F.normalize(out1, dim=1)
+        out0, out1 = (F.normalize(shrunk_rows(x), dim=1) for x in (out0, out1))  # to the bit as the host does
         if len(self.bank_labels) == 0:
             return _in_batch(out0, out1, labels, self.temperature, self.gather_distributed, info_nce)
         begin, bank_labels = int(self.memory_bank.bank_ptr), self.bank_labels.to(out0.device)
@@ -89,7 +90,7 @@ class DCLLoss(host.DCLLoss):  # type: ignore[misc]
         """Both views [N, D], of any length; labels: pseudo labels of the samples, integers [N], or None."""
         if labels is not None:
             labels = as_integers("labels", labels, "out0", out0)
-        out0, out1 = F.normalize(out0, dim=1), F.normalize(out1, dim=1)
+        out0, out1 = (F.normalize(shrunk_rows(x), dim=1) for x in (out0, out1))  # to the bit as the host does
         objective = decoupled
         if self.weight_fn:
             weight = torch.cat([self.weight_fn(*views).expand(len(out0)) for views in ((out0, out1), (out1, out0))])

@@ -8,11 +8,11 @@ require("transformers", "5.0")
 
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor
 from transformers.models.clip import modeling_clip as host
 from transformers.utils import can_return_tuple
 
+from mcl_kernels._rows import normalize_rows
 from mcl_kernels.losses import clip_loss
 
 
@@ -46,7 +46,7 @@ class CLIPModel(host.CLIPModel):  # type: ignore[misc]
         if not return_loss:
             return super().forward(**of_image, **of_text, **kwargs)
         image, text = self.get_image_features(**of_image, **kwargs), self.get_text_features(**of_text, **kwargs)
-        image_embeds, text_embeds = F.normalize(image.pooler_output), F.normalize(text.pooler_output)
+        image_embeds, text_embeds = normalize_rows(image.pooler_output), normalize_rows(text.pooler_output)
         device = text_embeds.device  # a model may be spread over several, as the host's
         logit_scale = self.logit_scale.exp().to(device)
         return host.CLIPOutput(

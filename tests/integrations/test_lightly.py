@@ -101,6 +101,19 @@ def test_the_bank_is_the_hosts(size: tuple[int, int]) -> None:
     assert set(losses[0].state_dict()) == set(losses[1].state_dict())
 
 
+@pytest.mark.parametrize("size", [0, *SIZES], ids=str)
+@pytest.mark.parametrize("kind", [ours.NTXentLoss, ours.DCLLoss])
+def test_embeddings_whose_norm_overflows(kind: type, size: Any) -> None:
+    """The host's loss does not depend on them any more, since their norm is infinite."""
+    a, b = (x.detach().float() for x in views(10))
+    losses = []
+    for factor in (1.0, 2.0**80):
+        torch.manual_seed(0)
+        loss = kind(0.1, memory_bank_size=size) if kind is ours.NTXentLoss else kind(0.1)
+        losses.append(loss(factor * a, factor * b))
+    torch.testing.assert_close(*losses)
+
+
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_labels_of_the_bank(size: tuple[int, int]) -> None:
     """Each row of the bank has the label that came with it; what was never filled is no negative of anybody."""

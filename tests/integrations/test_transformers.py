@@ -63,6 +63,16 @@ def test_without_labels_it_is_the_host() -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
+def test_embeddings_whose_norm_overflows() -> None:
+    """The host's loss does not depend on them any more, since their norm is infinite."""
+    model, _ = pair_of_models()
+    expected = model(**inputs(), return_loss=True, labels=LABELS).loss
+    with torch.no_grad():
+        model.visual_projection.weight *= 2.0**80
+        model.text_projection.weight *= 2.0**90
+    torch.testing.assert_close(model(**inputs(), return_loss=True, labels=LABELS).loss, expected)
+
+
 def test_labels() -> None:
     ours, theirs = pair_of_models()
     got = ours(**inputs(), return_loss=True, labels=LABELS).loss
