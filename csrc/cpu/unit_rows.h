@@ -27,14 +27,7 @@ struct InverseNorm {
   }
 };
 
-// 1 / |x|; 0 for a row without a direction.
-template <class T>
-T inverse_norm(const T* x, int64_t width) {
-  const InverseNorm<T> of_row(x, width);
-  return of_row.scale * of_row.inverse;
-}
-
-// to = x / |x|, 0 for a row without a direction. They may be the same row.
+// to = x / |x|, 0 for a row without a direction.
 template <class T>
 void normalize_row(const T* x, int64_t width, T* to) {
   const InverseNorm<T> of_row(x, width);
