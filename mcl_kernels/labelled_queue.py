@@ -29,11 +29,12 @@ class LabelledQueue(nn.Module):
         queue.enqueue(key, labels, ids)
 
     with `ids` so that an older key of the same sample is no negative. Keys, labels and ids are in the `state_dict`,
-    moved by `to` and pickled, but they are no buffers: `DistributedDataParallel` replaces the buffers of every rank
-    by those of rank 0 in each forward, and a rank may hold keys of its own (`group=` of a loss). So every rank loads
-    its checkpoint itself; one that a single rank has written holds the keys of that rank alone. Batches may have any
-    size, also one that does not divide `size`. Tensors that a loss was given are never written to: `enqueue` before
-    `backward` is fine. Under `torch.inference_mode` keys may be computed, but not put into the queue.
+    moved by `to` and pickled, but they are not among the buffers of a model that holds the queue:
+    `DistributedDataParallel` replaces those by the buffers of rank 0 in each forward, and a rank may hold keys of its
+    own (`group=` of a loss). So every rank loads its checkpoint itself; one that a single rank has written holds the
+    keys of that rank alone. Batches may have any size, also one that does not divide `size`. Tensors that a loss was
+    given are never written to: `enqueue` before `backward` is fine. Under `torch.inference_mode` keys may be
+    computed, but not put into the queue.
 
     Args:
         size: number of slots.
