@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -14,6 +17,8 @@ from mcl_kernels._validate import (
     check_same_device,
 )
 
+EMPTY = {"embeddings": 0, "labels": -1, "ids": -1, "position": 0}  # the state of a queue, and what fills an empty one
+
 
 class LabelledQueue(nn.Module):
     """The last `size` keys of a momentum encoder, with their pseudo labels and the ids of their samples.
@@ -24,8 +29,11 @@ class LabelledQueue(nn.Module):
         masked_info_nce(query, queue.embeddings, labels, queue.labels, positive=key, ids=ids, key_ids=queue.ids)
         queue.enqueue(key, labels, ids)
 
-    with `ids` so that an older key of the same sample is no negative. All is held in buffers: in the `state_dict`,
-    moved by `to`, pickled. Batches may have any size, also one that does not divide `size`. Tensors that a loss was
+    with `ids` so that an older key of the same sample is no negative. Keys, labels and ids are in the `state_dict`,
+    moved by `to` and pickled, but they are not among the buffers of a model that holds the queue:
+    `DistributedDataParallel` replaces those by the buffers of rank 0 in each forward, and a rank may hold keys of its
+    own (`group=` of a loss). So every rank loads its checkpoint itself; one that a single rank has written holds the
+    keys of that rank alone. Batches may have any size, also one that does not divide `size`. Tensors that a loss was
     given are never written to: `enqueue` before `backward` is fine. Under `torch.inference_mode` keys may be
     computed, but not put into the queue.
 
@@ -66,10 +74,10 @@ class LabelledQueue(nn.Module):
         self.size, dim = as_integer("size", size, least=1), as_integer("dim", dim, least=1)
         if dtype not in FLOAT_DTYPES:
             raise TypeError(f"dtype must be float16, bfloat16, float32 or float64: got {dtype}")
-        self.register_buffer("embeddings", torch.zeros(self.size, dim, dtype=dtype, device=device))
-        self.register_buffer("labels", torch.full((self.size,), -1, device=device))
-        self.register_buffer("ids", torch.full((self.size,), -1, device=device))
-        self.register_buffer("position", torch.zeros((), dtype=torch.int64, device=device))
+        self.embeddings = torch.zeros(self.size, dim, dtype=dtype, device=device)
+        self.labels = torch.full((self.size,), -1, device=device)
+        self.ids = torch.full((self.size,), -1, device=device)
+        self.position = torch.zeros((), dtype=torch.int64, device=device)
 
     @torch.no_grad()
     def enqueue(self, embeddings: Tensor, labels: Tensor | None = None, ids: Tensor | None = None) -> None:
@@ -125,6 +133,54 @@ class LabelledQueue(nn.Module):
         new = torch.full_like(ids, -1)
         new[ids >= 0] = labels[ids[ids >= 0]].long()
         self.labels = new.to(self.labels.device)
+
+    # From here on what `nn.Module` does with buffers: to list, move, save and load them.
+
+    def named_buffers(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, Tensor]]:
+        """The state of the queue, which a model that holds it does not list.
+
+        Whoever asks module by module, to move or to load (FSDP, `torch.distributed.checkpoint`), finds it here;
+        whoever asks the model, to replace it by that of rank 0 (DistributedDataParallel), does not.
+        """
+        for name in EMPTY:
+            yield f"{prefix}.{name}" if prefix else name, getattr(self, name)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LabelledQueue:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, value in EMPTY.items():
+            held = getattr(self, name)
+            moved = fn(held)
+            # `to_empty` leaves memory as it is: as labels it would be anything.
+            setattr(self, name, moved.fill_(value) if held.is_meta and not moved.is_meta else moved)
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in EMPTY:
+            destination[prefix + name] = getattr(self, name)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool,
+        missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        loaded = {name: state_dict.pop(prefix + name) for name in EMPTY if prefix + name in state_dict}
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        for name in EMPTY:
+            held, new = getattr(self, name), loaded.get(name)
+            if new is None:
+                missing_keys.extend([prefix + name] if strict else [])
+            elif new.shape != held.shape:
+                error_msgs.append(
+                    f"{prefix}{name} must have shape {list(held.shape)}, that of the queue: got {list(new.shape)}"
+                )
+            elif local_metadata.get("assign_to_params_buffers", False):
+                setattr(self, name, new)
+            else:
+                setattr(self, name, torch.empty_like(held).copy_(new))
 
     def extra_repr(self) -> str:
         return f"size={self.size}, dim={self.embeddings.shape[1]}"

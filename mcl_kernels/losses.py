@@ -59,8 +59,8 @@ def masked_info_nce(
         labels: pseudo labels of the queries, integers [N], on the device of query; None: one cluster. A negative
             label matches nothing. Where M = N and key i belongs to query i they hold for the keys too.
         key_labels: pseudo labels of the keys, integers [M] (-1 for a queue slot that was never filled).
-        temperature: t > 0, a float, a 0-d tensor or a vector [N]; tensors get an exact gradient and are not
-            checked, which would wait for a GPU: keep a learned one positive.
+        temperature: t > 0, a float, a tensor [] or [1], or a vector [N]; tensors get an exact gradient and are
+            not checked, which would wait for a GPU: keep a learned one positive.
         positive: p, [N, D], or None.
         ids: identity of the queries' samples, integers [N]; equal ids are never negatives. **A positive among the
             keys must have its query's id**, or it is its own negative too. Default: query i and key i share one,
@@ -116,6 +116,9 @@ def masked_info_nce(
         scale = _inverse_temperature(temperature, query, compute_dtype(query, key, positive))
     if ranks is None:
         return _reduce(per_anchor.one_way(query, positive, key, pairs, scale, objective, impl), reduction)
+    if isinstance(temperature, Tensor) and temperature.ndim:
+        # On a rank with one row [1] may also be its part of a vector: over ranks it is one everywhere.
+        scale = scale.expand(query.shape[0])
     exchange = over_ranks.needed_exchange(exchange, negatives, objective, reduction)
     loss, total = over_ranks.one_way(query, positive, key, pairs, scale, objective, impl, ranks, exchange)
     return _reduce(loss, reduction, total, ranks)
@@ -148,7 +151,7 @@ def nt_xent(
     Args:
         view_a, view_b: two views of N samples, [N, D] each, row i of both of sample i.
         labels: pseudo labels of the samples, integers [N]; None: one cluster. A negative label matches nothing.
-        temperature: t > 0, a float, a 0-d tensor or a vector [2N], view_a first; see `masked_info_nce`.
+        temperature: t > 0, a float, a tensor [] or [1], or a vector [2N], view_a first; see `masked_info_nce`.
         ids: identity of the samples, integers [N]; equal ids are never negatives. Default: every row its own.
         negatives, objective, normalize, impl, group, exchange: as in `masked_info_nce`.
         reduction: "mean" over all 2N anchors (0 for N = 0), "sum" or "none".
@@ -294,7 +297,7 @@ def query_key_positive(
     check_embeddings("query", query)
     check_embeddings("key", key)
     check_same_width("key", key, "query", query)
-    n, m = len(query), len(key)
+    n, m = query.shape[0], key.shape[0]
     if positive is not None:
         check_embeddings("positive", positive)
         check_same_shape("positive", positive, "query", query)
@@ -312,7 +315,7 @@ def query_key_positive(
 
 
 def _row_ids(rows: Tensor, ranks: Ranks | None) -> Tensor:
-    return torch.arange(len(rows), device=rows.device) if ranks is None else ranks.row_ids(rows)
+    return torch.arange(rows.shape[0], device=rows.device) if ranks is None else ranks.row_ids(rows)
 
 
 def _check_options(exchange: str, reduction: str) -> None:

@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.scale import counted
@@ -83,8 +84,8 @@ def make_batch(labels: str, temperature: str = "learned", dtype: torch.dtype = t
     batch: dict[str, Any] = {"a": a.to(dtype), "b": b.to(dtype), "key": key.to(dtype)}
     batch |= {"labels": labels_of(labels, N, 0), "text_labels": labels_of(labels, N, 1)}
     batch |= {"key_labels": labels_of(labels, M, 2), "ids": torch.arange(N) % 50, "key_ids": torch.arange(M)}
-    if temperature == "learned":
-        return {**batch, "temperature": torch.tensor(0.3, dtype=dtype)}
+    if temperature != "vector":
+        return {**batch, "temperature": torch.tensor(0.3 if temperature == "learned" else [0.3], dtype=dtype)}
     of_row = 0.2 + torch.rand(2, N, generator=generator).to(dtype)
     return {**batch, "temperature_a": of_row[0], "temperature_b": of_row[1]}
 
@@ -95,7 +96,7 @@ def shard_of(batch: dict[str, Any], shards: str) -> dict[str, Any]:
     begin, end = ends[rank], ends[rank + 1]
 
     def part(name: str, x: Tensor | None) -> Tensor | None:
-        if x is None or x.ndim == 0:
+        if x is None or name == "temperature":
             return x
         return x[begin * M // N : end * M // N] if name.startswith("key") else x[begin:end]
 
@@ -221,6 +222,14 @@ def test_is_the_loss_of_one_process(ranks: RankPool, loss: str, exchange: str, l
 @pytest.mark.parametrize("loss", [loss for loss in LOSSES if "clip" not in loss])
 def test_a_temperature_for_each_row_travels_with_it(ranks: RankPool, loss: str, exchange: str) -> None:
     ranks.run(partial(check_contract, temperature="vector"), loss, "zipf", "uneven", exchange)
+
+
+@pytest.mark.parametrize("exchange", ["gather", "cluster"])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_temperature_of_shape_1_is_one_number(ranks: RankPool, loss: str, exchange: str) -> None:
+    """On a rank with a single row, too (4 ranks, uneven), where a vector of temperatures has that shape."""
+    for shards in ("uneven", "empty"):
+        ranks.run(partial(check_contract, temperature="[1]"), loss, "zipf", shards, exchange)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -501,6 +510,56 @@ def test_five_steps_with_ddp_are_those_of_one_process(ranks: RankPool, loss: str
 def test_with_a_compiled_encoder() -> None:
     with RankPool(2) as pool:
         pool.run(check_training, "nt_xent", "zipf", "uneven", "cluster", True)
+
+
+class ModelWithLoss(nn.Module):
+    """A layer and the loss of its output, with a temperature of the shape that FSDP2 takes, which is not []."""
+
+    def __init__(self, name: str, **options: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.name, self.layer, self.temperature = name, nn.Linear(D, D), nn.Parameter(torch.tensor([0.3]))
+        if name == "clip_loss":
+            self.loss: nn.Module = ClipLoss(normalize=True, **options)
+        else:
+            self.loss = {"nt_xent": NTXentLoss, "masked_info_nce": MaskedInfoNCE}[name](self.temperature, **options)
+            del self.temperature  # it is that of the loss
+
+    def forward(self, x: dict[str, Any]) -> Tensor:
+        a, b = self.layer(x["a"]), self.layer(x["b"])
+        if self.name == "clip_loss":
+            return self.loss(a, b, 1 / self.temperature, x["labels"])  # type: ignore[no-any-return]
+        return self.loss(a, b, x["labels"])  # type: ignore[no-any-return]
+
+
+def check_fsdp(loss: str, exchange: str) -> None:
+    batch = make_batch("zipf", dtype=torch.float32)
+    parameters = []
+    for sharded in (False, True):
+        model = ModelWithLoss(loss, **({"group": dist.group.WORLD, "exchange": exchange} if sharded else {}))
+        if sharded:
+            for module in (model.loss, model):
+                fully_shard(module)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(shard_of(batch, "uneven") if sharded else batch).backward()
+            optimizer.step()
+        whole = {name: x.full_tensor() if sharded else x for name, x in model.named_parameters()}
+        parameters.append({name: x.detach() for name, x in whole.items()})
+    single, spread = parameters
+    (temperature,) = (x for name, x in single.items() if "temperature" in name)
+    assert temperature.shape == (1,)
+    assert abs(float(temperature) - 0.3) > 1e-3
+    for name, x in single.items():
+        torch.testing.assert_close(spread[name], x, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"), reason="FSDP2 of this torch computes on GPUs only")
+@pytest.mark.parametrize("exchange", ["gather", "cluster"])
+@pytest.mark.parametrize("loss", ["nt_xent", "clip_loss", "masked_info_nce"])
+def test_three_steps_with_fsdp_are_those_of_one_process(ranks: RankPool, loss: str, exchange: str) -> None:
+    ranks.run(check_fsdp, loss, exchange)
 
 
 def check_copies() -> None:

@@ -50,8 +50,8 @@ CASES: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: positive_ranks(X, Y[:255]), ValueError, "positive=None: got 255 keys for 256 queries"),
     (lambda: masked_logsumexp(X[0]), ValueError, "query must have shape [rows, features]: got [8]"),
     (lambda: nt_xent(X[:, :0], Y[:, :0]), ValueError, "view_a must have at least one feature: got shape ["),
-    (lambda: masked_logsumexp(X, scale=torch.ones(3)), ValueError, "scale must be a float, a 0-d tensor or a vector [256]"),
-    (lambda: nt_xent(X, Y, temperature=torch.ones(256)), ValueError, "temperature must be a float, a 0-d tensor or a vector [512]"),
+    (lambda: masked_logsumexp(X, scale=torch.ones(3)), ValueError, "scale must be a float, a tensor [] or [1], or a vector [256]"),
+    (lambda: nt_xent(X, Y, temperature=torch.ones(256)), ValueError, "temperature must be a float, a tensor [] or [1], or a vector [512]"),
     (lambda: clip_loss(X, Y, logit_scale=torch.ones(256)), ValueError, "logit_scale must be one number: got shape [256]"),
     # devices
     (lambda: nt_xent(X, META), ValueError, "view_b must be on the device of view_a: got meta for cpu"),

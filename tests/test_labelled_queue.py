@@ -5,15 +5,21 @@ from __future__ import annotations
 import copy
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
-from mcl_kernels import LabelledQueue, MultistageRunner, masked_info_nce
+from mcl_kernels import LabelledQueue, MaskedInfoNCE, MultistageRunner, masked_info_nce
+from tests.ranks import RankPool
 
 
 def keys(n: int, seed: int = 0) -> Tensor:
@@ -107,6 +113,9 @@ def test_relabel_by_the_labels_of_a_stage(tmp_path: Path) -> None:
     assert queue.labels.dtype == torch.int64
 
 
+STATE = ["embeddings", "labels", "ids", "position"]
+
+
 @pytest.mark.parametrize("how", ["state_dict", "pickle", "deepcopy"])
 def test_a_copy_goes_on_as_the_original(how: str) -> None:
     queue = LabelledQueue(5, 3)
@@ -121,6 +130,39 @@ def test_a_copy_goes_on_as_the_original(how: str) -> None:
     assert queue.labels.tolist() == [2, 3, 7, 0, 1]
     for a, b in zip(queue.buffers(), other.buffers(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_checkpoints() -> None:
+    """Strict or not, into what a loss was given before, assigned or copied, as PyTorch's modules do it."""
+    model = nn.Sequential(LabelledQueue(4, 3))
+    model[0].enqueue(keys(3), torch.tensor([5, 6, 7]), torch.tensor([2, 0, 1]))
+    saved = {name: x.clone() for name, x in model.state_dict().items()}
+    assert list(saved) == [f"0.{name}" for name in STATE]
+    other = nn.Sequential(LabelledQueue(4, 3, dtype=torch.float64))
+    given = other[0].labels
+    other.load_state_dict(saved)
+    assert given.tolist() == [-1] * 4
+    assert other[0].labels.tolist() == [5, 6, 7, -1]
+    assert other[0].embeddings.dtype == torch.float64
+    other[0].enqueue(keys(4))
+    assert torch.equal(saved["0.labels"], model[0].labels)
+    other.load_state_dict(saved, assign=True)
+    assert other[0].embeddings is saved["0.embeddings"]
+
+    with pytest.raises(RuntimeError, match=r"0.embeddings must have shape \[5, 3\], .*: got \[4, 3\]"):
+        nn.Sequential(LabelledQueue(5, 3)).load_state_dict(saved)
+    del saved["0.ids"]
+    with pytest.raises(RuntimeError, match=r'Missing key.*"0.ids"'):
+        other.load_state_dict(saved)
+    assert other.load_state_dict(saved, strict=False).missing_keys == ["0.ids"]
+    with pytest.raises(RuntimeError, match=r'Unexpected key.*"0.more"'):
+        model.load_state_dict({**model.state_dict(), "0.more": given})
+
+
+def test_what_was_on_the_meta_device_is_empty() -> None:
+    queue = LabelledQueue(5, 3, device="meta").to_empty(device="cpu")
+    for x, expected in zip(queue.buffers(), LabelledQueue(5, 3).buffers(), strict=True):
+        assert torch.equal(x, expected)
 
 
 def test_half_precision_and_to() -> None:
@@ -147,6 +189,105 @@ def test_compiled() -> None:
         arguments = keys(4, seed), keys(4, seed + 9), torch.tensor([0, 1, 0, 1])
         torch.testing.assert_close(compiled(queue, *arguments), step(copied, *arguments))
         assert torch.equal(queue.labels, copied.labels)
+
+
+# --- over ranks -----------------------------------------------------------------------------------------------
+
+
+class MoCo(nn.Module):
+    """A model that holds its queue, two modules deep."""
+
+    def __init__(self, group: Any = None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.encoder, self.memory = nn.Linear(3, 3), nn.Sequential(LabelledQueue(4, 3))
+        self.loss = MaskedInfoNCE(group=group)
+
+    def forward(self, x: Tensor, key: Tensor, ids: Tensor) -> Tensor:
+        queue, labels = self.memory[0], torch.zeros(x.shape[0], dtype=torch.int64)
+        options = {"positive": key, "ids": ids, "key_ids": queue.ids}
+        loss: Tensor = self.loss(self.encoder(x), queue.embeddings, labels, queue.labels, **options)
+        queue.enqueue(key, labels, ids)
+        return loss
+
+
+def batch_of(rank: int, step: int) -> tuple[Tensor, Tensor, Tensor]:
+    seed = 10 * rank + 100 * step
+    return keys(2, seed), keys(2, seed + 1), torch.tensor([0, 1]) + seed
+
+
+def wrapped(how: str, model: nn.Module) -> nn.Module:
+    if how == "FSDP2":
+        fully_shard(model)
+        return model
+    if how == "FSDP1":
+        return FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+    ddp = DistributedDataParallel(copy.deepcopy(model) if how == "DDP, deepcopied" else model)
+    return torch.compile(ddp, backend="aot_eager") if how == "DDP, compiled" else ddp
+
+
+def check_own_keys(how: str) -> None:
+    """Each rank has the keys that it has without the wrapper, and so the loss of all of them."""
+    # To compile a loss over ranks takes a minute.
+    rank, group = dist.get_rank(), None if how == "DDP, compiled" else dist.group.WORLD
+    expected, model = MoCo(group), wrapped(how, MoCo(group))
+    (queue,) = (module for module in model.modules() if isinstance(module, LabelledQueue))
+    for step in range(3):
+        batch = batch_of(rank, step)
+        loss, loss_expected = model(*batch), expected(*batch)
+        loss.backward()
+        torch.testing.assert_close(loss, loss_expected)
+        assert queue.ids.sort().values.equal(expected.memory[0].ids.sort().values)
+    assert queue.ids.tolist() == [200 + 10 * rank, 201 + 10 * rank, 100 + 10 * rank, 101 + 10 * rank]
+
+
+HOW = ["DDP", "DDP, deepcopied", "DDP, compiled", "FSDP1", "FSDP2"]
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_a_rank_keeps_its_own_keys(ranks: RankPool, how: str) -> None:
+    """The wrappers broadcast the buffers of rank 0."""
+    if how == "FSDP2" and not hasattr(torch.cpu.Stream, "record_event"):
+        pytest.skip("FSDP2 of this torch computes on GPUs only")
+    ranks.run(check_own_keys, how)
+
+
+def check_gathered_keys() -> None:
+    """MoCo's own way: the loss of this rank, and the keys of all of them."""
+    model = DistributedDataParallel(MoCo())
+    alone, world = MoCo().memory[0], range(dist.get_world_size())
+    for step in range(3):
+        x, _, _ = batch_of(dist.get_rank(), step)
+        everybody = [batch_of(rank, step) for rank in world]
+        key, ids = torch.cat([key for _, key, _ in everybody]), torch.cat([ids for _, _, ids in everybody])
+        model.module.encoder(x).sum().backward()
+        for queue in (model.module.memory[0], alone):
+            queue.enqueue(key, None, ids)
+    assert model.module.memory[0].ids.equal(alone.ids)
+
+
+def test_the_keys_of_all_ranks(ranks: RankPool) -> None:
+    ranks.run(check_gathered_keys)
+
+
+def check_distributed_checkpoint() -> None:
+    """Each rank its own state, or where the options say so that of rank 0."""
+    rank, model = dist.get_rank(), MoCo()
+    fully_shard(model)
+    model.memory[0].enqueue(keys(2), None, torch.tensor([0, 1]) + 10 * rank)
+    for from_rank_0 in (False, True):
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=from_rank_0)
+        state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+        assert [f"memory.0.{name}" in state for name in STATE] == [True] * 4
+        other = MoCo()
+        fully_shard(other)
+        set_model_state_dict(other, state if rank == 0 or not from_rank_0 else {}, options=options)
+        first = 0 if from_rank_0 else 10 * rank
+        assert other.memory[0].ids.tolist() == [first, first + 1, -1, -1]
+
+
+def test_distributed_checkpoints(ranks: RankPool) -> None:
+    ranks.run(check_distributed_checkpoint)
 
 
 @pytest.mark.parametrize(

@@ -136,6 +136,17 @@ def test_a_scale_per_query(backend: Backend, m: int | None) -> None:
     check(case, torch.linspace(1, 40, 300), backend)
 
 
+@pytest.mark.parametrize("n", [1, 40])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_scale_of_shape_1_is_one_number(backend: Backend, form: str, n: int) -> None:
+    case = make_case(n, None if form == "self" else 50, 8, device=backend.device)
+    expected = run(case, 3.0, backend.impl, bidirectional=form == "both")
+    got = run(case, torch.tensor([3.0]), backend.impl, bidirectional=form == "both")
+    assert got["grad_scale"].shape == (1,)
+    for name, value in expected.items():
+        assert torch.equal(got[name].view_as(value), value), name
+
+
 def test_a_cluster_far_below_zero(backend: Backend) -> None:
     # All logits of cluster 0 are near -50: a fixed bound of the maximum would underflow its sums to 0.
     case = make_case(70, 80, 16, n_clusters=2, with_ids=False, device=backend.device)

@@ -501,12 +501,21 @@ def test_temperature_gradient(backend: Backend, loss: str, objective: objectives
         assert torch.autograd.gradcheck(function, (temperature,), fast_mode=is_slow(backend))
 
 
-def test_a_logit_scale_of_shape_1(backend: Backend) -> None:
-    x, y = pair(10)
-    scale = torch.nn.Parameter(torch.tensor([2.0]))  # shape [1], as open_clip's nonscalar_logit_scale
-    clip_loss(x, y, logit_scale=scale.exp(), impl=backend.impl).backward()
-    assert scale.grad is not None
-    assert scale.grad.shape == (1,)
+@pytest.mark.parametrize("n", [1, 2, 12])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_temperature_of_shape_1_is_one_number(backend: Backend, loss: str, n: int) -> None:
+    """As FSDP2 and open_clip's nonscalar_logit_scale have it; of one row, too, where it might be a vector."""
+    x, y = (view.requires_grad_() for view in pair(n))
+    results = []
+    for shape in ((), (1,)):
+        temperature = torch.nn.Parameter(torch.full(shape, 0.3))
+        value = LOSSES[loss](x, y, torch.arange(n) % 2, temperature=temperature, impl=backend.impl)
+        results.append((value, *torch.autograd.grad(value, (temperature, x))))
+        assert results[-1][1].shape == shape
+    (value, grad, grad_x), (value_1, grad_1, grad_x_1) = results
+    assert torch.equal(value, value_1)
+    assert torch.equal(grad, grad_1.squeeze())
+    assert torch.equal(grad_x, grad_x_1)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)

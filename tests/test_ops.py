@@ -6,16 +6,26 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mcl_kernels import clip_loss, masked_info_nce, masked_logsumexp, nt_xent, objectives, positive_ranks
+from mcl_kernels import (
+    clip_loss,
+    count_negatives,
+    masked_info_nce,
+    masked_logsumexp,
+    nt_xent,
+    objectives,
+    positive_ranks,
+)
 from mcl_kernels.logsumexp import ops
 from mcl_kernels.logsumexp.plan import Plan
-from tests.cases import make_case
+from tests.cases import OBJECTIVES, make_case
 from tests.conftest import CPU_IMPLS
 
 FUSED = [impl for impl in CPU_IMPLS if impl in ops.IMPLEMENTATIONS]
@@ -221,6 +231,70 @@ def test_compile_of_rows_whose_norm_overflows(impl: str) -> None:
     expected.backward()
     assert long.grad is not None
     torch.testing.assert_close(2.0**80 * long.grad, x.grad)
+
+
+def _moco(x: Tensor, y: Tensor, labels: Tensor, queue: Tensor, queue_labels: Tensor, **options: Any) -> Tensor:
+    return masked_info_nce(x, queue, labels, queue_labels, positive=y, **options)
+
+
+def _clip(x: Tensor, y: Tensor, labels: Tensor, **options: Any) -> Tensor:
+    return clip_loss(x, y, labels, logit_scale=5.0, **options)
+
+
+def _temperatures(x: Tensor, y: Tensor, labels: Tensor) -> Tensor:
+    return masked_info_nce(x, y, labels, temperature=0.1 + x[:, 0].square(), reduction="none")
+
+
+EXPORTED: dict[str, Callable[..., Any]] = {
+    "masked_info_nce": masked_info_nce,
+    "masked_info_nce, queue": _moco,
+    "masked_info_nce, temperatures": _temperatures,
+    "nt_xent": nt_xent,
+    "nt_xent, rows as they are": partial(nt_xent, normalize=False),
+    "clip_loss": _clip,
+    "masked_logsumexp": lambda x, y, labels: masked_logsumexp(x, labels=labels),
+    "masked_logsumexp, without labels": lambda x, y, labels: masked_logsumexp(x),
+    "masked_logsumexp, keys": lambda x, y, labels, queue, queue_labels: masked_logsumexp(
+        x, queue, labels, queue_labels, bidirectional=True
+    ),
+    "count_negatives": lambda x, y, labels: count_negatives(labels),
+    "positive_ranks": positive_ranks,
+}
+EXPORTED |= {
+    f"{name}, {objective.id}": partial(EXPORTED[name], objective=objective.values[0])
+    for name in ("masked_info_nce, queue", "nt_xent")
+    for objective in OBJECTIVES[1:]
+}
+EXPORTED |= {f"nt_xent, impl={impl}": partial(nt_xent, impl=impl) for impl in CPU_IMPLS}
+
+
+class Exported(torch.nn.Module):
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *inputs: Tensor) -> Any:
+        return self.function(*inputs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("name", EXPORTED)
+def test_export(name: str, strict: bool) -> None:
+    """Exported once, for a batch and a queue of any size."""
+    torch._dynamo.reset()
+    function, n_inputs = EXPORTED[name], 5 if "queue" in name or "keys" in name else 3
+
+    def inputs(n: int, m: int) -> tuple[Tensor, ...]:
+        x, y = torch.randn(2, n, 8, generator=torch.Generator().manual_seed(n))
+        queue = torch.randn(m, 8, generator=torch.Generator().manual_seed(m))
+        return (x, y, torch.arange(n) % 3, queue, torch.arange(m) % 3)[:n_inputs]
+
+    n, m = (torch.export.Dim(size, min=2, max=1000) for size in "nm")
+    shapes = tuple({0: size} for size in (n, n, n, m, m)[:n_inputs])
+    exported = torch.export.export(Exported(function), inputs(10, 16), dynamic_shapes=(shapes,), strict=strict).module()
+    for sizes in ((33, 64), (5, 3)):
+        torch.testing.assert_close(exported(*inputs(*sizes)), function(*inputs(*sizes)))
 
 
 def run_python(code: str) -> str:

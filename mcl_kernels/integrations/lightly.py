@@ -45,7 +45,8 @@ class NTXentLoss(host.NTXentLoss):  # type: ignore[misc]
         gather_distributed: bool = False,
     ) -> None:
         super().__init__(temperature, memory_bank_size, gather_distributed)
-        # As the host's bank, it is not in the state_dict.
+        # As the host's bank it is a buffer, which what moves or broadcasts the one does to the other, too, and not in
+        # the state_dict.
         self.register_buffer("bank_labels", torch.full((len(self.memory_bank.bank),), -1), persistent=False)
 
     def forward(self, out0: Tensor, out1: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -93,7 +94,7 @@ class DCLLoss(host.DCLLoss):  # type: ignore[misc]
         out0, out1 = (F.normalize(shrunk_rows(x), dim=1) for x in (out0, out1))  # to the bit as the host does
         objective = decoupled
         if self.weight_fn:
-            weight = torch.cat([self.weight_fn(*views).expand(len(out0)) for views in ((out0, out1), (out1, out0))])
+            weight = torch.cat([self.weight_fn(*views).expand(out0.shape[0]) for views in ((out0, out1), (out1, out0))])
 
             def objective(a: Tensor, b: Tensor, n: Tensor | None, scale: Tensor) -> Tensor:
                 return b - weight * a

@@ -15,7 +15,7 @@ from pytorch_metric_learning.utils import loss_and_miner_utils
 from torch import Tensor
 
 from mcl_kernels._rows import compute_dtype, normalize_rows, row_dot
-from mcl_kernels._validate import as_integers, check_embeddings, check_same_width
+from mcl_kernels._validate import INTEGER_DTYPES, as_integers, check_embeddings, check_same_width
 from mcl_kernels.logsumexp import masked_logsumexp
 from mcl_kernels.objectives import info_nce
 
@@ -24,7 +24,8 @@ class NTXentLoss(host.NTXentLoss):  # type: ignore[misc]
     """`pytorch_metric_learning.losses.NTXentLoss` with `cluster_labels`, over `masked_logsumexp`.
 
     The constructor is the host's, and the distance its own, the cosine. **`labels` are identities**, as the host's:
-    equal ones are positives, as many as there are. `cluster_labels` are the pseudo labels: only samples of the same
+    equal ones are positives, as many as there are, but for a row and itself (row i of both sides, where `ref_labels`
+    is the same object as `labels`, or not given). `cluster_labels` are the pseudo labels: only samples of the same
     cluster are negatives. With a miner's pairs (`indices_tuple`) the host computes, with all its memory, on those
     of its negative pairs that are in one cluster. Where the host's loss ends at 87.3, the logarithm of its smallest
     number, ours does not; nor is it 0 where there is a single pair.
@@ -53,8 +54,8 @@ class NTXentLoss(host.NTXentLoss):  # type: ignore[misc]
         cluster_labels: Tensor | None = None,
         ref_cluster_labels: Tensor | None = None,
     ) -> Any:
-        """Embeddings [N, D], of any length, each against all others, or against ref_emb [M, D]; the labels are integers
-        [N], and [M] for ref_emb."""
+        """Embeddings [N, D], of any length, each against all others, or against ref_emb [M, D]. The labels are [N], and
+        [M] for ref_emb; those of clusters are integers, the others have any dtype."""
         check_embeddings("embeddings", embeddings)
         keys = embeddings if ref_emb is None else ref_emb
         check_embeddings("ref_emb", keys)
@@ -75,9 +76,13 @@ class NTXentLoss(host.NTXentLoss):  # type: ignore[misc]
                 a2, n = a2[same], n[same]
             return super().forward(embeddings, labels, (a1, p, a2, n), ref_emb, ref_labels)
         self.reset_stats()
-        identity = as_integers("labels", labels, "embeddings", embeddings)
-        ref_identity = identity if ref_emb is None else as_integers("ref_labels", ref_labels, "ref_emb", keys)
-        anchors, positives = _equal_pairs(identity, ref_identity, is_self=ref_emb is None)
+        if ref_emb is None or (ref_labels is None and keys.shape == embeddings.shape):
+            ref_labels = labels
+        itself = ref_labels is labels  # by this the host decides whether row i of both sides is one row
+        identity, ref_identity = _comparable(labels, ref_labels)
+        identity = as_integers("labels", identity, "embeddings", embeddings)
+        ref_identity = as_integers("ref_labels", ref_identity, "ref_emb", keys)
+        anchors, positives = _equal_pairs(identity, ref_identity, itself=itself)
         losses = self.zero_losses()
         if len(anchors) > 0:
             query = normalize_rows(embeddings)
@@ -96,13 +101,22 @@ class NTXentLoss(host.NTXentLoss):  # type: ignore[misc]
         return self.reducer(losses, embeddings, labels)
 
 
-def _equal_pairs(identity: Tensor, ref_identity: Tensor, *, is_self: bool) -> tuple[Tensor, Tensor]:
-    """All (i, j) of equal identity, i != j where both are the same rows; no matrix of them is built."""
+def _comparable(labels: Any, ref_labels: Any) -> tuple[Any, Any]:
+    """Integers that are equal where the labels are, since the host takes labels of any dtype."""
+    given = [x for x in (labels, ref_labels) if isinstance(x, Tensor)]
+    if len(given) < 2 or all(x.dtype in INTEGER_DTYPES for x in given):
+        return labels, ref_labels
+    _, ids = torch.unique(torch.cat([x.flatten() for x in given]), return_inverse=True)
+    return ids[: labels.numel()].view_as(labels), ids[labels.numel() :].view_as(ref_labels)
+
+
+def _equal_pairs(identity: Tensor, ref_identity: Tensor, *, itself: bool) -> tuple[Tensor, Tensor]:
+    """All (i, j) of equal identity, i != j where row i of both is the same; no matrix of them is built."""
     ordered, order = ref_identity.sort(stable=True)
     begin, end = torch.searchsorted(ordered, identity), torch.searchsorted(ordered, identity, right=True)
     counts = end - begin
     anchors = torch.repeat_interleave(torch.arange(len(identity), device=identity.device), counts)
     within = torch.arange(len(anchors), device=identity.device) - (counts.cumsum(0) - counts)[anchors]
     positives = order[begin[anchors] + within]
-    other = anchors != positives if is_self else torch.ones_like(anchors, dtype=torch.bool)
+    other = anchors != positives if itself else torch.ones_like(anchors, dtype=torch.bool)
     return anchors[other], positives[other]

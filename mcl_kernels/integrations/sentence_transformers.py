@@ -22,20 +22,23 @@ from mcl_kernels.objectives import info_nce
 class MultipleNegativesRankingLoss(host.MultipleNegativesRankingLoss):  # type: ignore[misc]
     """`sentence_transformers.losses.MultipleNegativesRankingLoss` with pseudo labels, over `masked_logsumexp`.
 
-    The constructor is the host's: `directions` and `partition_mode` included, `hardness_mode` and similarities other
-    than `cos_sim` and `dot_score` refused. The labels come through the host's trainer, which looks for a column named
-    `label`, `labels`, `score` or `scores`: **it holds the pseudo labels** of the anchors and their documents, hard
-    negatives included. Without such a column the loss is the host's, which ignores it: one of another meaning has to be
-    removed from the data set first.
+    The constructor is the host's, with `cluster_labels` as one more: `directions` and `partition_mode` are included,
+    `hardness_mode` and similarities other than `cos_sim` and `dot_score` refused. With `cluster_labels=True` the label
+    that the host's trainer hands over (a column `label`, `labels`, `score` or `scores` of the data set) **is the pseudo
+    label** of an anchor and its documents, hard negatives included. By default it is ignored, as by the host, whatever
+    it means.
 
-    Example: a data set with columns anchor, positive and label needs no more than
+    Example: for a data set with columns anchor, positive and label
 
-        loss = MultipleNegativesRankingLoss(model)
+        loss = MultipleNegativesRankingLoss(model, cluster_labels=True)
         SentenceTransformerTrainer(model=model, train_dataset=dataset, loss=loss).train()
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, cluster_labels: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if not isinstance(cluster_labels, bool):
+            raise TypeError(f"cluster_labels must be True or False: got {type(cluster_labels).__name__}")
+        self.cluster_labels = cluster_labels
         if self.hardness_mode is not None:
             raise ValueError(
                 f"hardness_mode must be None, weights of single pairs are not fused: got {self.hardness_mode!r}"
@@ -46,14 +49,17 @@ class MultipleNegativesRankingLoss(host.MultipleNegativesRankingLoss):  # type: 
             )
 
     def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor | None = None) -> Tensor:
-        """Anchors, positives, and any number of hard negatives, [N, D] each; labels: integers [N], or None."""
+        """Anchors, positives, and any number of hard negatives, [N, D] each; labels: with `cluster_labels=True`
+        integers [N], else ignored."""
         if len(embeddings) < 2:
             raise ValueError(f"embeddings must hold anchors and positives: got {len(embeddings)} tensors")
-        n, columns = len(embeddings[0]), len(embeddings) - 1
+        n, columns = embeddings[0].shape[0], len(embeddings) - 1
         for i, x in enumerate(embeddings[1:], 1):
             check_same_shape(f"embeddings[{i}]", x, "embeddings[0]", embeddings[0])
-        if labels is not None:
+        if self.cluster_labels:
             labels = as_integers("labels (a column of the data set)", labels, "embeddings[0]", embeddings[0])
+        else:
+            labels = None
         if self.similarity_fct is util.cos_sim:
             embeddings = [normalize_rows(x) for x in embeddings]
         query, positive, first, all_labels = embeddings[0], embeddings[1], 0, labels
@@ -63,8 +69,8 @@ class MultipleNegativesRankingLoss(host.MultipleNegativesRankingLoss):  # type: 
             all_labels = None if labels is None else gathered(labels)
         queries, docs = embeddings[0], torch.cat(embeddings[1:])
         doc_labels = None if all_labels is None else all_labels.repeat(columns)
-        row = torch.arange(len(queries), device=docs.device)
-        own, ids = row[first : first + n], torch.arange(len(docs), device=docs.device)
+        row = torch.arange(queries.shape[0], device=docs.device)
+        own, ids = row[first : first + n], torch.arange(docs.shape[0], device=docs.device)
         a = self.scale * row_dot(query, positive, compute_dtype(query, positive))
         # A hard negative is one of its own anchor too. Among documents those of the same anchor are none.
         logsumexps = {
@@ -82,3 +88,7 @@ class MultipleNegativesRankingLoss(host.MultipleNegativesRankingLoss):  # type: 
         # The host's denominator holds the positive once for each direction in which it is found.
         positives = [a] if "doc_to_query" in logsumexps else []
         return info_nce(a, torch.stack([*logsumexps.values(), *positives]).logsumexp(0), None, a).mean()
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """The host's, for the model card, with `cluster_labels`."""
+        return {**super().get_config_dict(), "cluster_labels": self.cluster_labels}

@@ -17,16 +17,14 @@ from mcl_kernels.losses import clip_loss
 
 
 class CLIPModel(host.CLIPModel):  # type: ignore[misc]
-    """`transformers.CLIPModel` with `labels`, over `clip_loss`.
+    """`transformers.CLIPModel` with `clusters`, the pseudo labels, over `clip_loss`.
 
     `from_pretrained`, configuration and files are the host's. Where a loss is asked for (`return_loss=True`) there are
     no logits in the output, since no N x N matrix is built; otherwise `forward` is the host's. Under `Trainer` a column
-    `labels` holds the pseudo labels; it needs no other change.
+    `clusters` of the data set holds the pseudo labels; it needs no other change. `labels` are ignored, as by the host.
 
-    Example: `model = CLIPModel.from_pretrained(path)`, then `model(**inputs, return_loss=True, labels=labels).loss`.
+    Example: `model = CLIPModel.from_pretrained(path)`, then `model(**inputs, return_loss=True, clusters=labels).loss`.
     """
-
-    accepts_loss_kwargs = False  # the loss is a mean of pairs: Trainer is to divide it by the accumulation steps
 
     @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
@@ -37,10 +35,11 @@ class CLIPModel(host.CLIPModel):  # type: ignore[misc]
         position_ids: Tensor | None = None,
         return_loss: bool | None = None,
         interpolate_pos_encoding: bool = False,
-        labels: Tensor | None = None,
+        # Trainer expects an argument with "label" in its name in every batch, and evaluates no loss without it.
+        clusters: Tensor | None = None,
         **kwargs: Any,
     ) -> host.CLIPOutput:
-        """The host's arguments; labels: pseudo labels of the pairs, integers [N], or None."""
+        """The host's arguments; clusters: pseudo labels of the pairs, integers [N], or None."""
         of_image = {"pixel_values": pixel_values, "interpolate_pos_encoding": interpolate_pos_encoding}
         of_text = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
         if not return_loss:
@@ -50,7 +49,7 @@ class CLIPModel(host.CLIPModel):  # type: ignore[misc]
         device = text_embeds.device  # a model may be spread over several, as the host's
         logit_scale = self.logit_scale.exp().to(device)
         return host.CLIPOutput(
-            loss=clip_loss(image_embeds.to(device), text_embeds, labels, logit_scale=logit_scale),
+            loss=clip_loss(image_embeds.to(device), text_embeds, clusters, logit_scale=logit_scale),
             text_embeds=text_embeds,
             image_embeds=image_embeds,
             text_model_output=text,

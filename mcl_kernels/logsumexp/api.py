@@ -165,14 +165,19 @@ def as_pairs(
 
 
 def as_scale(name: str, value: float | Tensor, query: Tensor, dtype: torch.dtype) -> Tensor:
-    """A factor of the logits, or a temperature, as a tensor [] or [N] that keeps its graph."""
+    """A factor of the logits, or a temperature, as a tensor [] or [N] that keeps its graph.
+
+    [1], the shape that FSDP2 wants of a learned number, becomes []; of a single row it is the same.
+    """
     if not isinstance(value, Tensor):
         return torch.full((), as_number(name, value), dtype=dtype, device=query.device)
     if not value.dtype.is_floating_point:
         raise TypeError(f"{name} must be a float or a floating point tensor: got {value.dtype}")
+    if value.ndim == 1 and value.shape[0] == 1:
+        value = value.reshape(())
     if value.ndim > 1 or (value.ndim == 1 and value.shape[0] != query.shape[0]):
         raise ValueError(
-            f"{name} must be a float, a 0-d tensor or a vector [{query.shape[0]}]: got shape {list(value.shape)}"
+            f"{name} must be a float, a tensor [] or [1], or a vector [{query.shape[0]}]: got shape {list(value.shape)}"
         )
     if value.ndim == 1 and value.device != query.device:
         raise ValueError(f"{name} must be on the device of the embeddings: got {value.device} for {query.device}")
@@ -237,7 +242,7 @@ def masked_logsumexp(
         labels: pseudo labels y of the queries, integers [N]. None, on both sides: one cluster. **A negative
             label matches nothing**, not even itself, under every `negatives`.
         key_labels: pseudo labels of the keys, integers [M]. Only with key, and then together with labels.
-        scale: inverse temperature, a float, a 0-d tensor or a vector [N] (not with bidirectional=True).
+        scale: inverse temperature, a float, a tensor [] or [1], or a vector [N] (not with bidirectional=True).
         ids: identity u of the queries' samples, integers [N]. Equal ids are never negatives of each other.
             Default: row indices in the self form, else nothing is excluded.
         key_ids: identity of the keys' samples, integers [M]. Only with key, and then together with ids.
@@ -270,7 +275,7 @@ def masked_logsumexp(
         if bidirectional:
             raise ValueError("bidirectional=True needs a key: without one the operation is symmetric, c = b")
         if ids is None:
-            ids = torch.arange(len(query), device=query.device)
+            ids = torch.arange(query.shape[0], device=query.device)
     else:
         check_embeddings("key", key)
         check_same_width("key", key, "query", query)
@@ -339,7 +344,7 @@ def count_negatives(
         if key_ids is not None:
             raise ValueError("key_ids needs key_labels: got key_labels=None")
         if ids is None:
-            ids = torch.arange(len(labels), device=labels.device)
+            ids = torch.arange(labels.shape[0], device=labels.device)
     keys = labels if key_labels is None else as_integer_vector("key_labels", key_labels)
     pairs = as_pairs(labels, keys, labels, keys, ids, key_ids, negatives, key_is_query=key_labels is None)
     return count_kept(labels, keys, pairs)

@@ -72,7 +72,7 @@ def key_ranges(
 ) -> tuple[Tensor, Tensor]:
     """Begin and end of the sorted keys that each sorted query meets; of keys and queries exchanged, of the queries."""
     if labels is None or key_labels is None:
-        return torch.zeros_like(query_order), torch.full_like(query_order, len(key_order))
+        return torch.zeros_like(query_order), torch.full_like(query_order, key_order.shape[0])
     row_group = _matching_group(labels, negatives)[query_order]
     same_side = labels is key_labels and query_order is key_order
     column_group = row_group if same_side else _matching_group(key_labels, negatives)[key_order]
@@ -85,7 +85,7 @@ def key_ranges(
 
 def _visiting_order(x: Tensor, labels: Tensor | None, ids: Tensor | None, negatives: str) -> Tensor:
     group = None if labels is None else _matching_group(labels, negatives)
-    return _lexicographic_order(len(x), x.device, group, ids)
+    return _lexicographic_order(x.shape[0], x.device, group, ids)
 
 
 def _matching_group(labels: Tensor, negatives: str) -> Tensor:
@@ -125,8 +125,8 @@ def count_kept(query: Tensor, key: Tensor, pairs: Pairs) -> Tensor:
     Of `query` [N, ...] and `key` [M, ...] only the length and the device are read.
     """
     labels, key_labels, ids, key_ids, negatives = pairs
-    n = len(query)
-    matchable = torch.ones(len(key), dtype=torch.int64, device=key.device)
+    n = query.shape[0]
+    matchable = torch.ones(key.shape[0], dtype=torch.int64, device=key.device)
     label, sample = [], []
     if labels is not None and key_labels is not None:
         matchable = (key_labels >= 0).long()
@@ -153,7 +153,7 @@ def count_kept(query: Tensor, key: Tensor, pairs: Pairs) -> Tensor:
 
 def _count_equal(n: int, columns: list[Tensor], weight: Tensor) -> Tensor:
     """For each of the first n rows, the summed weight of the rows after them that agree in every column."""
-    order = _lexicographic_order(len(columns[0]), columns[0].device, *columns)
+    order = _lexicographic_order(columns[0].shape[0], columns[0].device, *columns)
     starts = torch.zeros_like(order)
     for column in columns:
         ordered = column[order]

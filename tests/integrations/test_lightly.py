@@ -147,6 +147,41 @@ def test_before_the_bank_is_filled() -> None:
     assert loss(a, b, torch.zeros(10, dtype=torch.int64)) > 0
 
 
+class WithBank(nn.Module):
+    """A model that holds its loss, and so the buffers of its bank."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.encoder, self.loss = nn.Linear(16, 16), ours.NTXentLoss(memory_bank_size=(64, 16))
+
+    def forward(self, a: Tensor, b: Tensor, labels: Tensor) -> Tensor:
+        return self.loss(self.encoder(a), self.encoder(b), labels)  # type: ignore[no-any-return]
+
+
+def bank_of_rank_0() -> None:
+    rank, known = dist.get_rank(), {}
+    model = nn.parallel.DistributedDataParallel(WithBank())
+    for step in range(4):
+        a, b = (x.detach().float() for x in views(10, seed=2 * step + rank))
+        labels = torch.arange(10) + 100 * step + 1000 * rank
+        rows = F.normalize(model.module.encoder(b)).detach()
+        everybody: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everybody, (rows.tolist(), labels.tolist()))
+        known.update((tuple(row), label) for of_rank in everybody for row, label in zip(*of_rank, strict=True))
+        model(a, b, labels).backward()
+        bank, bank_labels = model.module.loss.memory_bank.bank, model.module.loss.bank_labels
+        assert bank_labels.tolist() == [known.get(tuple(row), -1) for row in bank.tolist()]
+        assert int((bank_labels >= 0).sum()) == 10 * (step + 1)
+
+
+@pytest.mark.slow
+def test_labels_follow_a_bank_that_is_broadcast() -> None:
+    """DistributedDataParallel replaces the host's bank by that of rank 0, and with it the labels."""
+    with RankPool(2) as pool:
+        pool.run(bank_of_rank_0)
+
+
 # --- errors and cost ------------------------------------------------------------------------------------------
 
 

