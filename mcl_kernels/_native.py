@@ -24,7 +24,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent
 COMPILERS = ("c++", "g++", "clang++")
-FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wno-psabi"]
+FLAGS = ["-O3", "-std=c++20", "-fno-math-errno", "-fPIC", "-fvisibility=hidden", "-Wno-psabi"]
 # One source is compiled per instruction set; which of them runs is chosen at run time.
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma"]
 INSTRUCTION_SETS = {

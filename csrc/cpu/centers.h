@@ -70,9 +70,9 @@ bool rows_are_plain(const Clusters<T>& clusters) {
   return !clusters.cosine && clusters.rows.dtype == (sizeof(T) == 8 ? Dtype::float64 : Dtype::float32);
 }
 
-// Divides a row by its norm, of any size: only that of a zero row has no direction.
+// Divides a row by its norm, of any size: only that of a zero row has no direction. Returns the square of its length.
 template <class T>
-void to_unit_length(T* x, int64_t width) {
+T to_unit_length(T* x, int64_t width) {
   T squares = dot(x, x, width);
   if (!(squares > T(1e-30) && squares < T(1e30))) {  // it may have left the range of T
     T largest = 0;
@@ -82,43 +82,45 @@ void to_unit_length(T* x, int64_t width) {
   }
   const T factor = squares == 0 ? T(0) : 1 / T(__builtin_sqrt(squares));
   for (int64_t d = 0; d < width; d++) x[d] *= factor;
+  return factor * factor * squares;
 }
 
-// Relative to the offset, or of length 1; zeros behind.
+// Relative to the offset, or of length 1; zeros behind. Returns |x|^2.
 template <class T>
-void load_cluster_row(const Clusters<T>& clusters, int64_t row, const PackedCenters<T>& centers, T* to) {
+T load_cluster_row(const Clusters<T>& clusters, int64_t row, const PackedCenters<T>& centers, T* to) {
   const int64_t width = clusters.width;
   const T* from = to;
   if (rows_are_plain(clusters))
     from = reinterpret_cast<const T*>(address_of(clusters.rows, row));
   else
     copy_row(clusters.rows, row, width, to);
-  if (clusters.cosine) {
-    to_unit_length(to, width);
-  } else {
-    for (int64_t d = 0; d < width; d++) to[d] = from[d] - centers.offset[d];
-  }
   for (int64_t d = width; d < centers.stride; d++) to[d] = 0;
+  if (clusters.cosine) return to_unit_length(to, width);
+  Vector<T> sums{};
+  int64_t d = 0;
+  for (; d + LANES<T> <= width; d += LANES<T>) {
+    const Vector<T> x = load<Vector<T>>(from + d) - load<Vector<T>>(centers.offset + d);
+    store(to + d, x);
+    sums += x * x;
+  }
+  T squares = sum_lanes<T>(sums);
+  for (; d < width; d++) {
+    to[d] = from[d] - centers.offset[d];
+    squares += to[d] * to[d];
+  }
+  return squares;
 }
 
-inline float root(float x) { return __builtin_sqrtf(x); }
-inline double root(double x) { return __builtin_sqrt(x); }
-template <class V>
-inline V root(V x) {
-  for (int64_t i = 0; i < int64_t(sizeof(V) / sizeof(x[0])); i++) x[i] = root(x[i]);
-  return x;
-}
-
-// Bounds the errors of scores s = |c|^2 / 2 - <x, c> of a row, or of a row in each lane: |c| (|c| / 2 + |x|) times the
+// Bounds the errors of scores s = |c|^2 / 2 - <x, c> of a row in each lane: |c| (|c| / 2 + |x|) times the
 // error of a product. |c| is at most that of the largest centre, and at most |x| + |x - c|, where |x - c|^2 = |x|^2 + 2 s:
 // one far centre takes no digits from the others.
-template <class T, class V>
+template <class T>
 struct ScoreErrors {
-  V of_largest, squares;
+  Vector<T> of_largest, squares;
   T unit, least;
 
-  V operator()(V score) const {
-    const V of_score = 4 * squares + 3 * score;
+  Vector<T> operator()(Vector<T> score) const {
+    const Vector<T> of_score = 4 * squares + 3 * score;
     return unit * (of_largest < of_score ? of_largest : of_score) + least;
   }
 };
@@ -126,11 +128,15 @@ struct ScoreErrors {
 // `squares` are |x|^2. A micro-kernel rounds at most DEPTH times, a sum of passes once for each; rows and centres
 // relative to the offset are rounded, too. Twice that, since |x| and s are rounded; and what is lost below the normal
 // numbers.
-template <class T, class V>
-ScoreErrors<T, V> score_errors(const PackedCenters<T>& centers, int64_t width, V squares) {
+template <class T>
+ScoreErrors<T> score_errors(const PackedCenters<T>& centers, int64_t width, Vector<T> squares) {
+  T norms[LANES<T>];
+  store(norms, squares);
+  for (int64_t i = 0; i < LANES<T>; i++) norms[i] = T(sizeof(T) == 8 ? __builtin_sqrt(norms[i]) : __builtin_sqrtf(norms[i]));
   const T largest = *centers.largest_norm;
   const T unit = T(2 * (smaller(width, DEPTH) + width / DEPTH + 8) * (sizeof(T) == 8 ? 0x1p-53 : 0x1p-24));
-  return {largest * largest / 2 + largest * root(squares), squares, unit, T(width * (sizeof(T) == 8 ? 0x1p-1020 : 0x1p-124))};
+  const T least = T(width * (sizeof(T) == 8 ? 0x1p-1020 : 0x1p-124));
+  return {largest * load<Vector<T>>(norms) + largest * largest / 2, squares, unit, least};
 }
 
 // A row as it lies in memory, from which distances are taken as differences in fp64.

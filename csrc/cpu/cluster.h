@@ -7,14 +7,14 @@ namespace mcl::MCL_INSTRUCTION_SET {
 
 constexpr int64_t CLUSTER_ROWS = 96;  // of a block: whole groups that stay in the cache, beside a tile of centres
 
-// A block of rows, their products with a tile of centres, and the nearest so far.
+// A block of rows, their products with a tile of centres, and the nearest so far. Rows are padded to whole vectors.
 template <class T>
 struct ClusterBlock {
   T *rows, *exact;     // [rows, stride]; [GROUP, stride]: copies of rows whose label rounding could decide
   T* products;
   T *score, *second;   // [rows, LANES]: the two lowest scores of each lane,
   Index<T>* center;    // [rows, LANES]: and the centre of the lowest; a lane has seen its centres in ascending order
-  T* squares;          // [rows], |x|^2
+  T *squares, *limit;  // [rows]: |x|^2; a score above it is not the lowest, whatever was rounded
   int64_t* labels;     // [rows]
 
   ClusterBlock(Arena& arena, int64_t stride)
@@ -25,6 +25,7 @@ struct ClusterBlock {
         second(arena.take<T>(CLUSTER_ROWS * LANES<T>)),
         center(arena.take<Index<T>>(CLUSTER_ROWS * LANES<T>)),
         squares(arena.take<T>(CLUSTER_ROWS)),
+        limit(arena.take<T>(CLUSTER_ROWS)),
         labels(arena.take<int64_t>(CLUSTER_ROWS)) {}
 };
 
@@ -48,17 +49,31 @@ void multiply_tile(const Clusters<T>& clusters, const PackedCenters<T>& centers,
                           block.products, TILE_STRIDE<T>, false});
 }
 
-// Of the lowest score of all lanes the centre, of equal ones the first.
+// The labels of LANES rows: the centre of the lowest score of all lanes, of equal ones the first; UNDECIDED where rounding
+// could have decided.
 template <class T>
-int64_t nearest_of_lanes(const ClusterBlock<T>& block, int64_t i, const ScoreErrors<T, T>& error) {
-  const Vector<T> scores = load<Vector<T>>(block.score + i * LANES<T>);
-  const Vector<T> seconds = load<Vector<T>>(block.second + i * LANES<T>);
-  const Mask<T> centers = load<Mask<T>>(block.center + i * LANES<T>);
-  const T lowest = smallest_lane<T>(scores);
-  constexpr Index<T> LAST = Index<T>(uint64_t(-1) >> (65 - 8 * sizeof(T)));
-  const int64_t label = smallest_integer<T>(scores == lowest ? centers : Mask<T>{} + LAST);
-  const T second = smallest_lane<T>((centers == Index<T>(label)) & (scores == lowest) ? seconds : scores);
-  return second - lowest > error(lowest) + error(second) ? label : UNDECIDED;
+void find_labels(const Clusters<T>& clusters, const PackedCenters<T>& centers, const ClusterBlock<T>& block,
+                 int64_t first) {
+  using V = Vector<T>;
+  // Rows become lanes.
+  T scores[LANES<T> * LANES<T>], seconds[LANES<T> * LANES<T>], labels[LANES<T> * LANES<T>];
+  transpose_square(block.score + first * LANES<T>, LANES<T>, scores, LANES<T>);
+  transpose_square(block.second + first * LANES<T>, LANES<T>, seconds, LANES<T>);
+  transpose_square(reinterpret_cast<const T*>(block.center + first * LANES<T>), LANES<T>, labels, LANES<T>);
+  V lowest = load<V>(scores), second = load<V>(seconds);
+  Mask<T> label = load<Mask<T>>(labels);
+  for (int64_t lane = 1; lane < LANES<T>; lane++) {
+    const V s = load<V>(scores + lane * LANES<T>), next = load<V>(seconds + lane * LANES<T>);
+    const Mask<T> center = load<Mask<T>>(labels + lane * LANES<T>);
+    label = (s < lowest) | ((s == lowest) & (center < label)) ? center : label;
+    take_lowest(s, lowest, second);
+    second = next < second ? next : second;
+  }
+  const ScoreErrors<T> error = score_errors(centers, clusters.width, load<V>(block.squares + first));
+  const V limit = lowest + error(lowest);
+  store(block.limit + first, limit);
+  const Mask<T> decided = second - error(second) > limit;
+  for (int64_t i = 0; i < LANES<T>; i++) block.labels[first + i] = decided[i] ? int64_t(label[i]) : UNDECIDED;
 }
 
 // The centres with the lowest |c|^2 / 2 - <x, c>.
@@ -89,8 +104,7 @@ void find_nearest(const Clusters<T>& clusters, const PackedCenters<T>& centers, 
       store(block.center + i * LANES<T>, center);
     }
   }
-  for (int64_t i = 0; i < rows; i++)
-    block.labels[i] = nearest_of_lanes(block, i, score_errors(centers, clusters.width, block.squares[i]));
+  for (int64_t i = 0; i < rows; i += LANES<T>) find_labels(clusters, centers, block, i);
 }
 
 // Labels of the undecided ones of the rows first .. first + GROUP - 1 of the block, whose row 0 is row `begin` of the
@@ -99,29 +113,30 @@ template <class T>
 void decide(const Clusters<T>& clusters, const PackedCenters<T>& centers, const ClusterBlock<T>& block, int64_t begin,
             int64_t first, int64_t rows) {
   ExactRow<T> exact[GROUP];
-  ScoreErrors<T, T> error[GROUP];
-  T limit[GROUP];
   double nearest[GROUP];
   int64_t undecided[GROUP], count = 0;
   for (int64_t i = first; i < first + rows; i++) {
     if (block.labels[i] != UNDECIDED) continue;
-    const T lowest = smallest_lane<T>(load<Vector<T>>(block.score + i * LANES<T>));
     exact[count] = exact_row(clusters, begin + i, block.exact + count * centers.stride);
-    error[count] = score_errors(centers, clusters.width, block.squares[i]);
-    limit[count] = lowest + error[count](lowest);
     nearest[count] = __builtin_inf();
     block.labels[i] = 0;
     undecided[count++] = i;
   }
   for (int64_t tile = 0; count && tile < clusters.centers; tile += TILE) {
-    multiply_tile(clusters, centers, block, first, GROUP, tile, smaller(TILE, centers.columns - tile));
+    const int64_t columns = smaller(TILE, centers.columns - tile);
+    multiply_tile(clusters, centers, block, first, GROUP, tile, columns);
     for (int64_t u = 0; u < count; u++) {
       const int64_t i = undecided[u];
-      for (int64_t j = 0; j < smaller(TILE, clusters.centers - tile); j++) {
-        const T score = centers.half_norms[tile + j] - block.products[(i - first) * TILE_STRIDE<T> + j];
-        if (score - error[u](score) > limit[u]) continue;
-        const double distance = exact_distance(clusters, centers, exact[u], tile + j);
-        if (distance < nearest[u]) nearest[u] = distance, block.labels[i] = tile + j;
+      const ScoreErrors<T> error = score_errors(centers, clusters.width, broadcast(block.squares[i]));
+      for (int64_t j = 0; j < columns; j += LANES<T>) {
+        const Vector<T> score = load<Vector<T>>(centers.half_norms + tile + j) -
+                                load<Vector<T>>(block.products + (i - first) * TILE_STRIDE<T> + j);
+        const Mask<T> far = score - error(score) > block.limit[i];
+        for (int64_t lane = 0; lane < smaller(LANES<T>, clusters.centers - tile - j); lane++) {
+          if (far[lane]) continue;
+          const double distance = exact_distance(clusters, centers, exact[u], tile + j + lane);
+          if (distance < nearest[u]) nearest[u] = distance, block.labels[i] = tile + j + lane;
+        }
       }
     }
   }
@@ -156,9 +171,7 @@ void cluster_rows(const Clusters<T>& clusters, char* packed, int64_t begin, int6
   for (int64_t first = begin; first < end; first += CLUSTER_ROWS) {
     const int64_t rows = smaller(CLUSTER_ROWS, end - first);
     for (int64_t i = 0; i < rows; i++) {
-      T* x = block.rows + i * centers.stride;
-      load_cluster_row(clusters, first + i, centers, x);
-      block.squares[i] = dot(x, x, centers.stride);
+      block.squares[i] = load_cluster_row(clusters, first + i, centers, block.rows + i * centers.stride);
     }
     for (int64_t at = rows * centers.stride; at < round_up(rows, GROUP) * centers.stride; at++) block.rows[at] = 0;
     find_nearest(clusters, centers, block, rows);

@@ -161,22 +161,25 @@ void cluster_rows_to_few(const Clusters<T>& clusters, const PackedCenters<T>& ce
     }
     const V norms = sums_of_vectors<T>(block.norms);
     const V distances = clusters.cosine ? 1 + score : norms + 2 * score;
-    const ScoreErrors<T, V> error = score_errors(centers, clusters.width, norms);
+    const ScoreErrors<T> error = score_errors(centers, clusters.width, norms);
     const Mask<T> decided = second - score > error(score) + error(second);
-    const Mask<T> exact = decided & (distances >= norms / NEAR_BY_PRODUCT);
+    const Mask<T> right = decided & (distances >= norms / NEAR_BY_PRODUCT);
+    T distance[LANES<T>], label[LANES<T>];
+    store(distance, distances);
+    store(label, center);
+    for (int64_t i = 0; !every_lane<T>(right) && i < rows; i++) {
+      if (right[i]) continue;
+      const ExactRow<T> x = exact_row(clusters, first + i % OF_A_RUN<T> + i / OF_A_RUN<T> * run, block.row);
+      if (!decided[i]) label[i] = T(nearest_of_few(clusters, centers, x));
+      distance[i] = T(exact_distance(clusters, centers, x, int64_t(label[i])));
+    }
     for (int64_t i = 0; i < rows; i++) {
-      const int64_t row = first + i % OF_A_RUN<T> + i / OF_A_RUN<T> * run;
-      int64_t label = int64_t(center[i]);
-      clusters.distances[row] = distances[i];
-      if (!exact[i]) {
-        const ExactRow<T> x = exact_row(clusters, row, block.row);
-        if (!decided[i]) label = nearest_of_few(clusters, centers, x);
-        clusters.distances[row] = T(exact_distance(clusters, centers, x, label));
-      }
-      if (clusters.labels) clusters.labels[row] = label;
-      if (!sums || (clusters.followed && clusters.followed[row] == label)) continue;
+      const int64_t label_of_row = int64_t(label[i]), row = first + i % OF_A_RUN<T> + i / OF_A_RUN<T> * run;
+      clusters.distances[row] = distance[i];
+      if (clusters.labels) clusters.labels[row] = label_of_row;
+      if (!sums || (clusters.followed && clusters.followed[row] == label_of_row)) continue;
       block.moved[moved] = row;
-      block.moved_to[moved++] = label;
+      block.moved_to[moved++] = label_of_row;
       if (moved == MOVED_ROWS) follow_moved();
     }
   }

@@ -122,17 +122,13 @@ inline T smallest_lane(Vector<T> v) {
   return v[0];
 }
 
+// Of a comparison.
 template <class T>
-inline int64_t smallest_integer(Mask<T> v) {
-  const auto step = [&](Vector<T> rotated) {
-    const Mask<T> other = (Mask<T>)rotated;
-    v = other < v ? other : v;
-  };
-  if constexpr (LANES<T> > 8) step(rotate<T, 8>((Vector<T>)v));
-  if constexpr (LANES<T> > 4) step(rotate<T, 4>((Vector<T>)v));
-  if constexpr (LANES<T> > 2) step(rotate<T, 2>((Vector<T>)v));
-  step(rotate<T, 1>((Vector<T>)v));
-  return v[0];
+inline bool every_lane(Mask<T> v) {
+  Index<T> lanes[LANES<T>], every = -1;
+  store(lanes, v);
+  for (Index<T> lane : lanes) every &= lane;
+  return every;
 }
 
 // LANES<double> numbers as fp64.
