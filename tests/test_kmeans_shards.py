@@ -150,6 +150,17 @@ def test_dtypes(ranks: RankPool, dtype: torch.dtype) -> None:
     check_is_one_process(ranks, x, ends_of(ranks, "uneven"), n_clusters=K, max_iter=5, dtype=dtype)
 
 
+@pytest.mark.parametrize("unit", [1e-25, 1.0, 1e25])
+@pytest.mark.parametrize("options", [{}, {"batch_size": 150}, {"impl": "reference"}], ids=str)
+def test_rows_of_any_range(ranks: RankPool, unit: float, options: dict[str, Any]) -> None:
+    """Some far from the others, and none in the range of fp32's squares: several levels of sums, in fp64."""
+    x = rows_without_structure()
+    x[7], x[N // 2], x[-1] = 1e10, -1e5, 1e5
+    fitted = check_is_one_process(ranks, x * unit, ends_of(ranks, "empty"), n_clusters=K, max_iter=4, **options)
+    assert fitted.labels[7] not in fitted.labels[8:]
+    assert fitted.inertia > 0
+
+
 @pytest.mark.parametrize("cut", ["uneven", "empty"])
 @pytest.mark.parametrize("form", ["array", "strided", "file", "part of a file", "chunks"])
 def test_forms(ranks: RankPool, tmp_path: Path, form: str, cut: str) -> None:

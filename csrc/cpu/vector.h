@@ -122,7 +122,7 @@ inline T smallest_lane(Vector<T> v) {
   return v[0];
 }
 
-// Of a comparison.
+// Whether a comparison holds in every lane.
 template <class T>
 inline bool every_lane(Mask<T> v) {
   Index<T> lanes[LANES<T>], every = -1;

@@ -322,7 +322,7 @@ def _check_range(name: str, x: Tensor) -> None:
 
 
 def _rounded(x: float) -> float:
-    """To the 24 bits of fp32, in any range."""
+    """Rounds to the 24 bits of fp32, in any range."""
     fraction, exponent = math.frexp(x)
     return math.ldexp(round(fraction * 2**24), exponent - 24)
 

@@ -91,15 +91,24 @@ class Centers(NamedTuple):
         means = torch.where(counts.unsqueeze(1) > 0, means, self.points.double())
         return (normalize_rows(means) if self.cosine else means).to(self.points.dtype)
 
-    def score_errors(self, squared_norms: Tensor, squares: Tensor) -> Tensor:
-        """Bounds of the errors of scores, [N, K], of rows and centres of these squares relative to the offset.
 
-        A product of D numbers, each of them rounded, with as much again to spare; and what it loses below the normal
-        numbers.
-        """
-        limits, width = torch.finfo(self.points.dtype), self.points.shape[1]
-        products = (squared_norms.unsqueeze(1) * squares).sqrt()
-        return (width + 8) * limits.eps * (squares / 2 + products) + 4 * width * limits.tiny
+def undecided_rows(gap: Tensor, bound: Tensor, width: int) -> Tensor:
+    """Where rounding could give a row another label, bool [N]: by how far its second lowest score is above the lowest.
+
+    `bound` times the error of a product is the error of a score. A product of `width` numbers, each of them rounded,
+    with as much again to spare; and what it loses below the normal numbers.
+    """
+    limits = torch.finfo(gap.dtype)
+    return ~(gap > 2 * ((width + 8) * limits.eps * bound + 4 * width * limits.tiny))
+
+
+def score_bound(squares: Tensor, second: Tensor, largest: Tensor) -> Tensor:
+    """|c| (|c| / 2 + |x|), [N], or above it, of rows with these |x|^2 and the two centres of the lowest scores.
+
+    The norm of a centre is at most the largest one, and at most |x| + |x - c|, where |x - c|^2 = |x|^2 + 2 s for its
+    score s: one far centre takes no digits from the others.
+    """
+    return torch.minimum(largest.square() / 2 + largest * squares.sqrt(), 4 * squares + 3 * second)
 
 
 def settle(x: Tensor, centers: Centers, labels: Tensor, distances: Tensor, undecided: Tensor) -> Tensor:
@@ -175,7 +184,7 @@ def _fits(largest: float, scale: float, width: int, dtype: torch.dtype) -> bool:
 
 
 def _levels(rows: int, largest: Array, scale: Array) -> Array:
-    """What rounds the entries of each level of sums, fp64 [levels, D]."""
+    """Numbers that round the entries of each level of sums, fp64 [levels, D]: see `Centers.rounding`."""
     wanted = np.where(scale > 0, scale, largest)
     far = largest > wanted * min(max(2.0 ** (52 - SCALE_BITS) / rows, LEAST_FAR), MOST_FAR)
     levels, bound = [], largest

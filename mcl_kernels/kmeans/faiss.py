@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mcl_kernels.kmeans.centers import Centers, settle, unit_rows
+from mcl_kernels.kmeans.centers import Centers, score_bound, settle, undecided_rows, unit_rows
 
 SLAB = 1 << 14  # rows that are copied at a time
 
@@ -68,16 +68,10 @@ def assign_and_sum(x: Tensor, centers: Centers) -> tuple[Tensor, Tensor, Tensor,
 
 
 def _undecided(values: Tensor, slab: Tensor, largest: Tensor, cosine: bool) -> Tensor:
-    """Where rounding could give a row another label, bool [N], by the values of its two nearest centres.
-
-    faiss takes |x|^2 + |c|^2 - 2 <x, c>, where |c| is at most the largest norm of a centre, and at most |x| + |x - c|:
-    one far centre takes no digits from the others.
-    """
-    limits, width = torch.finfo(torch.float32), slab.shape[1]
-    squares = slab.square().sum(1)
+    """Where rounding could give a row another label, bool [N], by what faiss finds of its two nearest centres."""
+    squares, width = slab.square().sum(1), slab.shape[1]
     if cosine:
-        gap, bound = values[:, 0] - values[:, 1], largest * squares.sqrt()
-    else:
-        gap, second = (values[:, 1] - values[:, 0]) / 2, values[:, 1]
-        bound = squares + torch.minimum(largest.square() / 2 + largest * squares.sqrt(), 3 * squares + second)
-    return ~(gap > 2 * ((width + 8) * limits.eps * bound + 4 * width * limits.tiny))
+        return undecided_rows(values[:, 0] - values[:, 1], largest * squares.sqrt(), width)
+    # Half of |x|^2 + |c|^2 - 2 <x, c>, which rounds |x|^2, too.
+    gap, second = (values[:, 1] - values[:, 0]) / 2, (values[:, 1] - squares) / 2
+    return undecided_rows(gap, squares + score_bound(squares, second, largest), width)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mcl_kernels.kmeans.centers import Centers, settle, unit_rows
+from mcl_kernels.kmeans.centers import Centers, score_bound, settle, undecided_rows, unit_rows
 
 TILE = 1024
 
@@ -42,14 +42,15 @@ def _assign_tile(tile: Tensor, centers: Centers) -> tuple[Tensor, Tensor, Tensor
     """Labels, distances, and where another label may be right."""
     rows = unit_rows(tile) if centers.cosine else tile - centers.offset
     points = centers.points - centers.offset
-    squares = points.square().sum(1)
+    half_norms = points.square().sum(1) / 2
     scores = -_fixed_shape_product(rows, points)
     if not centers.cosine:
-        scores += squares / 2
-    errors = centers.score_errors(rows.square().sum(1), squares)
-    labels = scores.argmin(1)
-    # One centre alone is certain to be as near as the nearest; where the numbers left their range, none is.
-    undecided = (scores - errors <= (scores + errors).amin(1, keepdim=True)).sum(1) != 1
+        scores += half_norms
+    lowest, labels = scores.min(1)
+    second = scores.scatter_(1, labels.unsqueeze(1), torch.inf).amin(1)
+    squares, largest = rows.square().sum(1), (2 * half_norms.max()).sqrt()
+    bound = largest * squares.sqrt() if centers.cosine else score_bound(squares, second, largest)
+    undecided = undecided_rows(second - lowest, bound, tile.shape[1])
     if centers.cosine:
         return labels, (rows - points[labels]).square().sum(1) / 2, undecided
     return labels, (tile - centers.points[labels]).square().sum(1), undecided
