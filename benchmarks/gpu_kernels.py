@@ -98,11 +98,13 @@ KMEANS = (*ASSIGN, *SUMS)
 
 
 def kmeans_kernel(kernel: str, architecture: int, precision: str, width: int) -> Launch | None:
-    """None where rows are summed by other kernels, and where a kernel without products was compiled already."""
+    """None where rows are summed by other kernels or multiplied otherwise, and where it was compiled already."""
     from mcl_kernels.kmeans import triton_steps
 
     library, of_launcher = f"mcl_kernels {version('mcl_kernels')}", _of_launcher(precision)
     if kernel in ASSIGN:
+        if precision == "tf32":  # its products are three of them
+            return None
         clusters, cosine, with_sums = ASSIGN[kernel]
         if with_sums and not kmeans.sums_few(of_launcher, width, clusters):
             return None

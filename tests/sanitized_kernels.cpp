@@ -335,6 +335,7 @@ bool check_clusters(int64_t size, int64_t width, int64_t count, bool cosine) {
   clusters.cosine = cosine;
   clusters.points = centers.data();
   const std::vector<double> rounding(width, 1.5 * (1 << 20));
+  clusters.levels = 1;
   clusters.rounding = rounding.data();
   std::vector<int32_t> before(size);
   for (int64_t i = 0; i < size; i++) before[i] = int32_t(i % (count + 1)) - 1;

@@ -17,8 +17,9 @@ from torch import Tensor
 from mcl_kernels import KMeans
 from mcl_kernels.kmeans.api import _assign
 from mcl_kernels.kmeans.centers import unit_rows
+from mcl_kernels.kmeans.lloyd import _squared_distances_among
 from tests.conftest import Backend, is_slow, use_instruction_set
-from tests.test_kmeans import backend  # noqa: F401
+from tests.test_kmeans import backend, normal  # noqa: F401
 
 # Of the dtypes, what a column's entries differ by beside their offset: so much that they differ at all.
 RESOLUTION = {torch.float16: 2e-3, torch.bfloat16: 2e-2, torch.float32: 2e-7, torch.float64: 1e-15}
@@ -58,7 +59,12 @@ def data(draw: st.DrawFn, metric: str) -> Data:
     centers = x[torch.from_numpy(random.choice(n, size=min(k, n)))].to(wide)
     if draw(st.booleans()):
         centers = centers + torch.from_numpy(random.normal(size=centers.shape)).to(wide) * 1e-3 * centers.abs()
-    return Data(x, unit_rows(centers) if metric == "cosine" else centers)
+    if metric == "cosine":
+        if draw(st.booleans()):  # without a direction
+            x[:: draw(st.integers(2, 9))] = 0.0
+            centers[draw(st.integers(0, len(centers) - 1))] = 0.0
+        centers = unit_rows(centers)
+    return Data(x, centers)
 
 
 def exact_distances(x: Tensor, centers: Tensor, metric: str) -> Tensor:
@@ -138,6 +144,85 @@ def test_a_fit_is_that_of_fp64(backend: Backend, metric: str) -> None:  # noqa: 
             assert ((fit.cluster_centers_[j].double() - mean).abs() <= tolerance).all()
 
     check()
+
+
+def test_a_centre_without_a_direction(backend: Backend) -> None:  # noqa: F811
+    x = torch.tensor([[1.0, 0.0, 0.0], [-1.0, 0.0, 0.0], [0.0, 0.0, 0.0]], device=backend.device)
+    centers = torch.tensor([[0.3, 0.954, 0.0], [0.3, -0.954, 0.0], [0.0, 0.0, 0.0]], device=backend.device)
+    labels, distances = _assign(x, centers, "cosine", backend.impl)
+    assert labels.tolist() == [0, 2, 0]
+    assert distances.tolist() == pytest.approx([0.7, 1.0, 1.0], abs=1e-3)
+    assert KMeans(1, metric="cosine", impl=backend.impl).fit(x[:2]).inertia_ == 2.0
+
+
+# Of so many rows as are needed for one level of sums to lose digits: a far entry beside narrow clusters, and one beside
+# entries so rare that a survey of some rows does not see them.
+@pytest.mark.parametrize("impl", ["native", "reference"])
+@pytest.mark.parametrize("far", [0.0, 200.0, 5e4, 1e15])
+def test_sums_keep_the_digits_of_a_narrow_cluster(impl: str, far: float) -> None:
+    random = torch.Generator().manual_seed(0)
+    middles = torch.tensor([-2.469, -1.2345, 1.2345, 2.469])
+    x = (middles[torch.arange(1 << 17) % 4] + 1e-6 * torch.randn(1 << 17, generator=random)).unsqueeze(1)
+    init = middles.unsqueeze(1)
+    if far:
+        x[77], init = far, torch.cat((init, torch.tensor([[far]])))
+    fit = KMeans(len(init), init=init, max_iter=2, impl=impl).fit(x)
+    means = [x[fit.labels_ == j].double().mean() for j in range(4)]
+    torch.testing.assert_close(fit.cluster_centers_[:4, 0].double(), torch.stack(means), rtol=1.3e-7, atol=0)
+
+
+@pytest.mark.parametrize("impl", ["native", "reference"])
+def test_sums_keep_rare_entries(impl: str) -> None:
+    x = torch.randn(20_000, 2, generator=torch.Generator().manual_seed(0))
+    rare = torch.arange(20_000) % 2003 == 7
+    x[:, 1] = torch.where(rare, 1000 + 0.1 * x[:, 1], 0.0)
+    x[5, 1] = 1e15
+    init = torch.tensor([[0.0, 0.0], [0.0, 1000.0], [0.0, 1e15]])
+    fit = KMeans(3, init=init, max_iter=2, impl=impl).fit(x)
+    assert float(fit.cluster_centers_[1, 1]) == pytest.approx(float(x[rare, 1].double().mean()), rel=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_the_precision_of_fp32_products_decides_nothing(precision: str) -> None:
+    x, centers = normal(4000, 64, "cpu"), normal(200, 64, "cpu") * 0.9
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        labels = _assign(x, centers, "euclidean", "reference")[0]
+        fit = KMeans(40, max_iter=1, impl="reference").fit(x)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert torch.equal(labels, exact_distances(x, centers, "euclidean").argmin(1))
+    assert torch.equal(fit.labels_, KMeans(40, max_iter=1, impl="reference").fit(x).labels_)
+
+
+@pytest.mark.parametrize("instruction_set", ["avx512", "avx2", "portable"])
+def test_long_rows_of_few_centers(instruction_set: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums of many numbers of one sign, whose rounding adds up, between centres that are nearly equally near."""
+    use_instruction_set(instruction_set, monkeypatch)
+    centers = torch.tensor([-1.0, -1.0, 0.0, 1.0, 1.7857821]).unsqueeze(1).expand(-1, 65_536).contiguous()
+    x = torch.linspace(1.39280, 1.39299, 40).unsqueeze(1).expand(-1, 65_536).contiguous()
+    labels = _assign(x, centers, "euclidean", "native")[0]
+    assert torch.equal(labels, torch.cdist(x[:, :1].double(), centers[:, :1].double()).argmin(1))
+
+
+def test_k_means_plus_plus_tells_rows_apart_whose_squares_underflow() -> None:
+    x = torch.tensor([[-3.0], [0.0], [1e-25], [3.0]])
+    squared = _squared_distances_among(x, torch.zeros(1))(torch.tensor([1, 2]))
+    torch.testing.assert_close(squared, (x.double() - x[1:3].double().T).square().T, rtol=1e-6, atol=0)
+
+
+def test_an_inertia_beyond_fp64() -> None:
+    x = (torch.rand(1000, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) - 0.5) * 4.6e153
+    assert KMeans(2, n_init=2).fit(x).inertia_ == float("inf")
+
+
+def test_equal_directions_are_one_row() -> None:
+    """Next to a centre whose direction is rounded there is no row to move to an empty one."""
+    x = normal(5, 3, "cpu").repeat(40, 1) * torch.rand(200, 1, generator=torch.Generator().manual_seed(0)).add(0.5)
+    with pytest.warns(UserWarning, match="clusters hold a row"):
+        fit = KMeans(60, metric="cosine", init=normal(60, 3, "cpu"), max_iter=5).fit(x)
+    assert sum(step["splits"] for step in fit.history_) < 60
 
 
 @pytest.mark.parametrize("unit", [1e-25, 1.0, 1e25])

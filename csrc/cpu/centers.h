@@ -111,9 +111,9 @@ T load_cluster_row(const Clusters<T>& clusters, int64_t row, const PackedCenters
   return squares;
 }
 
-// Bounds the errors of scores s = |c|^2 / 2 - <x, c> of a row in each lane: |c| (|c| / 2 + |x|) times the
-// error of a product. |c| is at most that of the largest centre, and at most |x| + |x - c|, where |x - c|^2 = |x|^2 + 2 s:
-// one far centre takes no digits from the others.
+// Bounds the errors of scores s = |c|^2 / 2 - <x, c> of a row in each lane: |c| (|c| / 2 + |x|) times the error of a
+// product. |c| is at most the largest norm of a centre, and at most |x| + |x - c|, where |x - c|^2 = |x|^2 + 2 s: one far
+// centre takes no digits from the others.
 template <class T>
 struct ScoreErrors {
   Vector<T> of_largest, squares;
@@ -125,16 +125,20 @@ struct ScoreErrors {
   }
 };
 
-// `squares` are |x|^2. A micro-kernel rounds at most DEPTH times, a sum of passes once for each; rows and centres
-// relative to the offset are rounded, too. Twice that, since |x| and s are rounded; and what is lost below the normal
-// numbers.
+template <class T>
+constexpr T ROUNDING = T(sizeof(T) == 8 ? 0x1p-53 : 0x1p-24);
+
+// `squares` are |x|^2. A micro-kernel rounds at most DEPTH times, and a lane of the sums of few centres at most width /
+// LANES times; rows and centres relative to the offset are rounded, too. Twice all that, since |x| and s are rounded; and
+// what is lost below the normal numbers.
 template <class T>
 ScoreErrors<T> score_errors(const PackedCenters<T>& centers, int64_t width, Vector<T> squares) {
   T norms[LANES<T>];
   store(norms, squares);
-  for (int64_t i = 0; i < LANES<T>; i++) norms[i] = T(sizeof(T) == 8 ? __builtin_sqrt(norms[i]) : __builtin_sqrtf(norms[i]));
+  for (int64_t i = 0; i < LANES<T>; i++)
+    norms[i] = T(sizeof(T) == 8 ? __builtin_sqrt(norms[i]) : __builtin_sqrtf(norms[i]));
   const T largest = *centers.largest_norm;
-  const T unit = T(2 * (smaller(width, DEPTH) + width / DEPTH + 8) * (sizeof(T) == 8 ? 0x1p-53 : 0x1p-24));
+  const T unit = T(2 * (smaller(width, DEPTH) + width / LANES<T> + 8)) * ROUNDING<T>;
   const T least = T(width * (sizeof(T) == 8 ? 0x1p-1020 : 0x1p-124));
   return {largest * load<Vector<T>>(norms) + largest * largest / 2, squares, unit, least};
 }
@@ -152,11 +156,7 @@ ExactRow<T> exact_row(const Clusters<T>& clusters, int64_t row, T* memory) {
   if (rows_are_plain(clusters)) return {reinterpret_cast<const T*>(address_of(clusters.rows, row)), 1};
   copy_row(clusters.rows, row, clusters.width, memory);
   if (!clusters.cosine) return {memory, 1};
-  const auto squares = [&] {
-    double sum = 0;
-    for (int64_t d = 0; d < clusters.width; d++) sum += double(memory[d]) * double(memory[d]);
-    return sum;
-  };
+  const auto squares = [&] { return wide_dot(memory, memory, clusters.width); };
   double norm = squares();
   if (!(norm > 1e-280 && norm < 1e280)) {
     to_unit_length(memory, clusters.width);
@@ -169,10 +169,10 @@ ExactRow<T> exact_row(const Clusters<T>& clusters, int64_t row, T* memory) {
 template <class T>
 double exact_distance(const Clusters<T>& clusters, const PackedCenters<T>& centers, const ExactRow<T>& row,
                       int64_t center) {
-  if (row.inverse_norm == 0) return 1;  // as far from all centres
+  const double factor = clusters.cosine ? centers.inverse_norms[center] : 1;
+  if (row.inverse_norm == 0 || factor == 0) return 1;  // there is no direction
   const int64_t width = clusters.width;
   const T *x = row.x, *c = clusters.points + center * width;
-  const double factor = clusters.cosine ? centers.inverse_norms[center] : 1;
   constexpr int64_t WIDE = LANES<double>;
   Vector<double> sums{};
   int64_t d = 0;
@@ -192,6 +192,51 @@ double exact_distance(const Clusters<T>& clusters, const PackedCenters<T>& cente
 // that comes from a product, and in one that comes from differences of rows that are rounded themselves.
 constexpr int NEAR_BY_PRODUCT = 16, NEAR_BY_DIFFERENCES = 4096;
 
+// The squared distance of a loaded row to a centre, for cosine half that, by differences: rounded relative to itself, but
+// for what row and centre were rounded by, relative to the offset.
+template <class T>
+T distance_by_differences(const Clusters<T>& clusters, const PackedCenters<T>& centers, const T* x, int64_t center) {
+  const T* c = centers.rows + center * centers.stride;
+  Vector<T> total{};
+  for (int64_t d = 0; d < centers.stride; d += LANES<T>) {
+    const Vector<T> difference = load<Vector<T>>(x + d) - load<Vector<T>>(c + d);
+    total += difference * difference;
+  }
+  return clusters.cosine ? sum_lanes<T>(total) / 2 : sum_lanes<T>(total);
+}
+
+// The distance of a loaded row to the centre of its label; `memory` holds a row.
+template <class T>
+T distance_to_center(const Clusters<T>& clusters, const PackedCenters<T>& centers, int64_t row, const T* x, T squares,
+                     int64_t label, T* memory) {
+  const T distance = distance_by_differences(clusters, centers, x, label);
+  const bool has_directions = !clusters.cosine || (squares != 0 && centers.inverse_norms[label] != 0);
+  if (distance >= squares / NEAR_BY_DIFFERENCES && has_directions) return distance;
+  return T(exact_distance(clusters, centers, exact_row(clusters, row, memory), label));
+}
+
+// The nearest so far of the centres that a row, whose label rounding could decide, is compared with in ascending order.
+template <class T>
+struct Nearest {
+  ExactRow<T> exact;
+  const T* x;      // the loaded row
+  double squares;  // |x|^2
+  double lowest = __builtin_inf();
+  int64_t label = 0;
+
+  // In fp64 where differences in T do not tell that it is farther.
+  void compare(const Clusters<T>& clusters, const PackedCenters<T>& centers, int64_t center) {
+    const double in_t = distance_by_differences(clusters, centers, x, center);
+    const double roundings = (clusters.width / LANES<T> + 8) * double(ROUNDING<T>);
+    const double moved = roundings * (__builtin_sqrt(squares) + double(*centers.largest_norm));  // row and centre
+    const double error = 4 * roundings * in_t +
+                         (2 * __builtin_sqrt(2 * in_t) + moved) * moved;
+    if (in_t - error > lowest && (!clusters.cosine || centers.inverse_norms[center] != 0)) return;
+    const double distance = exact_distance(clusters, centers, exact, center);
+    if (distance < lowest) lowest = distance, label = center;
+  }
+};
+
 // The two lowest scores of those seen, with another one.
 template <class V>
 inline void take_lowest(V s, V& lowest, V& second) {
@@ -207,7 +252,8 @@ inline double rounded(T x, double rounding) {
   return (double(x) + rounding) - rounding;
 }
 
-// Adds a loaded row to the sum of its label, and takes it from the one that it was in before: few rows move.
+// Adds a loaded row to the sum of its label, and takes it from the one that it was in before: few rows move. Where sums
+// have several levels, [levels, K, D], each takes what rounding left of the one before.
 template <class T>
 void follow_row(const Clusters<T>& clusters, int64_t row, int64_t label, const T* __restrict x,
                 double* __restrict sums, int64_t* counts) {
@@ -215,17 +261,28 @@ void follow_row(const Clusters<T>& clusters, int64_t row, int64_t label, const T
   if (label == before) return;
   const double* __restrict rounding = clusters.rounding;
   double* __restrict to = sums + label * width;
-  if (before < 0) {
+  double* __restrict from = sums + before * width;
+  if (clusters.levels > 1) {
+    const int64_t step = clusters.centers * width;
+    for (int64_t d = 0; d < width; d++) {
+      double left = x[d];
+      for (int64_t level = 0; level < clusters.levels; level++) {
+        const double entry = rounded(left, rounding[level * width + d]);
+        to[level * step + d] += entry;
+        if (before >= 0) from[level * step + d] -= entry;
+        left -= entry;
+      }
+    }
+  } else if (before < 0) {
     for (int64_t d = 0; d < width; d++) to[d] += rounded(x[d], rounding[d]);
   } else {
-    double* __restrict from = sums + before * width;
     for (int64_t d = 0; d < width; d++) {
       const double entry = rounded(x[d], rounding[d]);
       to[d] += entry;
       from[d] -= entry;
     }
-    counts[before]--;
   }
+  if (before >= 0) counts[before]--;
   counts[label]++;
   if (clusters.followed) clusters.followed[row] = int32_t(label);
 }

@@ -49,8 +49,8 @@ void multiply_tile(const Clusters<T>& clusters, const PackedCenters<T>& centers,
                           block.products, TILE_STRIDE<T>, false});
 }
 
-// The labels of LANES rows: the centre of the lowest score of all lanes, of equal ones the first; UNDECIDED where rounding
-// could have decided.
+// The labels of LANES rows: the centre of the lowest score of all lanes, of equal ones the first; UNDECIDED where
+// rounding could have decided.
 template <class T>
 void find_labels(const Clusters<T>& clusters, const PackedCenters<T>& centers, const ClusterBlock<T>& block,
                  int64_t first) {
@@ -83,7 +83,7 @@ void find_nearest(const Clusters<T>& clusters, const PackedCenters<T>& centers, 
   using V = Vector<T>;
   Mask<T> lanes;
   for (int64_t lane = 0; lane < LANES<T>; lane++) lanes[lane] = Index<T>(lane);
-  for (int64_t i = 0; i < rows; i++) {
+  for (int64_t i = 0; i < round_up(rows, LANES<T>); i++) {
     store(block.score + i * LANES<T>, broadcast(T(__builtin_inf())));
     store(block.second + i * LANES<T>, broadcast(T(__builtin_inf())));
     store(block.center + i * LANES<T>, Mask<T>{});
@@ -112,14 +112,12 @@ void find_nearest(const Clusters<T>& clusters, const PackedCenters<T>& centers, 
 template <class T>
 void decide(const Clusters<T>& clusters, const PackedCenters<T>& centers, const ClusterBlock<T>& block, int64_t begin,
             int64_t first, int64_t rows) {
-  ExactRow<T> exact[GROUP];
-  double nearest[GROUP];
+  Nearest<T> nearest[GROUP];
   int64_t undecided[GROUP], count = 0;
   for (int64_t i = first; i < first + rows; i++) {
     if (block.labels[i] != UNDECIDED) continue;
-    exact[count] = exact_row(clusters, begin + i, block.exact + count * centers.stride);
-    nearest[count] = __builtin_inf();
-    block.labels[i] = 0;
+    nearest[count] = {exact_row(clusters, begin + i, block.exact + count * centers.stride),
+                      block.rows + i * centers.stride, block.squares[i]};
     undecided[count++] = i;
   }
   for (int64_t tile = 0; count && tile < clusters.centers; tile += TILE) {
@@ -132,29 +130,13 @@ void decide(const Clusters<T>& clusters, const PackedCenters<T>& centers, const 
         const Vector<T> score = load<Vector<T>>(centers.half_norms + tile + j) -
                                 load<Vector<T>>(block.products + (i - first) * TILE_STRIDE<T> + j);
         const Mask<T> far = score - error(score) > block.limit[i];
-        for (int64_t lane = 0; lane < smaller(LANES<T>, clusters.centers - tile - j); lane++) {
-          if (far[lane]) continue;
-          const double distance = exact_distance(clusters, centers, exact[u], tile + j + lane);
-          if (distance < nearest[u]) nearest[u] = distance, block.labels[i] = tile + j + lane;
-        }
+        if (every_lane<T>(far)) continue;
+        for (int64_t lane = 0; lane < smaller(LANES<T>, clusters.centers - tile - j); lane++)
+          if (!far[lane]) nearest[u].compare(clusters, centers, tile + j + lane);
       }
     }
   }
-}
-
-// The distance of a row of the block to the centre of its label.
-template <class T>
-T distance_to_center(const Clusters<T>& clusters, const PackedCenters<T>& centers, const ClusterBlock<T>& block,
-                     int64_t begin, int64_t i) {
-  const T *x = block.rows + i * centers.stride, *c = centers.rows + block.labels[i] * centers.stride;
-  Vector<T> total{};
-  for (int64_t d = 0; d < centers.stride; d += LANES<T>) {
-    const Vector<T> difference = load<Vector<T>>(x + d) - load<Vector<T>>(c + d);
-    total += difference * difference;
-  }
-  const T distance = clusters.cosine ? sum_lanes<T>(total) / 2 : sum_lanes<T>(total);
-  if (distance >= block.squares[i] / NEAR_BY_DIFFERENCES) return distance;
-  return T(exact_distance(clusters, centers, exact_row(clusters, begin + i, block.exact), block.labels[i]));
+  for (int64_t u = 0; u < count; u++) block.labels[undecided[u]] = nearest[u].label;
 }
 
 // Rows begin .. end - 1. Adds to sums [K, D] and counts [K] of the caller's thread, where these are wanted.
@@ -173,6 +155,7 @@ void cluster_rows(const Clusters<T>& clusters, char* packed, int64_t begin, int6
     for (int64_t i = 0; i < rows; i++) {
       block.squares[i] = load_cluster_row(clusters, first + i, centers, block.rows + i * centers.stride);
     }
+    for (int64_t i = rows; i < round_up(rows, LANES<T>); i++) block.squares[i] = 0;
     for (int64_t at = rows * centers.stride; at < round_up(rows, GROUP) * centers.stride; at++) block.rows[at] = 0;
     find_nearest(clusters, centers, block, rows);
     for (int64_t i = 0; i < rows; i += GROUP)
@@ -181,7 +164,8 @@ void cluster_rows(const Clusters<T>& clusters, char* packed, int64_t begin, int6
       // The next block comes while this one is computed: memory is what a pass waits for.
       if (first + CLUSTER_ROWS + i < end) prefetch_row(clusters.rows, first + CLUSTER_ROWS + i, clusters.width);
       const int64_t label = block.labels[i];
-      clusters.distances[first + i] = distance_to_center(clusters, centers, block, first, i);
+      clusters.distances[first + i] = distance_to_center(
+          clusters, centers, first + i, block.rows + i * centers.stride, block.squares[i], label, block.exact);
       if (clusters.labels) clusters.labels[first + i] = label;
       if (sums) follow_row(clusters, first + i, label, block.rows + i * centers.stride, sums, counts);
     }

@@ -17,16 +17,17 @@ constexpr int64_t RUNS = MCL_PANEL_VECTORS == 4 ? 4 : 2;  // RUNS * FEW_AT_ONCE 
 template <class T>
 constexpr int64_t OF_A_RUN = LANES<T> / RUNS;  // rows of a block
 
-// Copies of LANES rows that need some change, and of a single row; for |x|^2 and each centre a vector of sums per row;
+// Copies of LANES rows that need some change, and of a single row, changed and as it is; for |x|^2 and each centre a vector of sums per row;
 // and which rows move to another centre, and to which.
 template <class T>
 struct FewBlock {
-  T *rows, *row, *norms, *products;
+  T *rows, *row, *exact, *norms, *products;
   int64_t *moved, *moved_to;
 
   FewBlock(Arena& arena, int64_t stride)
       : rows(arena.take<T>(LANES<T> * stride)),
         row(arena.take<T>(stride)),
+        exact(arena.take<T>(stride)),
         norms(arena.take<T>(LANES<T> * LANES<T>)),
         products(arena.take<T>((FEW + FEW_AT_ONCE) * LANES<T> * LANES<T>)),
         moved(arena.take<int64_t>(MOVED_ROWS)),
@@ -105,18 +106,6 @@ void multiply_block(const Clusters<T>& clusters, const PackedCenters<T>& centers
   }
 }
 
-// By differences from all of them; of equally near ones the first.
-template <class T>
-int64_t nearest_of_few(const Clusters<T>& clusters, const PackedCenters<T>& centers, const ExactRow<T>& x) {
-  double nearest = __builtin_inf();
-  int64_t label = 0;
-  for (int64_t j = 0; j < clusters.centers; j++) {
-    const double distance = exact_distance(clusters, centers, x, j);
-    if (distance < nearest) nearest = distance, label = j;
-  }
-  return label;
-}
-
 // As cluster_rows.
 template <class T>
 void cluster_rows_to_few(const Clusters<T>& clusters, const PackedCenters<T>& centers, const FewBlock<T>& block,
@@ -169,9 +158,15 @@ void cluster_rows_to_few(const Clusters<T>& clusters, const PackedCenters<T>& ce
     store(label, center);
     for (int64_t i = 0; !every_lane<T>(right) && i < rows; i++) {
       if (right[i]) continue;
-      const ExactRow<T> x = exact_row(clusters, first + i % OF_A_RUN<T> + i / OF_A_RUN<T> * run, block.row);
-      if (!decided[i]) label[i] = T(nearest_of_few(clusters, centers, x));
-      distance[i] = T(exact_distance(clusters, centers, x, int64_t(label[i])));
+      const int64_t row = first + i % OF_A_RUN<T> + i / OF_A_RUN<T> * run;
+      const T* x = copied ? block.rows + i * stride : block.row;
+      const T squares = copied ? norms[i] : load_cluster_row(clusters, row, centers, block.row);
+      if (!decided[i]) {
+        Nearest<T> nearest{exact_row(clusters, row, block.exact), x, squares};
+        for (int64_t j = 0; j < clusters.centers; j++) nearest.compare(clusters, centers, j);
+        label[i] = T(nearest.label);
+      }
+      distance[i] = distance_to_center(clusters, centers, row, x, squares, int64_t(label[i]), block.exact);
     }
     for (int64_t i = 0; i < rows; i++) {
       const int64_t label_of_row = int64_t(label[i]), row = first + i % OF_A_RUN<T> + i / OF_A_RUN<T> * run;

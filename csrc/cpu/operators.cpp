@@ -377,7 +377,7 @@ std::tuple<Tensor, Tensor> unit_rows_backward(const Tensor& view_a, const Option
 
 using ClusterPass = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
-// Labels, distances, and for each centre the sum of its rows relative to the offset and their number; of these, what
+// Labels, distances, and for each level and centre the sum of its rows relative to the offset, and their number; of these, what
 // changed since the labels `followed`, which become those of this pass: no others are returned.
 template <class T>
 ClusterPass assign_clusters_as(const Tensor& x, const Tensor& centers, const Tensor& offset, bool cosine,
@@ -388,7 +388,8 @@ ClusterPass assign_clusters_as(const Tensor& x, const Tensor& centers, const Ten
                dense_offset = offset.contiguous(),
                dense_rounding = rounding.contiguous();
   const int64_t n = x.size(0), width = x.size(1), k = centers.size(0);
-  Tensor labels = at::empty({followed ? 0 : n}, x.options().dtype(at::kLong)), distances = at::empty({n}, centers.options());
+  Tensor labels = at::empty({followed ? 0 : n}, x.options().dtype(at::kLong));
+  Tensor distances = at::empty({n}, centers.options());
 
   Clusters<T> clusters{};
   clusters.rows = {rows.const_data_ptr(), rows.stride(0), dtype_of(x), nullptr, nullptr};
@@ -396,6 +397,7 @@ ClusterPass assign_clusters_as(const Tensor& x, const Tensor& centers, const Ten
   clusters.centers = k;
   clusters.cosine = cosine;
   clusters.points = dense_centers.const_data_ptr<T>();
+  clusters.levels = rounding.size(0);
   clusters.rounding = dense_rounding.const_data_ptr<double>();
   TORCH_CHECK(!followed || followed->is_contiguous(), "followed must be contiguous");
   clusters.followed = followed ? followed->mutable_data_ptr<int32_t>() : nullptr;
@@ -408,7 +410,8 @@ ClusterPass assign_clusters_as(const Tensor& x, const Tensor& centers, const Ten
   const int64_t bytes = kernels.cluster_workspace_bytes(width);
   const Memory workspace(threads * (bytes + 64));
   const auto sizes = [&](int64_t of_thread) { return with_sums ? threads * of_thread : 0; };
-  Tensor sums = at::zeros({sizes(k), width}, centers.options().dtype(at::kDouble));
+  const int64_t sums_of_thread = clusters.levels * k;
+  Tensor sums = at::zeros({sizes(sums_of_thread), width}, centers.options().dtype(at::kDouble));
   Tensor counts = at::zeros({sizes(k)}, labels.options());
   double* sums_data = sums.mutable_data_ptr<double>();
   int64_t* counts_data = counts.mutable_data_ptr<int64_t>();
@@ -416,7 +419,7 @@ ClusterPass assign_clusters_as(const Tensor& x, const Tensor& centers, const Ten
   const auto work = [&](int64_t thread) {
     for (int64_t part = next++; part < parts; part = next++)
       kernels.cluster_rows(clusters, packed.data, part * PART, std::min(n, (part + 1) * PART),
-                           with_sums ? sums_data + thread * k * width : nullptr, counts_data + thread * k,
+                           with_sums ? sums_data + thread * sums_of_thread * width : nullptr, counts_data + thread * k,
                            workspace.data + thread * ((bytes + 63) / 64 * 64));
   };
   if (threads == 1)
@@ -424,11 +427,11 @@ ClusterPass assign_clusters_as(const Tensor& x, const Tensor& centers, const Ten
   else
     parallel_for(threads, work);
   for (int64_t thread = 1; thread < threads && with_sums; thread++) {  // exact, so in any order
-    for (int64_t at = 0; at < k * width; at++) sums_data[at] += sums_data[thread * k * width + at];
+    const double* of_thread = sums_data + thread * sums_of_thread * width;
+    for (int64_t at = 0; at < sums_of_thread * width; at++) sums_data[at] += of_thread[at];
     for (int64_t j = 0; j < k; j++) counts_data[j] += counts_data[thread * k + j];
   }
-  const int64_t wanted = with_sums ? k : 0;
-  return {labels, distances, sums.slice(0, 0, wanted), counts.slice(0, 0, wanted)};
+  return {labels, distances, sums.slice(0, 0, with_sums ? sums_of_thread : 0), counts.slice(0, 0, with_sums ? k : 0)};
 }
 
 ClusterPass assign_clusters(const Tensor& x, const Tensor& centers, const Tensor& offset, bool cosine,

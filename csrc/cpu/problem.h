@@ -75,7 +75,8 @@ struct Clusters {
   int64_t width, centers;
   bool cosine;            // rows are divided by their norms; centres come so
   const T* points;        // [K, D] the centres
-  const double* rounding; // [D] 1.5 * 2^e, where no sum of such entries is above 2^e
+  int64_t levels;         // of sums
+  const double* rounding; // [levels, D] 1.5 * 2^e, where no sum of a level's entries is above 2^e
   int64_t* labels;        // [N], or null
   int32_t* followed;      // [N] labels of an earlier pass, -1 for none, which become those of this one: sums are what
                           // changed. Or null

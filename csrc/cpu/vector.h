@@ -112,16 +112,6 @@ inline T sum_lanes(Vector<T> v) {
   return v[0];
 }
 
-template <class T>
-inline T smallest_lane(Vector<T> v) {
-  const auto step = [&](Vector<T> other) { v = other < v ? other : v; };
-  if constexpr (LANES<T> > 8) step(rotate<T, 8>(v));
-  if constexpr (LANES<T> > 4) step(rotate<T, 4>(v));
-  if constexpr (LANES<T> > 2) step(rotate<T, 2>(v));
-  step(rotate<T, 1>(v));
-  return v[0];
-}
-
 // Whether a comparison holds in every lane.
 template <class T>
 inline bool every_lane(Mask<T> v) {
@@ -136,6 +126,17 @@ inline Vector<double> load_wide(const double* from) { return load<Vector<double>
 inline Vector<double> load_wide(const float* from) {
   typedef float Half __attribute__((vector_size(MCL_VECTOR_BYTES / 2)));
   return __builtin_convertvector(load<Half>(from), Vector<double>);
+}
+
+// <x, y> of two rows in fp64.
+template <class T>
+inline double wide_dot(const T* x, const T* y, int64_t width) {
+  Vector<double> sums{};
+  int64_t d = 0;
+  for (; d + LANES<double> <= width; d += LANES<double>) sums += load_wide(x + d) * load_wide(y + d);
+  double sum = sum_lanes<double>(sums);
+  for (; d < width; d++) sum += double(x[d]) * double(y[d]);
+  return sum;
 }
 
 // <x, y> of two rows.

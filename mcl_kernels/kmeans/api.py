@@ -323,6 +323,8 @@ def _check_range(name: str, x: Tensor) -> None:
 
 def _rounded(x: float) -> float:
     """Rounds to the 24 bits of fp32, in any range."""
+    if not math.isfinite(x):
+        return x
     fraction, exponent = math.frexp(x)
     return math.ldexp(round(fraction * 2**24), exponent - 24)
 

@@ -16,6 +16,7 @@ lowest are so close that rounding could have decided, distances are taken from d
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,9 +32,10 @@ COMPARED_ENTRIES = 1 << 22  # distances in fp64 at a time
 SERIAL = 1 << 14  # numbers that PyTorch sums by one thread
 SURVEYED_ROWS = 256  # enough to tell the offset and the scale of each column
 SURVEYED_CENTERS = 64
-SCALE_BITS = 16  # sums resolve that much of a column's scale
-LEAST_FAR, MOST_FAR = 2.0**8, 2.0**18  # an entry by its column's scale: ordinary ones of many rows; what GPUs resolve
-LEAST_EXPONENT = -960
+SCALE_BITS = 24  # of a column's scale, as many as fp32 has, are kept in sums
+MIN_FAR, MAX_FAR = 2.0**8, 2.0**11  # entry over scale that one level always takes, of many rows, and that GPUs resolve
+UNSEEN_BITS = 64  # below the largest entry, where the scale of a column is not known
+MIN_EXPONENT = -960
 SMALLEST_FP32 = 2.0**-40  # differences whose squares fp32 still resolves
 NEAR = 2.0**-12  # a squared distance between rows of length 1 in which rounding of the rows shows
 
@@ -65,12 +67,8 @@ class Centers(NamedTuple):
 
     def rounded(self, x: Tensor) -> Tensor:
         """Rows as they are summed, fp64 [levels, N, D]."""
-        if self.cosine:
-            left = unit_rows(x.to(self.points.dtype)).double()
-        elif len(self.rounding) == 1:
-            left = (x.to(self.points.dtype) - self.offset).double()  # as kernels round them
-        else:
-            left = x.double() - self.offset.double()
+        x = x.to(self.points.dtype)  # as kernels round them
+        left = (unit_rows(x) if self.cosine else x - self.offset).double()
         levels = []
         for rounding in self.rounding:
             levels.append((left + rounding) - rounding)
@@ -111,6 +109,13 @@ def score_bound(squares: Tensor, second: Tensor, largest: Tensor) -> Tensor:
     return torch.minimum(largest.square() / 2 + largest * squares.sqrt(), 4 * squares + 3 * second)
 
 
+def multiply(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b.T in the dtype of both, whatever PyTorch is told of the precision of fp32 products."""
+    if a.dtype == torch.float32 and product_precision() != "highest":
+        return (a.double() @ b.double().T).float()
+    return a @ b.T
+
+
 def settle(x: Tensor, centers: Centers, labels: Tensor, distances: Tensor, undecided: Tensor) -> Tensor:
     """Gives the undecided rows, bool [N], their nearest centre, in place: from differences in fp64, of equally near
     ones the first. Cosine distances next to 0, in which rounding shows, are taken from differences, too.
@@ -118,21 +123,38 @@ def settle(x: Tensor, centers: Centers, labels: Tensor, distances: Tensor, undec
     Returns the indices of the undecided rows.
     """
     index = undecided.nonzero().squeeze(1)
-    exact = (undecided | (distances < NEAR)).nonzero().squeeze(1) if centers.cosine else index
     points = centers.points.double()
     points = unit_rows(points) if centers.cosine else points
-    size = max(COMPARED_ENTRIES // len(points), 1)
-    for start in range(0, len(exact), size):
-        part = exact[start : start + size]
+    without_direction = (points == 0).all(1)
+    for part in _parts(index, points):
         rows = x[part].double()
         rows = unit_rows(rows) if centers.cosine else rows
-        every = torch.cdist(rows, points, compute_mode="donot_use_mm_for_euclid_dist")
-        nearest = every.min(1)
-        squared = nearest.values.square()
-        if centers.cosine:  # a row without a direction is as far from all centres
-            squared = torch.where((rows == 0).all(1), 1.0, squared / 2)
-        labels[part], distances[part] = nearest.indices, squared.to(distances.dtype)
+        every = torch.cdist(rows, points, compute_mode="donot_use_mm_for_euclid_dist").square()
+        if centers.cosine:
+            every = torch.where((rows == 0).all(1, keepdim=True) | without_direction, 1.0, every / 2)
+        labels[part] = every.argmin(1)
+        distances[part] = every.gather(1, labels[part].unsqueeze(1)).squeeze(1).to(distances.dtype)
+    if centers.cosine:
+        distances[without_direction[labels]] = 1.0
+        for part in _parts(((distances < NEAR) & ~undecided).nonzero().squeeze(1), points):
+            differences = unit_rows(x[part].double()) - points[labels[part]]
+            distances[part] = (differences.square().sum(1) / 2).to(distances.dtype)
     return index
+
+
+def _parts(index: Tensor, points: Tensor) -> Iterator[Tensor]:
+    """An index of rows in parts that take little memory in fp64, compared with all points."""
+    size = max(COMPARED_ENTRIES // max(points.shape), 1)
+    for start in range(0, len(index), size):
+        yield index[start : start + size]
+
+
+def product_precision() -> str:
+    """PyTorch's setting for products of fp32: "highest" where they are as exact as fp32."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:  # torch does not answer once its newer switch was used
+        return "high"
 
 
 def unit_rows(x: Tensor) -> Tensor:
@@ -145,18 +167,22 @@ def unit_rows(x: Tensor) -> Tensor:
 
 
 def middle_and_scale(x: Tensor, metric: str) -> Tensor:
-    """The median of each column, and that of the distances to it that are not 0, [2, D]: some far rows change neither.
+    """Median of each column, and of its distances to it that are not 0, [2, D]: some far rows change neither.
 
-    For cosine 0 and the scale of entries.
+    For cosine 0 and the scale of entries. Scale 0 is that of a column in which no entries differ.
     """
-    rows = _spread(x, SURVEYED_ROWS).double().cpu().numpy()
+    drawn = torch.randint(len(x), (SURVEYED_ROWS,), generator=torch.Generator().manual_seed(0), device="cpu")
+    rows = x[drawn.to(x.device)].double().cpu().numpy()
     middle = np.partition(rows, len(rows) // 2, axis=0)[len(rows) // 2]
     if metric == "cosine":
         middle = np.zeros_like(middle)
     away = np.sort(np.ascontiguousarray(np.abs(rows - middle).T), axis=1)
     zeros = (away == 0).sum(1)
-    scale = np.take_along_axis(away, (zeros + len(rows) - 1)[:, None] // 2, axis=1)
-    return torch.from_numpy(np.stack((middle, scale.squeeze(1)))).to(x.device)
+    scale = np.take_along_axis(away, (zeros + len(rows) - 1)[:, None] // 2, axis=1).squeeze(1)
+    for column in np.flatnonzero(scale == 0).tolist():  # rare entries: all rows are asked
+        others = np.abs(x[:, column].double().cpu().numpy() - middle[column])
+        scale[column] = np.median(others[others > 0]) if others.any() else 0.0
+    return torch.from_numpy(np.stack((middle, scale))).to(x.device)
 
 
 def summarize(
@@ -185,14 +211,14 @@ def _fits(largest: float, scale: float, width: int, dtype: torch.dtype) -> bool:
 
 def _levels(rows: int, largest: Array, scale: Array) -> Array:
     """Numbers that round the entries of each level of sums, fp64 [levels, D]: see `Centers.rounding`."""
-    wanted = np.where(scale > 0, scale, largest)
-    far = largest > wanted * min(max(2.0 ** (52 - SCALE_BITS) / rows, LEAST_FAR), MOST_FAR)
+    scale = np.where(scale > 0, scale, np.ldexp(largest, -UNSEEN_BITS))
+    far = largest > scale * min(max(2.0 ** (52 - SCALE_BITS) / rows, MIN_FAR), MAX_FAR)
     levels, bound = [], largest
     while True:
-        exponents = np.maximum(np.frexp(bound * rows)[1], LEAST_EXPONENT)
+        exponents = np.maximum(np.frexp(bound * rows)[1], MIN_EXPONENT)
         levels.append(np.ldexp(1.5, exponents))
         unit = np.ldexp(1.0, exponents - 52)
-        if not (far & (unit > wanted * 2.0**-24) & (exponents > LEAST_EXPONENT)).any():
+        if not (far & (unit > np.ldexp(scale, -SCALE_BITS)) & (exponents > MIN_EXPONENT)).any():
             return np.stack(levels)
         bound = unit / 2
 

@@ -1,13 +1,13 @@
 """One pass over the data in CUDA C++: `csrc/cuda/kmeans_*.cuh`, for GPUs and systems that Triton is not for.
 
     euclidean   label_i = argmin_k |x_i - c_k|^2,   distance_i = |x_i - c_label|^2
-    cosine      label_i = argmax_k <x_i, c_k>,      distance_i = 1 - <x_i, c_label>,    x_i divided by its norm
+    cosine      label_i = argmax_k <x_i, c_k>,      distance_i = |x_i - c_label|^2 / 2, x_i divided by its norm
 
 A block finds the argmin of |c|^2 / 2 - <x, c> for a tile of rows against tiles of centres: no N x K scores. fp16 and
 bf16 rows are multiplied as they are, on tensor cores (bf16 before compute capability 8.0 is not), with centres as the
 sum of two numbers of their dtype; fp32 rows relative to the offset, in fp32. Few centres: a block adds the rows of a
 tile to its sums while the cache has them. Many: rows are sorted by label, and read once more. Sums are exact: fp32
-entries are added as integers. No add is atomic, and nothing waits for the GPU.
+entries are added as integers. No add is atomic.
 
 Memory beyond inputs and outputs. Few centres: their fp64 sums for each block that runs at a time. Many: the order and
 the norms of the rows, and fp64 sums of every 256 rows.

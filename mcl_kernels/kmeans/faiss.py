@@ -53,6 +53,7 @@ def assign(x: Tensor, centers: Centers) -> tuple[Tensor, Tensor]:
             undecided[rows] = _undecided(values, slab, largest, centers.cosine).to(x.device)
         # From differences: its own lose digits next to a centre.
         if centers.cosine:
+            undecided[rows] |= (relative == 0).all(1)  # a row without a direction has a distance of its own
             distances[rows] = (relative - points[labels[rows]]).square().sum(1) / 2
         else:
             distances[rows] = (raw - centers.points[labels[rows]]).square().sum(1)

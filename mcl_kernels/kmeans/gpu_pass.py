@@ -22,8 +22,8 @@ INTERPRETED_PROGRAMS = 2  # on a CPU
 PIECE_ROWS = 256  # their entries' integers add up in 32 bits
 ENTRY_BITS = 35  # of an fp32 entry
 
-# What a number of a product may lose, twice: of fp32 in one product of tf32 and in three, of centres in two of 16 bits.
-LOST = {"ieee": 0.0, "fp32": 0.0, "tf32": 2.0**-9, "tf32x3": 2.0**-19}
+# What a number of a product may lose, twice: of fp32 in three products of tf32, of centres in two of 16 bits.
+LOST = {"ieee": 0.0, "fp32": 0.0, "tf32x3": 2.0**-19}
 LOST_OF_HALF = {torch.bfloat16: 2.0**-15, torch.float16: 2.0**-20}
 LOST_BELOW_FP16 = 2.0**-34  # of the largest centre
 

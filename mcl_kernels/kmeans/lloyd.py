@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mcl_kernels._rows import compute_dtype
-from mcl_kernels.kmeans.centers import Centers, Summary, prepare, serial_sum, unit_rows
+from mcl_kernels.kmeans.centers import Centers, Summary, multiply, prepare, serial_sum, unit_rows
 from mcl_kernels.kmeans.sources import Rows
 
 
@@ -44,7 +44,7 @@ class Partition:
     """Which rows are nearest to which centre, followed from pass to pass: sums, numbers and the objective.
 
     Labels, of the rows that this process has, are kept as int32 where what changed is followed: by the implementation,
-    or here where sums have several levels, which no kernel has.
+    or here where sums have several levels.
     """
 
     def __init__(self, problem: Problem, n_clusters: int) -> None:
@@ -89,12 +89,12 @@ def _pass(
     steps: ModuleType, x: Tensor, centers: Centers, followed: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Distances, sums [levels, K, D] and numbers; of these, what changed since the labels `followed`, if given."""
-    if len(centers.rounding) == 1:
+    if hasattr(steps, "follow") or len(centers.rounding) == 1:
         if followed is None:
             _, distances, sums, counts = steps.assign_and_sum(x, centers)
         else:
             distances, sums, counts = steps.follow(x, centers, followed)
-        return distances, sums.unsqueeze(0), counts
+        return distances, sums.view(len(centers.rounding), *centers.points.shape), counts
     labels, distances = steps.assign(x, centers)
     if followed is None:
         return distances, *centers.sum_rows(x, labels)
@@ -267,7 +267,10 @@ def _fill_empty(partition: Partition, centers: Centers) -> int:
         here = slice(begin, begin + len(chunk))
         labels[here], distances[here] = problem.steps.assign(chunk, centers)
         begin += len(chunk)
-    away = torch.bincount(labels[distances > 0], minlength=len(counts))  # rows that can be moved
+    least = 0.0  # above it a row differs from its centre, whose direction is rounded
+    if centers.cosine:
+        least = (4 * torch.finfo(compute_dtype(rows.like)).eps) ** 2
+    away = torch.bincount(labels[distances > least], minlength=len(counts))  # rows that can be moved
     _, (away,) = rows.total(0.0, away)
     moves: list[tuple[int, int]] = []
     for empty in all_empty:
@@ -281,7 +284,7 @@ def _fill_empty(partition: Partition, centers: Centers) -> int:
     offers = torch.zeros(rows.shards, len(moves), 2, dtype=torch.float64)  # distance and position
     for number, (largest, _) in enumerate(moves if held else ()):
         distance, row = torch.where(labels == largest, distances, 0.0).max(0)
-        if distance > 0:
+        if distance > least:
             offers[rows.shard, number] = torch.tensor([float(distance), held[int(row)]], dtype=torch.float64)
             distances[row] = 0.0
     _, (offers,) = rows.total(0.0, offers)
@@ -300,12 +303,12 @@ def _fill_empty(partition: Partition, centers: Centers) -> int:
 def _squared_distances_among(x: Tensor, offset: Tensor) -> Callable[[Tensor], Tensor]:
     """|x_i - x_j|^2 of the rows i of an index and all j, fp64 [rows, N]; exactly 0 between equal rows."""
     relative = x - offset
-    squares = relative.square().sum(1)
+    squares, tiny = relative.square().sum(1), torch.finfo(x.dtype).tiny
 
     def squared_distances(index: Tensor) -> Tensor:
         scale = squares[index].unsqueeze(1) + squares
-        squared = torch.addmm(scale, relative[index], relative.T, alpha=-2)
-        close = squared < 1e-3 * scale  # rounding of the product would show: their differences are taken
+        squared = scale - 2 * multiply(relative[index], relative)
+        close = squared <= 1e-3 * scale + tiny  # rounding of the product would show: their differences are taken
         squared = squared.double()
         for i, row in enumerate(index.tolist()):
             near = close[i].nonzero().squeeze(1)

@@ -1,7 +1,7 @@
 """One pass over the data on the processor: `csrc/cpu/cluster.h`, which `_native` finds or builds.
 
     euclidean   label_i = argmin_k |x_i - c_k|^2,   distance_i = |x_i - c_label|^2
-    cosine      label_i = argmax_k <x_i, c_k>,      distance_i = 1 - <x_i, c_label>,    x_i divided by its norm
+    cosine      label_i = argmax_k <x_i, c_k>,      distance_i = |x_i - c_label|^2 / 2, x_i divided by its norm
 
 A block of rows is read once: it meets all centres while it is in the cache. Then those of its rows are added to the
 sums, and taken from others, whose label is not that of the pass before: few, after some iterations.
@@ -39,7 +39,7 @@ def follow(x: Tensor, centers: Centers, labels: Tensor) -> tuple[Tensor, Tensor,
 
 
 def _described(centers: Centers) -> tuple[Tensor, Tensor, bool, Tensor]:
-    return centers.points, centers.offset, centers.cosine, centers.rounding[0]
+    return centers.points, centers.offset, centers.cosine, centers.rounding
 
 
 def _ops() -> Any:

@@ -1,7 +1,7 @@
 """One pass over the data, tile by tile in plain PyTorch: the nearest centre of each row, sums, counts.
 
     euclidean   label_i = argmin_k |x_i - c_k|^2,   distance_i = |x_i - c_label|^2
-    cosine      label_i = argmax_k <x_i, c_k>,      distance_i = 1 - <x_i, c_label>,    x_i divided by its norm
+    cosine      label_i = argmax_k <x_i, c_k>,      distance_i = |x_i - c_label|^2 / 2, x_i divided by its norm
 
 Ties go to the lowest index. Every product has the same shape, the last tile being padded, so that a row gets
 the same label whatever the rows around it. The argmin is taken of |c|^2 / 2 - <x, c> relative to the offset, and of
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mcl_kernels.kmeans.centers import Centers, score_bound, settle, undecided_rows, unit_rows
+from mcl_kernels.kmeans.centers import Centers, multiply, score_bound, settle, undecided_rows, unit_rows
 
 TILE = 1024
 
@@ -51,11 +51,11 @@ def _assign_tile(tile: Tensor, centers: Centers) -> tuple[Tensor, Tensor, Tensor
     squares, largest = rows.square().sum(1), (2 * half_norms.max()).sqrt()
     bound = largest * squares.sqrt() if centers.cosine else score_bound(squares, second, largest)
     undecided = undecided_rows(second - lowest, bound, tile.shape[1])
-    if centers.cosine:
-        return labels, (rows - points[labels]).square().sum(1) / 2, undecided
+    if centers.cosine:  # a row without a direction has a distance of its own
+        return labels, (rows - points[labels]).square().sum(1) / 2, undecided | (squares == 0)
     return labels, (tile - centers.points[labels]).square().sum(1), undecided
 
 
 def _fixed_shape_product(tile: Tensor, centers: Tensor) -> Tensor:
     """tile @ centers.T, computed as if the tile were full: the rounding of a row must not depend on the others."""
-    return (F.pad(tile, (0, 0, 0, TILE - len(tile))) @ centers.T)[: len(tile)]
+    return multiply(F.pad(tile, (0, 0, 0, TILE - len(tile))), centers)[: len(tile)]
