@@ -334,8 +334,10 @@ bool check_clusters(int64_t size, int64_t width, int64_t count, bool cosine) {
   clusters.centers = count;
   clusters.cosine = cosine;
   clusters.points = centers.data();
-  const std::vector<double> rounding(width, 1.5 * (1 << 20));
-  clusters.levels = 1;
+  // Sums of two levels: what the first one rounds off is summed by the second.
+  std::vector<double> rounding(2 * width, 1.5 * std::ldexp(1.0, 40));
+  std::fill_n(rounding.begin() + width, width, 1.5);
+  clusters.levels = 2;
   clusters.rounding = rounding.data();
   std::vector<int32_t> before(size);
   for (int64_t i = 0; i < size; i++) before[i] = int32_t(i % (count + 1)) - 1;
@@ -348,10 +350,11 @@ bool check_clusters(int64_t size, int64_t width, int64_t count, bool cosine) {
   const int64_t bytes = round_up(kernels.cluster_workspace_bytes(width));
   char* workspace = static_cast<char*>(std::aligned_alloc(64, 2 * bytes));
   kernels.pack_centers(clusters, centers.data(), offset.data(), packed);
-  std::vector<double> sums(2 * count * width);
+  const int64_t level = count * width;
+  std::vector<double> sums(2 * 2 * level);  // of two threads
   std::vector<int64_t> counts(2 * count);
   on_threads(2, [&](int64_t thread) {
-    kernels.cluster_rows(clusters, packed, thread * size / 2, (thread + 1) * size / 2, &sums[thread * count * width],
+    kernels.cluster_rows(clusters, packed, thread * size / 2, (thread + 1) * size / 2, &sums[thread * 2 * level],
                          &counts[thread * count], workspace + thread * bytes);
   });
 
@@ -380,7 +383,8 @@ bool check_clusters(int64_t size, int64_t width, int64_t count, bool cosine) {
   for (int64_t j = 0; j < count; j++)
     for (int64_t d = 0; d < width; d++) {
       const int64_t at = j * width + d;
-      const double sum = sums[at] + sums[count * width + at] + double(counts[j] + counts[count + j]) * offset[d];
+      const double of_threads = sums[at] + sums[level + at] + sums[2 * level + at] + sums[3 * level + at];
+      const double sum = of_threads + double(counts[j] + counts[count + j]) * offset[d];
       error = std::max(error, std::abs(sum - expected[at]) / (1 + std::abs(expected[at])));
     }
   for (char* memory : {packed, workspace}) {

@@ -29,7 +29,8 @@ assert {backend.impl for backend in BACKENDS} == set(IMPLEMENTATIONS)
 
 def summary_of(x: Tensor, metric: str, n: int | None = None) -> Summary:
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return summarize(n or len(x), x.amin(0), x.amax(0), middle_and_scale(x, metric).to(wide), metric)
+    low, high = x.amin(0), x.amax(0)
+    return summarize(n or len(x), low, high, middle_and_scale(x, metric, high.double() - low.double()).to(wide), metric)
 
 
 @pytest.fixture(params=BACKENDS, ids=str)

@@ -173,8 +173,9 @@ class KMeans:
             _check_range(rows.name, torch.stack((low, high)))
             generator = torch.Generator().manual_seed(self.seed)
             sample = self._sample(rows, n, generator)
-            middle = rows.from_first(lambda: middle_and_scale(sample, self.metric).to(compute_dtype(sample)))
-            summary = summarize(n, low, high, middle, self.metric, self.init)
+            spread = high.double() - low.double()
+            surveyed = rows.from_first(lambda: middle_and_scale(sample, self.metric, spread).to(compute_dtype(sample)))
+            summary = summarize(n, low, high, surveyed, self.metric, self.init)
             problem = Problem(rows, summary, self.metric, _steps(self.impl, rows.device))
             tol = self.tol * lloyd.mean_variance(problem) if self.tol else 0.0
             runs = (self._run(problem, sample, tol, generator) for _ in range(self.n_init))

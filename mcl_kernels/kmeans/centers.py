@@ -166,10 +166,11 @@ def unit_rows(x: Tensor) -> Tensor:
     return torch.where(is_unit, x, scaled / torch.where(norm > 0, norm, 1.0))
 
 
-def middle_and_scale(x: Tensor, metric: str) -> Tensor:
+def middle_and_scale(x: Tensor, metric: str, spread: Tensor) -> Tensor:
     """Median of each column, and of its distances to it that are not 0, [2, D]: some far rows change neither.
 
-    For cosine 0 and the scale of entries. Scale 0 is that of a column in which no entries differ.
+    For cosine 0 and the scale of entries. Scale 0 is that of a column in which no entries differ, such as those whose
+    `spread` [D], largest entry less the least, is 0.
     """
     drawn = torch.randint(len(x), (SURVEYED_ROWS,), generator=torch.Generator().manual_seed(0), device="cpu")
     rows = x[drawn.to(x.device)].double().cpu().numpy()
@@ -179,7 +180,8 @@ def middle_and_scale(x: Tensor, metric: str) -> Tensor:
     away = np.sort(np.ascontiguousarray(np.abs(rows - middle).T), axis=1)
     zeros = (away == 0).sum(1)
     scale = np.take_along_axis(away, (zeros + len(rows) - 1)[:, None] // 2, axis=1).squeeze(1)
-    for column in np.flatnonzero(scale == 0).tolist():  # rare entries: all rows are asked
+    rare = (scale == 0) & (spread.cpu().numpy() > 0)  # entries: all rows are searched
+    for column in np.flatnonzero(rare).tolist():
         others = np.abs(x[:, column].double().cpu().numpy() - middle[column])
         scale[column] = np.median(others[others > 0]) if others.any() else 0.0
     return torch.from_numpy(np.stack((middle, scale))).to(x.device)
