@@ -108,7 +108,7 @@ def masked_info_nce(
         "key_ids": key_ids, "temperature": temperature, "normalize": normalize, "exchange": exchange,
         "negatives": negatives, "objective": objective, "reduction": reduction,
     }  # fmt: skip
-    with over_ranks.agreement(ranks, "masked_info_nce", described):
+    with over_ranks.agreed_call(ranks, "masked_info_nce", described):
         _check_options(exchange, reduction)
         query, key, positive, pairs, impl = query_key_positive(
             query, key, labels, key_labels, positive, ids, key_ids, negatives, normalize, impl, ranks
@@ -170,12 +170,16 @@ def nt_xent(
         tensor(0.5514)
     """
     ranks = None if group is None else ranks_of(group)
+    # [1] is one number as [] is, and not the vector [2N] of another rank, which is described alike.
+    compared = temperature
+    if isinstance(temperature, Tensor) and temperature.shape == (1,):
+        compared = temperature.reshape(())
     described = {
-        "view_a": view_a, "view_b": view_b, "labels": labels, "ids": ids, "temperature": temperature,
+        "view_a": view_a, "view_b": view_b, "labels": labels, "ids": ids, "temperature": compared,
         "normalize": normalize, "exchange": exchange, "negatives": negatives, "objective": objective,
         "reduction": reduction,
     }  # fmt: skip
-    with over_ranks.agreement(ranks, "nt_xent", described):
+    with over_ranks.agreed_call(ranks, "nt_xent", described):
         _check_options(exchange, reduction)
         check_embeddings("view_a", view_a)
         check_embeddings("view_b", view_b)
@@ -250,7 +254,7 @@ def clip_loss(
         "ids": ids, "logit_scale": logit_scale, "normalize": normalize, "exchange": exchange, "negatives": negatives,
         "objective": objective, "reduction": reduction,
     }  # fmt: skip
-    with over_ranks.agreement(ranks, "clip_loss", described):
+    with over_ranks.agreed_call(ranks, "clip_loss", described):
         _check_options(exchange, reduction)
         check_embeddings("image_features", image_features)
         check_embeddings("text_features", text_features)
