@@ -108,6 +108,7 @@ def masked_info_nce(
         "key_ids": key_ids, "temperature": temperature, "normalize": normalize, "exchange": exchange,
         "negatives": negatives, "objective": objective, "reduction": reduction,
     }  # fmt: skip
+    is_queue = positive is not None
     with over_ranks.agreed_call(ranks, "masked_info_nce", described):
         _check_options(exchange, reduction)
         query, key, positive, pairs, impl = query_key_positive(
@@ -115,12 +116,15 @@ def masked_info_nce(
         )
         scale = _inverse_temperature(temperature, query, compute_dtype(query, key, positive))
     if ranks is None:
-        return _reduce(per_anchor.one_way(query, positive, key, pairs, scale, objective, impl), reduction)
+        loss = per_anchor.one_way(query, positive, key, pairs, scale, objective, impl, is_queue=is_queue)
+        return _reduce(loss, reduction)
     if isinstance(temperature, Tensor) and temperature.ndim:
         # On a rank with one row [1] may also be its part of a vector: over ranks it is one everywhere.
         scale = scale.expand(query.shape[0])
     exchange = over_ranks.needed_exchange(exchange, negatives, objective, reduction)
-    loss, total = over_ranks.one_way(query, positive, key, pairs, scale, objective, impl, ranks, exchange)
+    loss, total = over_ranks.one_way(
+        query, positive, key, pairs, scale, objective, impl, ranks, exchange, is_queue=is_queue
+    )
     return _reduce(loss, reduction, total, ranks)
 
 

@@ -795,7 +795,9 @@ def check_one_temperature_beside_many(exchange: str) -> None:
     for own, others in (([1], [6]), ([6], [1]), ([], [6])):
         temperature = torch.full(own if dist.get_rank() == 0 else others, 0.5)
         got, expected = (r"\[rows\] float32" if shape == [6] else r"\[\] float32" for shape in (own, others))
-        with pytest.raises(ValueError, match=f"temperature must be alike .* got {got} on rank 0 and {expected} on rank"):
+        with pytest.raises(
+            ValueError, match=f"temperature must be alike .* got {got} on rank 0 and {expected} on rank"
+        ):
             nt_xent(x, x, temperature=temperature, group=dist.group.WORLD, exchange=exchange)
     one = torch.full([1] if dist.get_rank() == last else [], 0.5)
     nt_xent(x, x, temperature=one, group=dist.group.WORLD, exchange=exchange)

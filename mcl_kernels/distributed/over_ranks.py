@@ -44,7 +44,7 @@ def needed_exchange(exchange: str, negatives: str, objective: Objective, reducti
 
 def one_way(
     query: Tensor, positive: Tensor, key: Tensor, pairs: Pairs, scale: Tensor, objective: Objective, impl: str,
-    ranks: Ranks, exchange: str,
+    ranks: Ranks, exchange: str, *, is_queue: bool = False,
 ) -> tuple[Tensor, int]:  # fmt: skip
     """The loss of each query that this rank computes, and the number of queries of all ranks."""
     columns = (query, positive, scale) if scale.ndim else (query, positive)
@@ -52,7 +52,8 @@ def one_way(
     blocks, total = share_queries(queries, keys, exchange, ranks)
     query, positive, *scales = blocks.anchors.columns
     (key,), scale = blocks.keys.columns, scales[0] if scales else scale
-    return per_anchor.one_way(query, positive, key, blocks.pairs(pairs.negatives), scale, objective, impl, ranks), total
+    pairs = blocks.pairs(pairs.negatives)
+    return per_anchor.one_way(query, positive, key, pairs, scale, objective, impl, ranks, is_queue=is_queue), total
 
 
 def all_views(
