@@ -1,4 +1,4 @@
-"""MoCo's memory of keys, which knows their pseudo labels."""
+"""MoCo's memory of keys, with their pseudo labels."""
 
 from __future__ import annotations
 
@@ -141,10 +141,10 @@ class LabelledQueue(nn.Module):
     def named_buffers(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, Tensor]]:
-        """The state of the queue, which a model that holds it does not list.
+        """Yields the state of the queue, which the buffers of a model that holds the queue do not include.
 
-        Whoever asks module by module, to move or to load (FSDP, `torch.distributed.checkpoint`), finds it here;
-        whoever asks the model, to replace it by that of rank 0 (DistributedDataParallel), does not.
+        Code that moves or loads state module by module (FSDP, `torch.distributed.checkpoint`) finds it here; code that
+        asks the model for all buffers (DistributedDataParallel, which replaces them by those of rank 0) does not.
         """
         for name in EMPTY:
             yield f"{prefix}.{name}" if prefix else name, getattr(self, name)
