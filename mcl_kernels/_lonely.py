@@ -1,7 +1,8 @@
 """A warning where losses are near 0 because hardly any anchor has a negative, which looks like success.
 
-It comes after 44 losses in a row, since a queue is empty at first. Every eleventh is looked at, which costs next to
-nothing, and no GPU is waited for: its answer is read eleven losses later, or when it has arrived.
+It comes with the 55th loss in a row at the earliest, since a queue is empty at first. Every eleventh is looked at,
+which costs next to nothing, and no GPU is waited for: its answer is read eleven losses later, or when it has arrived.
+Compiled losses are not watched.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from mcl_kernels.logsumexp.plan import Pairs
 
 LOOK_EVERY, LOOKS = 11, 4  # 11: prime, so that a loop of several losses has each looked at
 MIN_ANCHORS = 32
@@ -29,9 +32,10 @@ class _Watch:
 _watch = _Watch()
 
 
-def watch(lse: Tensor, labels: Tensor | None) -> None:
-    """Takes notice of the log-sum-exp of each anchor's negatives, [N], and of the anchors' labels, int64 [N]."""
-    if labels is None or torch.compiler.is_compiling() or _watch.warned or len(lse) < MIN_ANCHORS:
+def watch(lse: Tensor, pairs: Pairs, *, is_queue: bool = False) -> None:
+    """Takes notice of the log-sum-exp of each anchor's negatives, [N]; `is_queue`: the keys are of other batches."""
+    labels = pairs.labels
+    if labels is None or torch.compiler.is_compiling() or _watch.warned or lse.shape[0] < MIN_ANCHORS:
         return
     _watch.calls += 1
     if _watch.calls % LOOK_EVERY or not _holds_numbers(lse):
@@ -45,13 +49,27 @@ def watch(lse: Tensor, labels: Tensor | None) -> None:
             _watch.warned = True
             warnings.warn(
                 f"more than {SHARE:.0%} of the anchors had no negative, and so a loss of 0, in each of {LOOKS} losses "
-                f"looked at, every {LOOK_EVERY}th with labels: fill a batch with fewer clusters of more samples each "
-                "(ClusterBatchSampler), make it larger, or use fewer clusters or stages",
+                f"looked at, every {LOOK_EVERY}th with labels: {_advice(pairs.negatives, is_queue)}",
                 stacklevel=4,
             )
     labelled = labels >= 0  # others have no negatives, as is meant
     lonely = (lse.detach() == -torch.inf) & labelled
     _watch.share = _sent_to_cpu(lonely.sum() / labelled.sum().clamp(min=1))
+
+
+def _advice(negatives: str, is_queue: bool) -> str:
+    """Text of the likely cause and what to do about it."""
+    if negatives == "different":
+        return "the labels of a batch are all alike, or nearly; negatives='different' compares other labels only"
+    if is_queue:
+        return (
+            "hardly any key has a label of the batch: relabel() needs the ids given to enqueue(), and labels must be "
+            "of one stage on both sides; or use fewer clusters or stages"
+        )
+    return (
+        "fill a batch with fewer clusters of more samples each (ClusterBatchSampler), make it larger, or use fewer "
+        "clusters or stages"
+    )
 
 
 def _sent_to_cpu(share: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch.nn import Parameter
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
-    """Of logits, sums and losses: fp64 where an input is fp64, else fp32."""
+    """Data type of logits, sums and losses: fp64 where an input is fp64, else fp32."""
     return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
 
 

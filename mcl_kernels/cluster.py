@@ -33,7 +33,7 @@ SAFETENSORS_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch
 
 @dataclass(frozen=True)
 class Options:
-    """What is clustered, how, and where the labels go."""
+    """Settings of the command: its input, the clustering and its output."""
 
     features: Path
     out: Path
@@ -174,7 +174,7 @@ def _open_safetensors(path: Path, tensor: str | None) -> FileRows:
 
 
 def _load(path: Path) -> Any:
-    """What a .npy or .pt file holds, mapped; nothing is unpickled."""
+    """Contents of a .npy or .pt file, memory mapped; nothing is unpickled."""
     try:
         if path.suffix == ".npy":
             return np.load(path, mmap_mode="r", allow_pickle=False)

@@ -104,7 +104,7 @@ def cached_backward(
 
 
 class _Outputs(NamedTuple):
-    """Of `encode`: one tensor (no names), several (numbers) or a mapping of them."""
+    """Outputs of `encode`: one tensor (names is None), a tuple (names are 0, 1, ...) or a mapping of tensors."""
 
     names: tuple[Any, ...] | None
     tensors: list[Tensor]
@@ -134,7 +134,7 @@ class _Outputs(NamedTuple):
 
 
 class _RandomState:
-    """Of the CPU and of all CUDA devices, where they are used."""
+    """State of the random number generators of the CPU and, once CUDA is used, of all its devices."""
 
     def __init__(self) -> None:
         self.cpu = torch.get_rng_state()
@@ -158,7 +158,7 @@ def _call(function: Callable[..., Any], arguments: Any) -> Any:
 
 
 def _versions(batch: Any) -> list[int]:
-    """How often each tensor of a batch was written to."""
+    """Number of times that each tensor of a batch was written to."""
     values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else (batch,)
     return [x._version for x in values if isinstance(x, Tensor) and not x.is_inference()]
 

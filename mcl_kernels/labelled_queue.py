@@ -1,4 +1,4 @@
-"""MoCo's memory of keys, which knows their pseudo labels."""
+"""MoCo's memory of keys, with their pseudo labels."""
 
 from __future__ import annotations
 
@@ -29,13 +29,15 @@ class LabelledQueue(nn.Module):
         masked_info_nce(query, queue.embeddings, labels, queue.labels, positive=key, ids=ids, key_ids=queue.ids)
         queue.enqueue(key, labels, ids)
 
-    with `ids` so that an older key of the same sample is no negative. Keys, labels and ids are in the `state_dict`,
-    moved by `to` and pickled, but they are not among the buffers of a model that holds the queue:
-    `DistributedDataParallel` replaces those by the buffers of rank 0 in each forward, and a rank may hold keys of its
-    own (`group=` of a loss). So every rank loads its checkpoint itself; one that a single rank has written holds the
-    keys of that rank alone. Batches may have any size, also one that does not divide `size`. Tensors that a loss was
-    given are never written to: `enqueue` before `backward` is fine. Under `torch.inference_mode` keys may be
-    computed, but not put into the queue.
+    with `ids` so that an older key of the same sample is no negative. Batches may have any size, also one that does not
+    divide `size`. Tensors that a loss was given are never written to: `enqueue` before `backward` is fine. Under
+    `torch.inference_mode` keys may be computed, but not put into the queue.
+
+    Keys, labels and ids are in the `state_dict`, moved by `to` and pickled, but are not among the buffers of a model
+    that holds the queue: `DistributedDataParallel` replaces those by the buffers of rank 0 in each forward, and a rank
+    may hold keys of its own (`group=` of a loss). So every rank loads its checkpoint itself; one that a single rank has
+    written holds the keys of that rank alone. In an exported program the queue is a constant.
+    `torch.optim.swa_utils.AveragedModel` leaves the queue of its copy as it was when the copy was made.
 
     Args:
         size: number of slots.
@@ -134,15 +136,15 @@ class LabelledQueue(nn.Module):
         new[ids >= 0] = labels[ids[ids >= 0]].long()
         self.labels = new.to(self.labels.device)
 
-    # From here on what `nn.Module` does with buffers: to list, move, save and load them.
+    # The methods below list, move, save and load the state, as `nn.Module` does its buffers.
 
     def named_buffers(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, Tensor]]:
-        """The state of the queue, which a model that holds it does not list.
+        """Yields the state of the queue, which the buffers of a model that holds the queue do not include.
 
-        Whoever asks module by module, to move or to load (FSDP, `torch.distributed.checkpoint`), finds it here;
-        whoever asks the model, to replace it by that of rank 0 (DistributedDataParallel), does not.
+        Code that moves or loads state module by module (FSDP, `torch.distributed.checkpoint`) finds it here; code that
+        asks the model for all buffers (DistributedDataParallel, which replaces them by those of rank 0) does not.
         """
         for name in EMPTY:
             yield f"{prefix}.{name}" if prefix else name, getattr(self, name)
@@ -152,7 +154,7 @@ class LabelledQueue(nn.Module):
         for name, value in EMPTY.items():
             held = getattr(self, name)
             moved = fn(held)
-            # `to_empty` leaves memory as it is: as labels it would be anything.
+            # `to_empty` does not initialise memory, and uninitialised labels would match anything.
             setattr(self, name, moved.fill_(value) if held.is_meta and not moved.is_meta else moved)
         return self
 
@@ -165,12 +167,13 @@ class LabelledQueue(nn.Module):
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool,
         missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
     ) -> None:  # fmt: skip
-        loaded = {name: state_dict.pop(prefix + name) for name in EMPTY if prefix + name in state_dict}
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        found: list[str] = []
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, found, error_msgs)
+        # Not before: its hooks may rename keys, or add and remove them.
+        own = {prefix + name for name in EMPTY}
+        unexpected_keys.extend(key for key in found if key not in own)
         for name in EMPTY:
-            held, new = getattr(self, name), loaded.get(name)
+            held, new = getattr(self, name), state_dict.get(prefix + name)
             if new is None:
                 missing_keys.extend([prefix + name] if strict else [])
             elif new.shape != held.shape:

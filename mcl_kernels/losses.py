@@ -108,19 +108,23 @@ def masked_info_nce(
         "key_ids": key_ids, "temperature": temperature, "normalize": normalize, "exchange": exchange,
         "negatives": negatives, "objective": objective, "reduction": reduction,
     }  # fmt: skip
-    with over_ranks.agreement(ranks, "masked_info_nce", described):
+    is_queue = positive is not None
+    with over_ranks.agreed_call(ranks, "masked_info_nce", described):
         _check_options(exchange, reduction)
         query, key, positive, pairs, impl = query_key_positive(
             query, key, labels, key_labels, positive, ids, key_ids, negatives, normalize, impl, ranks
         )
         scale = _inverse_temperature(temperature, query, compute_dtype(query, key, positive))
     if ranks is None:
-        return _reduce(per_anchor.one_way(query, positive, key, pairs, scale, objective, impl), reduction)
+        loss = per_anchor.one_way(query, positive, key, pairs, scale, objective, impl, is_queue=is_queue)
+        return _reduce(loss, reduction)
     if isinstance(temperature, Tensor) and temperature.ndim:
         # On a rank with one row [1] may also be its part of a vector: over ranks it is one everywhere.
         scale = scale.expand(query.shape[0])
     exchange = over_ranks.needed_exchange(exchange, negatives, objective, reduction)
-    loss, total = over_ranks.one_way(query, positive, key, pairs, scale, objective, impl, ranks, exchange)
+    loss, total = over_ranks.one_way(
+        query, positive, key, pairs, scale, objective, impl, ranks, exchange, is_queue=is_queue
+    )
     return _reduce(loss, reduction, total, ranks)
 
 
@@ -170,12 +174,16 @@ def nt_xent(
         tensor(0.5514)
     """
     ranks = None if group is None else ranks_of(group)
+    # [1] is one number as [] is, and not the vector [2N] of another rank, which is described alike.
+    compared = temperature
+    if isinstance(temperature, Tensor) and temperature.shape == (1,):
+        compared = temperature.reshape(())
     described = {
-        "view_a": view_a, "view_b": view_b, "labels": labels, "ids": ids, "temperature": temperature,
+        "view_a": view_a, "view_b": view_b, "labels": labels, "ids": ids, "temperature": compared,
         "normalize": normalize, "exchange": exchange, "negatives": negatives, "objective": objective,
         "reduction": reduction,
     }  # fmt: skip
-    with over_ranks.agreement(ranks, "nt_xent", described):
+    with over_ranks.agreed_call(ranks, "nt_xent", described):
         _check_options(exchange, reduction)
         check_embeddings("view_a", view_a)
         check_embeddings("view_b", view_b)
@@ -250,7 +258,7 @@ def clip_loss(
         "ids": ids, "logit_scale": logit_scale, "normalize": normalize, "exchange": exchange, "negatives": negatives,
         "objective": objective, "reduction": reduction,
     }  # fmt: skip
-    with over_ranks.agreement(ranks, "clip_loss", described):
+    with over_ranks.agreed_call(ranks, "clip_loss", described):
         _check_options(exchange, reduction)
         check_embeddings("image_features", image_features)
         check_embeddings("text_features", text_features)

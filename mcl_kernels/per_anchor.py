@@ -19,13 +19,13 @@ from mcl_kernels.objectives import Objective
 
 def one_way(
     query: Tensor, positive: Tensor, key: Tensor, pairs: Pairs, scale: Tensor, objective: Objective, impl: str,
-    ranks: Ranks | None = None,
+    ranks: Ranks | None = None, *, is_queue: bool = False,
 ) -> Tensor:  # fmt: skip
-    """The loss of each query, [N]."""
+    """The loss of each query, [N]; `is_queue`: its positive is not among the keys."""
     positive_logit = scale * row_dot(query, positive, scale.dtype)
     factors, counts = _needs(objective)
     lse = [_logsumexp(query, key, pairs, scale * factor, impl) for factor in factors]
-    watch(lse[0], pairs.labels)
+    watch(lse[0], pairs, is_queue=is_queue)
     count = count_kept(query, key, pairs) if counts else None
     return _per_anchor(objective, positive_logit, lse, count, scale, ranks)
 
@@ -38,7 +38,7 @@ def all_views(
     positive_logit = scale * torch.cat((cosine, cosine))
     factors, counts = _needs(objective)
     lse = [_logsumexp(views, None, pairs, scale * factor, impl) for factor in factors]
-    watch(lse[0], pairs.labels)
+    watch(lse[0], pairs)
     count = count_kept(views, views, pairs) if counts else None
     return _per_anchor(objective, positive_logit, lse, count, scale)
 
@@ -54,7 +54,7 @@ def both_ways(image: Tensor, text: Tensor, pairs: Pairs, scale: Tensor, objectiv
         )
         for factor in factors
     ]  # fmt: skip
-    watch(both[0][0], pairs.labels)
+    watch(both[0][0], pairs)
     of_image = count_kept(image, text, pairs) if counts else None
     of_text = count_kept(text, image, pairs.swapped()) if counts else None
     image_loss = _per_anchor(objective, positive_logit, [b for b, _ in both], of_image, scale)

@@ -82,7 +82,7 @@ def compose_pairs(previous: Tensor, new: Tensor, dtype: torch.dtype) -> tuple[Te
 
 
 def label_dtype(n_samples: int) -> torch.dtype:
-    """The narrowest one, of int32 and int64, that holds the label of each sample."""
+    """Narrowest type, int32 or int64, that holds the label of each sample."""
     return torch.int32 if n_samples <= torch.iinfo(torch.int32).max else torch.int64
 
 
@@ -96,7 +96,7 @@ def shares_of_small_labels(label_sizes: Tensor) -> dict[str, float]:
 
 
 def starvation(label_sizes: Tensor) -> str | None:
-    """What to say where labels of one or two samples hold more than half of the samples."""
+    """Text of a warning where labels of one or two samples hold more than half of the samples, else None."""
     shares = shares_of_small_labels(label_sizes)
     if shares["samples_in_small_labels"] <= 0.5:
         return None

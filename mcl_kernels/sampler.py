@@ -31,7 +31,8 @@ class ClusterBatchSampler(Sampler[list[int]]):
       epoch has the order of the one that the sampler was set to.)
     * accelerate splits the batches itself: `rank=0`, `world_size=1`, `batch_size` that of all processes together, and
       `DataLoaderConfiguration(split_batches=True)`, without which each process takes batches of its own. A sampler
-      with a larger world_size is refused by `prepare`.
+      with a larger world_size is refused by `prepare`: its `drop_last` raises a ValueError whenever it is read, by a
+      debugger or `inspect.getmembers` too.
 
     To go on in mid-epoch, `set_epoch` and skip the batches that were seen (accelerate's `skip_first_batches`), or use
     torchdata's `StatefulDataLoader`, which takes this sampler's `state_dict`; Lightning saves it with its checkpoints.
@@ -101,6 +102,7 @@ class ClusterBatchSampler(Sampler[list[int]]):
         self.rank, self.world_size = rank, world_size
         self.small = small
         self.epoch, self._first, self._drawn_from = 0, 0, False
+        self._is_chosen = False  # by `set_epoch`
         self._position = 0, 0
         self._samples = np.flatnonzero(labels >= 0)
         # Dense cluster ids of the samples that have one.
@@ -124,6 +126,7 @@ class ClusterBatchSampler(Sampler[list[int]]):
         epoch = as_integer("epoch", epoch, least=0)
         if self._drawn_from or epoch != self.epoch:
             self._begin_at(epoch, 0)
+        self._is_chosen = True
 
     def state_dict(self) -> dict[str, int]:
         """The epoch that was iterated last and the number of its batches drawn: the next one, where it is finished.
@@ -134,11 +137,21 @@ class ClusterBatchSampler(Sampler[list[int]]):
         return {"epoch": epoch, "batches": batches}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Lets the next iteration be the rest of the epoch that `state` is of."""
+        """Lets the next iteration be the rest of the epoch of `state`.
+
+        Where its last batch was drawn nothing is left, and the next iteration is the epoch after it; but after a
+        `set_epoch(state["epoch"])` it is that rest, of no batches, so that nothing is drawn twice.
+
+        Raises:
+            ValueError: a state without its keys, or with more batches than an epoch of this sampler has.
+        """
+        if "epoch" not in state or "batches" not in state:
+            raise ValueError(f"state must have the keys 'epoch' and 'batches': got {list(state)}")
         batches = as_integer("state['batches']", state["batches"], least=0)
         if batches > len(self):
             raise ValueError(f"state must be of a sampler with as many batches: got batch {batches} of {len(self)}")
         self._begin_at(as_integer("state['epoch']", state["epoch"], least=0), batches)
+        self._is_chosen = False
 
     @property
     def sampler(self) -> ClusterBatchSampler:
@@ -147,7 +160,10 @@ class ClusterBatchSampler(Sampler[list[int]]):
 
     @property
     def drop_last(self) -> bool:
-        """Not there, since every batch is full; refused to a host that asks in order to split a rank's own batches."""
+        """Raises an AttributeError, since every batch is full; where world_size > 1 a ValueError.
+
+        Hosts read it before they split batches among their processes, and would split a rank's own once more.
+        """
         if self.world_size == 1:
             raise AttributeError("every batch is full: there is none to drop")
         raise ValueError(
@@ -162,7 +178,8 @@ class ClusterBatchSampler(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         # Not before the first batch is drawn: loaders with workers ask for two iterators, and draw from the second.
-        if self._drawn_from:
+        nothing_left = self._first == len(self) and not self._is_chosen
+        if self._drawn_from or nothing_left:
             self._begin_at(self.epoch + 1, 0)
         self._drawn_from = True
         epoch, first = self.epoch, self._first

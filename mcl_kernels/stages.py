@@ -1,4 +1,4 @@
-"""The stage runner: which labels hold now, and how embeddings become the next ones.
+"""The stage runner: the labels of each stage, and the clustering that makes the next ones.
 
 The training loop stays the user's:
 
@@ -56,7 +56,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class FinishedStage:
-    """What a stage left behind, in this process or an earlier one.
+    """Results of a stage that was finished in this process or an earlier one.
 
     Attributes:
         index: 0, 1, ...
@@ -309,7 +309,7 @@ class MultistageRunner:
         return torch.tensor([self._index_of_key[key] for key in keys], dtype=torch.int64)
 
     def _on_every_rank(self, work: Callable[[], T]) -> T:
-        """What `work()` returns; an error of one rank is raised on all."""
+        """Returns what `work()` returns; an error on one rank is raised on every rank."""
         return work() if self.ranks is None else work_of_each(work, self.ranks, meeting_device(self.ranks))
 
     def _check_writable(self, directory: Path) -> None:
@@ -317,7 +317,7 @@ class MultistageRunner:
             check_writable(directory)
 
     def _configuration(self) -> dict[str, Any]:
-        """What has to agree for a run to be continued."""
+        """Settings that must be the same for a run to be continued."""
         keys = None if self._index_of_key is None else json.dumps(list(self._index_of_key))
         return {
             "n_samples": self.n_samples,
@@ -419,7 +419,7 @@ class MultistageRunner:
 
 
 def _written_stage(directory: Path, index: int) -> FinishedStage:
-    """What the first rank wrote, which a network file system may show a little later."""
+    """Reads the stage that the first rank wrote; waits for it, since a network file system may show it later."""
     path, patience = stage_files.stage_directory(directory, index), time.monotonic() + SHOWN_WITHIN
     while not path.exists():
         if time.monotonic() > patience:

@@ -84,7 +84,7 @@ def _file_at(path: Path) -> MappedFile:
 
 
 def _reduce(labels: StoredLabels) -> tuple[Callable[..., StoredLabels], tuple[Any, ...]]:
-    """What is sent to another process: a path, or a tensor whose memory is shared and outlives the sending."""
+    """Pickles labels for another process: as the path of their file, or as a tensor in shared memory."""
     if labels.file is None:
         return StoredLabels, (labels.stored,)
     path = labels.file.path

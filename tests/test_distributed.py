@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -756,9 +757,13 @@ UNLIKE: dict[str, tuple[dict[str, Any], str]] = {
     "no labels": ({"labels": None}, r"labels .* got \[rows\] int64 on rank 0 and None on rank 1"),
     "gradient": ({"view_a": torch.ones(3, 8, requires_grad=True)}, "view_a .* and .* that requires grad on rank 1"),
     "temperature": ({"temperature": 0.2}, "temperature .* got 0.5 on rank 0 and 0.2 on rank 1"),
+    "temperatures": (
+        {"temperature": torch.full((6,), 0.5)},
+        r"temperature .* got 0.5 on rank 0 and \[rows\] float32 on rank 1",
+    ),
     "objective": (
         {"objective": objectives.ifm(0.2)},
-        r"objective .* got info_nce on rank 0 and ifm\(eps=0.2, alpha=1.0\)",
+        r"objective .* got info_nce on rank 0 and ifm\(eps=0.2, alpha=1\)",
     ),
     "exchange": ({"exchange": "gather"}, "exchange must be alike .* got 'auto' on rank 0 and 'gather' on rank 1"),
     "negatives": ({"negatives": "all"}, "negatives must be alike .* got 'same' on rank 0 and 'all' on rank 1"),
@@ -782,6 +787,43 @@ def check_unlike(name: str) -> None:
     with pytest.raises(ValueError, match=message):
         loss(x, y, group=dist.group.WORLD, **arguments)
     nt_xent(torch.ones(3, 8), torch.ones(3, 8), group=dist.group.WORLD)
+
+
+def check_one_temperature_beside_many(exchange: str) -> None:
+    """One number of shape [1] on rank 0, one for each row elsewhere."""
+    x, last = torch.ones(3, 8), dist.get_world_size() - 1
+    for own, others in (([1], [6]), ([6], [1]), ([], [6])):
+        temperature = torch.full(own if dist.get_rank() == 0 else others, 0.5)
+        got, expected = (r"\[rows\] float32" if shape == [6] else r"\[\] float32" for shape in (own, others))
+        with pytest.raises(
+            ValueError, match=f"temperature must be alike .* got {got} on rank 0 and {expected} on rank"
+        ):
+            nt_xent(x, x, temperature=temperature, group=dist.group.WORLD, exchange=exchange)
+    one = torch.full([1] if dist.get_rank() == last else [], 0.5)
+    nt_xent(x, x, temperature=one, group=dist.group.WORLD, exchange=exchange)
+
+
+@pytest.mark.parametrize("exchange", ["gather", "cluster"])
+def test_one_temperature_beside_many(ranks: RankPool, exchange: str) -> None:
+    ranks.run(check_one_temperature_beside_many, exchange)
+
+
+def check_numbers_of_other_types() -> None:
+    """Numbers are compared by their value."""
+    x, last = torch.ones(3, 8), dist.get_rank() == dist.get_world_size() - 1
+    for one, other in ((0.5, np.float64(0.5)), (1, 1.0), (1.0, np.int64(1))):
+        nt_xent(x, x, temperature=other if last else one, group=dist.group.WORLD)
+        objective = objectives.hard_negative(other if last else one)
+        nt_xent(x, x, objective=objective, group=dist.group.WORLD)
+
+
+def test_numbers_of_other_types_are_alike(ranks: RankPool) -> None:
+    ranks.run(check_numbers_of_other_types)
+
+
+def test_numbers_are_described_by_their_value() -> None:
+    assert [_described(value) for value in (0.5, np.float32(0.5), 1.0, 7, True)] == ["0.5", "0.5", "1", "7", "True"]
+    assert _described(2**60 + 1) != _described(2**60)
 
 
 def check_no_grad_on_one_rank() -> None:

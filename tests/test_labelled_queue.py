@@ -159,6 +159,41 @@ def test_checkpoints() -> None:
         model.load_state_dict({**model.state_dict(), "0.more": given})
 
 
+def test_hooks_see_the_keys_of_a_checkpoint_before_they_are_loaded() -> None:
+    """A hook that renames the keys of MoCo's buffers, and one that drops a key."""
+    queue = LabelledQueue(4, 3)
+    queue.enqueue(keys(3), torch.tensor([5, 6, 7]), torch.tensor([2, 0, 1]))
+    old_names = {"embeddings": "queue", "labels": "queue_labels"}
+    saved = {f"0.{old_names.get(name, name)}": x for name, x in queue.state_dict().items()}
+    seen: list[list[str]] = []
+
+    def rename(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+        seen.append([key for key in state if key.startswith(prefix)])
+        for new, old in old_names.items():
+            state[prefix + new] = state.pop(prefix + old)
+
+    model = nn.Sequential(LabelledQueue(4, 3))
+    model[0].register_load_state_dict_pre_hook(rename)
+    model.load_state_dict(saved)
+    assert seen == [list(saved)]
+    for a, b in zip(model[0].buffers(), queue.buffers(), strict=True):
+        assert torch.equal(a, b)
+
+    model[0].register_load_state_dict_pre_hook(lambda module, state, prefix, *_: state.pop(prefix + "ids"))
+    with pytest.raises(RuntimeError, match=r'Missing key.*"0.ids"'):
+        model.load_state_dict(saved)
+    assert queue.load_state_dict({**queue.state_dict(), "more": keys(1)}, strict=False).unexpected_keys == ["more"]
+
+
+def test_an_average_of_a_model_keeps_the_queue_of_its_copy() -> None:
+    model = nn.Sequential(LabelledQueue(4, 3), nn.Linear(3, 3))
+    average = torch.optim.swa_utils.AveragedModel(model, use_buffers=True)
+    model[0].enqueue(keys(3))
+    for _ in range(2):
+        average.update_parameters(model)
+    assert average.module[0].labels.tolist() == [-1] * 4
+
+
 def test_what_was_on_the_meta_device_is_empty() -> None:
     queue = LabelledQueue(5, 3, device="meta").to_empty(device="cpu")
     for x, expected in zip(queue.buffers(), LabelledQueue(5, 3).buffers(), strict=True):

@@ -48,6 +48,34 @@ def test_said_once(loss: Callable[[Tensor, Tensor], Tensor]) -> None:
         loss(X[0], DISTINCT)
 
 
+def queue_loss() -> Tensor:
+    return masked_info_nce(X[0], X[1], DISTINCT, DISTINCT + N, positive=X[1], impl="reference")
+
+
+ADVICE: dict[str, tuple[Callable[[], Tensor], str]] = {
+    "batch": (lambda: nt_xent(X[0], X[1], DISTINCT, impl="reference"), "fill a batch with fewer clusters"),
+    "queue": (queue_loss, r"hardly any key has a label of the batch: relabel\(\) needs the ids given to enqueue\(\)"),
+    "different": (
+        lambda: nt_xent(X[0], X[1], 0 * DISTINCT, negatives="different", impl="reference"),
+        "the labels of a batch are all alike, or nearly; negatives='different' compares other labels only",
+    ),
+    "queue of one label": (
+        lambda: masked_info_nce(
+            X[0], X[1], 0 * DISTINCT, 0 * DISTINCT, positive=X[1], negatives="different", impl="reference"
+        ),
+        "the labels of a batch are all alike",
+    ),
+}
+
+
+@pytest.mark.parametrize(("loss", "advice"), ADVICE.values(), ids=ADVICE)
+def test_advice(loss: Callable[[], Tensor], advice: str) -> None:
+    for _ in range(CALLS - 1):
+        loss()
+    with pytest.warns(UserWarning, match=advice):
+        loss()
+
+
 FEW = _lonely.MIN_ANCHORS - 1
 OTHERS: dict[str, Callable[[], Tensor]] = {
     "negatives": lambda: nt_xent(X[0], X[1], DISTINCT // 8, impl="reference"),

@@ -218,6 +218,32 @@ def test_a_state_of_other_batches_is_refused() -> None:
         sampler.load_state_dict({"epoch": 0, "batches": 20})
 
 
+def test_a_state_without_its_keys_is_refused() -> None:
+    sampler = ClusterBatchSampler(MANY_SMALL, 256)
+    for state in ({}, {"epoch": 1}):
+        with pytest.raises(ValueError, match=r"state must have the keys 'epoch' and 'batches': got \["):
+            sampler.load_state_dict(state)
+
+
+@pytest.mark.parametrize("set_epoch", [None, 0, 1])
+def test_a_state_of_a_last_batch_goes_on_with_the_next_epoch(set_epoch: int | None) -> None:
+    """Saved in the last step of a loop; the epoch chosen once more has no batches left."""
+    sampler = ClusterBatchSampler(MANY_SMALL, 256)
+    for number, _ in enumerate(sampler, 1):
+        if number == len(sampler):
+            state = sampler.state_dict()
+    assert state == {"epoch": 0, "batches": len(sampler)}
+    assert sampler.state_dict() == {"epoch": 1, "batches": 0}
+    resumed = ClusterBatchSampler(MANY_SMALL, 256)
+    resumed.load_state_dict(state)
+    assert resumed.state_dict() == state
+    if set_epoch is not None:
+        resumed.set_epoch(set_epoch)
+    if set_epoch == 0:
+        assert list(resumed) == []
+    assert list(resumed) == epoch_of(sampler, 1)
+
+
 def test_a_ranks_own_batches_are_not_split_once_more() -> None:
     """`drop_last` is what hosts ask a batch sampler for before they split its batches among their processes."""
     assert not hasattr(ClusterBatchSampler(MANY_SMALL, 256), "drop_last")

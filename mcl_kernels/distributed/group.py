@@ -1,4 +1,4 @@
-"""The ranks of a process group: whether they agree, what one of them does for all, and errors that all hear of."""
+"""The ranks of a process group: a check that they agree, work that one does for all, errors that all raise."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import fields, is_dataclass
 from functools import partial
 from itertools import chain
+from numbers import Real
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import torch
@@ -17,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 TEXT_BYTES, DESCRIBED = 8192, 100
-FAILED = 2**57
+FAILED = 2**57  # above any digest of 56 bits
 MOMENT = 0.5  # seconds
 T = TypeVar("T")
 
@@ -47,7 +48,7 @@ def ranks_of(group: Any) -> Ranks:
 
 
 def check_alike(ranks: Ranks, device: torch.device, arguments: Mapping[str, object]) -> None:
-    """Raises on every rank where the ranks do not agree, before one of them waits for what never comes."""
+    """Raises on every rank where `arguments` differ between the ranks: otherwise some would wait forever."""
     with agreement(ranks, device, arguments):
         pass
 
@@ -62,7 +63,7 @@ def agreement(ranks: Ranks, device: torch.device, arguments: Mapping[str, object
     except Exception as caught:
         error = caught
     digest = int.from_bytes(hashlib.sha256(text).digest()[:7], "big")
-    # The two largest values add up to 0 only where all digests are equal; FAILED is above them.
+    # The two largest values add up to 0 only where all digests are equal.
     extremes = torch.tensor([digest, -digest] if error is None else [FAILED, FAILED], device=device)
     dist.all_reduce(extremes, dist.ReduceOp.MAX, group=ranks.group)
     difference = int(extremes.sum())
@@ -82,7 +83,7 @@ def agreement(ranks: Ranks, device: torch.device, arguments: Mapping[str, object
 
 
 def check_none_failed(ranks: Ranks, device: torch.device, error: BaseException | None) -> None:
-    """Raises on every rank where one of them met an error: there that one, elsewhere one that names the rank."""
+    """Raises on every rank where one of them has an error: there that error, elsewhere one that names the rank."""
     failed = torch.tensor([int(error is not None)], device=device)
     dist.all_reduce(failed, dist.ReduceOp.MAX, group=ranks.group)
     if int(failed):
@@ -98,7 +99,7 @@ def _raise_for_all(error: BaseException | None, ranks: Ranks, device: torch.devi
 
 
 def work_of_each(work: Callable[[], T], ranks: Ranks, device: torch.device) -> T:
-    """What `work()` returns on this rank; an error on one rank is raised on every rank."""
+    """Returns what `work()` returns on this rank; an error on one rank is raised on every rank."""
     result, error = None, None
     try:
         result = work()
@@ -109,13 +110,13 @@ def work_of_each(work: Callable[[], T], ranks: Ranks, device: torch.device) -> T
 
 
 def work_of_first(work: Callable[[], T], ranks: Ranks, device: torch.device) -> T | None:
-    """What `work()` returns on the first rank, None elsewhere; an error of it is raised on every rank.
+    """Returns what `work()` returns on the first rank, None elsewhere; an error of it is raised on every rank.
 
-    The ranks meet every now and then, so that no collective lasts as long as the work: none times out, and a rank that
-    is gone is missed.
+    Meanwhile the ranks communicate every `MOMENT`: no collective lasts as long as the work and times out, and a rank
+    that is gone ends the others.
     """
 
-    def on_device() -> T:  # that of CUDA is a thread's own
+    def on_device() -> T:  # the current CUDA device is a thread's own
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             return work()
 
@@ -131,24 +132,27 @@ def work_of_first(work: Callable[[], T], ranks: Ranks, device: torch.device) -> 
 
 
 def meeting_device(ranks: Ranks) -> torch.device:
-    """Where the group communicates what is on a processor: NCCL takes tensors of its GPUs alone."""
+    """Device of the tensors through which the ranks compare and share values: a GPU with NCCL, else the CPU."""
     on_gpus = dist.get_backend(ranks.group) == "nccl"
     return torch.device("cuda", torch.cuda.current_device()) if on_gpus else torch.device("cpu")
 
 
 def _gather_texts(text: bytes, ranks: Ranks, device: torch.device) -> list[bytes]:
-    """Those of all ranks, cut or padded with spaces to a common length."""
+    """Texts of all ranks, cut or padded with spaces to a common length."""
     padded = torch.frombuffer(bytearray(text[:TEXT_BYTES].ljust(TEXT_BYTES)), dtype=torch.uint8)
     return [bytes(row.tolist()) for row in all_gather(padded.to(device), ranks).cpu().view(ranks.world_size, -1)]
 
 
 def _described(value: object) -> str:
-    """What has to be alike of an argument."""
+    """Text of the part of an argument that must be the same on all ranks."""
     if isinstance(value, Tensor):
         shape = ", ".join(["rows", *map(str, value.shape[1:])][: value.ndim])
         with_grad = " that requires grad" if value.requires_grad and torch.is_grad_enabled() else ""
         on_device = f" on {value.device.type}" if value.ndim and value.device.type != "cpu" else ""
         return f"[{shape}] {str(value.dtype).removeprefix('torch.')}{on_device}{with_grad}"
+    if isinstance(value, Real) and not isinstance(value, bool):  # numpy's and Python's are alike where they are equal
+        number = float(value)
+        return repr(number).removesuffix(".0") if number == value else str(value)
     if isinstance(value, partial):
         return f"{_described(value.func)} of {_described(value.args)} {_described(value.keywords)}"
     if isinstance(value, dict):
@@ -156,15 +160,15 @@ def _described(value: object) -> str:
     if is_dataclass(value) and not isinstance(value, type):
         of_fields = {field.name: getattr(value, field.name) for field in fields(value)}
         return f"{type(value).__name__}({_described(of_fields)})"
-    if callable(value):  # without its address, which each process has its own of
+    if callable(value):  # by name: its address differs between processes
         return getattr(value, "__qualname__", type(value).__qualname__)
     return repr(value)
 
 
 def all_gather(rows: Tensor, ranks: Ranks) -> Tensor:
-    """Those of all ranks, as many of each, in the order of the ranks."""
+    """Rows of all ranks, equally many of each, in the order of the ranks."""
     gathered = rows.new_empty(ranks.world_size * len(rows), *rows.shape[1:])
-    # Its name since torch 2.13, or the one before; so below.
+    # The name since torch 2.13, else the earlier one; the same in reduce_scatter.
     collective = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     collective(gathered, rows, group=ranks.group)
     return gathered

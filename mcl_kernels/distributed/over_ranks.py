@@ -1,6 +1,6 @@
-"""The losses of a batch that is spread over ranks: what this rank computes, and of how many anchors in all.
+"""The losses of a batch that is spread over ranks: those that this rank computes, and the number of all anchors.
 
-Each function is that of `per_anchor`, of the rows of this rank.
+Each function is the one of `per_anchor` with that name, for the rows of this rank.
 """
 
 from __future__ import annotations
@@ -13,21 +13,20 @@ from torch import Tensor
 
 from mcl_kernels import per_anchor
 from mcl_kernels._rows import joined_views
-from mcl_kernels.distributed import group
 from mcl_kernels.distributed.exchange import Side, share_queries, share_samples
-from mcl_kernels.distributed.group import Ranks, meeting_device
+from mcl_kernels.distributed.group import Ranks, agreement, meeting_device
 from mcl_kernels.logsumexp.plan import Pairs
 from mcl_kernels.objectives import Objective
 
 
-def agreement(ranks: Ranks | None, loss: str, arguments: dict[str, Any]) -> AbstractContextManager[None]:
-    """Shares what is raised inside on one rank, and then compares the arguments of a call; without ranks, nothing."""
+def agreed_call(ranks: Ranks | None, loss: str, arguments: dict[str, Any]) -> AbstractContextManager[None]:
+    """Raises on every rank an error inside, or where the arguments of a call differ; without ranks does nothing."""
     if ranks is None:
         return nullcontext()
     # A rank that fails may have none of its tensors on the device of the others.
     devices = (x.device for x in arguments.values() if isinstance(x, Tensor))
     device = next((device for device in devices if device.type not in ("cpu", "meta")), None) or meeting_device(ranks)
-    return group.agreement(ranks, device, {"loss": loss, **arguments})
+    return agreement(ranks, device, {"loss": loss, **arguments})
 
 
 def needed_exchange(exchange: str, negatives: str, objective: Objective, reduction: str) -> str:
@@ -45,7 +44,7 @@ def needed_exchange(exchange: str, negatives: str, objective: Objective, reducti
 
 def one_way(
     query: Tensor, positive: Tensor, key: Tensor, pairs: Pairs, scale: Tensor, objective: Objective, impl: str,
-    ranks: Ranks, exchange: str,
+    ranks: Ranks, exchange: str, *, is_queue: bool = False,
 ) -> tuple[Tensor, int]:  # fmt: skip
     """The loss of each query that this rank computes, and the number of queries of all ranks."""
     columns = (query, positive, scale) if scale.ndim else (query, positive)
@@ -53,7 +52,8 @@ def one_way(
     blocks, total = share_queries(queries, keys, exchange, ranks)
     query, positive, *scales = blocks.anchors.columns
     (key,), scale = blocks.keys.columns, scales[0] if scales else scale
-    return per_anchor.one_way(query, positive, key, blocks.pairs(pairs.negatives), scale, objective, impl, ranks), total
+    pairs = blocks.pairs(pairs.negatives)
+    return per_anchor.one_way(query, positive, key, pairs, scale, objective, impl, ranks, is_queue=is_queue), total
 
 
 def all_views(

@@ -45,8 +45,7 @@ class NTXentLoss(host.NTXentLoss):  # type: ignore[misc]
         gather_distributed: bool = False,
     ) -> None:
         super().__init__(temperature, memory_bank_size, gather_distributed)
-        # As the host's bank it is a buffer, which what moves or broadcasts the one does to the other, too, and not in
-        # the state_dict.
+        # A buffer like the host's bank: both are moved and broadcast together; neither is in the state_dict.
         self.register_buffer("bank_labels", torch.full((len(self.memory_bank.bank),), -1), persistent=False)
 
     def forward(self, out0: Tensor, out1: Tensor, labels: Tensor | None = None) -> Tensor:

@@ -56,6 +56,8 @@ class MultipleNegativesRankingLoss(host.MultipleNegativesRankingLoss):  # type: 
         n, columns = embeddings[0].shape[0], len(embeddings) - 1
         for i, x in enumerate(embeddings[1:], 1):
             check_same_shape(f"embeddings[{i}]", x, "embeddings[0]", embeddings[0])
+        if self.cluster_labels and labels is None:
+            raise ValueError("cluster_labels=True needs a column label of the data set: got none")
         if self.cluster_labels:
             labels = as_integers("labels (a column of the data set)", labels, "embeddings[0]", embeddings[0])
         else:

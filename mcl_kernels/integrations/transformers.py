@@ -13,6 +13,7 @@ from transformers.models.clip import modeling_clip as host
 from transformers.utils import can_return_tuple
 
 from mcl_kernels._rows import normalize_rows
+from mcl_kernels._validate import as_integers
 from mcl_kernels.losses import clip_loss
 
 
@@ -21,7 +22,8 @@ class CLIPModel(host.CLIPModel):  # type: ignore[misc]
 
     `from_pretrained`, configuration and files are the host's. Where a loss is asked for (`return_loss=True`) there are
     no logits in the output, since no N x N matrix is built; otherwise `forward` is the host's. Under `Trainer` a column
-    `clusters` of the data set holds the pseudo labels; it needs no other change. `labels` are ignored, as by the host.
+    `clusters` of the data set holds the pseudo labels, and the collator adds `return_loss=True`, as for the host.
+    `labels` are ignored, as by the host.
 
     Example: `model = CLIPModel.from_pretrained(path)`, then `model(**inputs, return_loss=True, clusters=labels).loss`.
     """
@@ -35,7 +37,8 @@ class CLIPModel(host.CLIPModel):  # type: ignore[misc]
         position_ids: Tensor | None = None,
         return_loss: bool | None = None,
         interpolate_pos_encoding: bool = False,
-        # Trainer expects an argument with "label" in its name in every batch, and evaluates no loss without it.
+        # Not `labels`: Trainer expects an argument with "label" in its name in every batch, and without it would
+        # evaluate no loss where the data set has no pseudo labels.
         clusters: Tensor | None = None,
         **kwargs: Any,
     ) -> host.CLIPOutput:
@@ -47,6 +50,9 @@ class CLIPModel(host.CLIPModel):  # type: ignore[misc]
         image, text = self.get_image_features(**of_image, **kwargs), self.get_text_features(**of_text, **kwargs)
         image_embeds, text_embeds = normalize_rows(image.pooler_output), normalize_rows(text.pooler_output)
         device = text_embeds.device  # a model may be spread over several, as the host's
+        if clusters is not None:
+            assert pixel_values is not None  # or the host would have raised
+            clusters = as_integers("clusters", clusters, "pixel_values", pixel_values).to(device)
         logit_scale = self.logit_scale.exp().to(device)
         return host.CLIPOutput(
             loss=clip_loss(image_embeds.to(device), text_embeds, clusters, logit_scale=logit_scale),

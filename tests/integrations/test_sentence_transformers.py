@@ -91,7 +91,7 @@ def test_errors_of_the_constructor(options: dict[str, Any], message: str) -> Non
     [
         (torch.rand(40), "labels .a column of the data set. must be an integer tensor: got torch.float32"),
         (torch.zeros(80).long(), "must have one entry per row of embeddings.0.: got 80 labels .* for 40 rows"),
-        (None, "labels .a column of the data set. must be an integer tensor: got NoneType"),
+        (None, "cluster_labels=True needs a column label of the data set: got none"),
     ],
     ids=["scores", "another batch", "none"],
 )

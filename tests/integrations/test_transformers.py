@@ -111,10 +111,19 @@ def test_files_are_the_hosts(tmp_path: Path) -> None:
             assert torch.equal(a, b)
 
 
-def test_clusters_of_the_wrong_batch() -> None:
+@pytest.mark.parametrize(
+    ("clusters", "message"),
+    [
+        (LABELS[:3], "clusters must have one entry per row of pixel_values: got 3 clusters for 12 rows"),
+        (LABELS.float(), "clusters must be an integer tensor: got torch.float32"),
+        (LABELS.to("meta"), "clusters must be on the device of pixel_values: got meta for cpu"),
+    ],
+    ids=["another batch", "scores", "device"],
+)
+def test_clusters_that_do_not_fit(clusters: Tensor, message: str) -> None:
     ours, _ = pair_of_models()
-    with pytest.raises(ValueError, match="labels must have one entry per row of image_features: got 3 labels for 12"):
-        ours(**inputs(), return_loss=True, clusters=LABELS[:3])
+    with pytest.raises((TypeError, ValueError), match=message):
+        ours(**inputs(), return_loss=True, clusters=clusters)
 
 
 class Pairs(torch.utils.data.Dataset):  # type: ignore[type-arg]
