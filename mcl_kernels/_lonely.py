@@ -78,7 +78,7 @@ def _sent_to_cpu(share: Tensor) -> Tensor:
 
 
 def _holds_numbers(x: Tensor) -> bool:
-    """Whether x can be read: it is not traced, transformed or fake, and no CUDA graph is captured."""
+    """Returns whether x can be read: it is not traced, transformed or fake, and no CUDA graph is captured."""
     return (
         type(x) is Tensor
         and x.device.type in ("cpu", "cuda")

@@ -110,7 +110,7 @@ def test_a_queue_that_fills_is_no_alarm() -> None:
 
 
 def test_no_gpu_is_waited_for(monkeypatch: pytest.MonkeyPatch, watch: _lonely._Watch) -> None:
-    """What a GPU has not written yet is NaN, and read later."""
+    """A share that a GPU has not written yet is NaN, and read later."""
     sent: list[Tensor] = []
 
     def send(share: Tensor) -> Tensor:

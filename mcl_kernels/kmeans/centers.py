@@ -110,7 +110,7 @@ def score_bound(squares: Tensor, second: Tensor, largest: Tensor) -> Tensor:
 
 
 def multiply(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b.T in the dtype of both, whatever PyTorch is told of the precision of fp32 products."""
+    """Product a @ b.T in the dtype of both, exact as fp32 is, whatever PyTorch's setting for fp32 products."""
     if a.dtype == torch.float32 and product_precision() != "highest":
         return (a.double() @ b.double().T).float()
     return a @ b.T
@@ -205,7 +205,7 @@ def summarize(
 
 
 def _fits(largest: float, scale: float, width: int, dtype: torch.dtype) -> bool:
-    """Whether squares of so many numbers, and of their usual differences, are in the range of a dtype."""
+    """Returns whether sums of `width` squares, and squares of usual differences, are in the range of a dtype."""
     if dtype == torch.float64:
         return True
     return largest <= math.sqrt(torch.finfo(dtype).max / (8 * width)) and (scale or largest or 1.0) >= SMALLEST_FP32

@@ -123,7 +123,7 @@ def _assign(
 
     points, (n, width) = centers.points, x.shape
     precision = product_precision(x, x, points)
-    # One product of tf32 would leave every fourth row undecided, whatever torch is told.
+    # Three products: by a single one of tf32 every fourth row would stay undecided (counted on normal data).
     precision = "tf32x3" if precision == "tf32" else precision
     capability = torch.cuda.get_device_capability(x.device) if x.is_cuda else None
     # fp64 is for checks, and for rows in the range of none other: it takes the tiles of what is nearest in size.

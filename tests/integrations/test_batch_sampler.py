@@ -37,7 +37,7 @@ def expected_epochs(epochs: Sequence[int] = range(EPOCHS)) -> Epochs:
 
 
 def over_two_processes(code: str, directory: Path) -> list[Any]:
-    """What `run()`, defined by `code`, returns on each of two processes that torchrun starts."""
+    """Returns what `run()`, defined by `code`, returns on each of two processes that torchrun starts."""
     script = directory / "script.py"
     script.write_text(f"""
 from tests.integrations.test_batch_sampler import *
