@@ -78,7 +78,7 @@ def exact_distances(x: Tensor, centers: Tensor, metric: str) -> Tensor:
 
 
 def near(least: Tensor, metric: str) -> Tensor:
-    """Largest distance that fp64 cannot tell from the least: directions are rounded, differences of coordinates are not."""
+    """Largest distance that fp64 cannot tell from the least: directions are rounded, differences are not."""
     return least * (1 + 1e-9) + (1e-14 * least.sqrt() + 1e-30 if metric == "cosine" else 0.0)
 
 
