@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mcl_kernels import KMeans
 from mcl_kernels.kmeans.api import _assign
-from mcl_kernels.kmeans.centers import unit_rows
+from mcl_kernels.kmeans.centers import middle_and_scale, unit_rows
 from mcl_kernels.kmeans.lloyd import _squared_distances_among
 from tests.conftest import Backend, is_slow, use_instruction_set
 from tests.test_kmeans import backend, normal  # noqa: F401
@@ -138,9 +138,11 @@ def test_a_fit_is_that_of_fp64(backend: Backend, metric: str) -> None:  # noqa: 
                 continue
             mean = own_rows.mean(0)
             spread = (own_rows - mean).abs().amax(0)
-            # Rounded to the dtype of the centre, and before that relative to the middle of the data.
-            rounded = 4 * torch.finfo(fit.cluster_centers_.dtype).eps * (mean.abs() + x.double().median(0).values.abs())
-            tolerance = rounded + 1e-4 * spread + 1e-44
+            # Rounded to the dtype of the centre, and before that relative to the middle of the data; of a column's
+            # scale sums keep 24 bits.
+            middle, scale = middle_and_scale(x, metric, torch.ones(x.shape[1])).to(x.device)
+            rounded = 4 * torch.finfo(fit.cluster_centers_.dtype).eps * (mean.abs() + middle.abs())
+            tolerance = rounded + 2.0**-24 * scale + 1e-4 * spread + 1e-44
             assert ((fit.cluster_centers_[j].double() - mean).abs() <= tolerance).all()
 
     check()
