@@ -111,7 +111,11 @@ def score_bound(squares: Tensor, second: Tensor, largest: Tensor) -> Tensor:
 
 def multiply(a: Tensor, b: Tensor) -> Tensor:
     """Product a @ b.T in the dtype of both, exact as fp32 is, whatever PyTorch's setting for fp32 products."""
-    if a.dtype == torch.float32 and product_precision() != "highest":
+    try:
+        is_exact = torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # torch does not answer once its newer switch was used
+        is_exact = False
+    if a.dtype == torch.float32 and not is_exact:
         return (a.double() @ b.double().T).float()
     return a @ b.T
 
@@ -147,14 +151,6 @@ def _parts(index: Tensor, points: Tensor) -> Iterator[Tensor]:
     size = max(COMPARED_ENTRIES // max(points.shape), 1)
     for start in range(0, len(index), size):
         yield index[start : start + size]
-
-
-def product_precision() -> str:
-    """PyTorch's setting for products of fp32: "highest" where they are as exact as fp32."""
-    try:
-        return torch.get_float32_matmul_precision()
-    except RuntimeError:  # torch does not answer once its newer switch was used
-        return "high"
 
 
 def unit_rows(x: Tensor) -> Tensor:

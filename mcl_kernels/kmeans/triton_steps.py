@@ -101,7 +101,7 @@ def add_to_sums(sums, rows, one_hot, scale, last_integer, width, first, CHUNK: t
 def assign_kernel(
     x,  # [N, D]
     offset, points, high, low,  # [D]; [K, D], and relative to the offset in two parts as rows are multiplied with
-    half_norms, limits,  # [K in whole tiles], infinity behind the last; [8], see `gpu_pass.score_limits`
+    half_norms, limits,  # [K padded to tiles], infinity behind the last; [8], see `gpu_pass.score_limits`
     labels, distances, inverse_norms, undecided,  # int64 [N], [N], [N] where cosine, bool [N]
     sums, counts,  # of each program fp64 [D, CLUSTERS] in units of the last integer, int64 [CLUSTERS]
     scale, last_integer,  # fp32 [D]
