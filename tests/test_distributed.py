@@ -930,7 +930,7 @@ def check_refused_on_one_rank(loss: str, exchange: str) -> None:
             refusable(loss, **{"exchange": exchange, **mine})
         elsewhere = str(failure.value).startswith(f"rank {last} of the group met an error: ")
         assert elsewhere == (dist.get_rank() != last), (changed, failure.value)
-        assert type(failure.value) is ValueError or not elsewhere
+        assert isinstance(failure.value, ValueError) or not elsewhere
         value, grads = value_and_gradients(name, steps[index % 3], **options)
         assert value.equal(expected[index % 3][0]), changed
         assert all(grads[k].equal(x) for k, x in expected[index % 3][1].items()), changed
