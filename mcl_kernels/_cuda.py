@@ -33,11 +33,11 @@ ERROR = re.compile(r"error:|error (C|LNK)\d|fatal|ld: ")
 
 
 class CudaUnavailableError(RuntimeError):
-    """The CUDA kernels cannot be had here, for the reason that the message gives."""
+    """The CUDA kernels are not available, for the reason in the message."""
 
 
 def install_command(**environment: str) -> str:
-    """What builds the kernels, in the shell of this system, with these environment variables."""
+    """Command that builds the kernels, in the shell of this system, with these environment variables."""
     variables = {**environment, "MCL_KERNELS_CUDA": "1"}.items()
     if os.name == "nt":
         settings = [f'$env:{name}="{value}";' for name, value in variables]
@@ -55,7 +55,7 @@ def library_stem(sources: Path) -> str:
 
 
 def source_directory() -> Path:
-    """`csrc/cuda`, in the package (installed) or beside it (a checkout)."""
+    """`csrc/cuda`, in the package (installed) or next to it (a checkout)."""
     for directory in (PACKAGE / "csrc" / "cuda", PACKAGE.parent / "csrc" / "cuda"):
         if (directory / "operators.cpp").exists():
             return directory
@@ -136,7 +136,7 @@ def nvcc_release(nvcc: str) -> str:
 
 
 def target_architectures() -> list[str]:
-    """As in TORCH_CUDA_ARCH_LIST: "7.5", or "9.0+PTX" for newer ones too."""
+    """Names as in TORCH_CUDA_ARCH_LIST: "7.5", or "9.0+PTX" for newer ones too."""
     listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
     if not listed:
         found = {torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())}
@@ -167,7 +167,7 @@ def _code_flags(architectures: list[str]) -> list[str]:
 
 
 def runs_on(capability: tuple[int, int], architectures: list[str]) -> bool:
-    """Whether code for these architectures runs on a GPU: that of an older minor version, or PTX of an older one.
+    """Returns whether code for these architectures runs on a GPU: for an older minor version, or PTX of an older one.
 
     Code for an architecture with an `a` runs on that one alone.
     """
@@ -184,7 +184,7 @@ def runs_on(capability: tuple[int, int], architectures: list[str]) -> bool:
 
 @cache
 def _loaded() -> str | None:
-    """Loads the library once a process; what kept it from being loaded, or None."""
+    """Loads the library once a process. Returns the reason if that fails, else None."""
     try:
         libraries = _library.find_libraries(PACKAGE / "lib", library_stem(source_directory()))
     except CudaUnavailableError as error:
@@ -205,12 +205,12 @@ def _compiled() -> Any:
 
 
 def _architectures() -> list[str]:
-    """Those that the library is built for."""
+    """Architectures that the library is built for."""
     named: str = _compiled().architectures()
     return named.split(",")
 
 
-# By type of device what gives its operators. On "cpu" there are some in tests, which emulate CUDA.
+# By type of device, the function that returns its operators. On "cpu" there are some in tests, which emulate CUDA.
 LIBRARIES: dict[str, Callable[[], Any]] = {"cuda": _compiled}
 
 
@@ -228,7 +228,7 @@ def no_device() -> str | None:
 
 
 def why_not(device: torch.device) -> str | None:
-    """What is missing for CUDA kernels on a device; None: nothing."""
+    """Returns what is missing for CUDA kernels on a device, or None."""
     if device.type != "cuda":
         if device.type in LIBRARIES:
             return None
@@ -252,7 +252,7 @@ def why_not(device: torch.device) -> str | None:
 
 
 def describe() -> tuple[list[str], str]:
-    """The types of devices of this machine that the kernels run on, and how that stands."""
+    """Returns the types of devices of this machine that the kernels run on, and the reason."""
     devices = ["cpu"] if why_not(torch.device("cpu")) is None else []
     missing = no_device()
     if reason := _loaded():

@@ -25,7 +25,8 @@ import torch
 try:
     ctypes.CDLL(sys.argv[1])
 except OSError as error:
-    sys.exit(str(error))
+    print(error, file=sys.stderr)
+    sys.exit(3)
 """
 
 
@@ -65,16 +66,18 @@ def keep(built: Path, directory: Path, stem: str) -> Path:
 
 
 def check_loads(library: Path) -> None:
-    """Raises LibraryError unless a process with this torch loads the library."""
-    if not sys.executable:  # Python inside another program
+    """Raises LibraryError where the library does not load in another process, or ends it.
+
+    Where no such process runs, as in a program that Python is embedded in, nothing is raised.
+    """
+    if not sys.executable:
         return
     command = [sys.executable, "-c", TRIAL, str(library), json.dumps([str(path) for path in sys.path])]
     result = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)
     if result.returncode < 0:
         raise LibraryError(f"loading it ended with signal {-result.returncode}")
-    if result.returncode:
-        lines = result.stderr.strip().splitlines() or [f"exit code {result.returncode}"]
-        raise LibraryError(lines[-1].removeprefix(f"{library}: "))
+    if result.returncode == 3:
+        raise LibraryError(result.stderr.strip().splitlines()[-1].removeprefix(f"{library}: "))
 
 
 def load(library: Path) -> str | None:

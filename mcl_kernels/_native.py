@@ -38,7 +38,7 @@ def load() -> None:
 
 @cache
 def usable() -> bool:
-    """Whether the kernels load here; if they do not, warns once, in one line, what to do about it."""
+    """Returns whether the kernels load here. If they do not, warns once, in one line, what to do about it."""
     if reason := _loaded():
         warnings.warn(f"mcl_kernels: PyTorch operations compute, several times slower: {reason}", RuntimeWarning, 3)
         return False
@@ -46,7 +46,7 @@ def usable() -> bool:
 
 
 def describe() -> tuple[bool, str]:
-    """Whether the kernels compute here, and with which instruction set, or why not. Loads them, as `load`."""
+    """Returns whether the kernels compute here, and their instruction set or the reason. Loads them, as `load`."""
     import torch
 
     if reason := _loaded():

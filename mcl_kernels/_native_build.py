@@ -230,6 +230,7 @@ def _start(command: list[str]) -> subprocess.Popen[str]:
 
 
 def _first_error(errors: str, process: subprocess.Popen[str]) -> str:
-    lines = [line for line in errors.splitlines() if line.strip()]
+    # Without the driver's line behind the linker's own.
+    lines = [line for line in errors.splitlines() if line.strip() and not re.search("ld returned|linker command", line)]
     ended = f"signal {-process.returncode}" if process.returncode < 0 else f"exit code {process.returncode}"
-    return next((line for line in lines if "error" in line.lower()), lines[0] if lines else ended)
+    return next((line for line in lines if re.search("error|ld: ", line, re.I)), lines[0] if lines else ended)

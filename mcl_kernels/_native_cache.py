@@ -107,8 +107,8 @@ def _distrust(status: os.stat_result) -> str | None:
 class Cache:
     """An open directory whose owner and mode are checked.
 
-    Its files are reached through the descriptor where the system has /proc: renaming the directory, which who owns the
-    one above it may, then changes nothing.
+    Its files are reached through the descriptor where the system has /proc: renaming the directory, which the
+    owner of the one above it may do, then changes nothing.
     """
 
     def __init__(self, path: Path, descriptor: int) -> None:
@@ -117,7 +117,7 @@ class Cache:
         self.directory = through_descriptor if through_descriptor.exists() else path
 
     def named(self, text: str) -> str:
-        """The text with the name of the directory that the user knows."""
+        """Returns the text with the name of the directory that the user knows."""
         return text.replace(str(self.directory), str(self.path))
 
     def libraries(self, stem: str) -> Iterator[Path]:
@@ -170,7 +170,7 @@ class Cache:
             os.close(descriptor)
 
     def remembered_failure(self, stem: str, compiler: Compiler) -> str | None:
-        """Why this compiler failed within the last day: no process has to wait for it again."""
+        """Returns why this compiler failed within the last day: no process has to wait for it again."""
         path = self.directory / f"{stem}.failed"
         try:
             if not self._is_trusted(path) or path.stat().st_size > REMEMBERED_BYTES:
