@@ -90,9 +90,9 @@ def _check_owner(path: Path, descriptor: int) -> None:
             os.fchmod(descriptor, stat.S_IMODE(status.st_mode) & ~OTHERS_WRITE)
         status = os.fstat(descriptor)
     if reason := _distrust(status):
+        remedy = f"chmod go-w {path}, or " if status.st_mode & OTHERS_WRITE else ""
         raise NativeUnavailableError(
-            f"{path} is not used, since others could replace the library in it: {reason}; chmod go-w {path} if it is "
-            f"yours, else {ANOTHER}"
+            f"{path} is not used, since others could replace the library in it: {reason}; {remedy}{ANOTHER}"
         )
 
 
