@@ -194,6 +194,20 @@ def test_a_directory_that_stays_open_to_others_is_refused(place: Place, monkeypa
     assert place.times_called() == 0
 
 
+def test_a_directory_of_root_is_trusted_while_only_root_writes(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An administrator may build for everybody."""
+    if os.geteuid():
+        pytest.skip("only root makes a directory of root")
+    _native._find_or_build()
+    calls = place.times_called()
+    monkeypatch.setattr(os, "geteuid", lambda: STRANGER)
+    _native._find_or_build()
+    assert place.times_called() == calls
+    place.cache.chmod(0o775)
+    with pytest.raises(NativeUnavailableError, match="its mode is 775; chmod go-w"):
+        _native._find_or_build()
+
+
 @pytest.mark.parametrize("kind", ["of another user", "writable for the group", "a link"])
 def test_a_library_that_others_may_have_written_is_built_again(
     place: Place, kind: str, monkeypatch: pytest.MonkeyPatch
