@@ -56,7 +56,7 @@ class RefusedError(NativeUnavailableError):
 
 
 class Compiler(NamedTuple):
-    """The command of a C++ compiler, with launcher and options if $CXX has them, and the first line of --version."""
+    """Command of a C++ compiler, with launcher and options if $CXX has them, and the first line of --version."""
 
     command: list[str]
     version: str
@@ -205,8 +205,8 @@ def _run(commands: list[list[str]]) -> None:
         _, errors = process.communicate()
         if process.returncode:
             lasting = process.returncode > 0 and LASTING.search(errors) and not PASSING.search(errors)
-            kind = RefusedError if lasting else NativeUnavailableError
-            raise kind(f"{command[0]} failed: {_first_error(errors, process)}")
+            failed = f"{command[0]} failed: {_first_error(errors, process)}"
+            raise RefusedError(failed) if lasting else NativeUnavailableError(f"{failed}; the next process tries again")
 
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         try:

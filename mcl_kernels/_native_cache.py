@@ -26,9 +26,9 @@ ANOTHER = "set XDG_CACHE_HOME to a directory of your own that can be written"
 
 
 def cache_directory() -> Path:
-    """`mcl_kernels` in $XDG_CACHE_HOME, which is ignored where it is no absolute path (as its standard demands).
+    """Directory `mcl_kernels` in $XDG_CACHE_HOME, else in ~/.cache.
 
-    Without it in ~/.cache.
+    A relative $XDG_CACHE_HOME is ignored, as its specification demands: it would follow the working directory.
 
     Raises:
         NativeUnavailableError: there is no home directory.
@@ -47,7 +47,7 @@ def cache_directory() -> Path:
 
 @contextmanager
 def opened(path: Path) -> Iterator[Cache]:
-    """The cache in this directory, which is made where it is missing.
+    """Opens the cache in this directory, which is made where it is missing.
 
     Raises:
         NativeUnavailableError: it belongs to another user, others may write to it, or a call of the system fails in
