@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from mcl_kernels import _library, _native
 
+STRANGER = 12345 if sys.platform == "win32" else os.geteuid() + 1
 SCRIPT = """#!/bin/sh
 case "$*" in *--version*) echo "{version}"; exit 0;; esac
 echo "$0 $*" >> {calls}
@@ -69,3 +72,11 @@ def make_place(root: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
     monkeypatch.setattr(_native, "source_directory", lambda: place.sources)
     monkeypatch.setattr(_library, "check_loads", lambda library: None)
     return place
+
+
+def give_away(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes a file or directory another user's: as root in truth, else for `os.geteuid`."""
+    if os.geteuid() == 0:
+        os.chown(path, STRANGER, STRANGER)
+    else:
+        monkeypatch.setattr(os, "geteuid", lambda: STRANGER)

@@ -6,14 +6,13 @@ import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from mcl_kernels import _library, _native, _native_build, _native_cache
-from mcl_kernels._native_build import NativeUnavailableError, RefusedError, find_compiler
+from mcl_kernels._native_build import NativeUnavailableError, find_compiler
 from tests.fake_compiler import Place, make_place
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="nothing is built on Windows")
@@ -114,96 +113,6 @@ def test_the_openmp_runtime_is_the_one_that_torch_has_loaded() -> None:
     assert len(mapped) == 1, mapped
     content = mapped.pop().read_bytes()
     assert _native_build._has_openmp_of_llvm() == (b"__kmpc_fork_call" in content)
-
-
-# --- compilers that fail --------------------------------------------------------------------------------------
-
-LASTING = [
-    "operators.cpp:3:7: error: this is not my day",
-    "operators.cpp:3: fatal error: it never is",
-    "/tmp/x.s:12: Error: no such instruction: `tdpbf16ps'",
-    "g++: error: unrecognized command-line option '-mamx-tile'",
-    "cc1plus: error: bad value 'x' for '-march=' switch",
-    "clang: error: unknown argument: '-mamx'",
-]
-PASSING = [
-    "operators.cpp:512: fatal error: error writing to /tmp/x.s: No space left on device",
-    "/tmp/x.s: Fatal error: can't write 8 bytes to section .text of x.o: 'No space left on device'",
-    "/usr/bin/ld: final link failed: No space left on device",
-    "operators.cpp:5: fatal error: error writing to x.o: Disk quota exceeded",
-    "operators.cpp:5: fatal error: error writing to x.o: Input/output error",
-    "operators.cpp:5:10: fatal error: omp.h: No such file or directory",  # its package is not installed yet
-    "cc1plus: out of memory allocating 65536 bytes after a total of 3000 bytes",
-    "virtual memory exhausted: Cannot allocate memory",
-    "g++: fatal error: Killed signal terminated program cc1plus",
-    "operators.cpp:7:1: internal compiler error: Segmentation fault",
-    "",
-]
-
-
-@pytest.mark.parametrize("line", LASTING)
-def test_what_is_said_of_the_sources_is_remembered(place: Place, line: str) -> None:
-    compiler = place.compiler(
-        command=f'echo "In file included from x:" >&2; echo "{line}" >&2; exit 1'.replace("`", "")
-    )
-    told = re.escape(line.replace("`", ""))
-    with pytest.raises(RefusedError, match=told):
-        _native._find_or_build()
-    with pytest.raises(NativeUnavailableError, match=rf"{told} \(delete .*\.failed to try again\)"):
-        _native._find_or_build()
-    assert place.times_called() == 1
-    assert [path.suffix for path in place.cache.iterdir() if path not in place.failures()] == [".lock"]
-
-    place.compiler(version="g++ (fake) 2.0")  # a newer compiler at the same path
-    _native._find_or_build()
-    assert len(place.libraries()) == 1
-    assert str(compiler) in place.calls.read_text()
-
-
-@pytest.mark.parametrize("line", PASSING)
-def test_what_passes_is_not_remembered(place: Place, line: str) -> None:
-    place.compiler(command=f'echo "{line}" >&2; exit 1')
-    for calls in (1, 2):
-        with pytest.raises(NativeUnavailableError, match=re.escape(line) or "exit code 1"):
-            _native._find_or_build()
-        assert place.times_called() == calls
-    assert not place.failures()
-    place.compiler()
-    _native._find_or_build()
-
-
-def test_a_killed_compiler_is_not_remembered(place: Place) -> None:
-    place.compiler(command="echo 'operators.cpp:3:7: error: half a sentence' >&2; kill -9 $$")
-    with pytest.raises(NativeUnavailableError):
-        _native._find_or_build()
-    assert not place.failures()
-
-
-def test_a_compiler_without_memory_is_not_remembered(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The driver of the real one fits in the limit, and the programs that it starts do not."""
-    (place.sources / "operators.cpp").write_text('#include <algorithm>\n#include <regex>\nstd::regex x{"a"};\n')
-    compiler = place.compiler(command='ulimit -v 40000; exec g++ "$@"')
-    monkeypatch.setenv("CXX", str(compiler))
-    with pytest.raises(NativeUnavailableError):
-        _native._find_or_build()
-    assert not place.failures()
-
-
-def test_the_first_failure_ends_the_other_compilers(place: Place) -> None:
-    (place.sources / "second.cpp").write_text("")
-    number = place.root / "number"
-    place.compiler(
-        command=f'case "$*" in *second.cpp*) echo $$ > {number}; sleep 100;; esac\n'
-        f"while ! test -s {number}; do sleep 0.02; done; echo 'x.cpp:1:1: error: no' >&2; exit 1"
-    )
-    if (os.cpu_count() or 1) < 2:
-        pytest.skip("needs two compilers at a time")
-    started = time.monotonic()
-    with pytest.raises(RefusedError, match=r"x\.cpp:1:1: error: no"):
-        _native._find_or_build()
-    assert time.monotonic() - started < 60  # and not the 100 s of the other
-    with pytest.raises(ProcessLookupError):
-        os.kill(int(number.read_text()), 0)
 
 
 # --- what was built is loaded once before it is kept ----------------------------------------------------------

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import json
 import os
 import shutil
 import signal
@@ -13,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,10 +19,9 @@ import pytest
 from mcl_kernels import _library, _native, _native_cache
 from mcl_kernels._native_build import Compiler, NativeUnavailableError
 from mcl_kernels._native_cache import opened
-from tests.fake_compiler import Place, make_place
+from tests.fake_compiler import STRANGER, Place, give_away, make_place
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="nothing is built on Windows")
-STRANGER = 12345 if sys.platform == "win32" else os.geteuid() + 1
 # Each leaves a part that the loader needs: the header of the file, its program headers, its code, its last page.
 DAMAGES: dict[str, Callable[[bytes], bytes]] = {
     "0 bytes": lambda content: b"",
@@ -44,14 +41,6 @@ DAMAGES: dict[str, Callable[[bytes], bytes]] = {
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
     return make_place(tmp_path, monkeypatch)
-
-
-def give_away(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes a file or directory another user's: as root in truth, else for `os.geteuid`."""
-    if os.geteuid() == 0:
-        os.chown(path, STRANGER, STRANGER)
-    else:
-        monkeypatch.setattr(os, "geteuid", lambda: STRANGER)
 
 
 # --- damaged files --------------------------------------------------------------------------------------------
@@ -315,131 +304,3 @@ def test_what_a_killed_build_left_is_removed_by_the_next(place: Place) -> None:
     place.compiler()
     _native._find_or_build()
     assert sorted(path.suffix for path in place.cache.iterdir()) == [".lock", ".so"]
-
-
-# --- full disks -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("name", "function"),
-    [
-        ("mkdir", "os.mkdir"),
-        ("sync", "os.fsync"),
-        ("rename", "os.rename"),
-        ("lock", "fcntl.flock"),
-        ("mode", "os.chmod"),
-    ],
-)
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EROFS, errno.EDQUOT])
-def test_an_error_of_the_system_is_said_and_passes(
-    place: Place, name: str, function: str, number: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*arguments: object, **options: object) -> None:
-        path = arguments[0] if isinstance(arguments[0], str | Path) else None
-        raise OSError(number, os.strerror(number), path)
-
-    with monkeypatch.context() as patched:
-        for each in (function, *(["os.replace"] if name == "rename" else [])):
-            patched.setattr(each, fail)
-        with pytest.raises(NativeUnavailableError, match=os.strerror(number)) as error:
-            _native._find_or_build()
-    assert str(place.root / "cache") in str(error.value)
-    assert "/proc/" not in str(error.value)
-    assert "set XDG_CACHE_HOME" in str(error.value)
-    assert not place.failures()
-    _native._find_or_build()
-    assert len(place.libraries()) == 1
-
-
-@contextlib.contextmanager
-def small_disk(directory: Path, size: str) -> Iterator[None]:
-    directory.mkdir(parents=True)
-    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(directory)]
-    if os.geteuid() or subprocess.run(command, capture_output=True, check=False).returncode:
-        pytest.skip("only root mounts a small file system, where the system lets it")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "--lazy", str(directory)], check=True)
-
-
-@pytest.mark.parametrize("size", [1 << 20, 36 << 10], ids=["objects", "linking"])
-def test_a_disk_that_is_full_for_a_while_is_not_remembered(
-    place: Place, size: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The real compiler builds. The disk holds the smaller object, but not the library as well."""
-    (place.sources / "operators.cpp").write_text(f"extern const char data[{size}] = {{1}};\n")
-    monkeypatch.setenv("CXX", "g++")
-    with small_disk(place.cache, "64k"):
-        with pytest.raises(NativeUnavailableError, match="No space left on device"):
-            _native._find_or_build()
-        assert not place.failures()
-        subprocess.run(["mount", "-o", "remount,size=20m", str(place.cache)], check=True)
-        _native._find_or_build()
-
-
-def test_a_full_disk_leaves_no_half_of_a_remembered_failure(place: Place) -> None:
-    compiler = Compiler(["c"], "1")
-    with small_disk(place.cache, "16k"):
-        (place.cache / "other").write_bytes(bytes(8192))
-        with contextlib.suppress(OSError), (place.cache / "more").open("wb", buffering=0) as file:
-            while True:
-                file.write(bytes(4096))
-        with opened(place.cache) as cache:
-            cache.remember_failure(place.stem(), compiler, "reason")
-            assert cache.remembered_failure(place.stem(), compiler) is None
-        assert not place.failures()
-
-
-# --- remembered failures --------------------------------------------------------------------------------------
-
-DEEP = "[" * 100_000
-
-
-@pytest.mark.parametrize(
-    "content",
-    ["", "\n", "c++\nreason", "{}", "[]", "null", "\0\xff", DEEP, '{"time": "x", "compiler": 1}'],
-    ids=range(9),
-)
-def test_a_damaged_remembered_failure_is_none(place: Place, content: str) -> None:
-    place.cache.mkdir(parents=True)
-    (place.cache / f"{place.stem()}.failed").write_text(content, encoding="latin-1")
-    _native._find_or_build()
-    assert len(place.libraries()) == 1
-
-
-@pytest.mark.parametrize("kind", ["directory", "pipe", "link to itself", "of another user"])
-def test_a_remembered_failure_is_a_file_of_this_user(place: Place, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    place.cache.mkdir(parents=True)
-    path = place.cache / f"{place.stem()}.failed"
-    if kind == "directory":
-        path.mkdir()
-    elif kind == "pipe":
-        os.mkfifo(path)
-    elif kind == "link to itself":
-        path.symlink_to(path)
-    elif os.geteuid():
-        pytest.skip("only root gives a file away")
-    else:
-        compiler = _native.find_compiler()
-        content = {"compiler": list(compiler), "time": time.time(), "reason": "planted"}
-        path.write_text(json.dumps(content))
-        give_away(path, monkeypatch)
-    _native._find_or_build()
-    assert len(place.libraries()) == 1
-
-
-@pytest.mark.parametrize("age", [-3600, _native_cache.REMEMBERED_SECONDS + 1])
-def test_a_failure_is_remembered_for_a_day(place: Place, age: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    compiler = Compiler(["c"], "1")
-    with opened(place.cache) as cache:
-        cache.remember_failure("x", compiler, "reason")
-        assert str(cache.remembered_failure("x", compiler)).startswith("reason (delete ")
-        assert cache.remembered_failure("y", compiler) is None
-        assert cache.remembered_failure("x", Compiler(["c"], "2")) is None
-        assert cache.remembered_failure("x", Compiler(["c", "-m32"], "1")) is None
-        now = time.time()
-        monkeypatch.setattr(time, "time", lambda: now + age)
-        assert cache.remembered_failure("x", compiler) is None
-        cache.remember_failure("x", compiler, "again")  # in its place
-        assert str(cache.remembered_failure("x", compiler)).startswith("again")
