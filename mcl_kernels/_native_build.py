@@ -169,7 +169,8 @@ def build(sources: Path, directory: Path) -> Path:
             return _library.keep(built, directory, library_stem(sources))
     except _library.LibraryError as error:
         kind = NativeUnavailableError if PASSING.search(str(error)) or "signal" in str(error) else RefusedError
-        raise kind(f"the library that {shlex.join(compiler.command)} built does not load: {error}") from error
+        remedy = "; set XDG_CACHE_HOME to a directory that is not mounted noexec" if "map segment" in str(error) else ""
+        raise kind(f"the library that {shlex.join(compiler.command)} built does not load: {error}{remedy}") from error
 
 
 def kernel_sources(sources: Path) -> dict[Path, list[str]]:

@@ -15,12 +15,13 @@ from pathlib import Path
 
 import pytest
 
-from mcl_kernels import _native, _native_cache
+from mcl_kernels import _library, _native, _native_cache
 from mcl_kernels._native_build import Compiler, NativeUnavailableError, RefusedError
 from mcl_kernels._native_cache import opened
 from tests.fake_compiler import Place, give_away, make_place
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="nothing is built on Windows")
+try_loading = _library.check_loads
 
 
 @pytest.fixture
@@ -153,9 +154,9 @@ def test_an_error_of_the_system_is_said_and_passes(
 
 
 @contextlib.contextmanager
-def small_disk(directory: Path, size: str) -> Iterator[None]:
+def small_disk(directory: Path, options: str) -> Iterator[None]:
     directory.mkdir(parents=True)
-    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(directory)]
+    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(directory)]
     if os.geteuid() or subprocess.run(command, capture_output=True, check=False).returncode:
         pytest.skip("only root mounts a small file system, where the system lets it")
     try:
@@ -171,7 +172,7 @@ def test_a_disk_that_is_full_for_a_while_is_not_remembered(
     """The real compiler builds. The disk holds the smaller object, but not the library as well."""
     (place.sources / "operators.cpp").write_text(f"extern const char data[{size}] = {{1}};\n")
     monkeypatch.setenv("CXX", "g++")
-    with small_disk(place.cache, "64k"):
+    with small_disk(place.cache, "size=64k"):
         with pytest.raises(NativeUnavailableError, match="No space left on device"):
             _native._find_or_build()
         assert not place.failures()
@@ -179,9 +180,18 @@ def test_a_disk_that_is_full_for_a_while_is_not_remembered(
         _native._find_or_build()
 
 
+def test_a_directory_from_which_nothing_is_loaded(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_library, "check_loads", try_loading)
+    told = r"does not load: failed to map segment.*; set XDG_CACHE_HOME to a directory that is not mounted noexec"
+    with small_disk(place.cache, "size=20m,noexec"):
+        with pytest.raises(RefusedError, match=told):
+            _native._find_or_build()
+        assert not place.libraries()
+
+
 def test_a_full_disk_leaves_no_half_of_a_remembered_failure(place: Place) -> None:
     compiler = Compiler(["c"], "1")
-    with small_disk(place.cache, "16k"):
+    with small_disk(place.cache, "size=16k"):
         (place.cache / "other").write_bytes(bytes(8192))
         with contextlib.suppress(OSError), (place.cache / "more").open("wb", buffering=0) as file:
             while True:
