@@ -14,9 +14,19 @@ INTEGER_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    expected = f"{name} must be one of " + ", ".join(repr(choice) for choice in choices)
+    if not isinstance(value, str):  # an array, say, which cannot be compared
+        raise TypeError(f"{expected}: got {type(value).__name__}")
     if value not in choices:
-        expected = ", ".join(repr(choice) for choice in choices)
-        raise ValueError(f"{name} must be one of {expected}: got {value!r}")
+        raise ValueError(f"{expected}: got {value!r}")
+
+
+def check_objective(objective: object) -> None:
+    if not callable(objective) or isinstance(objective, type):
+        expected = (
+            "a function of mcl_kernels.objectives or your own, settings given: hard_negative(), not hard_negative"
+        )
+        raise TypeError(f"objective must be {expected}: got {objective!r}")
 
 
 def as_integer(name: str, value: object, *, least: int) -> int:
