@@ -9,6 +9,8 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from mcl_kernels._forked import use_one_thread_if_forked
+
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGER_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
@@ -31,6 +33,7 @@ def check_objective(objective: object) -> None:
 
 def as_integer(name: str, value: object, *, least: int) -> int:
     """One integer of any kind (numpy's too), as Python's."""
+    use_one_thread_if_forked()  # here and below: a check comes before any computation
     try:
         integer = operator.index(value)  # type: ignore[arg-type]
     except TypeError:
@@ -55,6 +58,7 @@ def check_positive(name: str, value: object) -> None:
 
 def check_embeddings(name: str, x: object) -> None:
     """A 2-d floating point tensor, one row per sample, of at least one feature."""
+    use_one_thread_if_forked()
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor: got {type(x).__name__}")
     if x.ndim != 2:
@@ -86,6 +90,7 @@ def check_same_device(name: str, x: Tensor, other_name: str, other: Tensor) -> N
 
 def check_integer_vector(name: str, values: object) -> Tensor:
     """Labels or ids, as they are: a memory map is not read."""
+    use_one_thread_if_forked()
     if not isinstance(values, Tensor):
         raise TypeError(f"{name} must be an integer tensor: got {type(values).__name__}")
     if values.dtype not in INTEGER_DTYPES:
