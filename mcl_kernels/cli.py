@@ -99,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
         help="watch MCL recover digits that SimCLR suppresses (5,000 MNIST images, a few minutes on 2 cores)",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    demo.add_argument("--bits", type=int, default=8, help="constant random channels beside each image")
+    demo.add_argument("--bits", type=int, default=8, help="constant random channels next to each image")
     demo.add_argument("--stages", type=int, default=3, help="stages, the first of which is SimCLR")
     demo.add_argument("--clusters", type=int, default=16, help="clusters of each stage")
     demo.add_argument("--epochs", type=int, default=None, help="epochs of each stage (30; with --quick 2)")
@@ -117,7 +117,7 @@ def _add_cluster(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "cluster",
         help="k-means of a file of features, of any size, into a file of pseudo labels",
         description="Clusters features, composes the clusters with the labels of the earlier stages into dense pseudo "
-        "labels, and writes these with a summary beside them (LABELS.json). One command in the place of the "
+        "labels, and writes these with a summary next to them (LABELS.json). One command in the place of the "
         "clustering script of the paper's CLIP code, whose --MCL-label-path reads a .pt file of these; that script "
         "loses all stages but the last when it accumulates them, this keeps every one.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -143,7 +143,7 @@ def _add_assign(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     command = commands.add_parser(
         "assign",
         help="the nearest centres, which `cluster` saved, of a file of new features",
-        description="Finds the nearest centre of each row, and writes the cluster ids with a summary beside them "
+        description="Finds the nearest centre of each row, and writes the cluster ids with a summary next to them "
         "(LABELS.json). The features that were clustered get the labels that `cluster` wrote without --previous.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )

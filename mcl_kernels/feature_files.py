@@ -177,7 +177,7 @@ def _check_tensor(path: Path, x: Tensor) -> None:
 
 
 def _has_rows_in_order(x: Tensor) -> bool:
-    """Whether rows can be read where they lie: their entries adjacent, and no row within another."""
+    """Returns whether rows can be read where they lie: their entries adjacent, and no row within another."""
     rows, width = x.shape
     return (width <= 1 or x.stride(1) == 1) and (rows <= 1 or x.stride(0) >= width)
 

@@ -67,7 +67,7 @@ def write_labels(out: Path, labels: Tensor, summary: Mapping[str, Any], centers:
 
 
 def identity(path: Path) -> tuple[int, ...] | None:
-    """What tells a file from the one that replaces it; None where there is none."""
+    """Device, inode, size and time of a file, which differ in the one that replaces it; None where there is none."""
     try:
         status = path.stat()
     except OSError:

@@ -33,7 +33,7 @@ def build(directory: Path) -> Path:
 
 
 class Files(NamedTuple):
-    """What tells the files of one run from those of another: the summary by the labels it describes."""
+    """Identifies the files of a run: the labels, those that the summary describes, the centres."""
 
     labels: str
     summary: str

@@ -38,9 +38,10 @@ def run(command: list[str], redirection: str = "", **environment: str) -> subpro
     )
 
 
-REDIRECTIONS = ["| head -1", "| true", ">&-", ">/dev/full", "2>&-", "2>/dev/full", ">&- 2>&- <&-", ">/dev/full 2>&1"]
+REDIRECTIONS = ["| head -1", "| true", ">/dev/full", "2>/dev/full", ">&-", ">&- 2>&- <&-"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("redirection", REDIRECTIONS)
 def test_labels_are_written_wherever_the_lines_go(redirection: str) -> None:
     result = run(CLUSTER, redirection)
@@ -49,8 +50,9 @@ def test_labels_are_written_wherever_the_lines_go(redirection: str) -> None:
     assert len(np.load("y.npy")) == N
 
 
-@pytest.mark.parametrize("name", ["ä", "日本", "\udcff"], ids=ascii)
-def test_paths_that_the_terminal_cannot_print(name: str) -> None:
+@pytest.mark.slow
+def test_paths_that_the_terminal_cannot_print() -> None:
+    name = "ä日\udcff"  # the last one is a byte that is no UTF-8
     Path("f0.npy").rename(f"{name}.npy")
     command = [*COMMAND, "cluster", f"{name}.npy", "--clusters", "3", "--out", f"{name}-y.npy"]
     for environment in ({"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}):
@@ -63,15 +65,17 @@ def test_paths_that_the_terminal_cannot_print(name: str) -> None:
         assert failed.stderr.startswith("mcl-kernels: --previous must be .npy or .pt files: got ")
 
 
+@pytest.mark.slow
 def test_errors_that_cannot_be_printed_keep_the_exit_status() -> None:
-    for redirection in ("2>/dev/full", "2>&-", ">&- 2>&-"):
+    for redirection in ("2>/dev/full", ">&- 2>&-"):
         assert (
             run([*COMMAND, "cluster", "missing.npy", "--clusters", "3", "--out", "y.npy"], redirection).returncode == 1
         )
         assert run([*COMMAND, "cluster"], redirection).returncode == 2
 
 
-@pytest.mark.parametrize("arguments", [["info"], ["--help"], ["--version"], ["cluster", "--help"]], ids=" ".join)
+@pytest.mark.slow
+@pytest.mark.parametrize("arguments", [["info"], ["--version"], ["cluster", "--help"]], ids=" ".join)
 def test_commands_that_only_print_say_where_that_fails(arguments: list[str]) -> None:
     closed = run([*COMMAND, *arguments], "| true")
     assert (closed.returncode, closed.stderr) in (
@@ -170,7 +174,9 @@ def test_progress_is_printed_where_no_bar_is(
     for mini_batches in ([], ["--batch-size", "50"]):
         assert cluster("f0.npy", "--clusters", 3, "--out", "y.npy", "--max-iter", "4", *mini_batches) == 0
         lines = capsys.readouterr().err.splitlines()
-        assert lines[0].startswith("k-means: iteration 1 of at most 4, ")
+        assert [line for line in lines if line.startswith("f0.npy: row 0 of 300, ")]
+        assert [line for line in lines if line.startswith("k-means++: 2 of 3 centres, ")]
+        assert [line for line in lines if line.startswith("k-means: iteration 1 of at most 4, ")]
     KMeans(3).fit(np.load("f0.npy"))
     assert capsys.readouterr().err == ""  # the library itself prints nothing
 

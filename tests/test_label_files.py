@@ -230,6 +230,7 @@ def test_a_full_disk(out: str) -> None:
     assert not [path for path in Path().iterdir() if "partial" in path.name or path.suffix == ".json"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux" or shutil.which("cc") is None, reason="preloads a library, built by cc")
 def test_a_failure_at_any_system_call_leaves_old_files_or_new_ones_or_a_mixture_that_is_seen(tmp_path: Path) -> None:
     """SIGKILL, a full disk and an input/output error: at each open, read, write, sync, rename, unlink, mkdir, close."""

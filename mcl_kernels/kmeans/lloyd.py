@@ -124,6 +124,7 @@ def initial_centers(problem: Problem, sample: Tensor, n_clusters: int, init: str
     centers = torch.randint(len(x), (1,), generator=generator).to(x.device)
     nearest = squared_distances(centers)[0]
     while len(centers) < n_clusters:
+        _log.info("k-means++: %d of %d centres", len(centers), n_clusters)
         cumulative = nearest.cumsum(0).cpu()
         if cumulative[-1] == 0:
             break

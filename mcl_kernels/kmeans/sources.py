@@ -7,6 +7,7 @@ touched pages of a map count as resident: into one of two buffers, while the oth
 from __future__ import annotations
 
 import io
+import logging
 import math
 import mmap
 import os
@@ -25,6 +26,8 @@ CHUNK_BYTES = 1 << 26
 CHUNK_MULTIPLE = 1024  # rows: whole tiles of any implementation
 
 Array = np.ndarray[Any, Any]
+
+_log = logging.getLogger(__name__)
 
 
 class Rows:
@@ -170,6 +173,7 @@ class FileRows(Rows):
             ahead = reader.submit(read, 0)
             for begin in range(0, max(self.rows, 1), size):  # of no rows one chunk
                 chunk = ahead.result()
+                _log.info("%s: row %s of %s", self.name, f"{begin:,}", f"{self.rows:,}")
                 if begin + size < self.rows:
                     ahead = reader.submit(read, begin + size)
                 yield chunk
