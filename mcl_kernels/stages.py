@@ -14,10 +14,10 @@ The training loop stays the user's:
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
-import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,7 +33,14 @@ from mcl_kernels import stage_files
 from mcl_kernels._durable import check_writable
 from mcl_kernels._validate import as_integer, check_choice, check_embeddings
 from mcl_kernels.distributed.exchange import gather_vectors
-from mcl_kernels.distributed.group import check_alike, meeting_device, ranks_of, work_of_each, work_of_first
+from mcl_kernels.distributed.group import (
+    OtherRankError,
+    check_alike,
+    meeting_device,
+    ranks_of,
+    work_of_each,
+    work_of_first,
+)
 from mcl_kernels.kmeans import KMeans, assign_clusters
 from mcl_kernels.kmeans.api import METRICS
 from mcl_kernels.kmeans.sources import Rows, RowsLike, open_rows
@@ -44,7 +51,9 @@ from mcl_kernels.pseudo_labels import (
     shares_of_small_labels,
     starvation,
 )
+from mcl_kernels.run_lock import only_process
 from mcl_kernels.sampler import ClusterBatchSampler
+from mcl_kernels.saved_state import State, dump_state, load_state
 from mcl_kernels.stored_labels import StoredLabels
 
 if TYPE_CHECKING:
@@ -196,10 +205,12 @@ class Stage:
         Raises:
             TypeError, ValueError: embeddings of another length, with NaN, ...; a state that cannot be loaded safely.
             OSError: the directory cannot be written; earlier stages are intact and finish() can be called again.
-            RuntimeError: the stage is finished already.
+            FileExistsError: another process finished this stage.
+            RuntimeError: the stage is finished already. Another rank is gone: what was saved stays for the next run.
             With a group an error of one rank is raised on every rank, elsewhere as a ValueError that names it.
 
         Warns:
+            RuntimeWarning: the stage is saved, but its directory could not be synced: a power failure may undo it.
             UserWarning: another stage follows, and more than half of the samples will have a label of one or two
             samples in it. With a group the first rank says so.
         """
@@ -227,7 +238,8 @@ class MultistageRunner:
         n_clusters: clusters K of each stage. Where a probe of what was suppressed was measured against K (README: 4, 8,
             16, 32, 64 for 5,000 images), 4 was too few, and from 16 on there was little to gain; many small clusters
             leave few negatives.
-        directory: where finished stages are kept; None keeps them in memory.
+        directory: where finished stages are kept, relative to the working directory of this call; None keeps them in
+            memory. One process trains in it at a time; others may read what is finished.
         metric: of the clustering, "cosine" or "euclidean".
         seed: of clusterings and batch samplers.
         keys: a distinct string per sample (a file name, say), for `Stage.labels_of`.
@@ -236,7 +248,9 @@ class MultistageRunner:
     Raises:
         ValueError: numbers that do not fit, or differ between ranks; a directory that holds a run of another
             configuration (the difference is named).
-        RuntimeError: a damaged or missing file of a finished stage, which is named.
+        TypeError: keys that are no strings.
+        RuntimeError: a damaged or missing file of a finished stage, which is named. On iterating: another process
+            trains in the directory.
 
     Source: "Learning the Unlearned" (ECCV 2024, arXiv 2402.11816), section 3.
 
@@ -266,7 +280,8 @@ class MultistageRunner:
         self.n_clusters = as_integer("n_clusters", n_clusters, least=1)
         if self.n_clusters > self.n_samples:
             raise ValueError(f"n_clusters must be at most n_samples = {n_samples}: got {n_clusters}")
-        self.directory = None if directory is None else Path(directory)
+        # Absolute: the working directory may change during the run.
+        self.directory = None if directory is None else Path(directory).absolute()
         self.metric = metric
         self.seed = as_integer("seed", seed, least=0)
         self._index_of_key = None if keys is None else _index_of_key(keys, self.n_samples)
@@ -289,15 +304,20 @@ class MultistageRunner:
         return StoredLabels(torch.zeros(1, dtype=torch.int32).expand(self.n_samples))
 
     def __iter__(self) -> Iterator[Stage]:
-        while len(self.finished) < self.n_stages:
-            if self.directory is not None:
-                self._on_every_rank(partial(self._check_writable, self.directory))
-            stage = Stage(self, len(self.finished))
-            yield stage
-            if len(self.finished) == stage.index:
-                raise RuntimeError(
-                    f"stage {stage.index} is not finished: call stage.finish(embeddings) before the next one"
-                )
+        with contextlib.ExitStack() as held:
+            while len(self.finished) < self.n_stages:
+                if self.directory is not None:
+                    self._on_every_rank(partial(self._take, self.directory, held))
+                    # Another process may have gone on with the run since this runner was made.
+                    self._on_every_rank(partial(self._read_finished, self.directory))
+                    if len(self.finished) == self.n_stages:
+                        break
+                stage = Stage(self, len(self.finished))
+                yield stage
+                if len(self.finished) == stage.index:
+                    raise RuntimeError(
+                        f"stage {stage.index} is not finished: call stage.finish(embeddings) before the next one"
+                    )
 
     def indices_of(self, keys: Sequence[str]) -> Tensor:
         """The positions of the samples with these keys, int64 [B]."""
@@ -312,9 +332,10 @@ class MultistageRunner:
         """Returns what `work()` returns; an error on one rank is raised on every rank."""
         return work() if self.ranks is None else work_of_each(work, self.ranks, meeting_device(self.ranks))
 
-    def _check_writable(self, directory: Path) -> None:
+    def _take(self, directory: Path, held: contextlib.ExitStack) -> None:
         if self.ranks is None or self.ranks.rank == 0:
             check_writable(directory)
+            held.enter_context(only_process(directory))
 
     def _configuration(self) -> dict[str, Any]:
         """Settings that must be the same for a run to be continued."""
@@ -353,10 +374,10 @@ class MultistageRunner:
             raise RuntimeError(f"stage {index} is finished already")
         ranks = self.ranks
 
-        def checked() -> tuple[stage_files.State | None, Rows]:
+        def checked() -> tuple[State | None, Rows]:
             # Before the clustering, so that what does not fit costs no time.
             is_mine = ranks is None or ranks.rank == 0 or self.directory is None
-            kept = stage_files.dump_state(state) if state is not None and is_mine else None
+            kept = dump_state(state) if state is not None and is_mine else None
             rows, n = open_rows("embeddings", embeddings), len(stage.shard)
             if rows.count() != n:
                 samples = f"{n} samples" if ranks is None else f"the {n} samples of this rank, {stage.shard}"
@@ -382,15 +403,17 @@ class MultistageRunner:
             written = work_of_first(keep, ranks, device)
             try:
                 finished = work_of_each(lambda: written or _written_stage(directory, index), ranks, device)
-            except Exception:
-                if written is not None:  # so that finish() can be called again
-                    shutil.rmtree(stage_files.stage_directory(directory, index))
+            except OtherRankError:
+                # All ranks are there and raise, so finish() can be called again. After any other error a rank is gone,
+                # and the stage stays for the next run.
+                if written is not None:
+                    stage_files.withdraw_stage(directory, index)
                 raise
             self.finished.append(finished)
         return self.finished[-1]
 
     def _keep(
-        self, stage: Stage, kmeans: KMeans, clusters: Tensor, seconds: float, kept: stage_files.State | None
+        self, stage: Stage, kmeans: KMeans, clusters: Tensor, seconds: float, kept: State | None
     ) -> FinishedStage:
         """Composes the labels of all samples and saves the stage."""
         labels, pairs = compose_pairs(stage.labels, clusters, label_dtype(self.n_samples))
@@ -413,7 +436,7 @@ class MultistageRunner:
         else:
             description = {"configuration": self._configuration(), "statistics": statistics}
             stage_files.write_stage(self.directory, stage.index, {**arrays, "labels": labels}, kept, description)
-            stored = stage_files.read_labels(self.directory, stage.index)
+            stored = stage_files.mapped_labels(self.directory, stage.index, labels)
             read_state = partial(stage_files.read_state, self.directory, stage.index)
         return FinishedStage(stage.index, labels=stored, **arrays, statistics=statistics, _read_state=read_state)
 
@@ -430,15 +453,14 @@ def _written_stage(directory: Path, index: int) -> FinishedStage:
 
 def _read_stage(directory: Path, index: int) -> tuple[dict[str, Any], FinishedStage]:
     """The configuration of a stage's run, and the stage."""
-    arrays, description = stage_files.read_stage(directory, index)
-    labels, read_state = stage_files.read_labels(directory, index), partial(stage_files.read_state, directory, index)
-    statistics = description["statistics"]
+    arrays, labels, description = stage_files.read_stage(directory, index)
+    statistics, read_state = description["statistics"], partial(stage_files.read_state, directory, index)
     stage = FinishedStage(index, labels=labels, **arrays, statistics=statistics, _read_state=read_state)
     return description["configuration"], stage
 
 
-def _load_kept(state: stage_files.State | None) -> dict[str, Any] | None:
-    return None if state is None else stage_files.load_state(state)
+def _load_kept(state: State | None) -> dict[str, Any] | None:
+    return None if state is None else load_state(state)
 
 
 def _index_of_key(keys: Sequence[str], n_samples: int) -> dict[str, int]:
@@ -446,6 +468,8 @@ def _index_of_key(keys: Sequence[str], n_samples: int) -> dict[str, int]:
         raise ValueError(f"keys must have one entry per sample: got {len(keys)} keys for {n_samples} samples")
     index_of_key: dict[str, int] = {}
     for index, key in enumerate(keys):
+        if not isinstance(key, str):
+            raise TypeError(f"keys must be strings: got {type(key).__name__} at {index}; use str(key)")
         if index_of_key.setdefault(key, index) != index:
             raise ValueError(f"keys must be distinct: {key!r} is at {index_of_key[key]} and {index}")
     return index_of_key

@@ -1,17 +1,9 @@
-"""The stage runner: labels, resuming, damage, full and read-only disks."""
+"""The stage runner: labels, states, resuming, misuse."""
 
 from __future__ import annotations
 
-import errno
-import io
-import json
-import os
-import resource
-import shutil
 import subprocess
 import sys
-import tempfile
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,20 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from mcl_kernels import KMeans, MultistageRunner, compose_labels, stage_files
-
-N = 60
-
-
-def embeddings(seed: int = 0, n: int = N) -> Tensor:
-    return torch.randn(n, 8, generator=torch.Generator().manual_seed(seed))
-
-
-def run(directory: Path | None = None, **options: object) -> MultistageRunner:
-    runner = MultistageRunner(N, **{"n_clusters": 4, "directory": directory, **options})  # type: ignore[arg-type]
-    for stage in runner:
-        stage.finish(embeddings(stage.index), state={"stage": torch.tensor(stage.index)})
-    return runner
+from mcl_kernels import KMeans, MultistageRunner, compose_labels
+from tests.stage_runs import N, embeddings, run
 
 
 @pytest.fixture(params=["memory", "disk"])
@@ -316,14 +296,14 @@ import resource, sys
 from pathlib import Path
 import torch
 from mcl_kernels.pseudo_labels import compose_pairs
-from mcl_kernels.stage_files import read_labels, write_stage
+from mcl_kernels.stage_files import mapped_labels, write_stage
 
 def peak():
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 def finish(run, index, n):
     clusters = torch.arange(n).remainder_(10)
-    previous = read_labels(run, index - 1) if index else torch.zeros(1, dtype=torch.int32).expand(n)
+    previous = mapped_labels(run, index - 1, None) if index else torch.zeros(1, dtype=torch.int32).expand(n)
     before = peak()
     labels, pairs = compose_pairs(previous, clusters, torch.int32)
     write_stage(run, index, {"labels": labels, "tuples": pairs}, None, {})
@@ -344,241 +324,6 @@ def test_peak_memory_of_composing_and_saving(tmp_path: Path) -> None:
     first, *later = map(float, result.stdout.splitlines()[1].split())
     assert first < 4 + 4
     assert max(later) < 4 + 4 + 4
-
-
-@pytest.mark.filterwarnings("ignore:stage 3 will have few negatives")
-def test_labels_of_earlier_versions_are_read(tmp_path: Path) -> None:
-    """They were int64 in their file."""
-    expected = run(tmp_path).labels.clone()
-    for index in range(3):
-        path = tmp_path / f"stage-{index}" / "labels.npy"
-        buffer = io.BytesIO()
-        np.save(buffer, np.load(path).astype(np.int64))
-        replace_in_stage(path.parent, path.name, buffer.getvalue())
-    runner = MultistageRunner(N, n_clusters=4, directory=tmp_path, n_stages=4)
-    assert torch.equal(runner.labels, expected)
-    for stage in runner:
-        assert stage.labels[[3, 1]].tolist() == expected[[3, 1]].tolist()
-        stage.finish(embeddings(3))
-    assert torch.equal(runner.labels, run(n_stages=4).labels)
-
-
-# --- durability -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_killed_at_every_write(tmp_path: Path) -> None:
-    result = subprocess.run(
-        [sys.executable, "-m", "tests.killed_run", str(tmp_path)],
-        capture_output=True, text=True, check=False, timeout=600, cwd=Path(__file__).parents[1],
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    # Per stage at least: the probe, the directory, five files opened and synced, two directories, the rename.
-    assert int(result.stdout) >= 2 * 15
-
-
-def damage(path: Path) -> Iterator[bytes]:
-    """The content with one bit of the first, the middle and the last byte turned."""
-    content = path.read_bytes()
-    for position in (0, len(content) // 2, len(content) - 1):
-        yield content[:position] + bytes([content[position] ^ 1]) + content[position + 1 :]
-
-
-@pytest.mark.parametrize("name", ["centers.npy", "labels.npy", "tuples.npy", "state.safetensors", "stage.json"])
-def test_a_flipped_bit_is_refused_by_name(tmp_path: Path, name: str) -> None:
-    run(tmp_path)
-    path = tmp_path / "stage-1" / name
-    for content in damage(path):
-        path.write_bytes(content)
-        with pytest.raises(RuntimeError, match=f"stage-1/{name} is damaged"):
-            MultistageRunner(N, n_clusters=4, directory=tmp_path)
-
-
-@pytest.mark.parametrize("name", ["centers.npy", "labels.npy", "tuples.npy", "state.safetensors", "stage.json"])
-def test_a_missing_or_truncated_file_is_refused_by_name(tmp_path: Path, name: str) -> None:
-    run(tmp_path)
-    path = tmp_path / "stage-1" / name
-    path.write_bytes(path.read_bytes()[:-7])
-    with pytest.raises(RuntimeError, match=f"stage-1/{name} is damaged"):
-        MultistageRunner(N, n_clusters=4, directory=tmp_path)
-    path.unlink()
-    with pytest.raises(RuntimeError, match=f"stage-1/{name} is damaged: the file is missing"):
-        MultistageRunner(N, n_clusters=4, directory=tmp_path)
-
-
-def test_a_state_is_checked_again_when_it_is_read(tmp_path: Path) -> None:
-    finished = run(tmp_path).finished[1]
-    path = tmp_path / "stage-1" / "state.safetensors"
-    content = path.read_bytes()
-    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    with pytest.raises(RuntimeError, match=r"stage-1/state.safetensors is damaged"):
-        _ = finished.state
-    path.unlink()
-    with pytest.raises(RuntimeError, match=r"stage-1/state.safetensors is damaged: the file is missing"):
-        _ = finished.state
-
-
-def test_fewer_stages_and_other_names_beside(tmp_path: Path) -> None:
-    """A copy that somebody keeps, and opening a longer run with fewer stages, are no gap."""
-    expected = run(tmp_path)
-    shutil.copytree(tmp_path / "stage-0", tmp_path / "stage-0.bak")
-    assert len(MultistageRunner(N, n_clusters=4, directory=tmp_path).finished) == 3
-    short = MultistageRunner(N, n_clusters=4, n_stages=1, directory=tmp_path)
-    assert list(short) == []
-    assert torch.equal(short.labels, expected.finished[0].labels)
-
-
-def test_files_are_synced_before_the_rename_and_directories_after(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    events = []
-    fsync, rename = os.fsync, Path.rename
-    monkeypatch.setattr(os, "fsync", lambda fd: (events.append(os.readlink(f"/proc/self/fd/{fd}")), fsync(fd)))
-    monkeypatch.setattr(Path, "rename", lambda self, to: (events.append("rename"), rename(self, to)))
-    run(tmp_path, n_stages=1)
-    events = [
-        event for event in events if event.startswith(str(tmp_path) + "/.stage") or event in ("rename", str(tmp_path))
-    ]
-    names = [Path(event).name for event in events]
-    assert set(names[:5]) == {"centers.npy", "labels.npy", "tuples.npy", "state.safetensors", "stage.json"}
-    assert names[5].startswith(".stage-0.")
-    assert events[6:] == ["rename", str(tmp_path)]
-
-
-def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
-    left = tmp_path / ".stage-0.0123"
-    left.mkdir(parents=True)
-    (left / "labels.npy").write_bytes(b"half")
-    run(tmp_path, n_stages=1)
-    assert [path.name for path in tmp_path.iterdir()] == ["stage-0"]
-
-
-@pytest.mark.slow
-def test_processes_that_finish_the_same_stage_at_once(tmp_path: Path) -> None:
-    """One of them saves it, the others are told so, and what is saved is whole."""
-    code = (
-        "import sys, time, torch; from mcl_kernels import MultistageRunner; torch.set_num_threads(1)\n"
-        f"stage = next(iter(MultistageRunner({N}, n_clusters=4, n_stages=1, directory={str(tmp_path)!r})))\n"
-        f"time.sleep(max(0.0, float(sys.argv[1]) - time.time()))\n"
-        f"try: stage.finish(torch.randn({N}, 8), state={{'w': torch.zeros(100_000)}}); print('saved')\n"
-        "except FileExistsError: print('late')\n"
-    )
-    at = str(time.time() + 15)
-    children = [subprocess.Popen([sys.executable, "-c", code, at], stdout=subprocess.PIPE, text=True) for _ in range(3)]
-    said = sorted(child.communicate(timeout=120)[0].strip() for child in children)
-    assert said == ["late", "late", "saved"]
-    assert len(MultistageRunner(N, n_clusters=4, n_stages=1, directory=tmp_path).finished) == 1
-    assert [path.name for path in tmp_path.iterdir()] == ["stage-0"]
-
-
-def test_a_damaged_stage_can_be_run_again(tmp_path: Path) -> None:
-    expected = run(tmp_path).labels
-    for index in (1, 2):
-        shutil.rmtree(tmp_path / f"stage-{index}")
-    assert torch.equal(run(tmp_path).labels, expected)
-
-
-def test_a_gap_is_refused(tmp_path: Path) -> None:
-    run(tmp_path)
-    shutil.rmtree(tmp_path / "stage-1")
-    with pytest.raises(RuntimeError, match="stage-1 is missing, and stage-2 builds on it"):
-        MultistageRunner(N, n_clusters=4, directory=tmp_path)
-
-
-def test_the_checksum_of_the_description_is_no_decoration(tmp_path: Path) -> None:
-    """An edit that keeps the JSON well formed is found too."""
-    run(tmp_path)
-    path = tmp_path / "stage-0" / "stage.json"
-    description = json.loads(path.read_text())
-    description["configuration"]["seed"] = 1
-    path.write_text(json.dumps(description, indent=2))
-    with pytest.raises(RuntimeError, match=r"stage.json is damaged"):
-        MultistageRunner(N, n_clusters=4, seed=1, directory=tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("options", "difference"),
-    [
-        ({"n_clusters": 5}, "n_clusters is 4 there and 5 here"),
-        ({"seed": 1}, "seed is 0 there and 1 here"),
-        ({"metric": "euclidean"}, "metric is 'cosine' there and 'euclidean' here"),
-        ({"keys": [str(i) for i in range(N)]}, "keys is None there and '"),
-    ],
-)
-def test_another_configuration_is_refused(tmp_path: Path, options: dict[str, object], difference: str) -> None:
-    run(tmp_path, n_stages=1)
-    with pytest.raises(ValueError, match=difference):
-        run(tmp_path, **options)
-    with pytest.raises(ValueError, match="n_samples is 60 there and 61 here"):
-        MultistageRunner(N + 1, n_clusters=4, directory=tmp_path)
-
-
-def limited_file_size(size: int) -> Callable[[], None]:
-    """For a child process: writing beyond `size` bytes fails in the kernel, as on a full disk."""
-    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-
-
-def test_a_full_disk_leaves_the_earlier_stages_intact(tmp_path: Path) -> None:
-    run(tmp_path, n_stages=1)
-    code = (
-        "import sys, torch; from mcl_kernels import MultistageRunner\n"
-        f"runner = MultistageRunner({N}, n_clusters=4, n_stages=2, directory={str(tmp_path)!r})\n"
-        f"stage = next(iter(runner)); assert stage.index == 1\n"
-        f"try: stage.finish(torch.randn({N}, 8), state={{'w': torch.zeros(100_000)}})\n"
-        "except OSError as error: print(error)\n"
-        "assert len(runner.finished) == 1\n"
-        f"stage.finish(torch.randn({N}, 8), state={{'w': torch.zeros(1)}})\n"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False, preexec_fn=limited_file_size(50_000)
-    )
-    assert result.returncode == 0, result.stderr
-    assert "stage 1 could not be saved (File too large); earlier stages are intact" in result.stdout
-    assert [done.index for done in MultistageRunner(N, n_clusters=4, directory=tmp_path).finished] == [0, 1]
-
-
-@pytest.mark.parametrize("call", ["mkdir", "rename", "open"])
-def test_any_failing_write_leaves_the_run_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
-    runner = run(tmp_path, n_stages=1)
-    runner.n_stages = 2
-    stage = next(iter(runner))
-
-    def fail(self: Path, *_: object, **__: object) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, call, fail)
-        with pytest.raises(OSError, match="No space left on device"):
-            stage.finish(embeddings(1))
-    assert [path.name for path in tmp_path.iterdir()] == ["stage-0"]
-    stage.finish(embeddings(1))
-    assert torch.equal(runner.labels, run(None, n_stages=2).labels)
-
-
-def test_a_directory_that_cannot_be_written_is_found_before_training(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    runner = MultistageRunner(N, n_clusters=4, directory=tmp_path / "file" / "run")
-    with pytest.raises(OSError, match="directory cannot be written"):
-        next(iter(runner))
-
-
-def test_a_finished_run_needs_no_writable_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run(tmp_path)
-
-    def refuse(self: Path, *_: object, **__: object) -> None:
-        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(self))
-
-    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
-    monkeypatch.setattr(Path, "mkdir", refuse)
-    assert list(MultistageRunner(N, n_clusters=4, directory=tmp_path)) == []
-
-
-def test_two_processes_cannot_finish_the_same_stage(tmp_path: Path) -> None:
-    first, second = (MultistageRunner(N, n_clusters=4, directory=tmp_path) for _ in range(2))
-    late = next(iter(second))
-    next(iter(first)).finish(embeddings())
-    with pytest.raises(FileExistsError, match="another process finished this stage"):
-        late.finish(embeddings())
 
 
 # --- misuse ---------------------------------------------------------------------------------------------------
@@ -625,25 +370,3 @@ def test_bad_embeddings() -> None:
 def test_bad_configurations(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         run(None, **options)
-
-
-def replace_in_stage(directory: Path, name: str, content: bytes) -> None:
-    """With a matching checksum."""
-    (directory / name).write_bytes(content)
-    description = stage_files._read_description(directory / "stage.json")
-    description["files"][name] = stage_files._sha256(content)
-    (directory / "stage.json").write_bytes(stage_files._description_bytes(description))
-
-
-@pytest.mark.parametrize(
-    ("name", "dtype", "message"),
-    [("tuples.npy", b"'<i8'", "allow_pickle=False"), ("labels.npy", b"'<i4'", "Python objects in dtype")],
-)
-def test_nothing_is_unpickled(tmp_path: Path, name: str, dtype: bytes, message: str) -> None:
-    """A stage whose arrays are pickles is refused even with a matching checksum."""
-    run(tmp_path, n_stages=1)
-    content = (tmp_path / "stage-0" / name).read_bytes()
-    assert dtype in content
-    replace_in_stage(tmp_path / "stage-0", name, content.replace(dtype, b"'|O' "))
-    with pytest.raises(ValueError, match=message):
-        MultistageRunner(N, n_clusters=4, directory=tmp_path)

@@ -23,6 +23,10 @@ MOMENT = 0.5  # seconds
 T = TypeVar("T")
 
 
+class OtherRankError(ValueError):
+    """An error that another rank of the group has raised, and that all ranks raise."""
+
+
 class Ranks(NamedTuple):
     """The ranks of a process group, and which of them this process is."""
 
@@ -95,7 +99,7 @@ def _raise_for_all(error: BaseException | None, ranks: Ranks, device: torch.devi
     if error is not None:
         raise error
     rank, text = next((rank, text) for rank, text in enumerate(texts) if text.strip())
-    raise ValueError(f"rank {rank} of the group met an error: {text.decode(errors='replace').strip()}")
+    raise OtherRankError(f"rank {rank} of the group met an error: {text.decode(errors='replace').strip()}")
 
 
 def work_of_each(work: Callable[[], T], ranks: Ranks, device: torch.device) -> T:
