@@ -7,6 +7,7 @@ import errno
 import platform
 import signal
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import fields
 from functools import partial
@@ -47,7 +48,8 @@ def _run(options: argparse.Namespace) -> int:
     out: Path | None = getattr(options, "out", None)
     before = out and identity(out)
     try:
-        with raising_terminated():
+        with raising_terminated(), warnings.catch_warnings():
+            warnings.showwarning = _show_warning
             if options.command == "info":
                 info()
             elif options.command == "demo":
@@ -82,6 +84,10 @@ def _run_on_files(options: argparse.Namespace) -> None:
 
 def _replaced(out: Path) -> str:
     return f"{out} was replaced before that, and what lies next to it may not be: run the command again"
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    print(f"mcl-kernels: warning: {one_line(message)}", file=sys.stderr)
 
 
 def _fail(why: str) -> int:

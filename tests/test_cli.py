@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,16 @@ def test_the_screen_of_the_demo_outlives_its_terminal(stream: str, monkeypatch: 
         screen.row(Row("stage 0: SimCLR", 0.5))
         screen.progress.stop()
     assert (out.error is not None) == (stream == "stdout")
+
+
+def test_warnings_are_one_line_without_code(capsys: pytest.CaptureFixture[str]) -> None:
+    np.save("same.npy", np.ones((5, 2), np.float32))
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        assert cluster("same.npy", "--clusters", 3, "--metric", "euclidean", "--out", "y.npy") == 0
+    assert capsys.readouterr().err == (
+        "mcl-kernels: warning: n_clusters=3 but only 1 clusters hold a row: too few rows differ\n"
+    )
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
