@@ -70,6 +70,8 @@ def run(options: Options, say: Callable[[str], None]) -> None:
         ami = [_ami(labels, clusters, options.seed) for labels in previous]
     except ModuleNotFoundError:
         say("AMI is not computed: it needs scikit-learn, pip install 'mcl-kernels[demo]'")
+    except Exception as error:  # of an installation that is broken, say: labels do not depend on it
+        say(f"AMI is not computed: {type(error).__name__}: {error}")
     for path, value in zip(options.previous, ami, strict=True):
         drawn = f" (of {AMI_ROWS:,} rows drawn at random)" if n > AMI_ROWS else ""
         if value is not None:

@@ -151,6 +151,20 @@ def test_ami(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     assert json.loads(Path("z.npy.json").read_text())["ami"]["y.npy"] == pytest.approx(ami["y.npy"], abs=0.15)
 
 
+@pytest.mark.parametrize("error", [ImportError("numpy.core.multiarray failed to import"), ValueError("incompatible")])
+def test_a_failure_of_scikit_learn_loses_no_labels(
+    error: Exception, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("mcl_kernels.cluster._ami", fail)
+    torch.save(torch.arange(N) % 5, "p.pt")
+    assert cluster("f0.npy", "--clusters", 3, "--previous", "p.pt", "--out", "y.npy") == 0
+    assert f"AMI is not computed: {type(error).__name__}: {error}" in capsys.readouterr().out
+    assert len(read("y.npy")) == N
+
+
 def test_without_scikit_learn_only_the_ami_is_missing(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -144,6 +144,29 @@ def test_assign_checks_its_output_as_cluster_does(
     assert message in capsys.readouterr().err
 
 
+def test_a_file_of_another_user_in_a_shared_directory_is_refused_before_the_clustering(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in /tmp: whoever may write there may not replace it."""
+    Path("shared").mkdir()
+    Path("shared").chmod(0o1777)
+    np.save("shared/y.npy", np.zeros(3))
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    assert cluster("f0.npy", "--clusters", 3, "--out", "shared/y.npy") == 1
+    assert "shared/y.npy belongs to another user" in capsys.readouterr().err
+    assert cluster("f0.npy", "--clusters", 3, "--out", "shared/z.npy") == 0
+
+
+def test_a_file_that_is_mounted_by_itself_is_refused_before_the_clustering(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As containers mount files: nothing can be renamed over it."""
+    Path("y.npy").touch()
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path).name == "y.npy")
+    assert cluster("f0.npy", "--clusters", 3, "--out", "y.npy") == 1
+    assert "y.npy is mounted by itself; name another" in capsys.readouterr().err
+
+
 def test_the_longest_name_is_written() -> None:
     out = f"{'a' * 246}.npy"  # with .json 255 bytes
     assert cluster("f0.npy", "--clusters", 3, "--out", out) == 0
