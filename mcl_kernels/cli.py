@@ -1,57 +1,104 @@
-"""The command line: `mcl-kernels demo`, `mcl-kernels cluster` and `mcl-kernels info`."""
+"""The command line: `mcl-kernels cluster`, `assign`, `demo` and `info`, also as `python -m mcl_kernels`."""
 
 from __future__ import annotations
 
 import argparse
+import errno
 import platform
+import signal
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import fields
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 import mcl_kernels
-from mcl_kernels import cluster
+from mcl_kernels import assign, cluster
 from mcl_kernels._cuda import no_device
+from mcl_kernels.console import Terminated, logged_progress, one_line, raising_terminated, safe_streams
 from mcl_kernels.kmeans.api import IMPLS, METRICS
-
-if TYPE_CHECKING:
-    from mcl_kernels.demo import Row
+from mcl_kernels.label_files import identity
 
 DEMO_GOES_ON = "the same command goes on from the last finished stage"
 OPTIONAL_PACKAGES = ("triton", "faiss-cpu", "safetensors", "scikit-learn", "matplotlib", "rich", "jinja2", "mlxtend")
+SIGPIPE = 13  # Windows has no such signal
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = _parser()
-    options = parser.parse_args(arguments)
+    """Runs a command; returns its exit status: 1 after an error, 128 + the signal where one ended it."""
+    with safe_streams() as out:
+        options = None
+        try:
+            options = _parser().parse_args(arguments)
+            status = _run(options)
+        except SystemExit as ended:  # by argparse: 0 after --help and --version, 2 where the arguments are no command
+            status = int(ended.code or 0)
+        out.flush()
+        if out.error is None or status or (options is not None and options.command != "info"):
+            return status  # the work of the other commands is in files
+        if out.error.errno == errno.EPIPE:
+            return 128 + SIGPIPE
+        return _fail(f"standard output cannot be written: {out.error.strerror}")
+
+
+def _run(options: argparse.Namespace) -> int:
+    out: Path | None = getattr(options, "out", None)
+    before = out and identity(out)
     try:
-        if options.command == "info":
-            info()
-        elif options.command == "cluster":
-            chosen = {field.name: getattr(options, field.name) for field in fields(cluster.Options)}
-            cluster.run(cluster.Options(**chosen), partial(print, flush=True))
-        else:
-            demo(options)
+        with raising_terminated(), warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            if options.command == "info":
+                info()
+            elif options.command == "demo":
+                demo(options)
+            else:
+                _run_on_files(options)
     except ModuleNotFoundError as error:
-        print(f"mcl-kernels: {error}; the demo needs: pip install 'mcl-kernels[demo]'", file=sys.stderr)
-        return 1
+        needed = "; the demo needs: pip install 'mcl-kernels[demo]'" if options.command == "demo" else ""
+        return _fail(f"{error}{needed}")
+    except MemoryError as error:
+        return _fail(f"out of memory: {error}" if str(error) else "out of memory")
     except (OSError, RuntimeError, TypeError, ValueError) as error:
-        print(f"mcl-kernels: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        left = f"{options.out} is as it was" if options.command == "cluster" else DEMO_GOES_ON
-        print(f"\nmcl-kernels: interrupted; {left}", file=sys.stderr)
-        return 130
+        # PyTorch appends a stack to its own.
+        why = str(error).partition("\n")[0] if isinstance(error, RuntimeError) else str(error)
+        return _fail(why if out is None or identity(out) == before else f"{why}; {_replaced(out)}")
+    except KeyboardInterrupt as error:
+        left = DEMO_GOES_ON
+        if out is not None:
+            left = f"{out} is as it was" if identity(out) == before else _replaced(out)
+        _fail(f"interrupted; {left}")
+        return 128 + (error.number if isinstance(error, Terminated) else signal.SIGINT)
     return 0
+
+
+def _run_on_files(options: argparse.Namespace) -> None:
+    """Runs a command whose settings are all in its options."""
+    module = {"cluster": cluster, "assign": assign}[options.command]
+    chosen = {field.name: getattr(options, field.name) for field in fields(module.Options)}
+    with logged_progress():
+        module.run(module.Options(**chosen), partial(print, flush=True))
+
+
+def _replaced(out: Path) -> str:
+    return f"{out} was replaced before that, and what lies next to it may not be: run the command again"
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    print(f"mcl-kernels: warning: {one_line(message)}", file=sys.stderr)
+
+
+def _fail(why: str) -> int:
+    print(f"mcl-kernels: {one_line(why)}", file=sys.stderr)
+    return 1
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mcl-kernels", description="Fast, exact contrastive learning with clusters.")
+    parser.add_argument("--version", action="version", version=f"mcl-kernels {mcl_kernels.__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="what can compute here, versions and devices")
     demo = commands.add_parser(
@@ -59,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
         help="watch MCL recover digits that SimCLR suppresses (5,000 MNIST images, a few minutes on 2 cores)",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    demo.add_argument("--bits", type=int, default=8, help="constant random channels beside each image")
+    demo.add_argument("--bits", type=int, default=8, help="constant random channels next to each image")
     demo.add_argument("--stages", type=int, default=3, help="stages, the first of which is SimCLR")
     demo.add_argument("--clusters", type=int, default=16, help="clusters of each stage")
     demo.add_argument("--epochs", type=int, default=None, help="epochs of each stage (30; with --quick 2)")
@@ -67,6 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--output", type=Path, help="directory of stages and report (runs/demo, runs/demo-quick, ...)")
     demo.add_argument("--quick", action="store_true", help="1,000 images, 2 epochs: the path, not the result")
     _add_cluster(commands)
+    _add_assign(commands)
     return parser
 
 
@@ -76,7 +124,7 @@ def _add_cluster(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "cluster",
         help="k-means of a file of features, of any size, into a file of pseudo labels",
         description="Clusters features, composes the clusters with the labels of the earlier stages into dense pseudo "
-        "labels, and writes these with a summary beside them (LABELS.json). One command in the place of the "
+        "labels, and writes these with a summary next to them (LABELS.json). One command in the place of the "
         "clustering script of the paper's CLIP code, whose --MCL-label-path reads a .pt file of these; that script "
         "loses all stages but the last when it accumulates them, this keeps every one.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -95,6 +143,23 @@ def _add_cluster(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add("--tol", type=float, default=defaults.tol, help="stop when the centres move less, as in scikit-learn")
     add("--batch-size", type=int, help="rows of a mini-batch; without it, every iteration sees all rows")
     add("--impl", choices=IMPLS, default=defaults.impl, help="what computes")
+    add("--centers", type=Path, metavar="CENTERS", help="file of the centres to write, .safetensors, for `assign`")
+
+
+def _add_assign(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "assign",
+        help="the nearest centres, which `cluster` saved, of a file of new features",
+        description="Finds the nearest centre of each row, and writes the cluster ids with a summary next to them "
+        "(LABELS.json). The features that were clustered get the labels that `cluster` wrote without --previous.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = command.add_argument
+    add("features", type=Path, metavar="FEATURES", help=".npy or .safetensors, read in chunks, or .pt, mapped")
+    add("--centers", type=Path, required=True, metavar="CENTERS", help="written by cluster --centers or KMeans.save")
+    add("--out", type=Path, required=True, metavar="LABELS", help="cluster ids to write: .npy (int32), .pt (int64)")
+    add("--tensor", metavar="NAME", help="of the features in a file of several tensors")
+    add("--impl", choices=IMPLS, default=assign.Options.impl, help="what computes")
 
 
 def info() -> None:
@@ -120,6 +185,7 @@ def demo(options: argparse.Namespace) -> None:
     """Trains, prints the table as it goes and writes the report."""
     from mcl_kernels.demo import Settings, run
     from mcl_kernels.report import write_report
+    from mcl_kernels.screen import Screen
 
     usual = 2 if options.quick else Settings.epochs
     epochs = usual if options.epochs is None else options.epochs
@@ -130,7 +196,7 @@ def demo(options: argparse.Namespace) -> None:
     # A directory holds one run: the quick one and other seeds get their own.
     name = "demo" + ("-quick" if options.quick else "") + (f"-seed{options.seed}" if options.seed else "")
     output = options.output or Path("runs") / name
-    screen = _Screen()
+    screen = Screen()
     try:
         results = run(settings, output, screen)
     finally:
@@ -139,51 +205,3 @@ def demo(options: argparse.Namespace) -> None:
     if options.quick:
         screen.say("A quick run shows the path, not the result: run again without --quick.")
     screen.say(f"chance is 0.10. Report with pictures: {path}")
-
-
-class _Screen:
-    """A progress bar with loss and remaining time while something is trained; the table, row by row."""
-
-    COLUMNS = "{:<26} {:>6} {:>6} {:>14} {:>7} {:>8}"
-
-    def __init__(self) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        self.console = Console(highlight=False, soft_wrap=True)
-        self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]:.3f}"),
-            TimeRemainingColumn(),
-            console=self.console,
-            transient=True,
-            disable=not self.console.is_terminal,
-        )
-        self.say(self.COLUMNS.format("", "digit", "bit", "AMI with", "pseudo", ""))
-        self.say(self.COLUMNS.format("trained", "probe", "probe", "earlier stages", "labels", "seconds"))
-
-    def say(self, text: str) -> None:
-        self.console.print(text, markup=False)
-
-    def start(self, name: str, steps: int) -> None:
-        self.task = self.progress.add_task(name, total=steps, loss=float("nan"))
-        self.progress.start()
-
-    def step(self, loss: float) -> None:
-        self.progress.update(self.task, advance=1, loss=loss)
-        if self.progress.finished:
-            self.progress.stop()
-            self.progress.remove_task(self.task)
-
-    def row(self, row: Row) -> None:
-        bit = "" if row.bit_probe is None else f"{row.bit_probe:.2f}"
-        ami = " ".join(f"{value:.2f}" for value in row.ami)
-        seconds = "" if row.seconds is None else f"{row.seconds:.0f}"
-        labels = str(len(row.label_sizes) or "")
-        self.say(self.COLUMNS.format(row.name, f"{row.digit_probe:.2f}", bit, ami, labels, seconds))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -20,7 +20,7 @@ pytest.importorskip("mlxtend", reason="the demo extra is not installed")
 from mcl_kernels.cli import main
 from mcl_kernels.demo import Row, Settings, run
 
-COMMAND = [sys.executable, "-m", "mcl_kernels.cli", "demo", "--quick"]
+COMMAND = [sys.executable, "-m", "mcl_kernels", "demo", "--quick"]
 
 
 class Recorder:

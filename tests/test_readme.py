@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 LINES = [line for language, block in BLOCKS if language == "bash" for line in block.splitlines()]
-ON_FILES = [line for line in LINES if line.startswith("mcl-kernels cluster")]
+ON_FILES = [line for line in LINES if line.startswith(("mcl-kernels cluster", "mcl-kernels assign"))]
 COMMANDS = [line for line in LINES if line not in ON_FILES]
 
 
@@ -45,6 +45,7 @@ def test_commands_on_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         assert main(shlex.split(command)[1:]) == 0
     assert int(torch.load("labels-1.pt", weights_only=True).max()) + 1 > 10
     assert Path("labels-0.pt.json").exists()
+    assert len(np.load("clusters-2.npy")) == 200
 
 
 @pytest.mark.slow

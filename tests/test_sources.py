@@ -166,6 +166,7 @@ def test_rows_that_cannot_be_clustered(x: Tensor, rows: Any, error: type[Excepti
         (lambda m: m.T, "x must be a memory map whose rows are contiguous"),
         (lambda m: m[:, ::-1], "x must be a memory map whose rows are contiguous"),
         (lambda m: m[::-1], "x must be a memory map whose rows are contiguous"),
+        (lambda m: m.T, r"save the array in C order: np.save\(path, np.ascontiguousarray\(x\)\)"),
         (lambda m: m[0], r"x must have shape \[rows, features\]"),
     ],
 )
@@ -182,6 +183,35 @@ def test_a_row_that_is_not_finite_is_named_in_any_chunk(x: Tensor, tmp_path: Pat
         for function in (KMeans(K).fit, kmeans.predict):
             with pytest.raises(ValueError, match=f"x must be finite: got NaN or infinity in row {row}"):
                 function(rows)
+
+
+@pytest.mark.parametrize("shape", [(1, D), (N, 1)], ids=str)
+def test_an_order_that_makes_no_difference_is_read(tmp_path: Path, shape: tuple[int, int]) -> None:
+    x = np.arange(N * D, dtype=np.float32)[: shape[0] * shape[1]].reshape(shape)
+    np.save(tmp_path / "x.npy", np.asfortranarray(x))
+    rows = open_rows("x", np.load(tmp_path / "x.npy", mmap_mode="r"))
+    assert isinstance(rows, FileRows)
+    assert np.array_equal(rows.load().numpy(), x)
+
+
+def test_no_rows_of_any_width_ask_for_no_memory(tmp_path: Path) -> None:
+    (tmp_path / "x").touch()
+    rows = FileRows("x", tmp_path / "x", 0, (0, 2**40), torch.float32)
+    with pytest.raises(ValueError, match="n_clusters must be at most the number of rows: got 1 for 0 rows"):
+        KMeans(1).fit(rows)
+    assert [chunk.shape for chunk in rows.chunks()] == [(0, 2**40)]
+
+
+def test_a_file_shorter_than_its_rows_is_refused_when_it_is_opened(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(bytes(100))
+    with pytest.raises(ValueError, match=f"x ends in row 2 of {2**60}: .* is truncated"):
+        FileRows("x", tmp_path / "x", 20, (2**60, 8), torch.float32)
+
+
+def test_arrays_of_other_things_than_numbers_are_refused_by_name() -> None:
+    for x in (np.array([["a"]]), np.zeros((3, 3), np.longdouble), np.array([[{}]])):
+        with pytest.raises(TypeError, match="x must hold integers or floating point numbers: got dtype"):
+            KMeans(1).fit(x)
 
 
 def test_a_file_that_was_replaced(x: Tensor, tmp_path: Path) -> None:

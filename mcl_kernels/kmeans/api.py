@@ -17,6 +17,7 @@ from mcl_kernels._validate import as_integer, as_number, check_choice, check_sam
 from mcl_kernels.distributed.group import ranks_of
 from mcl_kernels.kmeans import cuda, faiss, lloyd, native, reference, triton
 from mcl_kernels.kmeans.centers import middle_and_scale, prepare, summarize
+from mcl_kernels.kmeans.files import Saved
 from mcl_kernels.kmeans.lloyd import Clustering, Problem
 from mcl_kernels.kmeans.shards import open_shard
 from mcl_kernels.kmeans.sources import Array, ChunkedRows, Rows, RowsLike, open_rows
@@ -36,7 +37,7 @@ INIT_NUMBERS = 1 << 25
 INIT_ROWS_PER_CLUSTER = 16
 
 
-class KMeans:
+class KMeans(Saved):
     """Lloyd's k-means in scikit-learn's words, of data in memory or larger than it.
 
         inertia = sum_i min_k |x_i - c_k|^2                             metric="euclidean"
@@ -167,9 +168,10 @@ class KMeans:
             check_same_width("init", self.init, rows.name, rows.like)
             _check_range("init", self.init.to(compute_dtype(rows.like)))
         with torch.autocast(rows.device.type, enabled=False):
-            n, low, high = rows.survey()
+            n = rows.count()  # before a survey, whose memory grows with the width, where the rows tell it
             if n < self.n_clusters:
                 raise ValueError(f"n_clusters must be at most the number of rows: got {self.n_clusters} for {n} rows")
+            _, low, high = rows.survey()
             _check_range(rows.name, torch.stack((low, high)))
             generator = torch.Generator().manual_seed(self.seed)
             sample = self._sample(rows, n, generator)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -14,6 +15,8 @@ from torch import Tensor
 from mcl_kernels._rows import compute_dtype
 from mcl_kernels.kmeans.centers import Centers, Summary, multiply, prepare, serial_sum, unit_rows
 from mcl_kernels.kmeans.sources import Rows
+
+_log = logging.getLogger(__name__)
 
 
 class Problem(NamedTuple):
@@ -121,6 +124,7 @@ def initial_centers(problem: Problem, sample: Tensor, n_clusters: int, init: str
     centers = torch.randint(len(x), (1,), generator=generator, device="cpu").to(x.device)
     nearest = squared_distances(centers)[0]
     while len(centers) < n_clusters:
+        _log.info("k-means++: %d of %d centres", len(centers), n_clusters)
         cumulative = nearest.cumsum(0).cpu()
         if cumulative[-1] == 0:
             break
@@ -194,13 +198,15 @@ def mini_batches(
     return _finish(problem, points, history)
 
 
-def _with_bar(max_iter: int, rows: Rows) -> Iterable[int]:
-    """The iterations; where they last, with a bar on a terminal, one for all shards."""
+def _with_bar(max_iter: int, rows: Rows) -> Iterator[int]:
+    """The iterations, logged; where they last, with a bar on a terminal. The first shard shows those of all."""
     from tqdm import tqdm
 
     disable = None if rows.shard == 0 else True
-    bar: Iterable[int] = tqdm(range(max_iter), desc="k-means", unit="iteration", delay=2, leave=False, disable=disable)
-    return bar
+    for number in tqdm(range(max_iter), desc="k-means", unit="iteration", delay=2, leave=False, disable=disable):
+        if rows.shard == 0:
+            _log.info("k-means: iteration %d of at most %d", number + 1, max_iter)
+        yield number
 
 
 def _record(

@@ -6,6 +6,8 @@ touched pages of a map count as resident: into one of two buffers, while the oth
 
 from __future__ import annotations
 
+import io
+import logging
 import math
 import mmap
 import os
@@ -24,6 +26,8 @@ CHUNK_BYTES = 1 << 26
 CHUNK_MULTIPLE = 1024  # rows: whole tiles of any implementation
 
 Array = np.ndarray[Any, Any]
+
+_log = logging.getLogger(__name__)
 
 
 class Rows:
@@ -149,43 +153,53 @@ class FileRows(Rows):
     ) -> None:  # fmt: skip
         super().__init__(name, torch.empty(0, shape[1], dtype=dtype, device="cpu"))
         self.path, self.position, self.rows = path, position, shape[0]
-        self.row_bytes = self.width * dtype.itemsize if row_bytes is None else row_bytes
+        self.width_bytes = self.width * dtype.itemsize
+        self.row_bytes = self.width_bytes if row_bytes is None else row_bytes
+        held = max(os.stat(path).st_size - position, 0)
+        if held < self._bytes_of(self.rows):
+            raise self._ends_in(held // self.row_bytes)
 
     def chunks(self) -> Iterator[Tensor]:
         size = _chunk_rows(self.row_bytes)
-        n_buffers = 2 if self.rows > size else 1
-        buffers = [torch.empty(size * self.row_bytes, dtype=torch.uint8, device="cpu") for _ in range(n_buffers)]
+        buffer_bytes = self._bytes_of(min(size, self.rows))
+        buffers = [
+            torch.empty(buffer_bytes, dtype=torch.uint8, device="cpu") for _ in range(2 if self.rows > size else 1)
+        ]
         with open(self.path, "rb", buffering=0) as file, ThreadPoolExecutor(1) as reader:
 
             def read(begin: int) -> Tensor:
-                return self._read(file.fileno(), begin, min(size, self.rows - begin), buffers[begin // size % 2])
+                rows, buffer = min(size, self.rows - begin), buffers[begin // size % 2]
+                self._read(file, begin, buffer.numpy().data[: self._bytes_of(rows)])
+                return buffer.as_strided((rows, self.width_bytes), (self.row_bytes, 1)).view(self.dtype)
 
             ahead = reader.submit(read, 0)
             for begin in range(0, max(self.rows, 1), size):  # of no rows one chunk
                 chunk = ahead.result()
+                _log.info("%s: row %s of %s", self.name, f"{begin:,}", f"{self.rows:,}")
                 if begin + size < self.rows:
                     ahead = reader.submit(read, begin + size)
                 yield chunk
 
     def take(self, index: Tensor) -> Tensor:
-        taken = torch.empty(len(index), self.width * self.dtype.itemsize, dtype=torch.uint8, device="cpu")
+        taken = torch.empty(len(index), self.width_bytes, dtype=torch.uint8, device="cpu")
         with open(self.path, "rb", buffering=0) as file:
             for row, into in zip(index.tolist(), taken.numpy(), strict=True):
-                if os.preadv(file.fileno(), [into], self.position + row * self.row_bytes) < len(into):
-                    raise self._ends_in(row)
+                self._read(file, row, into.data)
         return taken.view(self.dtype)
 
-    def _read(self, descriptor: int, first: int, rows: int, buffer: Tensor) -> Tensor:
-        """Rows first .. first + rows - 1, in the buffer."""
-        width_bytes = self.width * self.dtype.itemsize
-        needed = (rows - 1) * self.row_bytes + width_bytes if rows else 0
-        into, got = buffer.numpy().data[:needed], 0
-        while got < needed:
-            read = os.preadv(descriptor, [into[got:]], self.position + first * self.row_bytes + got)
-            if read == 0:
+    def _read(self, file: io.FileIO, first: int, into: memoryview) -> None:
+        """Fills the buffer with the bytes of the file from row `first` on."""
+        got = 0
+        file.seek(self.position + first * self.row_bytes)  # not every system has preadv
+        while got < len(into):
+            read = file.readinto(into[got:])
+            if not read:
                 raise self._ends_in(first + got // self.row_bytes)
             got += read
-        return buffer.as_strided((rows, width_bytes), (self.row_bytes, 1)).view(self.dtype)
+
+    def _bytes_of(self, rows: int) -> int:
+        """Bytes from the first to the last entry of that many rows."""
+        return (rows - 1) * self.row_bytes + self.width_bytes if rows else 0
 
     def _ends_in(self, row: int) -> ValueError:
         return ValueError(f"{self.name} ends in row {row} of {self.rows}: {os.fspath(self.path)} is truncated")
@@ -279,12 +293,16 @@ def _rows_behind(name: str, x: np.memmap[Any, Any], path: str, mapped: mmap.mmap
     like = as_tensor(name, np.empty((0, *x.shape[1:]), x.dtype))
     check_embeddings(name, torch.empty(x.shape, dtype=like.dtype, device="meta"))
     row_bytes, number_bytes = x.strides
-    if (number_bytes != x.itemsize and x.shape[1] > 1) or row_bytes < x.shape[1] * x.itemsize:
-        raise ValueError(f"{name} must be a memory map whose rows are contiguous: got strides {x.strides} in bytes")
+    width_bytes = x.shape[1] * x.itemsize
+    if (number_bytes != x.itemsize and x.shape[1] > 1) or (row_bytes < width_bytes and len(x) > 1):
+        raise ValueError(
+            f"{name} must be a memory map whose rows are contiguous: got strides {x.strides} in bytes; save the array "
+            "in C order: np.save(path, np.ascontiguousarray(x))"
+        )
     # A part of a map keeps the offset of the whole: where it begins shows in its address.
     mapped_from = x.offset - x.offset % mmap.ALLOCATIONGRANULARITY
     begin = x.__array_interface__["data"][0] - np.frombuffer(mapped, np.uint8).__array_interface__["data"][0]
-    rows = FileRows(name, path, mapped_from + begin, x.shape, like.dtype, row_bytes)
+    rows = FileRows(name, path, mapped_from + begin, x.shape, like.dtype, max(row_bytes, width_bytes))
     if len(x) and rows.take(torch.zeros(1, dtype=torch.int64, device="cpu")).numpy().tobytes() != x[:1].tobytes():
         raise ValueError(f"{name} must be a map of what {path} holds now: its first row is another one")
     return rows
@@ -298,4 +316,7 @@ def as_tensor(name: str, x: Any) -> Any:
         raise TypeError(f"{name} must have the byte order of this machine: got {x.dtype.str}")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # it is only read
-        return torch.from_numpy(np.ascontiguousarray(x))
+        try:
+            return torch.from_numpy(np.ascontiguousarray(x))
+        except TypeError:
+            raise TypeError(f"{name} must hold integers or floating point numbers: got dtype {x.dtype}") from None

@@ -1,0 +1,8 @@
+"""`python -m mcl_kernels` is `mcl-kernels`."""
+
+import sys
+
+from mcl_kernels.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

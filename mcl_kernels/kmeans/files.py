@@ -1,0 +1,144 @@
+"""A fitted k-means in a safetensors file: centres, settings and results, without anything that is unpickled."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mcl_kernels._durable import open_regular, replace_file
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+FORMAT = "mcl_kernels.KMeans 1"
+SETTINGS = ("n_clusters", "metric", "init", "n_init", "max_iter", "tol", "batch_size", "empty", "seed", "impl")
+RESULTS = ("inertia_", "n_iter_", "init_rows_", "history_")
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+
+class Saved:
+    """Base of `KMeans`: it is written to a file and read from one."""
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Saves the centres, the settings and the results of `fit`, in the safetensors format.
+
+        `labels_`, of the size of the data, are not kept, nor is a `group`. The file is replaced in one step.
+
+        Args:
+            path: the file to write, in a directory that exists.
+
+        Raises:
+            RuntimeError: `fit` was not called.
+            OSError: the file cannot be written; it is as it was.
+
+        Example:
+            >>> import tempfile
+            >>> from mcl_kernels import KMeans
+            >>> x = torch.randn(100, 4)
+            >>> kmeans = KMeans(3).fit(x)
+            >>> with tempfile.TemporaryDirectory() as directory:
+            ...     kmeans.save(f"{directory}/kmeans.safetensors")
+            ...     loaded = KMeans.load(f"{directory}/kmeans.safetensors")
+            >>> torch.equal(loaded.predict(x), kmeans.labels_)
+            True
+        """
+        replace_file(Path(path), dump(self))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> Self:
+        """Loads what `save` wrote. `predict` gives the labels that it gave before; `labels_` is missing.
+
+        Nothing is unpickled. The content is compared with the checksum that `save` put into the file.
+
+        Args:
+            path: the file that `save` wrote.
+            device: of the centres, and so of the rows that `predict` takes.
+
+        Returns:
+            A fitted `KMeans` without a `group`.
+
+        Raises:
+            OSError: the file cannot be opened, or is no regular file.
+            ValueError: it is not what `save` wrote: of another format or version, damaged, or inconsistent.
+
+        Example:
+            See `save`.
+        """
+        tensors, fields = _read(Path(path))
+        try:
+            settings = {name: fields[name] for name in SETTINGS}
+            if settings["init"] is None:
+                settings["init"] = tensors["init"]
+            n_clusters, centers = settings.pop("n_clusters"), tensors["cluster_centers"]
+            kmeans = cls(n_clusters, **settings)  # type: ignore[call-arg]
+            results = {name: fields[name] for name in RESULTS}
+            if centers.ndim != 2 or not 1 <= len(centers) <= n_clusters or not centers.shape[1]:
+                raise ValueError(f"centres of shape {list(centers.shape)} for {n_clusters} clusters")
+            if centers.dtype not in DTYPES.values() or not bool(centers.isfinite().all()):
+                raise ValueError(f"centres that are not finite, or of {centers.dtype}")
+            product_dtype = DTYPES[fields["product_dtype"]]
+        except KeyError as error:
+            raise ValueError(f"{path} is not a k-means that save wrote: no {error}") from None
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path} is not a k-means that save wrote: {error}") from None
+        vars(kmeans).update(results, cluster_centers_=centers.to(device), _dtype=product_dtype)
+        return kmeans
+
+    def __getstate__(self) -> dict[str, Any]:
+        if vars(self).get("ranks") is not None:
+            raise TypeError("a KMeans with a group cannot be copied or pickled, as its group cannot: use save and load")
+        return vars(self)
+
+
+def dump(kmeans: Any) -> bytes:
+    """Content of the file of a fitted k-means."""
+    from safetensors.torch import save
+
+    if not hasattr(kmeans, "cluster_centers_"):
+        raise RuntimeError("this KMeans has no clusters yet: call fit(x) before save(path)")
+    fields = {name: getattr(kmeans, name) for name in (*SETTINGS, *RESULTS)}
+    fields["product_dtype"] = str(kmeans._dtype).removeprefix("torch.")
+    tensors = {"cluster_centers": kmeans.cluster_centers_.cpu().contiguous()}
+    if isinstance(kmeans.init, Tensor):
+        fields["init"], tensors["init"] = None, kmeans.init.cpu().contiguous()
+    text = json.dumps(fields)
+    return save(tensors, {"format": FORMAT, "kmeans": text, "sha256": _digest(text, tensors)})
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and the settings and results of a file, as they were written."""
+    from safetensors import SafetensorError, safe_open
+
+    open_regular(path).close()
+    try:
+        with safe_open(path, "pt", device="cpu") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise ValueError(f"{path} is not a k-means that save wrote: its format is {metadata.get('format')!r}")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        text = metadata["kmeans"]
+        if metadata["sha256"] != _digest(text, tensors):
+            raise ValueError(f"{path} is damaged: its SHA-256 is not the one that it holds; fit again, and save")
+        fields = json.loads(text)
+    except KeyError as error:
+        raise ValueError(f"{path} is not a k-means that save wrote: no {error}") from None
+    except (SafetensorError, RecursionError) as error:
+        raise ValueError(f"{path} is not a k-means that save wrote: {error}") from None
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path} is not a k-means that save wrote: its settings are no dictionary")
+    return tensors, fields
+
+
+def _digest(text: str, tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        x = tensors[name]
+        digest.update(f"{name} {list(x.shape)} {x.dtype}".encode())
+        digest.update(x.view(torch.uint8).numpy().data)
+    return digest.hexdigest()

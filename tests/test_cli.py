@@ -1,0 +1,231 @@
+"""The command line itself: what it prints, and what becomes of the work where it cannot be printed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import mcl_kernels
+from mcl_kernels import KMeans, console
+from mcl_kernels.cli import main
+from tests.command_files import N, cluster, save_features
+
+COMMAND = [sys.executable, "-m", "mcl_kernels"]
+CLUSTER = [*COMMAND, "cluster", "f0.npy", "--clusters", "3", "--out", "y.npy"]
+
+
+@pytest.fixture(autouse=True)
+def _in_a_directory_of_features(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+    save_features()
+
+
+def run(command: list[str], redirection: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+    """A command of the shell with redirections; its status is that of the first command of a pipe."""
+    quoted = " ".join(f"'{part}'" for part in command)
+    script = f"{quoted} {redirection}; exit ${{PIPESTATUS[0]}}"
+    return subprocess.run(
+        ["bash", "-c", script], env={**os.environ, **environment}, capture_output=True, text=True, check=False
+    )
+
+
+REDIRECTIONS = ["| head -1", "| true", ">/dev/full", "2>/dev/full", ">&-", ">&- 2>&- <&-"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("redirection", REDIRECTIONS)
+def test_labels_are_written_wherever_the_lines_go(redirection: str) -> None:
+    result = run(CLUSTER, redirection)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    assert len(np.load("y.npy")) == N
+
+
+@pytest.mark.slow
+def test_paths_that_the_terminal_cannot_print() -> None:
+    name = "ä日\udcff"  # the last one is a byte that is no UTF-8
+    Path("f0.npy").rename(f"{name}.npy")
+    command = [*COMMAND, "cluster", f"{name}.npy", "--clusters", "3", "--out", f"{name}-y.npy"]
+    for environment in ({"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}):
+        result = run(command, **environment)
+        assert result.returncode == 0, result.stderr
+        assert len(np.load(f"{name}-y.npy")) == N
+        assert result.stdout.isascii()
+        failed = run([*command, "--previous", f"{name}.csv"], **environment)
+        assert failed.returncode == 1
+        assert failed.stderr.startswith("mcl-kernels: --previous must be .npy or .pt files: got ")
+
+
+@pytest.mark.slow
+def test_errors_that_cannot_be_printed_keep_the_exit_status() -> None:
+    for redirection in ("2>/dev/full", ">&- 2>&-"):
+        assert (
+            run([*COMMAND, "cluster", "missing.npy", "--clusters", "3", "--out", "y.npy"], redirection).returncode == 1
+        )
+        assert run([*COMMAND, "cluster"], redirection).returncode == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arguments", [["info"], ["--version"], ["cluster", "--help"]], ids=" ".join)
+def test_commands_that_only_print_say_where_that_fails(arguments: list[str]) -> None:
+    closed = run([*COMMAND, *arguments], "| true")
+    assert (closed.returncode, closed.stderr) in (
+        (128 + signal.SIGPIPE, ""),
+        (0, ""),
+    )  # 0: written before it was closed
+    full = run([*COMMAND, *arguments], ">/dev/full")
+    assert full.returncode == 1
+    assert full.stderr == "mcl-kernels: standard output cannot be written: No space left on device\n"
+
+
+def test_a_pipe_that_was_closed_before_ends_info_as_the_signal_would() -> None:
+    with subprocess.Popen([*COMMAND, "info"], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 128 + signal.SIGPIPE
+
+
+class Broken:
+    """A standard stream whose reader has gone."""
+
+    encoding = "utf-8"
+
+    def write(self, text: str) -> int:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    def flush(self) -> None:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    def isatty(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        raise OSError("no descriptor")
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_the_screen_of_the_demo_outlives_its_terminal(stream: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("rich", reason="the demo extra is not installed")
+    from mcl_kernels.demo import Row
+    from mcl_kernels.screen import Screen
+
+    monkeypatch.setattr(sys, stream, Broken())
+    monkeypatch.setattr(console, "PROGRESS_SECONDS", 0.0)
+    with console.safe_streams() as out:
+        screen = Screen()
+        screen.start("stage 0", 2)
+        screen.step(1.0)
+        screen.step(0.5)
+        screen.row(Row("stage 0: SimCLR", 0.5))
+        screen.progress.stop()
+    assert (out.error is not None) == (stream == "stdout")
+
+
+def test_warnings_are_one_line_without_code(capsys: pytest.CaptureFixture[str]) -> None:
+    np.save("same.npy", np.ones((5, 2), np.float32))
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        assert cluster("same.npy", "--clusters", 3, "--metric", "euclidean", "--out", "y.npy") == 0
+    assert capsys.readouterr().err == (
+        "mcl-kernels: warning: n_clusters=3 but only 1 clusters hold a row: too few rows differ\n"
+    )
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"mcl-kernels {mcl_kernels.__version__}\n"
+
+
+def test_interrupted_says_what_is_left(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(KMeans, "fit", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert cluster("f0.npy", "--clusters", 3, "--out", "y.npy") == 130
+    assert "interrupted; y.npy is as it was" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT], ids=lambda number: number.name)
+def test_a_signal_ends_it_without_leftovers(number: signal.Signals) -> None:
+    """While the labels are being written."""
+    code = "import os, sys, time; from mcl_kernels import cli, label_files\n"
+    code += "label_files.sha256_of = lambda path: (print('writing', flush=True), time.sleep(60))\n"
+    code += "sys.exit(cli.main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, *CLUSTER[3:]]
+    Path("y.npy").write_bytes(b"as it was")
+    before = sorted(Path().iterdir())
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        while process.stdout.readline() != "writing\n":
+            assert process.poll() is None
+        assert len(list(Path().iterdir())) > len(before)
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=30)
+    assert process.returncode == 128 + number
+    assert errors == "mcl-kernels: interrupted; y.npy is as it was\n"
+    assert sorted(Path().iterdir()) == before
+    assert Path("y.npy").read_bytes() == b"as it was"
+
+
+def test_progress_is_printed_where_no_bar_is(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert cluster("f0.npy", "--clusters", 3, "--out", "y.npy") == 0
+    assert "iteration" not in capsys.readouterr().err  # over before the first line is due
+    monkeypatch.setattr(console, "PROGRESS_SECONDS", 0.0)
+    for mini_batches in ([], ["--batch-size", "50"]):
+        assert cluster("f0.npy", "--clusters", 3, "--out", "y.npy", "--max-iter", "4", *mini_batches) == 0
+        lines = capsys.readouterr().err.splitlines()
+        assert [line for line in lines if line.startswith("f0.npy: row 0 of 300, ")]
+        assert [line for line in lines if line.startswith("k-means++: 2 of 3 centres, ")]
+        assert [line for line in lines if line.startswith("k-means: iteration 1 of at most 4, ")]
+    KMeans(3).fit(np.load("f0.npy"))
+    assert capsys.readouterr().err == ""  # the library itself prints nothing
+
+
+def test_progress_of_the_demo_is_printed_where_no_bar_is(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("rich", reason="the demo extra is not installed")
+    from mcl_kernels.screen import Screen
+
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    screen = Screen()
+    screen.start("stage 1: MCL", 10)
+    for _ in range(10):
+        now += 10
+        screen.step(0.25)
+    assert capsys.readouterr().err.splitlines() == [
+        f"stage 1: MCL: step {step} of 10, loss 0.250, {10 * step} s" for step in (3, 6, 9)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (MemoryError(), "out of memory"),
+        (RuntimeError("can't allocate memory\nframe #0: c10::alloc"), "can't allocate memory"),
+        (OSError(5, "Input/output error", "f0.npy"), "[Errno 5] Input/output error: 'f0.npy'"),
+        (ValueError("two\nlines"), "two\\nlines"),
+    ],
+    ids=repr,
+)
+def test_errors_are_one_line(
+    error: Any, message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(KMeans, "fit", fail)
+    assert cluster("f0.npy", "--clusters", 3, "--out", "y.npy") == 1
+    assert capsys.readouterr().err == f"mcl-kernels: {message}\n"
