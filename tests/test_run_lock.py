@@ -103,6 +103,25 @@ def test_a_forked_process_does_not_hold_what_its_parent_holds(tmp_path: Path) ->
         assert "is in use by process" in result.stderr
 
 
+def test_a_lock_of_a_file_that_is_gone_is_taken_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its last holder may remove it between our opening and our locking: others would lock a new one."""
+    import fcntl
+
+    lockf, removed = fcntl.lockf, []
+
+    def remove_once(descriptor: int, operation: int) -> None:
+        if not removed:
+            removed.append((tmp_path / ".lock").unlink())
+        lockf(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "lockf", remove_once)
+    with only_process(tmp_path):
+        result = subprocess.run(
+            [sys.executable, "-c", TRAINS, str(tmp_path)], capture_output=True, text=True, check=False, timeout=60
+        )
+        assert "is in use by process" in result.stderr
+
+
 @pytest.mark.parametrize("planted", ["link", "directory"])
 def test_a_planted_file_is_left_alone(tmp_path: Path, planted: str) -> None:
     victim = tmp_path / "victim"

@@ -328,8 +328,8 @@ DESCRIPTIONS: dict[str, Callable[[dict[str, Any]], object]] = {
     "no statistics": drop("statistics"),
     "no label sizes": drop("statistics", "label_sizes"),
     "files in a list": lambda d: d.update(files=list(d["files"])),
-    "another name": lambda d: d["files"].update({"other.npy": "0"}),
-    "a file outside": lambda d: d["files"].update({"state./../../x.pt": "0"}),
+    "another name": lambda d: d["files"].update({"other.npy": d["files"].pop("state.safetensors")}),
+    "a file outside": lambda d: d["files"].update({"state./../../x.pt": d["files"].pop("state.safetensors")}),
     "two states": lambda d: d["files"].update({"state.pt": "0"}),
     "a checksum that is none": lambda d: d["files"].update({"labels.npy": 3}),
 }

@@ -61,7 +61,7 @@ os.open, os.rename, os.replace, os.unlink = (
 os.remove = os.unlink
 for name in ("preadv", "O_NOFOLLOW", "O_NONBLOCK", "O_DIRECTORY", "O_CLOEXEC", "fork", "getuid", "geteuid", "pathconf"):
     delattr(os, name)
-for name in ("fcntl", "pwd", "grp", "resource"):
+for name in ("fcntl", "pwd", "grp", "resource", "triton"):
     sys.modules[name] = None
 sys.platform = "win32"
 """
