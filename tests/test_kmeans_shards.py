@@ -479,35 +479,35 @@ ERRORS = {
     "rows": ("ValueError: n_clusters must be at most the number of rows: got ",),
     "large": ("ValueError: x must be at most ",),
     "none": (
-        "ValueError: rank LAST of the group met an error: TypeError: x must be a tensor, an array or an iterable",
+        "OtherRankError: rank LAST of the group met an error: TypeError: x must be a tensor, an array or an iterable",
         "TypeError: x must be a tensor, an array or an iterable of chunks of rows: got NoneType",
     ),
     "batch_size of iterables": (
-        "ValueError: rank LAST of the group met an error: ValueError: batch_size with a group draws rows of x: got an",
+        "OtherRankError: rank LAST of the group met an error: ValueError: batch_size with a group draws rows of x",
         "ValueError: batch_size with a group draws rows of x: got an iterable, which is read in order",
     ),
     "NaN": (
-        "ValueError: rank LAST of the group met an error: ValueError: x must be finite: got NaN or infinity in row 17",
+        "OtherRankError: rank LAST of the group met an error: ValueError: x must be finite: got NaN or infinity in",
         "ValueError: x must be finite: got NaN or infinity in row 17",
     ),
     "file": (
-        "ValueError: rank LAST of the group met an error: ValueError: x ends in row 130 of 200",
+        "OtherRankError: rank LAST of the group met an error: ValueError: x ends in row 130 of 200",
         "ValueError: x ends in row 130 of 200",
     ),
     "file of batches": (
-        "ValueError: rank LAST of the group met an error: ValueError: x ends in row ",
+        "OtherRankError: rank LAST of the group met an error: ValueError: x ends in row ",
         "ValueError: x ends in row ",
     ),
     "later in a file": (
-        "ValueError: rank LAST of the group met an error: ValueError: x ends in row 50 of 200",
+        "OtherRankError: rank LAST of the group met an error: ValueError: x ends in row 50 of 200",
         "ValueError: x ends in row 50 of 200",
     ),
     "iterable": (
-        "ValueError: rank LAST of the group met an error: ValueError: x must yield the same rows in every pass",
+        "OtherRankError: rank LAST of the group met an error: ValueError: x must yield the same rows in every pass",
         "ValueError: x must yield the same rows in every pass: got 190 after 200",
     ),
     "raising iterable": (
-        "ValueError: rank LAST of the group met an error: KeyError: 'gone'",
+        "OtherRankError: rank LAST of the group met an error: KeyError: 'gone'",
         "KeyError: 'gone'",
     ),
 }

@@ -461,7 +461,7 @@ import torch
 from mcl_kernels import MultistageRunner
 torch.set_num_threads(1)
 n = 50_000
-x, state = torch.randn(n, 16), {"w": torch.zeros(1_000_000)}
+x, state = torch.randn(n, 4), {"w": torch.zeros(8_000_000), "epoch": 3}
 
 def runner_in(directory):
     return MultistageRunner(n, n_clusters=4, n_stages=1, directory=directory)
@@ -484,8 +484,10 @@ def finished_with(mebibytes, directory):
         if not runner.finished:
             stage.finish(x, state=state)
 
+for stage in MultistageRunner(9, n_clusters=4, n_stages=1):  # loads all libraries
+    stage.finish(x[:9], state={"epoch": 3})
 outcomes = []
-for mebibytes in range(0, 64, 2):
+for mebibytes in range(0, 120, 6):
     directory = f"{sys.argv[1]}/{mebibytes}"
     child = os.fork()
     if child == 0:
@@ -498,11 +500,10 @@ for mebibytes in range(0, 64, 2):
             os._exit(["saved", "failed", "died", "wrong"].index(outcome))
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     outcomes.append(["saved", "failed", "died", "wrong"][status] if status >= 0 else "died")
-    for stage in runner_in(directory):
-        assert outcomes[-1] == "died"
+    for stage in runner_in(directory):  # of a process that died
         stage.finish(x, state=state)
     (done,) = runner_in(directory).finished
-    assert done.state["w"].shape == (1_000_000,) and len(done.labels) == n
+    assert done.state["w"].shape == (8_000_000,) and len(done.labels) == n
 print(*outcomes)
 """
 

@@ -146,6 +146,11 @@ def test_more_stages_continue_a_finished_run(tmp_path: Path) -> None:
         ({"w": torch.eye(3).to_sparse()}, "state.pt"),
         ({}, "state.safetensors"),
         (None, None),
+        # What the header of safetensors reserves or cannot encode, and what it would write out.
+        ({"__metadata__": torch.ones(2)}, "state.pt"),
+        ({"\ud800": torch.ones(2)}, "state.pt"),
+        ({"w": torch.ones(1).expand(1000)}, "state.pt"),
+        ({"w": torch.empty(3, device="meta")}, "state.pt"),
     ],
 )
 def test_states(tmp_path: Path, state: dict[str, object] | None, name: str | None) -> None:
@@ -164,6 +169,36 @@ def test_tied_weights_survive(tmp_path: Path) -> None:
     assert loaded is not None
     assert torch.equal(loaded["a"], weight)
     assert loaded["a"].data_ptr() == loaded["b"].data_ptr()
+
+
+BIG = torch.randn(1_000_000)
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {"probe": BIG[:4]},
+        {"probe": BIG[:4], "epoch": 3},
+        {"probe": BIG[:4], "other": BIG[2:6]},
+        {"nested": {"state": [(BIG[::250_000],)], 3: torch.nn.Parameter(BIG[:4])}},
+        {"tied": BIG[:4], "to": BIG[:4], "epoch": 3},
+    ],
+)
+def test_a_part_of_a_tensor_takes_its_own_size(tmp_path: Path, state: dict[str, Any]) -> None:
+    runner = MultistageRunner(N, n_clusters=4, n_stages=1, directory=tmp_path)
+    loaded = next(iter(runner)).finish(embeddings(), state=state).state
+    torch.testing.assert_close(loaded, state)
+    (path,) = (tmp_path / "stage-0").glob("state.*")
+    assert path.stat().st_size < 4000
+    if loaded is not None and "to" in loaded:
+        assert loaded["tied"].data_ptr() == loaded["to"].data_ptr()
+
+
+def test_a_part_of_what_is_kept_anyway_stays_a_part_of_it() -> None:
+    stage = next(iter(MultistageRunner(N, n_clusters=4)))
+    loaded = stage.finish(embeddings(), state={"all": BIG, "first": BIG[:4]}).state
+    assert loaded is not None
+    assert loaded["all"].data_ptr() == loaded["first"].data_ptr()
 
 
 def test_a_state_in_memory_does_not_follow_further_training() -> None:
@@ -365,8 +400,10 @@ def test_bad_embeddings() -> None:
         ({"metric": "manhattan"}, "metric must be one of 'euclidean', 'cosine': got 'manhattan'"),
         ({"keys": ["a"]}, "keys must have one entry per sample: got 1 keys for 60 samples"),
         ({"keys": ["a"] * N}, "keys must be distinct: 'a' is at 0 and 1"),
+        ({"keys": [Path(str(i)) for i in range(N)]}, r"keys must be strings: got \w*Path at 0; use str\(key\)"),
+        ({"keys": [*map(str, range(N - 1)), 59]}, r"keys must be strings: got int at 59; use str\(key\)"),
     ],
 )
 def test_bad_configurations(options: dict[str, object], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         run(None, **options)

@@ -171,7 +171,7 @@ def test_an_error_of_one_rank_is_raised_on_every_rank(ranks: RankPool, tmp_path:
     assert message in messages[where]
     for rank, of_rank in enumerate(messages):
         if rank != where and case != "configuration":
-            assert of_rank.startswith(f"ValueError: rank {where} of the group met an error: ")
+            assert of_rank.startswith(f"OtherRankError: rank {where} of the group met an error: ")
             assert message in of_rank
     if case not in ("directories",):
         assert not list(tmp_path.glob("stage-*"))
@@ -205,7 +205,7 @@ def fail_to_begin(case: str, directory: Path) -> str:
         if case == "writable" and rank == 0:
             monkeypatch.setattr(stages, "check_writable", no_space)
         if case == "damaged" and rank == 1:
-            monkeypatch.setattr(stage_files, "read_labels", no_space)
+            monkeypatch.setattr(stage_files, "map_labels", no_space)
         with pytest.raises((OSError, ValueError)) as error:
             next(iter(MultistageRunner(N, n_stages=2, n_clusters=4, directory=directory, group=dist.group.WORLD)))
     dist.barrier()
@@ -230,6 +230,62 @@ def other_progress(directory: Path) -> str:
 def test_ranks_that_see_other_directories_are_told_so(ranks: RankPool, tmp_path: Path) -> None:
     expected = "must be alike on every rank of the group: got 1 on rank 0 and 0 on rank 1"
     assert all(expected in message for message in ranks.run(other_progress, tmp_path))
+
+
+# --- ranks that die ---------------------------------------------------------------------------------------------
+
+DYING = """
+import os, shutil, sys
+from datetime import timedelta
+from pathlib import Path
+import torch
+import torch.distributed as dist
+from mcl_kernels import MultistageRunner, stages
+directory, rank, when = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=2, timeout=timedelta(20))
+if rank == 1:
+    # When the first rank has written the stage.
+    stages._written_stage = lambda *_: os._exit(9)
+if rank == 0 and when == "killed too":
+    rmtree = shutil.rmtree
+    shutil.rmtree = lambda *_, **__: os._exit(9)
+runner = MultistageRunner(60, n_stages=2, n_clusters=4, directory=directory / "run", group=dist.group.WORLD)
+stage = next(iter(runner))
+x = torch.randn(60, 8, generator=torch.Generator().manual_seed(0))
+stage.finish(x[stage.shard.start : stage.shard.stop], state={"w": torch.zeros(3)})
+"""
+
+
+@pytest.mark.parametrize("when", ["alone", "killed too"])
+def test_a_stage_on_disk_survives_the_death_of_another_rank(tmp_path: Path, when: str) -> None:
+    command = [sys.executable, "-c", DYING, str(tmp_path)]
+    ranks = [subprocess.Popen([*command, str(rank), when], stderr=subprocess.PIPE, text=True) for rank in range(2)]
+    errors = [process.communicate(timeout=120)[1] for process in ranks]
+    assert [process.returncode for process in ranks] == [1, 9], errors
+    (done,) = MultistageRunner(60, n_stages=2, n_clusters=4, directory=tmp_path / "run").finished
+    assert done.state is not None
+    alone = MultistageRunner(60, n_stages=1, n_clusters=4)
+    next(iter(alone)).finish(torch.randn(60, 8, generator=torch.Generator().manual_seed(0)))
+    assert torch.equal(done.labels, alone.labels)
+
+
+def killed_while_it_withdraws(directory: Path) -> str:
+    """The last rank does not see the stage; the first is as if it were killed in the removal that follows."""
+    hidden = directory / "late" if dist.get_rank() == dist.get_world_size() - 1 else directory
+    runner = MultistageRunner(N, n_stages=1, n_clusters=4, directory=hidden, group=dist.group.WORLD)
+    stage = next(iter(runner))
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(stages, "SHOWN_WITHIN", 0.5)
+        monkeypatch.setattr(stage_files.shutil, "rmtree", lambda *_, **__: None)
+        with pytest.raises((RuntimeError, ValueError)) as error:
+            stage.finish(embeddings_of(stage)[stage.shard.start : stage.shard.stop])
+    return str(error.value)
+
+
+def test_a_stage_is_withdrawn_in_one_step(ranks: RankPool, tmp_path: Path) -> None:
+    messages = ranks.run(killed_while_it_withdraws, tmp_path)
+    assert all("directory must be one that all ranks see" in message for message in messages)
+    assert MultistageRunner(N, n_stages=1, n_clusters=4, directory=tmp_path).finished == []
 
 
 # --- under torchrun -------------------------------------------------------------------------------------------
