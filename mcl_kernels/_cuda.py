@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 
+from mcl_kernels import _library
+
 PACKAGE = Path(__file__).parent
 NAMESPACE = "mcl_kernels_cuda"
 OLDEST = (7, 5)  # compute capability
@@ -31,11 +33,11 @@ ERROR = re.compile(r"error:|error (C|LNK)\d|fatal|ld: ")
 
 
 class CudaUnavailableError(RuntimeError):
-    """The CUDA kernels cannot be had here, for the reason that the message gives."""
+    """The CUDA kernels are not available, for the reason in the message."""
 
 
 def install_command(**environment: str) -> str:
-    """What builds the kernels, in the shell of this system, with these environment variables."""
+    """Command that builds the kernels, in the shell of this system, with these environment variables."""
     variables = {**environment, "MCL_KERNELS_CUDA": "1"}.items()
     if os.name == "nt":
         settings = [f'$env:{name}="{value}";' for name, value in variables]
@@ -44,24 +46,26 @@ def install_command(**environment: str) -> str:
     return " ".join([*settings, "pip install --no-build-isolation ."])
 
 
-def library_name(sources: Path) -> str:
-    """The file name of the library that these sources and this torch make."""
+def library_stem(sources: Path) -> str:
+    """Name of the library of these sources and this torch, without the digest of its content."""
     digest = hashlib.sha256(repr((torch.__version__, FLAGS)).encode())
     for path in sorted(sources.iterdir()):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    return f"{NAMESPACE}-{digest.hexdigest()[:16]}{'.pyd' if os.name == 'nt' else '.so'}"
+    return f"{NAMESPACE}-{digest.hexdigest()[:16]}"
 
 
 def source_directory() -> Path:
-    """`csrc/cuda`, in the package (installed) or beside it (a checkout)."""
+    """`csrc/cuda`, in the package (installed) or next to it (a checkout)."""
     for directory in (PACKAGE / "csrc" / "cuda", PACKAGE.parent / "csrc" / "cuda"):
         if (directory / "operators.cpp").exists():
             return directory
     raise CudaUnavailableError("the sources of the CUDA kernels, csrc/cuda, are missing from this installation")
 
 
-def build(sources: Path, library: Path) -> None:
-    """Compiles the sources into `library` for the architectures of $TORCH_CUDA_ARCH_LIST, else those of the GPUs here.
+def build(sources: Path, directory: Path) -> Path:
+    """Compiles the sources into a library in `directory`, which appears when it is complete. Returns its path.
+
+    The architectures are those of $TORCH_CUDA_ARCH_LIST, else those of the GPUs here.
 
     Raises:
         CudaUnavailableError: what is missing, or the compiler's first error.
@@ -70,15 +74,16 @@ def build(sources: Path, library: Path) -> None:
     from torch.utils import cpp_extension
 
     architectures = target_architectures()
-    library.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=library.parent, prefix=".build-") as directory:
+    stem = library_stem(sources)
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory, prefix=".build-") as scratch:
         try:
             cpp_extension.load(
-                library.stem,
+                stem,
                 [str(path) for path in sorted([*sources.glob("*.cu"), sources / "operators.cpp"])],
                 extra_cflags=[f"-DMCL_NAMESPACE={NAMESPACE}", f"-DMCL_ARCHITECTURES={','.join(architectures)}"],
                 extra_cuda_cflags=[*FLAGS, *_code_flags(architectures)],
-                build_directory=directory,
+                build_directory=scratch,
                 with_cuda=True,
                 is_python_module=False,
             )
@@ -89,7 +94,11 @@ def build(sources: Path, library: Path) -> None:
                 f"the CUDA kernels were not built: {errors[0]} "
                 f"(the toolkit is looked for in CUDA_HOME={cpp_extension.CUDA_HOME})"
             ) from error
-        (Path(directory) / library.name).replace(library)
+        (built,) = [path for path in Path(scratch).iterdir() if path.suffix in _library.SUFFIXES]
+        try:
+            return _library.keep(built, directory, stem)
+        except _library.LibraryError as error:
+            raise CudaUnavailableError(f"the built library does not load: {error}") from error
 
 
 def check_toolkit() -> None:
@@ -127,7 +136,7 @@ def nvcc_release(nvcc: str) -> str:
 
 
 def target_architectures() -> list[str]:
-    """As in TORCH_CUDA_ARCH_LIST: "7.5", or "9.0+PTX" for newer ones too."""
+    """Names as in TORCH_CUDA_ARCH_LIST: "7.5", or "9.0+PTX" for newer ones too."""
     listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
     if not listed:
         found = {torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())}
@@ -158,7 +167,7 @@ def _code_flags(architectures: list[str]) -> list[str]:
 
 
 def runs_on(capability: tuple[int, int], architectures: list[str]) -> bool:
-    """Whether code for these architectures runs on a GPU: that of an older minor version, or PTX of an older one.
+    """Returns whether code for these architectures runs on a GPU: for an older minor version, or PTX of an older one.
 
     Code for an architecture with an `a` runs on that one alone.
     """
@@ -175,17 +184,18 @@ def runs_on(capability: tuple[int, int], architectures: list[str]) -> bool:
 
 @cache
 def _loaded() -> str | None:
-    """Loads the library once a process; what kept it from being loaded, or None."""
+    """Loads the library once a process. Returns the reason if that fails, else None."""
     try:
-        library = PACKAGE / "lib" / library_name(source_directory())
-        if not library.exists():
-            return f"is not built for this torch, {torch.__version__}; {install_command()}"
-        torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
+        libraries = _library.find_libraries(PACKAGE / "lib", library_stem(source_directory()))
     except CudaUnavailableError as error:
         return str(error)
-    except OSError as error:
-        return f"the built library does not load: {error}"
-    return None
+    if not libraries:
+        return f"is not built for this torch, {torch.__version__}; {install_command()}"
+    intact = next(filter(_library.is_intact, libraries), None)
+    if intact is None:
+        return f"{libraries[0]} is damaged; build it again: {install_command()}"
+    reason = _library.load(intact)
+    return f"the built library does not load: {reason}" if reason else None
 
 
 def _compiled() -> Any:
@@ -195,12 +205,12 @@ def _compiled() -> Any:
 
 
 def _architectures() -> list[str]:
-    """Those that the library is built for."""
+    """Architectures that the library is built for."""
     named: str = _compiled().architectures()
     return named.split(",")
 
 
-# By type of device what gives its operators. On "cpu" there are some in tests, which emulate CUDA.
+# By type of device, the function that returns its operators. On "cpu" there are some in tests, which emulate CUDA.
 LIBRARIES: dict[str, Callable[[], Any]] = {"cuda": _compiled}
 
 
@@ -209,15 +219,23 @@ def ops(device: torch.device) -> Any:
     return LIBRARIES[device.type]()
 
 
+def no_device() -> str | None:
+    """Returns why there are no CUDA tensors here, or None where there are."""
+    if torch.cuda.is_available():
+        return None
+    built = "" if torch.version.cuda or torch.version.hip else f": torch {torch.__version__} is built without CUDA"
+    return f"torch sees no CUDA device{built}"
+
+
 def why_not(device: torch.device) -> str | None:
-    """What is missing for CUDA kernels on a device; None: nothing."""
+    """Returns what is missing for CUDA kernels on a device, or None."""
     if device.type != "cuda":
         if device.type in LIBRARIES:
             return None
-        missing = "" if torch.cuda.is_available() else "; torch sees no CUDA device"
-        return f"computes on CUDA tensors: got device {device}{missing}"
-    if not torch.cuda.is_available():
-        return "torch sees no CUDA device"
+        missing = no_device()
+        return f"computes on CUDA tensors: got device {device}{'; ' + missing if missing else ''}"
+    if missing := no_device():
+        return missing
     if torch.version.hip:
         return "is for NVIDIA's GPUs: torch is built for ROCm"
     if reason := _loaded():
@@ -234,12 +252,13 @@ def why_not(device: torch.device) -> str | None:
 
 
 def describe() -> tuple[list[str], str]:
-    """The types of devices of this machine that the kernels run on, and how that stands."""
+    """Returns the types of devices of this machine that the kernels run on, and the reason."""
     devices = ["cpu"] if why_not(torch.device("cpu")) is None else []
+    missing = no_device()
     if reason := _loaded():
-        return devices, reason
+        return devices, missing or reason
     built = f"CUDA C++ kernels (csrc/cuda), built for {', '.join(_architectures())}"
-    if not torch.cuda.is_available():
-        return devices, f"{built}; torch sees no CUDA device"
+    if missing:
+        return devices, f"{built}; {missing}"
     reason = why_not(torch.device("cuda"))
     return (devices, reason) if reason else ([*devices, "cuda"], built)

@@ -45,10 +45,15 @@ def replaced_files(*paths: Path) -> Iterator[list[BinaryIO]]:
         RuntimeWarning: the files are replaced, but a power failure may undo it, since their directory was not synced.
     """
     targets = [_target(path) for path in paths]
-    partials = [temporary_name(target.parent) for target in targets]
+    partials: list[Path] = []
     try:
         with contextlib.ExitStack() as stack:
-            yield [stack.enter_context(synced_file(partial)) for partial in partials]
+            files = []
+            for target in targets:
+                partial = temporary_name(target.parent)
+                files.append(stack.enter_context(synced_file(partial)))
+                partials.append(partial)
+            yield files
         for partial, target in zip(partials, targets, strict=True):
             partial.replace(target)
     except BaseException:

@@ -9,18 +9,31 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from mcl_kernels._forked import use_one_thread_if_forked
+
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGER_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    expected = f"{name} must be one of " + ", ".join(repr(choice) for choice in choices)
+    if not isinstance(value, str):  # an array, say, which cannot be compared
+        raise TypeError(f"{expected}: got {type(value).__name__}")
     if value not in choices:
-        expected = ", ".join(repr(choice) for choice in choices)
-        raise ValueError(f"{name} must be one of {expected}: got {value!r}")
+        raise ValueError(f"{expected}: got {value!r}")
+
+
+def check_objective(objective: object) -> None:
+    if not callable(objective) or isinstance(objective, type):
+        expected = (
+            "a function of mcl_kernels.objectives or your own, settings given: hard_negative(), not hard_negative"
+        )
+        raise TypeError(f"objective must be {expected}: got {objective!r}")
 
 
 def as_integer(name: str, value: object, *, least: int) -> int:
     """One integer of any kind (numpy's too), as Python's."""
+    use_one_thread_if_forked()  # here and below: a check comes before any computation
     try:
         integer = operator.index(value)  # type: ignore[arg-type]
     except TypeError:
@@ -45,6 +58,7 @@ def check_positive(name: str, value: object) -> None:
 
 def check_embeddings(name: str, x: object) -> None:
     """A 2-d floating point tensor, one row per sample, of at least one feature."""
+    use_one_thread_if_forked()
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor: got {type(x).__name__}")
     if x.ndim != 2:
@@ -76,6 +90,7 @@ def check_same_device(name: str, x: Tensor, other_name: str, other: Tensor) -> N
 
 def check_integer_vector(name: str, values: object) -> Tensor:
     """Labels or ids, as they are: a memory map is not read."""
+    use_one_thread_if_forked()
     if not isinstance(values, Tensor):
         raise TypeError(f"{name} must be an integer tensor: got {type(values).__name__}")
     if values.dtype not in INTEGER_DTYPES:

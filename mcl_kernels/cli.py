@@ -18,6 +18,7 @@ import torch
 
 import mcl_kernels
 from mcl_kernels import assign, cluster
+from mcl_kernels._cuda import no_device
 from mcl_kernels.console import Terminated, logged_progress, one_line, raising_terminated, safe_streams
 from mcl_kernels.kmeans.api import IMPLS, METRICS
 from mcl_kernels.label_files import identity
@@ -167,8 +168,8 @@ def info() -> None:
     print(f"cpu: {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads")
     for index in range(torch.cuda.device_count()):
         print(f"cuda:{index}: {torch.cuda.get_device_name(index)}")
-    if not torch.cuda.is_available():
-        print("cuda: torch sees no CUDA device")
+    if missing := no_device():
+        print(f"cuda: {missing}")
     for name, entry in mcl_kernels.capabilities().items():
         available = "yes" if entry["available"] else "no"
         print(f"impl {name:<10} {available:<4} {entry['reason']}")

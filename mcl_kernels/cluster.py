@@ -78,7 +78,7 @@ def run(options: Options, say: Callable[[str], None]) -> None:
             say(f"AMI with {path}: {value:.3f}{drawn}")
 
     dtype = torch.int64 if options.out.suffix == ".pt" else label_dtype(n)  # a .pt file is that of the paper's code
-    labels: Tensor = previous[0] if previous else torch.zeros(1, dtype=dtype).expand(n)
+    labels: Tensor = previous[0] if previous else torch.zeros(1, dtype=dtype, device="cpu").expand(n)
     for ids in (*previous[1:], clusters):
         labels, _ = compose_pairs(labels, ids, dtype)
     label_sizes = (labels if int(labels.min()) >= 0 else labels[labels >= 0]).bincount()
@@ -117,7 +117,8 @@ def _ami(labels: Tensor, clusters: Tensor, seed: int) -> float | None:
     from sklearn.metrics import adjusted_mutual_info_score
 
     if len(clusters) > AMI_ROWS:
-        drawn = torch.randint(len(clusters), (AMI_ROWS,), generator=torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(seed)
+        drawn = torch.randint(len(clusters), (AMI_ROWS,), generator=generator, device="cpu")
         labels, clusters = labels[drawn], clusters[drawn]
     known = labels >= 0
     return float(adjusted_mutual_info_score(labels[known], clusters[known])) if bool(known.any()) else None

@@ -98,7 +98,7 @@ class RandBits:
         self.images = torch.from_numpy(pixels[chosen]).float().div(255).view(-1, 1, IMAGE_SIZE, IMAGE_SIZE)
         self.digits = torch.from_numpy(digits[chosen]).long()
         generator = torch.Generator().manual_seed(settings.seed)
-        self.bits = torch.randint(0, 2, (len(chosen), settings.bits), generator=generator).float()
+        self.bits = torch.randint(0, 2, (len(chosen), settings.bits), generator=generator, device="cpu").float()
         self.train, self.test = train_test_split(
             np.arange(len(chosen)), test_size=0.2, stratify=self.digits.numpy(), random_state=0
         )
@@ -122,7 +122,7 @@ def random_affine(images: Tensor, size: tuple[int, int] | None = None) -> Tensor
     n = len(images)
 
     def uniform(limit: float) -> Tensor:
-        return (torch.rand(n) * 2 - 1) * limit
+        return (torch.rand(n, device="cpu") * 2 - 1) * limit
 
     angle, scale, shear = uniform(math.radians(20)), uniform(0.2).exp(), uniform(0.2)
     cos, sin = scale * angle.cos(), scale * angle.sin()
@@ -166,7 +166,7 @@ def train(data: RandBits, stage: Stage, settings: Settings, screen: Screen, name
     screen.start(name, steps)
     for epoch in range(settings.epochs):
         for batch in stage.batch_sampler(BATCH_SIZE, clusters_per_batch=CLUSTERS_PER_BATCH, epoch=epoch):
-            index = torch.tensor(batch)
+            index = torch.tensor(batch, device="cpu")
             views = data.view(index.repeat(2), with_bits=with_bits, augmented=True)
             view_a, view_b = head(backbone(views)).chunk(2)
             loss = nt_xent(view_a, view_b, stage.labels[index], temperature=TEMPERATURE)
@@ -182,7 +182,7 @@ def train(data: RandBits, stage: Stage, settings: Settings, screen: Screen, name
 def embed(encoder: nn.Module, data: RandBits, *, with_bits: bool) -> Tensor:
     """The features of all images, not augmented, [N, D]."""
     encoder.eval()
-    parts = torch.split(torch.arange(len(data.images)), 1000)
+    parts = torch.split(torch.arange(len(data.images), device="cpu"), 1000)
     return torch.cat([encoder(data.view(part, with_bits=with_bits, augmented=False)) for part in parts])
 
 

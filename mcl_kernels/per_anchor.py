@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mcl_kernels._lonely import watch
 from mcl_kernels._rows import row_dot
+from mcl_kernels._validate import check_objective
 from mcl_kernels.distributed.exchange import gather_vectors
 from mcl_kernels.distributed.group import Ranks
 from mcl_kernels.logsumexp.api import masked_logsumexp
@@ -85,11 +86,7 @@ def _per_anchor(
 
 def _needs(objective: Objective) -> tuple[tuple[float, ...], bool]:
     """The factors of the scale that an objective wants a log-sum-exp for, and whether it wants the count."""
-    if not callable(objective) or isinstance(objective, type):
-        expected = (
-            "a function of mcl_kernels.objectives or your own, settings given: hard_negative(), not hard_negative"
-        )
-        raise TypeError(f"objective must be {expected}: got {objective!r}")
+    check_objective(objective)
     return getattr(objective, "scales", (1.0,)), getattr(objective, "counts", False)
 
 

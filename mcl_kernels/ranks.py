@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mcl_kernels._rows import compute_dtype, row_dot
 from mcl_kernels.logsumexp import ops, reference
-from mcl_kernels.losses import query_key_positive
+from mcl_kernels.losses.functional import query_key_positive
 
 
 @torch.no_grad()

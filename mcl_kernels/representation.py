@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mcl_kernels._forked import use_one_thread_if_forked
 from mcl_kernels._rows import normalize_rows
 from mcl_kernels._validate import check_choice, check_embeddings
 
@@ -79,6 +80,7 @@ def model_soup(state_dicts: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]
         >>> model_soup([{"w": torch.tensor([0.0])}, {"w": torch.tensor([1.0])}])
         {'w': tensor([0.5000])}
     """
+    use_one_thread_if_forked()
     state_dicts = list(state_dicts)
     if not state_dicts:
         raise ValueError("state_dicts must hold at least one: got none")

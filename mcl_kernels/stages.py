@@ -216,7 +216,7 @@ class Stage:
         """
         finished = self._runner._finish(self, embeddings, state)
         ranks, is_last = self._runner.ranks, self.index + 1 == self._runner.n_stages
-        starved = None if is_last else starvation(torch.tensor(finished.statistics["label_sizes"]))
+        starved = None if is_last else starvation(torch.tensor(finished.statistics["label_sizes"], device="cpu"))
         if starved is not None and (ranks is None or ranks.rank == 0):
             warnings.warn(f"stage {self.index + 1} will have few negatives: {starved}", stacklevel=2)
         return finished
@@ -301,7 +301,7 @@ class MultistageRunner:
         """The pseudo labels that hold now, int64 [n_samples]; all 0 before a stage is finished."""
         if self.finished:
             return self.finished[-1].labels
-        return StoredLabels(torch.zeros(1, dtype=torch.int32).expand(self.n_samples))
+        return StoredLabels(torch.zeros(1, dtype=torch.int32, device="cpu").expand(self.n_samples))
 
     def __iter__(self) -> Iterator[Stage]:
         with contextlib.ExitStack() as held:
@@ -326,7 +326,7 @@ class MultistageRunner:
         unknown = [key for key in keys if key not in self._index_of_key]
         if unknown:
             raise ValueError(f"keys must be among those given to the runner: got {unknown[0]!r}")
-        return torch.tensor([self._index_of_key[key] for key in keys], dtype=torch.int64)
+        return torch.tensor([self._index_of_key[key] for key in keys], dtype=torch.int64, device="cpu")
 
     def _on_every_rank(self, work: Callable[[], T]) -> T:
         """Returns what `work()` returns; an error on one rank is raised on every rank."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from mcl_kernels import _cuda, _native
+from mcl_kernels import _cuda, _native_build, _native_cache
 
 NAMESPACE = "mcl_kernels_cuda_emulated"
 HEADERS = Path(__file__).with_name("cuda_on_cpu")
@@ -30,15 +30,14 @@ def compile_kernels(output: Path, flags: list[str], more: dict[Path, list[str]],
     """The kernels' sources and `more`, each of those with flags of its own, into a program or a library."""
     sources = _cuda.source_directory()
     every = {path: ["-x", "c++"] for path in sorted(sources.glob("*.cu"))} | more
-    _native.compile_and_link(every, [*flags, f"-I{HEADERS}", f"-I{sources}"], link, output)
+    _native_build.compile_and_link(every, [*flags, f"-I{HEADERS}", f"-I{sources}"], link, output)
 
 
 @cache
 def ops() -> Any:
     """Builds the library where that is still to be done, and loads it."""
-    library = _native.cache_directory() / f"{NAMESPACE}-{_digest()}.so"
-    library.parent.mkdir(parents=True, exist_ok=True)
-    with _native._only_process(library.with_suffix(".lock")):
+    with _native_cache.opened(_native_cache.cache_directory()) as cache, cache.only_builder():
+        library = cache.path / f"{NAMESPACE}-{_digest()}.so"
         if not library.exists():
             _build(library)
     torch.ops.load_library(str(library))

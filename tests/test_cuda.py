@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mcl_kernels import _cuda
+from mcl_kernels import _cuda, _library
 from tests import emulated_cuda
 from tests.build_sanitized import build_cuda, build_cuda_program
 
@@ -140,8 +140,31 @@ def test_the_first_error_of_a_build_is_told(monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.setattr(cpp_extension, "CUDA_HOME", "/usr/local/cuda")
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0")
     with pytest.raises(_cuda.CudaUnavailableError, match=rf"not built: {re.escape(line)}.*CUDA_HOME=/usr/local/cuda"):
-        _cuda.build(SOURCES, tmp_path / "lib" / "kernels.so")
+        _cuda.build(SOURCES, tmp_path / "lib")
     assert not list((tmp_path / "lib").iterdir())
+
+
+def test_a_library_that_does_not_load_is_not_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from torch.utils import cpp_extension
+
+    def compile_nothing(stem: str, *arguments: object, build_directory: str, **options: object) -> None:
+        (Path(build_directory) / f"{stem}.so").write_bytes(b"\x7fELF")
+
+    monkeypatch.setattr(_cuda, "check_toolkit", lambda: None)
+    monkeypatch.setattr(_cuda, "PACKAGE", tmp_path)
+    monkeypatch.setattr(_cuda, "source_directory", lambda: SOURCES)
+    monkeypatch.setattr(cpp_extension, "load", compile_nothing)
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0")
+    with pytest.raises(_cuda.CudaUnavailableError, match=r"the built library does not load: .*file too short"):
+        _cuda.build(SOURCES, tmp_path / "lib")
+    assert not list((tmp_path / "lib").iterdir())
+    assert "is not built for this torch" in str(_cuda._loaded.__wrapped__())
+
+    monkeypatch.setattr(_library, "check_loads", lambda library: None)
+    library = _cuda.build(SOURCES, tmp_path / "lib")
+    assert "does not load: file too short" in str(_cuda._loaded.__wrapped__())
+    library.write_bytes(b"")
+    assert str(_cuda._loaded.__wrapped__()).startswith(f"{library} is damaged; build it again: MCL_KERNELS_CUDA=1 pip")
 
 
 def test_a_gpu_newer_than_what_was_built(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,4 +191,7 @@ def test_called_where_it_is_not_built() -> None:
     assert "impl='cuda': computes on CUDA tensors: got device cpu" in result.stderr
     if _cuda._loaded():
         assert "'available': False" in result.stdout
+    if torch.cuda.is_available():
         assert re.search("is not built for this torch.*MCL_KERNELS_CUDA=1 pip install", result.stdout)
+    else:
+        assert "'reason': 'torch sees no CUDA device" in result.stdout

@@ -905,12 +905,11 @@ REFUSED: dict[str, list[dict[str, Any]]] = {
 
 
 def refusable(loss: str, **changed: Any) -> Tensor:
-    """A small loss of this rank, through its Module where that takes what is changed."""
+    """A small loss of this rank."""
     arguments: dict[str, Any] = {"first": X, "labels": LABELS, "exchange": "auto", **changed}
     first, options = arguments.pop("first"), {"group": dist.group.WORLD, **arguments}
     if loss == "nt_xent":
-        module = NTXentLoss(**{k: v for k, v in options.items() if k not in ("labels", "ids", "view_b")})
-        return module(first, options.get("view_b", Y), options["labels"], ids=options.get("ids"))
+        return nt_xent(first, options.pop("view_b", Y), **options)
     if loss == "clip_loss":
         return clip_loss(first, options.pop("text_features", Y), **{"logit_scale": 2.0, **options})
     return masked_info_nce(first, options.pop("key", KEYS), **{"key_labels": OF_KEYS % 2, **options})

@@ -38,6 +38,18 @@ def test_two_writers_at_once_each_write_a_file_of_their_own(tmp_path: Path) -> N
     assert names_in(tmp_path) == ["x"]
 
 
+def test_a_planted_temporary_file_is_not_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By whoever guesses its name, which is random."""
+    victim, guessed = tmp_path / "victim", tmp_path / "guessed"
+    victim.write_text("content")
+    guessed.symlink_to(victim)
+    monkeypatch.setattr("mcl_kernels._durable.temporary_name", lambda directory: guessed)
+    with pytest.raises(FileExistsError):
+        replace_file(tmp_path / "x", b"other")
+    assert victim.read_text() == "content"
+    assert names_in(tmp_path) == ["guessed", "victim"]
+
+
 def test_a_link_stays_and_its_target_is_replaced(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "link").symlink_to("data/x")

@@ -9,7 +9,10 @@ import pytest
 import torch
 
 from mcl_kernels import (
+    ClipLoss,
     KMeans,
+    MaskedInfoNCE,
+    NTXentLoss,
     assign_clusters,
     capabilities,
     clip_loss,
@@ -83,6 +86,19 @@ CASES: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: objectives.hard_negative(-2.0), ValueError, "beta must be at least 0: got -2.0"),
     (lambda: objectives.ifm(alpha=-1.0), ValueError, "eps and alpha must be at least 0: got 0.1 and -1.0"),
     (lambda: objectives.decoupled_weighted(0.0), ValueError, "sigma must be positive: got 0.0"),
+    (lambda: nt_xent(X, Y, negatives=LABELS), TypeError, "negatives must be one of 'same', 'different', 'all': got Tensor"),
+    (lambda: nt_xent(X, Y, reduction=None), TypeError, "reduction must be one of 'mean', 'sum', 'none': got NoneType"),
+    # modules, when they are made
+    (lambda: NTXentLoss(0.1, reduction="avg"), ValueError, "reduction must be one of 'mean', 'sum', 'none': got 'avg'"),
+    (lambda: NTXentLoss(0.0), ValueError, "temperature must be positive: got 0.0"),
+    (lambda: MaskedInfoNCE("0.1"), TypeError, "temperature must be a number or a tensor: got str"),
+    (lambda: MaskedInfoNCE(LABELS[0]), TypeError, "temperature must be a float or a floating point tensor: got torch.int64"),
+    (lambda: MaskedInfoNCE(X), ValueError, "temperature must be a float, a tensor [] or [1], or a vector: got shape [256, 8]"),
+    (lambda: MaskedInfoNCE(negatives="other"), ValueError, "negatives must be one of 'same', 'different', 'all': got 'other'"),
+    (lambda: ClipLoss(impl="gpu"), ValueError, "impl must be one of 'auto'"),
+    (lambda: ClipLoss(exchange="ring"), ValueError, "exchange must be one of 'auto', 'cluster', 'gather': got 'ring'"),
+    (lambda: ClipLoss(objective=objectives.ifm), TypeError, "settings given: hard_negative(), not hard_negative"),
+    (lambda: ClipLoss(group=[0, 1]), RuntimeError, "group needs torch.distributed"),
     # k-means and labels
     (lambda: KMeans(2.5), TypeError, "n_clusters must be an integer: got float"),
     (lambda: KMeans(2, seed=-1), ValueError, "seed must be at least 0: got -1"),

@@ -1,4 +1,4 @@
-"""The compiled CPU kernels: the same bits everywhere, no hang anywhere, and how the library comes to be there."""
+"""The compiled CPU kernels: the same bits everywhere, and no hang anywhere."""
 
 from __future__ import annotations
 
@@ -187,73 +187,6 @@ print(1024 * (kib("VmHWM") - before))
 """)
     assert result.returncode == 0, result.stderr
     assert int(result.stdout) <= most * rows * d * 4
-
-
-# --- how the library comes to be there ------------------------------------------------------------------------
-
-USE = "import torch, mcl_kernels; print(mcl_kernels.masked_logsumexp(torch.eye(4)).sum().item())"
-
-
-@pytest.mark.slow
-def test_two_processes_build_it_once(tmp_path: Path) -> None:
-    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
-    both = [
-        subprocess.Popen([sys.executable, "-c", USE], env=environment, stdout=-1, stderr=-1, text=True)
-        for _ in range(2)
-    ]
-    outputs = [process.communicate(timeout=240) for process in both]
-    assert [process.returncode for process in both] == [0, 0], outputs
-    assert outputs[0][0] == outputs[1][0]
-    notices = "".join(error for _, error in outputs)
-    assert notices.count("building the native CPU kernels") == 1
-    assert notices.count("built in") == 1
-    (library,) = (tmp_path / "mcl_kernels").glob("*.so")
-    again = subprocess.run([sys.executable, "-c", USE], env=environment, capture_output=True, text=True, check=True)
-    assert again.stderr == ""
-    assert [path.suffix for path in library.parent.iterdir() if path != library] == [".lock"]
-
-
-def test_without_a_compiler_auto_says_so_once(tmp_path: Path) -> None:
-    nowhere = {"PATH": "", "CXX": "", "XDG_CACHE_HOME": str(tmp_path)}
-    result = run_python(f"{USE}\n{USE}", **nowhere)
-    assert result.returncode == 0, result.stderr
-    assert result.stderr.count("no C++ compiler is on the PATH; install one") == 1
-    assert "blockwise" in result.stderr
-    refused = run_python(USE.replace("eye(4)", "eye(4), impl='native'"), **nowhere)
-    assert refused.returncode == 1
-    assert "NativeUnavailableError: no C++ compiler is on the PATH" in refused.stderr
-
-
-def test_a_compiler_that_fails_is_quoted(tmp_path: Path) -> None:
-    compiler = tmp_path / "broken-c++"
-    compiler.write_text("#!/bin/sh\necho 'x.cpp:1: error: this is not my day' >&2\nexit 1\n")
-    compiler.chmod(0o755)
-    environment = {"CXX": str(compiler), "XDG_CACHE_HOME": str(tmp_path / "cache")}
-    result = run_python(USE, **environment)
-    assert result.returncode == 0
-    assert "building" in result.stderr
-    assert "error: this is not my day" in result.stderr
-    assert not list((tmp_path / "cache").rglob("*.so"))
-
-    again = run_python(f"{USE}; print(mcl_kernels.capabilities()['auto']['reason'])", **environment)
-    assert again.stdout.endswith("picks blockwise\n")
-    assert "building" not in again.stderr
-    assert "error: this is not my day (delete" in again.stderr
-
-
-def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    result = run_python(USE, XDG_CACHE_HOME=str(tmp_path / "file"))
-    assert result.returncode == 0
-    assert "set XDG_CACHE_HOME" in result.stderr
-
-
-def test_another_source_is_another_library(tmp_path: Path) -> None:
-    (tmp_path / "operators.cpp").write_text("one")
-    first = _native.library_name(tmp_path)
-    assert first == _native.library_name(tmp_path)
-    (tmp_path / "operators.cpp").write_text("two")
-    assert first != _native.library_name(tmp_path)
 
 
 def test_losses_take_the_kernels() -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import email
 import os
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import venv
 import zipfile
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -50,6 +54,91 @@ def run(*command: str | Path, cwd: Path = ROOT) -> str:
     return result.stdout
 
 
+# Without torch nothing is compiled.
+BUILD = """
+import sys
+sys.modules["torch"] = None
+import setuptools.build_meta as backend
+getattr(backend, sys.argv[1])(sys.argv[2])
+"""
+
+
+class Distributions(NamedTuple):
+    wheel: zipfile.ZipFile
+    sources: Path  # the source distribution, unpacked
+    wheel_of_sources: zipfile.ZipFile
+
+
+def copy_of_checkout(to: Path) -> Path:
+    return shutil.copytree(ROOT, to, ignore=shutil.ignore_patterns(".?*", "build", "dist", "*.egg-info", "results"))
+
+
+def build(kind: str, tree: Path, into: Path) -> Path:
+    into.mkdir()
+    run(sys.executable, "-c", BUILD, f"build_{kind}", into, cwd=tree)
+    (built,) = into.iterdir()
+    return built
+
+
+@pytest.fixture(scope="module")
+def distributions(tmp_path_factory: pytest.TempPathFactory) -> Distributions:
+    """Of a checkout in which an earlier build has left a module that is no more."""
+    directory = tmp_path_factory.mktemp("distributions")
+    tree = copy_of_checkout(directory / "tree")
+    for stale in ("ghost.py", "ghosts/__init__.py", "csrc/cpu/ghost.h", "lib/ghost.so"):
+        path = tree / "build" / "lib" / "mcl_kernels" / stale
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("")
+    with tarfile.open(build("sdist", tree, directory / "sdist")) as archive:
+        archive.extractall(directory, filter="data")
+    (sources,) = directory.glob("mcl[_-]kernels-*")  # old setuptools has the hyphen
+    wheels = [build("wheel", root, directory / f"wheel of {root.name}") for root in (tree, sources)]
+    return Distributions(zipfile.ZipFile(wheels[0]), sources, zipfile.ZipFile(wheels[1]))
+
+
+@pytest.mark.slow
+def test_what_an_earlier_build_left_is_not_in_the_wheel(distributions: Distributions) -> None:
+    assert not [name for name in distributions.wheel.namelist() if "ghost" in name]
+
+
+@pytest.mark.slow
+def test_the_wheel_of_the_source_distribution_is_that_of_the_checkout(distributions: Distributions) -> None:
+    wheel, other = distributions.wheel, distributions.wheel_of_sources
+    assert sorted(wheel.namelist()) == sorted(other.namelist())
+    for name in wheel.namelist():
+        assert name.endswith("RECORD") or wheel.read(name) == other.read(name), name
+
+
+@pytest.mark.slow
+def test_the_tests_of_the_source_distribution_run(distributions: Distributions) -> None:
+    """All are found, but for those that need a host library, and quick ones pass."""
+    pytest_there = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist")
+    run(*pytest_there, "--collect-only", "--ignore", "tests/integrations", cwd=distributions.sources)
+    run(*pytest_there, "tests/test_accuracy.py", "tests/test_errors.py", cwd=distributions.sources)
+    for name in ("Makefile", "CHANGELOG.md", "constraints.txt", "constraints-oldest.txt", "constraints-bench.txt"):
+        assert (distributions.sources / name).is_file()
+    every = {path.relative_to(ROOT) for path in ROOT.glob("tests/**/*.*") if "__pycache__" not in path.parts}
+    assert every <= {path.relative_to(distributions.sources) for path in distributions.sources.rglob("*")}
+    # The results of the experiments are ten times as large as all else.
+    assert sum(path.stat().st_size for path in distributions.sources.rglob("*")) < 5_000_000
+
+
+@pytest.mark.slow
+def test_each_integration_has_an_extra_and_integrations_is_all_of_them(distributions: Distributions) -> None:
+    (name,) = (name for name in distributions.wheel.namelist() if name.endswith("METADATA"))
+    required: dict[str, set[str]] = {}
+    for line in email.message_from_bytes(distributions.wheel.read(name)).get_all("Requires-Dist", []):
+        if match := re.fullmatch(r"([^;]+?) ?; extra == .([\w-]+).", line):
+            required.setdefault(match[2], set()).add(match[1].replace(" ", ""))
+    for path in (ROOT / "mcl_kernels" / "integrations").glob("[a-z]*.py"):
+        distribution, least = re.search(r'^require\("([^"]+)", "([^"]+)"', path.read_text(), re.MULTILINE).groups()
+        assert required[path.stem.replace("_", "-")] == {f"{distribution}>={least}"}
+    (every,) = required["integrations"]
+    hosts = re.fullmatch(r"mcl-kernels\[([\w,-]+)\]", every)[1].split(",")
+    assert set(hosts) >= {path.stem.replace("_", "-") for path in (ROOT / "mcl_kernels/integrations").glob("[a-z]*.py")}
+    assert all(len(required[host]) == 1 for host in hosts)
+
+
 @pytest.mark.slow
 def test_the_wheel_in_a_fresh_environment(tmp_path: Path) -> None:
     run(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", tmp_path, ROOT)
@@ -77,7 +166,7 @@ def test_built_at_install_where_torch_is(tmp_path: Path, monkeypatch: pytest.Mon
     """Without build isolation the library is in the package, and nothing is built on first use."""
     if not _native.describe()[0]:
         pytest.skip(_native.describe()[1])
-    shutil.copytree(ROOT, tmp_path / "checkout", ignore=shutil.ignore_patterns(".*", "build", "*.egg-info"))
+    copy_of_checkout(tmp_path / "checkout")
     # What an earlier build of other sources left behind would make the library that of nobody's sources.
     built = f"lib.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
     stale = tmp_path / "checkout" / "build" / built / "mcl_kernels" / "csrc" / "cpu" / "removed.h"

@@ -18,21 +18,6 @@ from mcl_kernels.kmeans import sources
 
 ROOT = Path(__file__).parents[1]
 
-
-def test_files_are_read_without_preadv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Windows, and macOS before 11."""
-    for name in ("pread", "preadv"):
-        monkeypatch.delattr(os, name, raising=False)
-    monkeypatch.setattr(sources, "CHUNK_BYTES", 1 << 16)
-    x = torch.randn(9000, 24, generator=torch.Generator().manual_seed(0))
-    np.save(tmp_path / "x.npy", x.numpy())
-    mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
-    for batch_size in (None, 700):
-        of_file, of_memory = (KMeans(5, max_iter=5, batch_size=batch_size).fit(rows) for rows in (mapped, x))
-        assert torch.equal(of_file.cluster_centers_, of_memory.cluster_centers_)
-        assert torch.equal(of_file.labels_, of_memory.labels_)
-
-
 # Put in front of a script: what differs on Windows, as far as this library can see it.
 WINDOWS = """
 import os, sys
@@ -152,3 +137,17 @@ def test_a_parent_that_others_can_only_pass_through(closed_parent: Path) -> None
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert result.stdout == "['stage-0', 'x']\n", result.stderr
+
+
+def test_files_are_read_without_preadv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows, and macOS before 11."""
+    for name in ("pread", "preadv"):
+        monkeypatch.delattr(os, name, raising=False)
+    monkeypatch.setattr(sources, "CHUNK_BYTES", 1 << 16)
+    x = torch.randn(9000, 24, generator=torch.Generator().manual_seed(0))
+    np.save(tmp_path / "x.npy", x.numpy())
+    mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
+    for batch_size in (None, 700):
+        of_file, of_memory = (KMeans(5, max_iter=5, batch_size=batch_size).fit(rows) for rows in (mapped, x))
+        assert torch.equal(of_file.cluster_centers_, of_memory.cluster_centers_)
+        assert torch.equal(of_file.labels_, of_memory.labels_)

@@ -86,7 +86,7 @@ def share_samples(samples: Side, loss: str, exchange: str, ranks: Ranks) -> Shar
         return Share(_exchange([(moves[0], samples)], ranks)[0], None, owners.total)
     together, keys = _exchange([(move, samples) for move in moves], ranks)
     begins = [0, *accumulate(moves[1].received)]
-    here = [torch.arange(begin, begin + n) for begin, n in zip(begins, received[0], strict=False)]
+    here = [torch.arange(begin, begin + n, device="cpu") for begin, n in zip(begins, received[0], strict=False)]
     anchors_here = keys.take(torch.cat(here).to(home.device))
     return Share(together, Blocks(anchors_here, keys), owners.total)
 
@@ -155,8 +155,8 @@ class _Owners(NamedTuple):
         )  # fmt: skip
         if plan.exchange == "gather":
             return None
-        blocks = torch.tensor([*map(len, plan.owners), 0])
-        flat = torch.tensor(list(chain.from_iterable(plan.owners)), dtype=torch.int64)
+        blocks = torch.tensor([*map(len, plan.owners), 0], device="cpu")
+        flat = torch.tensor(list(chain.from_iterable(plan.owners)), dtype=torch.int64, device="cpu")
         any_cut, total = bool(blocks.max() > 1), int(histogram[0].sum())
         tensors = [x.to(counts.device) for x in (blocks, blocks.cumsum(0) - blocks, flat)]
         return cls(tensors[0], tensors[1], tensors[2], any_cut, total, ranks)

@@ -231,7 +231,7 @@ class _Histogram(NamedTuple):
             raise ValueError(f"{name} must be at least 0: got {counts.min()}")
         if counts.shape[-1] > bucket_count(world_size):
             folded = np.zeros((*counts.shape[:-1], bucket_count(world_size)), dtype=np.int64)
-            np.add.at(folded.T, buckets_of(torch.arange(counts.shape[-1]), world_size).numpy(), counts.T)
+            np.add.at(folded.T, buckets_of(torch.arange(counts.shape[-1], device="cpu"), world_size).numpy(), counts.T)
             counts = folded
         if counts.ndim == 1:
             return cls(counts, counts[np.newaxis] / world_size)
@@ -261,7 +261,7 @@ class _Model(NamedTuple):
         rows = math.ceil(self.keys.by_rank.sum(1).max())  # the others are padded
         sizes = others * 2 * INTEGER_BYTES + self._shared_bytes(counted)
         forward = others * rows * self._row_bytes(layout.sample_columns) + sizes
-        wide = compute_dtype(torch.empty(0, dtype=self.dtype)).itemsize  # gradients are summed in it
+        wide = compute_dtype(torch.empty(0, dtype=self.dtype, device="cpu")).itemsize  # gradients are summed in it
         backward = others * rows * layout.sample_columns * self.features * wide
         operations = (self.queries.by_rank @ self.keys.total.astype(np.float64)) * layout.blocks * self.features
         return self._plan("gather", (), [forward, forward, backward, backward], operations)

@@ -12,15 +12,16 @@ from torch import Tensor
 from mcl_kernels.distributed.group import all_gather, ranks_of
 
 
-def require(distribution: str, least: str) -> None:
-    """That a host is installed, and new enough."""
+def require(distribution: str, least: str, extra: str | None = None) -> None:
+    """Checks that a host is installed, and new enough; `extra` installs it, by default that of its name."""
     try:
         found = version(distribution)
     except PackageNotFoundError:
         found = "none"
     if found == "none" or _release(found) < _release(least):
         needed = f"{distribution} >= {least}"
-        raise ImportError(f"this integration needs {needed}: found {found} (pip install '{distribution}>={least}')")
+        command = f"pip install 'mcl-kernels[{extra or distribution}]'"
+        raise ImportError(f"this integration needs {needed}: found {found} ({command})")
 
 
 def _release(text: str) -> list[int]:

@@ -46,7 +46,8 @@ class NTXentLoss(host.NTXentLoss):  # type: ignore[misc]
     ) -> None:
         super().__init__(temperature, memory_bank_size, gather_distributed)
         # A buffer like the host's bank: both are moved and broadcast together; neither is in the state_dict.
-        self.register_buffer("bank_labels", torch.full((len(self.memory_bank.bank),), -1), persistent=False)
+        bank = self.memory_bank.bank
+        self.register_buffer("bank_labels", torch.full((len(bank),), -1, device=bank.device), persistent=False)
 
     def forward(self, out0: Tensor, out1: Tensor, labels: Tensor | None = None) -> Tensor:
         """Both views [N, D], of any length; labels: pseudo labels of the samples, integers [N], or None."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mcl_kernels.integrations._host import gathered, number, require
 
-require("open_clip_torch", "2.32")
+require("open_clip_torch", "2.32", extra="open-clip")
 
 import open_clip.loss as host
 import torch

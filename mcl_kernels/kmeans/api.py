@@ -225,9 +225,9 @@ class KMeans(Saved):
         most = max(INIT_ROWS_PER_CLUSTER * self.n_clusters, min(INIT_ROWS, INIT_NUMBERS // rows.width))
         if n <= most:
             return rows.load()
-        drawn = torch.empty(0, dtype=torch.int64)
+        drawn = torch.empty(0, dtype=torch.int64, device="cpu")
         while len(drawn) < most:  # distinct ones
-            more = torch.randint(n, (most - len(drawn),), generator=generator)
+            more = torch.randint(n, (most - len(drawn),), generator=generator, device="cpu")
             drawn = torch.unique(torch.cat((drawn, more)))
         return rows.take(drawn)
 

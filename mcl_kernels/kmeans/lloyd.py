@@ -116,12 +116,12 @@ def initial_centers(problem: Problem, sample: Tensor, n_clusters: int, init: str
     so far; the greedy form draws 2 + log K candidates and keeps the best (scikit-learn does the same).
     """
     if init == "random":
-        chosen = torch.randperm(len(sample), generator=generator)[:n_clusters]
+        chosen = torch.randperm(len(sample), generator=generator, device="cpu")[:n_clusters]
         return problem.points(sample[chosen.to(sample.device)])
     x = problem.points(sample)
     squared_distances = _squared_distances_among(x, problem.summary.offset)
     n_candidates = 2 + int(math.log(n_clusters))
-    centers = torch.randint(len(x), (1,), generator=generator).to(x.device)
+    centers = torch.randint(len(x), (1,), generator=generator, device="cpu").to(x.device)
     nearest = squared_distances(centers)[0]
     while len(centers) < n_clusters:
         _log.info("k-means++: %d of %d centres", len(centers), n_clusters)
@@ -129,7 +129,7 @@ def initial_centers(problem: Problem, sample: Tensor, n_clusters: int, init: str
         if cumulative[-1] == 0:
             break
         # side="right" never draws a row of distance 0, which is a centre already.
-        drawn = torch.rand(n_candidates, dtype=torch.float64, generator=generator) * cumulative[-1]
+        drawn = torch.rand(n_candidates, dtype=torch.float64, generator=generator, device="cpu") * cumulative[-1]
         candidates = torch.searchsorted(cumulative, drawn, right=True).clamp(max=len(x) - 1).to(x.device)
         reachable = torch.minimum(nearest, squared_distances(candidates))
         best = int(reachable.sum(1).argmin())
@@ -287,11 +287,11 @@ def _fill_empty(partition: Partition, centers: Centers) -> int:
         away[largest] -= 1
         counts[largest] -= 1
         moves.append((largest, empty))
-    offers = torch.zeros(rows.shards, len(moves), 2, dtype=torch.float64)  # distance and position
+    offers = torch.zeros(rows.shards, len(moves), 2, dtype=torch.float64, device="cpu")  # distance and position
     for number, (largest, _) in enumerate(moves if held else ()):
         distance, row = torch.where(labels == largest, distances, 0.0).max(0)
         if distance > least:
-            offers[rows.shard, number] = torch.tensor([float(distance), held[int(row)]], dtype=torch.float64)
+            offers[rows.shard, number, 0], offers[rows.shard, number, 1] = float(distance), held[int(row)]
             distances[row] = 0.0
     _, (offers,) = rows.total(0.0, offers)
     farthest: dict[int, list[tuple[float, int]]] = {}
@@ -300,7 +300,7 @@ def _fill_empty(partition: Partition, centers: Centers) -> int:
             farthest.setdefault(largest, []).append((-distance, int(row)))
     in_order = {largest: iter(sorted(offered)) for largest, offered in farthest.items()}
     moved = sorted((next(in_order[largest])[1], largest, empty) for largest, empty in moves)
-    taken = rows.take(torch.tensor([row for row, _, _ in moved], dtype=torch.int64))
+    taken = rows.take(torch.tensor([row for row, _, _ in moved], dtype=torch.int64, device="cpu"))
     for x, move in zip(centers.rounded(taken).unbind(1), moved, strict=True):
         partition.move(move[0], x, *move[1:])
     return len(moves)

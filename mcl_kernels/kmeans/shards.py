@@ -80,7 +80,7 @@ class ShardedRows(Rows):
 
     def load(self) -> Tensor:
         """All rows of all ranks, on each of them. Together."""
-        return self.take(torch.arange(self.count()))
+        return self.take(torch.arange(self.count(), device="cpu"))
 
     def batches(self, size: int, rows: int, generator: torch.Generator) -> Iterator[Tensor]:
         """The part of each batch that this rank has. Together: all draw with the generator of the first rank."""
@@ -89,7 +89,7 @@ class ShardedRows(Rows):
 
     def total(self, objective: float, *of_held: Tensor) -> tuple[float, tuple[Tensor, ...]]:
         """Together: in one all-reduce, as fp64."""
-        numbers = torch.tensor([objective, self.error is not None], dtype=torch.float64)
+        numbers = torch.tensor([objective, self.error is not None], dtype=torch.float64, device="cpu")
         packed = torch.cat([x.to(self.meeting, torch.float64).flatten() for x in (*of_held, numbers)])
         dist.all_reduce(packed, group=self.ranks.group)
         *totals, numbers = packed.to(self.device).split_with_sizes([x.numel() for x in (*of_held, numbers)])
@@ -101,17 +101,17 @@ class ShardedRows(Rows):
     def from_first(self, compute: Callable[[], Tensor]) -> Tensor:
         """Together; the other ranks wait."""
         rows = work_of_first(compute, self.ranks, self.meeting)
-        n = int(self._of_first(torch.tensor([0 if rows is None else len(rows)])))
+        n = int(self._of_first(torch.tensor([0 if rows is None else len(rows)], device=self.meeting)))
         if rows is None:
             rows = torch.empty(n, self.width, dtype=compute_dtype(self.like), device=self.device)
         return self._of_first(rows).to(self.device)
 
     def decide(self, decision: bool) -> bool:
         """Together: one number is broadcast."""
-        return bool(self._of_first(torch.tensor([int(decision)])))
+        return bool(self._of_first(torch.tensor([int(decision)], device=self.meeting)))
 
     def _survey(self) -> tuple[int, Tensor, Tensor]:
-        sizes = torch.zeros(self.shards, dtype=torch.int64)
+        sizes = torch.zeros(self.shards, dtype=torch.int64, device="cpu")
         bounds = torch.zeros(self.shards, 2, self.width, dtype=self.dtype, device=self.device)
         with self._noting_errors():
             n, *local_bounds = self.local.survey()

@@ -66,7 +66,7 @@ class Rows:
     def batches(self, size: int, rows: int, generator: torch.Generator) -> Iterator[Tensor]:
         """As many rows as there are, `size` at a time, each batch drawn at random with replacement."""
         for begin in range(0, rows, size):
-            index = torch.randint(rows, (min(size, rows - begin),), generator=generator)
+            index = torch.randint(rows, (min(size, rows - begin),), generator=generator, device="cpu")
             yield self.take_held(index.sort().values)
 
     @property
@@ -151,7 +151,7 @@ class FileRows(Rows):
         self, name: str, path: str | os.PathLike[str], position: int, shape: tuple[int, int], dtype: torch.dtype,
         row_bytes: int | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(name, torch.empty(0, shape[1], dtype=dtype))
+        super().__init__(name, torch.empty(0, shape[1], dtype=dtype, device="cpu"))
         self.path, self.position, self.rows = path, position, shape[0]
         self.width_bytes = self.width * dtype.itemsize
         self.row_bytes = self.width_bytes if row_bytes is None else row_bytes
@@ -162,7 +162,9 @@ class FileRows(Rows):
     def chunks(self) -> Iterator[Tensor]:
         size = _chunk_rows(self.row_bytes)
         buffer_bytes = self._bytes_of(min(size, self.rows))
-        buffers = [torch.empty(buffer_bytes, dtype=torch.uint8) for _ in range(2 if self.rows > size else 1)]
+        buffers = [
+            torch.empty(buffer_bytes, dtype=torch.uint8, device="cpu") for _ in range(2 if self.rows > size else 1)
+        ]
         with open(self.path, "rb", buffering=0) as file, ThreadPoolExecutor(1) as reader:
 
             def read(begin: int) -> Tensor:
@@ -179,7 +181,7 @@ class FileRows(Rows):
                 yield chunk
 
     def take(self, index: Tensor) -> Tensor:
-        taken = torch.empty(len(index), self.width_bytes, dtype=torch.uint8)
+        taken = torch.empty(len(index), self.width_bytes, dtype=torch.uint8, device="cpu")
         with open(self.path, "rb", buffering=0) as file:
             for row, into in zip(index.tolist(), taken.numpy(), strict=True):
                 self._read(file, row, into.data)
@@ -301,7 +303,7 @@ def _rows_behind(name: str, x: np.memmap[Any, Any], path: str, mapped: mmap.mmap
     mapped_from = x.offset - x.offset % mmap.ALLOCATIONGRANULARITY
     begin = x.__array_interface__["data"][0] - np.frombuffer(mapped, np.uint8).__array_interface__["data"][0]
     rows = FileRows(name, path, mapped_from + begin, x.shape, like.dtype, max(row_bytes, width_bytes))
-    if len(x) and rows.take(torch.zeros(1, dtype=torch.int64)).numpy().tobytes() != x[:1].tobytes():
+    if len(x) and rows.take(torch.zeros(1, dtype=torch.int64, device="cpu")).numpy().tobytes() != x[:1].tobytes():
         raise ValueError(f"{name} must be a map of what {path} holds now: its first row is another one")
     return rows
 

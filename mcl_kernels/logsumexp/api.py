@@ -30,6 +30,8 @@ IMPLS = ("auto", *ops.IMPLEMENTATIONS, "reference")
 def capabilities() -> dict[str, dict[str, object]]:
     """What can compute here: for each `impl`, whether it is available, for which devices, and why or why not.
 
+    The native kernels are loaded for it, and built first where a loss would build them.
+
     Returns:
         A dictionary from the name of each implementation, and "auto", to `available` (bool), `devices`
         (list of device types of this machine it runs on) and `reason` (str).
@@ -51,7 +53,7 @@ def capabilities() -> dict[str, dict[str, object]]:
         "triton": {
             "available": bool(on_triton),
             "devices": on_triton,
-            "reason": "the kernels for GPUs" if on_triton else reasons[devices[-1]],
+            "reason": "the kernels for GPUs" if on_triton else _cuda.no_device() or reasons[devices[-1]],
         },
         "cuda": {"available": bool(on_cuda), "devices": on_cuda, "reason": cuda_reason},
         "reference": {

@@ -24,7 +24,9 @@ def test_a_host_too_old_is_named(monkeypatch: pytest.MonkeyPatch, found: str, le
     if enough:
         _host.require("lightly", least)
     else:
-        with pytest.raises(ImportError, match=f"needs lightly >= 1.5: found {found} .pip install 'lightly>=1.5'"):
+        with pytest.raises(
+            ImportError, match=f"needs lightly >= 1.5: found {found} .pip install 'mcl-kernels.lightly.'"
+        ):
             _host.require("lightly", least)
 
 

@@ -1,12 +1,11 @@
-"""The losses: O(N D) compositions of `masked_logsumexp` in plain PyTorch."""
+"""The losses as functions: O(N D) compositions of `masked_logsumexp` in plain PyTorch."""
 
 from __future__ import annotations
 
-import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mcl_kernels import per_anchor
 from mcl_kernels._rows import compute_dtype, joined_views, normalize_rows, unit_views
@@ -110,7 +109,7 @@ def masked_info_nce(
     }  # fmt: skip
     is_queue = positive is not None
     with over_ranks.agreed_call(ranks, "masked_info_nce", described):
-        _check_options(exchange, reduction)
+        check_options(exchange, reduction)
         query, key, positive, pairs, impl = query_key_positive(
             query, key, labels, key_labels, positive, ids, key_ids, negatives, normalize, impl, ranks
         )
@@ -184,7 +183,7 @@ def nt_xent(
         "reduction": reduction,
     }  # fmt: skip
     with over_ranks.agreed_call(ranks, "nt_xent", described):
-        _check_options(exchange, reduction)
+        check_options(exchange, reduction)
         check_embeddings("view_a", view_a)
         check_embeddings("view_b", view_b)
         check_same_shape("view_b", view_b, "view_a", view_a)
@@ -259,7 +258,7 @@ def clip_loss(
         "objective": objective, "reduction": reduction,
     }  # fmt: skip
     with over_ranks.agreed_call(ranks, "clip_loss", described):
-        _check_options(exchange, reduction)
+        check_options(exchange, reduction)
         check_embeddings("image_features", image_features)
         check_embeddings("text_features", text_features)
         check_same_shape("text_features", text_features, "image_features", image_features)
@@ -326,7 +325,7 @@ def _row_ids(rows: Tensor, ranks: Ranks | None) -> Tensor:
     return torch.arange(rows.shape[0], device=rows.device) if ranks is None else ranks.row_ids(rows)
 
 
-def _check_options(exchange: str, reduction: str) -> None:
+def check_options(exchange: str, reduction: str) -> None:
     check_choice("reduction", reduction, REDUCTIONS)
     check_choice("exchange", exchange, EXCHANGES)
 
@@ -345,101 +344,3 @@ def _reduce(loss: Tensor, reduction: str, anchors: int | None = None, ranks: Ran
     total = loss.sum() if ranks is None else loss.sum() * ranks.world_size
     n = loss.shape[0] if anchors is None else anchors
     return total / max(n, 1) if reduction == "mean" else total
-
-
-class _Loss(nn.Module):
-    """The options that the three losses share; labels and ids are given to `forward`."""
-
-    def __init__(
-        self,
-        *,
-        negatives: str = "same",
-        objective: Objective = info_nce,
-        normalize: bool = True,
-        reduction: str = "mean",
-        impl: str = "auto",
-        group: ProcessGroup | None = None,
-        exchange: str = "auto",
-    ) -> None:
-        super().__init__()
-        self.options: dict[str, Any] = {
-            "negatives": negatives,
-            "objective": objective,
-            "normalize": normalize,
-            "reduction": reduction,
-            "impl": impl,
-            "group": group,
-            "exchange": exchange,
-        }
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Loss:
-        """A copy, of a model's average say, that meets the same ranks."""
-        memo[id(self.options["group"])] = self.options["group"]
-        twin = memo[id(self)] = type(self).__new__(type(self))
-        twin.__dict__ = copy.deepcopy(self.__dict__, memo)
-        return twin
-
-    def extra_repr(self) -> str:
-        objective, group = self.options["objective"], self.options["group"]
-        options = {**self.options, "objective": getattr(objective, "__name__", objective)}
-        options["group"] = None if group is None else f"{ranks_of(group).world_size} ranks"
-        return ", ".join(f"{name}={value}" for name, value in options.items())
-
-
-class MaskedInfoNCE(_Loss):
-    """`masked_info_nce` as a module: its options here, tensors in `forward`. A Parameter as temperature is learned."""
-
-    def __init__(self, temperature: float | Tensor = 0.07, **options: Any) -> None:
-        super().__init__(**options)
-        self.temperature = temperature
-
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        labels: Tensor | None = None,
-        key_labels: Tensor | None = None,
-        *,
-        positive: Tensor | None = None,
-        ids: Tensor | None = None,
-        key_ids: Tensor | None = None,
-    ) -> Tensor:
-        return masked_info_nce(
-            query, key, labels, key_labels, temperature=self.temperature, positive=positive, ids=ids, key_ids=key_ids,
-            **self.options,
-        )  # fmt: skip
-
-
-class NTXentLoss(_Loss):
-    """`nt_xent` as a module: its options here, tensors in `forward`. A Parameter as temperature is learned."""
-
-    def __init__(self, temperature: float | Tensor = 0.5, **options: Any) -> None:
-        super().__init__(**options)
-        self.temperature = temperature
-
-    def forward(
-        self, view_a: Tensor, view_b: Tensor, labels: Tensor | None = None, *, ids: Tensor | None = None
-    ) -> Tensor:
-        return nt_xent(view_a, view_b, labels, temperature=self.temperature, ids=ids, **self.options)
-
-
-class ClipLoss(_Loss):
-    """`clip_loss` as a module: its options here, tensors and the model's logit_scale in `forward`."""
-
-    def __init__(self, *, normalize: bool = False, **options: Any) -> None:
-        super().__init__(normalize=normalize, **options)
-
-    def forward(
-        self,
-        image_features: Tensor,
-        text_features: Tensor,
-        logit_scale: float | Tensor,
-        labels: Tensor | None = None,
-        *,
-        text_labels: Tensor | None = None,
-        ids: Tensor | None = None,
-    ) -> Tensor:
-        return clip_loss(
-            image_features, text_features, labels, logit_scale=logit_scale, text_labels=text_labels, ids=ids,
-            **self.options,
-        )  # fmt: skip

@@ -1,0 +1,106 @@
+"""Compiled libraries under names that hold a digest of their content.
+
+Loading a truncated library ends the process with SIGBUS, so the content is compared with the name first. This module
+needs the standard library only: setup.py imports it without the rest of the package.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+SUFFIXES = (".so", ".pyd")  # the latter on Windows
+DIGITS = 32  # of the digest in a name
+# The search path is that of this process, so that its torch is the one that is imported.
+TRIAL = """
+import ctypes, json, sys
+sys.path[:] = json.loads(sys.argv[2])
+import torch
+try:
+    ctypes.CDLL(sys.argv[1])
+except OSError as error:
+    print(error, file=sys.stderr)
+    sys.exit(3)
+"""
+
+
+class LibraryError(RuntimeError):
+    """A library that does not load; the message holds the loader's reason."""
+
+
+def is_intact(library: Path) -> bool:
+    """Returns whether the content is that of which the name holds the digest."""
+    try:
+        return library.stem.endswith(f"-{_digest(library)}")
+    except OSError:
+        return False
+
+
+def find_libraries(directory: Path, stem: str) -> list[Path]:
+    """Returns the libraries kept under `stem`, damaged ones too."""
+    return sorted(path for path in directory.glob(f"{stem}-*") if path.suffix in SUFFIXES)
+
+
+def keep(built: Path, directory: Path, stem: str) -> Path:
+    """Moves a library into a directory of the same file system, after another process has loaded it.
+
+    Returns its path. When this returns, content and name are on disk.
+
+    Raises:
+        LibraryError: the library does not load.
+    """
+    check_loads(built)
+    built.chmod(0o755)
+    _sync(built)
+    kept = directory / f"{stem}-{_digest(built)}{built.suffix}"
+    built.replace(kept)
+    with contextlib.suppress(OSError):  # a name that is lost costs another build, and no more
+        _sync(directory)
+    return kept
+
+
+def check_loads(library: Path) -> None:
+    """Raises LibraryError where the library does not load in another process, or ends it.
+
+    Where no such process runs, as in a program that Python is embedded in, nothing is raised.
+    """
+    if not sys.executable:
+        return
+    command = [sys.executable, "-c", TRIAL, str(library), json.dumps([str(path) for path in sys.path])]
+    result = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)
+    if result.returncode < 0:
+        raise LibraryError(f"loading it ended with signal {-result.returncode}")
+    if result.returncode == 3:
+        raise LibraryError(result.stderr.strip().splitlines()[-1].removeprefix(f"{library}: "))
+
+
+def load(library: Path) -> str | None:
+    """Loads a library whose operators then are in `torch.ops`. Returns the loader's reason if that fails, else None.
+
+    `torch.ops.load_library` would resolve the path, which the caller may have chosen so that nobody can replace it.
+    """
+    try:
+        ctypes.CDLL(str(library))
+    except OSError as error:
+        return str(error).removeprefix(f"{library}: ")
+    return None
+
+
+def _sync(path: Path) -> None:
+    if os.name == "nt":  # it syncs no directory, and no library that is loaded
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _digest(library: Path) -> str:
+    return hashlib.sha256(library.read_bytes()).hexdigest()[:DIGITS]

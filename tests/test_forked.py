@@ -1,0 +1,122 @@
+"""In a forked process, whose parent's threads are not there, one thread computes and nothing hangs."""
+
+from __future__ import annotations
+
+import multiprocessing
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mcl_kernels import _native
+
+pytestmark = pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="this system has no fork")
+IMPLS = ["reference"] + (["native"] if _native.describe()[0] else [])
+
+# Sizes for which PyTorch uses threads in what is computed around the kernels. The inputs are made in the parent: a
+# child that made them would hang before it called the library.
+SCRIPT = """
+import multiprocessing, sys, torch, warnings
+from mcl_kernels import *
+
+torch.set_num_threads(1)
+impl, context = sys.argv[1], multiprocessing.get_context("fork")
+x, y = torch.randn(2, 40_000, 8)
+a, b = (z[: 2_000 if impl == "reference" else 40_000].clone().requires_grad_() for z in (x, y))
+labels, few = torch.arange(400_000) % 700, x[:7].clone()
+fitted = KMeans(5, max_iter=3, impl=impl).fit(x)
+
+def gradients():
+    return torch.autograd.grad(nt_xent(a, b, labels[: len(a)], impl=impl), (a, b))
+
+def enqueued():
+    queue = LabelledQueue(50_000, 8)
+    queue.enqueue(x)
+    return [queue.embeddings]
+
+CALLS = {
+    "nt_xent": gradients,
+    "masked_logsumexp": lambda: [masked_logsumexp(a.detach(), impl=impl)],
+    "count_negatives": lambda: [count_negatives(labels)],
+    "compose_labels": lambda: [compose_labels(labels, labels)],
+    "fit": lambda: [KMeans(5, max_iter=3, impl=impl).fit(x).labels_],
+    "predict": lambda: [fitted.predict(x)],
+    "assign_clusters": lambda: assign_clusters(x, few),
+    "finish": lambda: [next(iter(MultistageRunner(40_000, n_clusters=3))).finish(x).labels[:]],
+    "enqueue": enqueued,
+    "model_soup": lambda: [model_soup([{"w": x}, {"w": y}])["w"]],
+}
+"""
+IN_CHILDREN = """
+def child(call, expected):
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        found = call()
+    told = sum("this process was forked" in str(warning.message) for warning in seen)
+    equal = all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    sys.exit(0 if equal and told == 1 and torch.get_num_threads() == 1 else 3)
+
+expected = {name: call() for name, call in CALLS.items()}
+torch.set_num_threads(2)
+x.exp()  # the parent's threads
+codes = {}
+for name, call in CALLS.items():
+    process = context.Process(target=child, args=(call, expected[name]))
+    process.start()
+    process.join(60)
+    codes[name] = "hangs" if process.exitcode is None else process.exitcode
+    process.kill()
+assert torch.get_num_threads() == 2  # of the parent
+print({name: code for name, code in codes.items() if code})
+"""
+# Its own number is kept where the process sets one after the first call.
+THREADS_CHOSEN_LATER = """
+def child():
+    compose_labels(labels, labels)
+    torch.set_num_threads(2)
+    compose_labels(labels, labels)
+    sys.exit(torch.get_num_threads())
+
+torch.set_num_threads(2)  # and nothing computed: the child's are its own
+process = context.Process(target=child)
+process.start()
+process.join(60)
+print(process.exitcode)
+"""
+IN_A_WORKER = """
+class Items(torch.utils.data.Dataset):
+    def __len__(self): return len(CALLS)
+    def __getitem__(self, index): return [z.detach().clone() for z in list(CALLS.values())[index]()]
+
+expected = {name: call() for name, call in CALLS.items()}
+torch.set_num_threads(2)
+x.exp()
+warnings.filterwarnings("error", "mcl_kernels: this process was forked")  # a worker has one thread already
+options = {"num_workers": 1, "multiprocessing_context": context, "timeout": 60}
+loader = torch.utils.data.DataLoader(Items(), batch_size=None, **options)
+print([name for (name, wanted), found in zip(expected.items(), loader, strict=True)
+       if not all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))])
+"""
+
+
+def output(code: str, impl: str) -> str:
+    command = [sys.executable, "-c", SCRIPT + code, impl]
+    root = Path(__file__).parents[1]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240, cwd=root)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_forked_child_computes_what_its_parent_does(impl: str) -> None:
+    assert output(IN_CHILDREN, impl) == "{}"
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_forked_worker_of_a_data_loader_computes_what_its_parent_does(impl: str) -> None:
+    assert output(IN_A_WORKER, impl) == "[]"
+
+
+def test_a_number_of_threads_that_a_forked_child_chooses_stays() -> None:
+    assert output(THREADS_CHOSEN_LATER, "reference") == "2"

@@ -1,0 +1,276 @@
+"""Which compiler builds the native kernels, what is remembered of one that fails, and what is said of it."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mcl_kernels import _library, _native, _native_build, _native_cache
+from mcl_kernels._native_build import NativeUnavailableError, find_compiler
+from tests.fake_compiler import Place, make_place
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="nothing is built on Windows")
+CLANG = "Debian clang version 14.0.6"
+try_loading = _library.check_loads
+USE = "import torch, mcl_kernels; print(mcl_kernels.masked_logsumexp(torch.eye(4)).sum().item())"
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+    return make_place(tmp_path, monkeypatch)
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs code in a new process. An empty value removes the variable."""
+    merged = {name: value for name, value in {**os.environ, **environment}.items() if value}
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=240, env=merged,
+        cwd=Path(__file__).parents[1],
+    )  # fmt: skip
+
+
+# --- which compiler -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ("g++-99", r"g\+\+-99 is not on the PATH"),
+        ("ccache-99 g++", "ccache-99 is not on the PATH"),
+        ("/nowhere/g++ -m64", r"/nowhere/g\+\+ is not on the PATH"),
+        ("{bin}/launcher g++-99", "--version failed: launcher: error: no g"),
+        ('"g++', "No closing quotation"),
+    ],
+)
+def test_a_compiler_that_is_named_is_never_replaced(
+    place: Place, value: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launcher = place.compiler("launcher")
+    launcher.write_text('#!/bin/sh\necho "launcher: error: no $1" >&2; exit 1\n')
+    value = value.format(bin=launcher.parent)
+    monkeypatch.setenv("CXX", value)
+    with pytest.raises(NativeUnavailableError, match=rf"CXX='{re.escape(value)}' cannot be used: .*{reason}.*unset it"):
+        _native._find_or_build()
+    assert not place.times_called()
+
+
+def test_launchers_and_options_of_the_compiler_are_used(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    launcher = place.compiler("ccache")
+    launcher.write_text(f'#!/bin/sh\necho launched "$@" >> {place.calls}\nexec "$@"\n')
+    compiler = place.compiler("my g++")  # a path with a space
+    monkeypatch.setenv("CXX", f"{launcher} '{compiler}' -m64")
+    _native._find_or_build()
+    launched = [line for line in place.calls.read_text().splitlines() if line.startswith("launched")]
+    assert {line.split(" -m64 ")[0] for line in launched} == {f"launched {compiler}"}
+    assert [sum(step in line for line in launched) for step in (" -c ", " -shared ")] == [1, 1]
+    assert len(place.libraries()) == 1
+    monkeypatch.setenv("CXX", str(compiler))
+    assert find_compiler().command == [str(compiler)]
+
+
+@pytest.mark.parametrize("value", ["", "  "])
+def test_an_empty_cxx_names_no_compiler(place: Place, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(place.root / "bin"))
+    compiler = place.compiler("c++")
+    monkeypatch.setenv("CXX", value)
+    assert find_compiler().command == [str(compiler)]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere torch's OpenMP runtime is that of LLVM")
+@pytest.mark.parametrize("version", [CLANG, "Intel(R) oneAPI DPC++/C++ Compiler 2025.0"])
+def test_clang_needs_the_openmp_runtime_of_llvm(place: Place, version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CXX")
+    monkeypatch.setenv("PATH", str(place.root / "bin"))
+    monkeypatch.setattr(_native_build, "_has_openmp_of_llvm", lambda: False)
+    for name in ("c++", "clang++"):
+        place.compiler(name, version=version)
+    with pytest.raises(NativeUnavailableError, match=r"needs the OpenMP runtime of LLVM.*install g\+\+ \(apt"):
+        _native._find_or_build()
+    monkeypatch.setenv("CXX", "clang++")
+    with pytest.raises(NativeUnavailableError, match=r"CXX='clang\+\+' cannot be used: .*OpenMP runtime of LLVM"):
+        _native._find_or_build()
+    assert not place.times_called()
+    assert not place.failures()
+
+    monkeypatch.setattr(_native_build, "_has_openmp_of_llvm", lambda: True)
+    assert find_compiler().version == version
+    monkeypatch.delenv("CXX")
+    assert find_compiler().command == [str(place.root / "bin" / "c++")]
+    compiler = place.compiler("g++")
+    assert find_compiler().command == [str(compiler)]
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="finds the OpenMP runtime as Linux shows it")
+def test_the_openmp_runtime_is_the_one_that_torch_has_loaded() -> None:
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    mapped = {Path(line.split()[-1]) for line in lines if "/torch" in line and "omp" in line}
+    assert len(mapped) == 1, mapped
+    content = mapped.pop().read_bytes()
+    assert _native_build._has_openmp_of_llvm() == (b"__kmpc_fork_call" in content)
+
+
+# --- what was built is loaded once before it is kept ----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("source", "reason", "remembered"),
+    [
+        ("void missing(); void present() { missing(); }", "undefined symbol: _Z7missingv", True),
+        ("__attribute__((constructor)) static void end() { __builtin_trap(); }", "ended with signal", False),
+    ],
+)
+def test_what_does_not_load_is_never_kept(
+    place: Place, source: str, reason: str, remembered: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_library, "check_loads", try_loading)
+    monkeypatch.setenv("CXX", "g++")
+    (place.sources / "operators.cpp").write_text(source)
+    with pytest.raises(
+        NativeUnavailableError, match=rf"the library that .*g\+\+ built does not load: .*{reason}"
+    ) as error:
+        _native._find_or_build()
+    assert "/proc/" not in str(error.value)
+    assert not place.libraries()
+    assert bool(place.failures()) == remembered
+
+
+def test_the_trial_sees_the_torch_of_this_process(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A path may have been added at run time."""
+    package = place.root / "elsewhere" / "torch"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text(f"open({str(place.root / 'imported')!r}, 'w')")
+    monkeypatch.setattr(sys, "path", [str(package.parent), *sys.path])
+    try_loading(place.library)
+    assert (place.root / "imported").exists()
+
+
+@pytest.mark.parametrize("executable", ["", "/bin/false"])
+def test_a_program_that_embeds_python_loads_what_it_built(
+    place: Place, executable: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There `sys.executable` is empty, or starts something else."""
+    monkeypatch.setattr(_library, "check_loads", try_loading)
+    monkeypatch.setattr(sys, "executable", executable)
+    _native._find_or_build()
+    assert len(place.libraries()) == 1
+
+
+# --- where it is kept, and what is said -----------------------------------------------------------------------
+
+
+def test_another_source_is_another_library(tmp_path: Path) -> None:
+    (tmp_path / "operators.cpp").write_text("one")
+    first = _native_build.library_stem(tmp_path)
+    assert first == _native_build.library_stem(tmp_path)
+    (tmp_path / "operators.cpp").write_text("two")
+    assert first != _native_build.library_stem(tmp_path)
+
+
+def test_another_c_library_is_another_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Homes are shared between machines."""
+    (tmp_path / "operators.cpp").write_text("one")
+    here = _native_build.library_stem(tmp_path)
+    monkeypatch.setattr(os, "confstr", lambda name: "glibc 2.17", raising=False)
+    there = _native_build.library_stem(tmp_path)
+    assert there != here
+
+    def unknown(name: str) -> str:
+        raise ValueError("unrecognized configuration name")
+
+    monkeypatch.setattr(os, "confstr", unknown, raising=False)
+    assert _native_build.library_stem(tmp_path) not in (here, there)
+
+
+def test_a_relative_cache_home_is_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The XDG specification demands it: such a path would follow the working directory."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for value in ("relative", "./relative", "~/relative", ""):
+        monkeypatch.setenv("XDG_CACHE_HOME", value)
+        assert _native_cache.cache_directory() == tmp_path / ".cache" / "mcl_kernels"
+
+
+def test_without_a_home_auto_says_so_once() -> None:
+    code = (
+        "import pwd\ndef nobody(uid): raise KeyError(uid)\npwd.getpwuid = nobody\n"
+        "from mcl_kernels import KMeans, _native, capabilities; _native.PACKAGE = _native.PACKAGE / 'nothing'\n"
+        f"{USE}\n{USE}\nKMeans(2).fit(torch.eye(4))\nprint(capabilities()['native'])\n"
+        "mcl_kernels.masked_logsumexp(torch.eye(4), impl='native')"
+    )
+    result = run_python(code, HOME="", XDG_CACHE_HOME="")
+    told = "there is no directory for the built library: HOME is not set and the user has no entry"
+    assert result.stderr.count(f"several times slower: {told}") == 1, result.stderr
+    assert f"NativeUnavailableError: {told}" in result.stderr
+    assert "set XDG_CACHE_HOME" in result.stderr
+    assert "'available': False" in result.stdout
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    code = f"from mcl_kernels import _native; _native.PACKAGE = _native.PACKAGE / 'nothing'\n{USE}"
+    result = run_python(code, XDG_CACHE_HOME=str(tmp_path / "file"))
+    assert result.returncode == 0
+    assert f"{tmp_path}/file/mcl_kernels: Not a directory; set XDG_CACHE_HOME" in result.stderr
+
+
+def test_without_a_compiler_auto_says_so_once(tmp_path: Path) -> None:
+    code = f"from mcl_kernels import _native; _native.PACKAGE = _native.PACKAGE / 'nothing'\n{USE}\n{USE}"
+    nowhere = {"PATH": str(tmp_path), "CXX": "", "XDG_CACHE_HOME": str(tmp_path)}
+    result = run_python(code, **nowhere)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("no C++ compiler is on the PATH; install one") == 1
+    assert "blockwise" in result.stderr
+    refused = run_python(code.replace("eye(4)", "eye(4), impl='native'"), **nowhere)
+    assert refused.returncode == 1
+    assert "NativeUnavailableError: no C++ compiler is on the PATH" in refused.stderr
+
+
+def test_capabilities_are_those_of_a_loss(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`describe` tries what a loss would do."""
+    _native._loaded.cache_clear()
+    try:
+        place.compiler(command="echo 'x.cpp:1:1: error: no' >&2; exit 1")
+        available, reason = _native.describe()
+        assert not available
+        assert "x.cpp:1:1: error: no" in reason
+        with pytest.raises(NativeUnavailableError, match=r"x\.cpp:1:1: error: no"):
+            _native.load()
+    finally:
+        _native._loaded.cache_clear()
+
+
+def test_the_instruction_set_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not _native.describe()[0]:
+        pytest.skip(_native.describe()[1])
+    monkeypatch.setenv("MCL_KERNELS_CPU", "portable")
+    assert _native.describe() == (True, "C++ kernels by tiles in sorted order (csrc/cpu), instruction set portable")
+    monkeypatch.setenv("MCL_KERNELS_CPU", "mmx")
+    available, reason = _native.describe()
+    assert not available
+    assert reason.startswith("MCL_KERNELS_CPU must be amx, avx512, avx2 or portable")
+    monkeypatch.delenv("MCL_KERNELS_CPU")
+    assert torch.ops.mcl_kernels_native.instruction_set() in _native.describe()[1]
+
+
+@pytest.mark.slow
+def test_two_processes_build_it_once(tmp_path: Path) -> None:
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    both = [
+        subprocess.Popen([sys.executable, "-c", USE], env=environment, stdout=-1, stderr=-1, text=True)
+        for _ in range(2)
+    ]
+    outputs = [process.communicate(timeout=240) for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
+    assert outputs[0][0] == outputs[1][0]
+    notices = "".join(error for _, error in outputs)
+    for notice in ("building the native CPU kernels", "built in", "waiting for another process"):
+        assert notices.count(notice) == 1
+    (library,) = (tmp_path / "mcl_kernels").glob("*.so")
+    again = subprocess.run([sys.executable, "-c", USE], env=environment, capture_output=True, text=True, check=True)
+    assert again.stderr == ""
+    assert [path.suffix for path in library.parent.iterdir() if path != library] == [".lock"]
