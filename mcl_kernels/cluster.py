@@ -1,6 +1,6 @@
 """`mcl-kernels cluster`: from the features of a stage, in a file, to the pseudo labels of the next one, in a file.
 
-Files of features are read in chunks or mapped, never held as a whole. Labels and their summary are replaced in one step
+Files of features are read in chunks or mapped, never held in memory. Labels and their summary are replaced in one step
 each, after both are on disk.
 """
 
@@ -103,10 +103,10 @@ def run(options: Options, say: Callable[[str], None]) -> None:
     centers = None if options.centers is None else (options.centers, dump(kmeans))
     write_labels(options.out, labels, summary, centers)
     without = f", {summary['unlabelled']:,} rows without one" if summary["unlabelled"] else ""
-    beside = "" if options.centers is None else f", {options.centers}"
+    centers_file = "" if options.centers is None else f", {options.centers}"
     say(
         f"{options.out}: {len(label_sizes):,} pseudo labels of {size_range(label_sizes)} rows{without}; "
-        f"{summary_of(options.out)}{beside}"
+        f"{summary_of(options.out)}{centers_file}"
     )
     if starved := starvation(label_sizes):
         say(f"few negatives: {starved}")

@@ -1,4 +1,4 @@
-"""The terminal of the commands: a line that cannot be printed is lost, and no work with it."""
+"""Standard streams of the commands: a line that cannot be printed is lost, and no work with it."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def safe_streams() -> Iterator[SafeStream]:
 
 
 def one_line(text: object) -> str:
-    """The text with line breaks and control characters escaped, which names of files may hold."""
+    """Text with line breaks and control characters escaped, which names of files may hold."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
 

@@ -26,7 +26,7 @@ _TERMINAL_CODES = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def open_features(path: Path, tensor: str | None) -> Rows:
-    """The rows of a .npy, .pt or .safetensors file; `tensor` is the name of one among several."""
+    """Rows of a .npy, .pt or .safetensors file; `tensor` is the name of one among several."""
     if path.suffix == ".safetensors":
         return _open_safetensors(path, tensor)
     if path.suffix not in (".npy", ".pt"):
@@ -51,7 +51,7 @@ def open_features(path: Path, tensor: str | None) -> Rows:
 
 
 def open_labels(path: Path, n: int) -> StoredLabels:
-    """The labels of n rows, of an earlier stage or of all of them, mapped."""
+    """Labels of n rows, of an earlier stage or of all of them, mapped."""
     if path.suffix not in (".npy", ".pt"):
         raise ValueError(f"--previous must be .npy or .pt files: got {path}")
     loaded = as_tensor(str(path), _load(path))
@@ -86,7 +86,7 @@ def _check_summary(path: Path) -> None:
 
 
 def _open_safetensors(path: Path, tensor: str | None) -> FileRows:
-    """The rows where they lie in the file, bfloat16 ones too."""
+    """Rows where they lie in the file, bfloat16 ones too."""
     from safetensors import SafetensorError, safe_open
 
     with open_regular(path) as file:
@@ -134,7 +134,7 @@ def _load(path: Path) -> Any:
 
 
 def _map_npy(path: Path, file: BinaryIO) -> Any:
-    """The array of a .npy file, mapped, after its header was compared with what the file holds."""
+    """Array of a .npy file, mapped, after its header was compared with what the file holds."""
     header = np.lib.format
     begin = file.read(header.MAGIC_LEN)
     if begin[:6] != header.MAGIC_PREFIX:

@@ -53,17 +53,17 @@ def write_labels(out: Path, labels: Tensor, summary: Mapping[str, Any], centers:
     paths = [out, summary_of(out), *([centers[0]] if centers else [])]
     for path in paths:
         _target(path).parent.mkdir(parents=True, exist_ok=True)  # it may have been removed during the work
-    with replaced_files(*paths) as (file, beside, *others):
+    with replaced_files(*paths) as (labels_file, summary_file, *others):
         if out.suffix == ".pt":
-            torch.save(labels, file)
+            torch.save(labels, labels_file)
         else:
-            write_array(file, labels.numpy())
-        file.flush()
-        digests = {"sha256": sha256_of(Path(file.name))}
+            write_array(labels_file, labels.numpy())
+        labels_file.flush()
+        digests = {"sha256": sha256_of(Path(labels_file.name))}
         if centers:
             others[0].write(centers[1])
             digests["centers_sha256"] = hashlib.sha256(centers[1]).hexdigest()
-        beside.write(json.dumps({**summary, "versions": _versions(), **digests}, indent=2).encode())
+        summary_file.write(json.dumps({**summary, "versions": _versions(), **digests}, indent=2).encode())
 
 
 def identity(path: Path) -> tuple[int, ...] | None:
@@ -76,7 +76,7 @@ def identity(path: Path) -> tuple[int, ...] | None:
 
 
 def jsonable(value: Any) -> Any:
-    """The value of an option, with paths as strings."""
+    """Value of an option, with paths as strings."""
     if isinstance(value, Path):
         return str(value)
     return [str(path) for path in value] if isinstance(value, (list, tuple)) else value

@@ -1,4 +1,4 @@
-"""What the demo shows while it runs."""
+"""Screen of the demo: a table, and progress while something is trained."""
 
 from __future__ import annotations
 

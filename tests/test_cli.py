@@ -1,4 +1,4 @@
-"""The command line itself: what it prints, and what becomes of the work where it cannot be printed."""
+"""Printing, signals, progress and exit status of the commands."""
 
 from __future__ import annotations
 

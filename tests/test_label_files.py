@@ -1,4 +1,4 @@
-"""What the commands write is checked before the work, and complete or as it was after any failure."""
+"""Files that the commands write: checked before the work, complete or as they were after any failure."""
 
 from __future__ import annotations
 

@@ -112,7 +112,7 @@ def dump(kmeans: Any) -> bytes:
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and the settings and results of a file, as they were written."""
+    """Tensors, and settings with results, of a file that is as it was written."""
     from safetensors import SafetensorError, safe_open
 
     open_regular(path).close()
