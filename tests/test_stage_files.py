@@ -11,7 +11,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -130,16 +129,20 @@ def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_processes_that_finish_the_same_stage_at_once(tmp_path: Path) -> None:
-    """One of them saves it, the others are told so, and what is saved is whole."""
+    """One of them saves it, the others raise, and what is saved is complete."""
     code = (
-        "import sys, time, torch; from mcl_kernels import MultistageRunner; torch.set_num_threads(1)\n"
+        "import sys, torch; from mcl_kernels import MultistageRunner; torch.set_num_threads(1)\n"
         f"stage = next(iter(MultistageRunner({N}, n_clusters=4, n_stages=1, directory={str(tmp_path)!r})))\n"
-        f"time.sleep(max(0.0, float(sys.argv[1]) - time.time()))\n"
+        "print('ready', flush=True); sys.stdin.readline()\n"
         f"try: stage.finish(torch.randn({N}, 8), state={{'w': torch.zeros(100_000)}}); print('saved')\n"
         "except FileExistsError: print('late')\n"
     )
-    at = str(time.time() + 15)
-    children = [subprocess.Popen([sys.executable, "-c", code, at], stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    children = [subprocess.Popen([sys.executable, "-c", code], **pipes) for _ in range(3)]
+    assert [child.stdout.readline() for child in children] == ["ready\n"] * 3
+    for child in children:
+        child.stdin.write("go\n")
+        child.stdin.flush()
     said = sorted(child.communicate(timeout=120)[0].strip() for child in children)
     assert said == ["late", "late", "saved"]
     assert len(MultistageRunner(N, n_clusters=4, n_stages=1, directory=tmp_path).finished) == 1
