@@ -289,7 +289,7 @@ def masked_logsumexp(
     impl = resolve_impl(impl, query.device)
     if impl == "reference":
         return reference.masked_logsumexp(query, keys, scale, pairs, bidirectional)
-    _refuse_forward_mode(query, keys, scale)
+    _refuse_transforms(query, keys, scale)
     if symmetric:
         key, pairs = None, Pairs(pairs.labels, None, pairs.ids, None, negatives)
     else:
@@ -298,13 +298,33 @@ def masked_logsumexp(
     return (row_lse, column_lse) if bidirectional else row_lse
 
 
-def _refuse_forward_mode(*inputs: Tensor) -> None:
-    """The fused ops have no forward-mode derivative, and PyTorch would drop the tangents without a word."""
+def _refuse_transforms(*inputs: Tensor) -> None:
+    """The fused ops have a derivative in plain reverse mode alone.
+
+    In forward mode PyTorch would drop the tangents without a word; in `torch.func.grad` its own error is about an
+    autograd.Function.
+    """
     unpack: Callable[[Tensor], Any] = forward_ad.unpack_dual
     if forward_ad._current_level >= 0 and any(unpack(x).tangent is not None for x in inputs):
         raise NotImplementedError(
             "masked_logsumexp: a fused implementation has no forward-mode derivative; use impl='reference'"
         )
+    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active() or not torch.is_grad_enabled():
+        return
+    if any(_is_differentiated_by_transform(x) for x in inputs):
+        raise NotImplementedError(
+            "masked_logsumexp: a fused implementation has no derivative under torch.func (grad, vjp, jacrev, "
+            "hessian); use impl='reference'"
+        )
+
+
+def _is_differentiated_by_transform(x: Tensor) -> bool:
+    functorch: Any = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(x):
+        if functorch.is_gradtrackingtensor(x) and x.requires_grad:
+            return True
+        x = functorch.get_unwrapped(x)
+    return False
 
 
 def count_negatives(
