@@ -6,6 +6,7 @@ import operator
 from collections.abc import Sequence
 from numbers import Real
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,17 +44,36 @@ def as_integer(name: str, value: object, *, least: int) -> int:
     return integer
 
 
-def as_number(name: str, value: object) -> float:
-    """What is not a tensor where either may come."""
+def as_number(name: str, value: object, expected: str = "a number") -> float:
+    """One real number of any kind, as Python's."""
     if not isinstance(value, Real):
-        raise TypeError(f"{name} must be a number or a tensor: got {type(value).__name__}")
+        raise TypeError(f"{name} must be {expected}: got {type(value).__name__}")
     return float(value)
 
 
 def check_positive(name: str, value: object) -> None:
     """A Python number; tensors are not checked, which would synchronise and break a graph."""
-    if not as_number(name, value) > 0:
+    if not as_number(name, value, "a number or a tensor") > 0:
         raise ValueError(f"{name} must be positive: got {value}")
+
+
+def check_at_least_0(name: str, value: object) -> None:
+    """A Python number, or a tensor of one."""
+    if not (isinstance(value, Tensor) and value.numel() == 1):
+        as_number(name, value)
+    if not value >= 0:  # type: ignore[operator]
+        raise ValueError(f"{name} must be at least 0: got {value}")
+
+
+def check_flag(name: str, value: object) -> None:
+    if not isinstance(value, (bool, np.bool_)):  # of an array, or of the text "False", the truth is no answer
+        raise TypeError(f"{name} must be True or False: got {type(value).__name__}")
+
+
+def check_dense(name: str, x: Tensor) -> None:
+    """A tensor with one entry for each index: not sparse, and not nested."""
+    if x.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor: got layout {x.layout}; use {name}.to_dense()")
 
 
 def check_embeddings(name: str, x: object) -> None:
@@ -61,6 +81,9 @@ def check_embeddings(name: str, x: object) -> None:
     use_one_thread_if_forked()
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor: got {type(x).__name__}")
+    if x.is_nested:
+        raise TypeError(f"{name} must be a dense tensor: got a nested one; use {name}.to_padded_tensor(0.0)")
+    check_dense(name, x)
     if x.ndim != 2:
         raise ValueError(f"{name} must have shape [rows, features]: got {list(x.shape)}")
     if x.shape[1] == 0:
@@ -95,6 +118,7 @@ def check_integer_vector(name: str, values: object) -> Tensor:
         raise TypeError(f"{name} must be an integer tensor: got {type(values).__name__}")
     if values.dtype not in INTEGER_DTYPES:
         raise TypeError(f"{name} must be an integer tensor: got {values.dtype}")
+    check_dense(name, values)
     if values.ndim != 1:
         raise ValueError(f"{name} must be a vector: got shape {list(values.shape)}")
     return values

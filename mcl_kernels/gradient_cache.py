@@ -60,6 +60,11 @@ def cached_backward(
         >>> loss = cached_backward(encode, chunks, nt_xent)
         >>> torch.testing.assert_close(loss, nt_xent(model(views[0]), model(views[1])).detach())
     """
+    for name, function in (("encode", encode), ("loss", loss), ("no_sync", no_sync)):
+        if not callable(function) and (name != "no_sync" or function is not None):
+            raise TypeError(f"{name} must be a function or a module: got {type(function).__name__}")
+    if not isinstance(batches, Iterable):
+        raise TypeError(f"batches must be an iterable: got {type(batches).__name__}")
     batches = list(batches)
     if not batches:
         raise ValueError("batches must hold at least one batch: got none")

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mcl_kernels._validate import check_positive
+from mcl_kernels._validate import as_number, check_at_least_0, check_positive
 
 Objective = Callable[..., Tensor]
 
@@ -116,8 +116,8 @@ class ifm:  # noqa: N801
     alpha: float = 1.0
 
     def __post_init__(self) -> None:
-        if not (self.eps >= 0 and self.alpha >= 0):
-            raise ValueError(f"eps and alpha must be at least 0: got {self.eps} and {self.alpha}")
+        check_at_least_0("eps", self.eps)
+        check_at_least_0("alpha", self.alpha)
 
     def __call__(self, a: Tensor, b: Tensor, n: Tensor | None, scale: Tensor) -> Tensor:
         perturbed = info_nce(a, b + 2.0 * self.eps * scale, n, scale)
@@ -145,7 +145,7 @@ class debiased:  # noqa: N801
     counts: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.tau_plus < 1.0:
+        if not 0.0 <= as_number("tau_plus", self.tau_plus) < 1.0:
             raise ValueError(f"tau_plus must be in [0, 1): got {self.tau_plus}")
 
     def __call__(self, a: Tensor, b: Tensor, n: Tensor, scale: Tensor) -> Tensor:
@@ -181,8 +181,7 @@ class hard_negative:  # noqa: N801
     counts: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not self.beta >= 0:
-            raise ValueError(f"beta must be at least 0: got {self.beta}")
+        check_at_least_0("beta", self.beta)
 
     @property
     def scales(self) -> tuple[float, float]:

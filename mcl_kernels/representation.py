@@ -28,6 +28,7 @@ class ConcatEncoder(nn.Module):
         From `forward`, [B, D_0 + D_1 + ...].
 
     Raises:
+        TypeError: encoders that are no modules.
         ValueError: no encoder, an unknown `normalize`, or an output that is not [B, D].
 
     Source: "Learning the Unlearned" (arXiv 2402.11816), section 3.
@@ -41,9 +42,15 @@ class ConcatEncoder(nn.Module):
         super().__init__()
         if normalize is not None:
             check_choice("normalize", normalize, ("joint", "stage"))
-        self.encoders = nn.ModuleList(encoders)
-        if not self.encoders:
+        if not isinstance(encoders, Iterable):
+            raise TypeError(f"encoders must be a list of modules: got {type(encoders).__name__}")
+        encoders = list(encoders)
+        if not encoders:
             raise ValueError("encoders must hold at least one module: got none")
+        for encoder in encoders:
+            if not isinstance(encoder, nn.Module):
+                raise TypeError(f"encoders must hold modules: got {type(encoder).__name__}")
+        self.encoders = nn.ModuleList(encoders)
         self.normalize = normalize
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -72,6 +79,7 @@ def model_soup(state_dicts: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]
         A state dict of new tensors.
 
     Raises:
+        TypeError: what is no list of state dicts.
         ValueError: no state dict, or keys, shapes or dtypes that differ; the entry is named.
 
     Source: Wortsman et al. 2022 (arXiv 2203.05482), the uniform soup.
@@ -81,7 +89,13 @@ def model_soup(state_dicts: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]
         {'w': tensor([0.5000])}
     """
     use_one_thread_if_forked()
+    if isinstance(state_dicts, Mapping) or not isinstance(state_dicts, Iterable):
+        raise TypeError(f"state_dicts must be a list of state dicts: got {type(state_dicts).__name__}")
     state_dicts = list(state_dicts)
+    for index, state in enumerate(state_dicts):
+        if not isinstance(state, Mapping):
+            got = f"{type(state).__name__} at {index}"
+            raise TypeError(f"state_dicts must hold mappings such as model.state_dict(): got {got}")
     if not state_dicts:
         raise ValueError("state_dicts must hold at least one: got none")
     first = state_dicts[0]
@@ -93,6 +107,8 @@ def model_soup(state_dicts: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]
     for name, value in first.items():
         values = [state[name] for state in state_dicts]
         for index, other in enumerate(values):
+            if not isinstance(other, Tensor):
+                raise TypeError(f"state_dicts must hold tensors: got {type(other).__name__} for {name!r} in {index}")
             if other.shape != value.shape or other.dtype != value.dtype:
                 raise ValueError(
                     f"state_dicts must agree in shape and dtype: {name!r} is {list(value.shape)} {value.dtype} in 0 "

@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from mcl_kernels._validate import as_integer, check_choice
+from mcl_kernels._validate import as_integer, check_choice, check_dense
 
 Array = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -91,6 +91,8 @@ class ClusterBatchSampler(Sampler[list[int]]):
             raise ValueError(
                 f"clusters_per_batch must divide batch_size * world_size = {self.global_size}: got {clusters_per_batch}"
             )
+        if isinstance(labels, Tensor):
+            check_dense("labels", labels)
         labels = labels.cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
         if labels.ndim != 1 or labels.dtype.kind not in "iu":
             raise TypeError(f"labels must be integers [N]: got {labels.dtype} of shape {list(labels.shape)}")
@@ -143,8 +145,11 @@ class ClusterBatchSampler(Sampler[list[int]]):
         `set_epoch(state["epoch"])` it is that rest, of no batches, so that nothing is drawn twice.
 
         Raises:
+            TypeError: a state that is no mapping.
             ValueError: a state without its keys, or with more batches than an epoch of this sampler has.
         """
+        if not isinstance(state, Mapping):
+            raise TypeError(f"state must be what state_dict() returned: got {type(state).__name__}")
         if "epoch" not in state or "batches" not in state:
             raise ValueError(f"state must have the keys 'epoch' and 'batches': got {list(state)}")
         batches = as_integer("state['batches']", state["batches"], least=0)

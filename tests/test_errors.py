@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
+import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader, TensorDataset
 
 from mcl_kernels import (
     ClipLoss,
+    ClusterBatchSampler,
+    ConcatEncoder,
     KMeans,
     MaskedInfoNCE,
     NTXentLoss,
     assign_clusters,
+    cached_backward,
     capabilities,
     clip_loss,
     compose_labels,
     count_negatives,
     masked_info_nce,
     masked_logsumexp,
+    model_soup,
     nt_xent,
     objectives,
     positive_ranks,
@@ -28,6 +34,48 @@ from mcl_kernels import (
 X, Y = torch.randn(256, 8), torch.randn(256, 8)
 LABELS = torch.zeros(256, dtype=torch.long)
 META = torch.empty(256, 8, device="meta")
+
+
+class DataFrame:
+    """As of pandas: iterated over its columns."""
+
+    def to_numpy(self) -> np.ndarray:
+        return X.numpy()
+
+    def __array__(self) -> np.ndarray:
+        return X.numpy()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter("ab")
+
+
+class SparseMatrix:
+    """As of scipy: iterated over sparse rows."""
+
+    def toarray(self) -> np.ndarray:
+        return X.numpy()
+
+    def __iter__(self) -> Iterator[SparseMatrix]:
+        return iter([self])
+
+
+class ForeignArray:
+    """As of JAX."""
+
+    def __array__(self) -> np.ndarray:
+        return X.numpy()
+
+
+# Functions of rows, by the name of the argument that takes them.
+ON_ROWS: dict[str, Callable[[torch.Tensor], object]] = {
+    "query": masked_logsumexp,
+    "key": lambda x: masked_info_nce(X, x),
+    "view_a": lambda x: nt_xent(x, Y),
+    "text_features": lambda x: clip_loss(X, x, logit_scale=1.0),
+    "positive": lambda x: positive_ranks(X, Y, positive=x),
+    "x": KMeans(2).fit,
+    "centers": lambda x: assign_clusters(X, x),
+}
 
 CASES: list[tuple[Callable[[], object], type[Exception], str]] = [
     # lengths
@@ -84,7 +132,7 @@ CASES: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: nt_xent(X, Y, objective="info_nce"), TypeError, "objective must be a function of mcl_kernels.objectives"),
     (lambda: nt_xent(X, Y, objective=objectives.debiased), TypeError, "settings given: hard_negative(), not hard_negative"),
     (lambda: objectives.hard_negative(-2.0), ValueError, "beta must be at least 0: got -2.0"),
-    (lambda: objectives.ifm(alpha=-1.0), ValueError, "eps and alpha must be at least 0: got 0.1 and -1.0"),
+    (lambda: objectives.ifm(alpha=-1.0), ValueError, "alpha must be at least 0: got -1.0"),
     (lambda: objectives.decoupled_weighted(0.0), ValueError, "sigma must be positive: got 0.0"),
     (lambda: nt_xent(X, Y, negatives=LABELS), TypeError, "negatives must be one of 'same', 'different', 'all': got Tensor"),
     (lambda: nt_xent(X, Y, reduction=None), TypeError, "reduction must be one of 'mean', 'sum', 'none': got NoneType"),
@@ -119,6 +167,53 @@ CASES: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: assign_clusters(X, Y[:, :3]), ValueError, "centers must have as many features as x: got 3 for 8"),
     (lambda: compose_labels(LABELS, LABELS[:3]), ValueError, "got 3 new for 256 rows"),
     (lambda: compose_labels(LABELS, LABELS.float()), TypeError, "new must be an integer tensor: got torch.float32"),
+    # other kinds of rows
+    (lambda: KMeans(2).fit(DataFrame()), TypeError, "x must be a tensor, an array or an iterable of chunks of rows: got DataFrame; use x.to_numpy()"),
+    (lambda: KMeans(2, init=DataFrame()), TypeError, "init must be a tensor, an array or an iterable of chunks of rows: got DataFrame; use init.to_numpy()"),
+    (lambda: KMeans(2).fit(SparseMatrix()), TypeError, "got SparseMatrix; use x.toarray()"),
+    (lambda: assign_clusters(ForeignArray(), Y), TypeError, "got ForeignArray; use numpy.asarray(x)"),
+    (lambda: KMeans(2).fit({"a": X}), TypeError, "x must be a tensor, an array or an iterable of chunks of rows: got dict"),
+    (lambda: KMeans(2).fit("x.npy"), TypeError, "x must be a tensor, an array or an iterable of chunks of rows: got str"),
+    (lambda: KMeans(2).fit(X.tolist()), TypeError, "chunk 0 of x must be a tensor or an array of rows: got list; for rows of numbers use torch.tensor(x)"),
+    (lambda: KMeans(2).fit([1.0, 2.0]), TypeError, "got float; for rows of numbers use torch.tensor(x)"),
+    (lambda: KMeans(2).fit(DataLoader(TensorDataset(X, LABELS), 64)), TypeError, "chunk 0 of x must be a tensor or an array of rows: got a list of 2; give x alone"),
+    (lambda: KMeans(2).fit([{"image": X}]), TypeError, "got dict with the keys ['image']; give the rows alone"),
+    (lambda: KMeans(2).fit(["a", "b"]), TypeError, "chunk 0 of x must be a tensor or an array of rows: got str"),
+    (lambda: KMeans(2).fit(np.array([["a"]])), TypeError, "x must hold integers or floating point numbers: got dtype <U1"),
+    (lambda: KMeans(2).fit([np.array([[None]])]), TypeError, "chunk 0 of x must hold integers or floating point numbers: got dtype object"),
+    (lambda: KMeans(2).fit(META), ValueError, "x must hold values: got a tensor on the device meta"),
+    (lambda: KMeans(2, tol="1"), TypeError, "tol must be a number: got str"),
+    # tensors that are not dense
+    *[(lambda f=f, x=x: f(x), TypeError, f"{name} must be a dense tensor: got layout {x.layout}; use {name}.to_dense()")
+      for name, f in ON_ROWS.items() for x in (X.to_sparse(), X.to_sparse_csr())],
+    *[(lambda f=f: f(torch.nested.nested_tensor([X, Y])), TypeError, f"{name} must be a dense tensor: got a nested one")
+      for name, f in ON_ROWS.items()],
+    (lambda: nt_xent(X, Y, LABELS.to_sparse()), TypeError, "labels must be a dense tensor: got layout torch.sparse_coo"),
+    (lambda: compose_labels(LABELS.to_sparse(), LABELS), TypeError, "previous must be a dense tensor"),
+    (lambda: ClusterBatchSampler(LABELS.to_sparse(), 4), TypeError, "labels must be a dense tensor"),
+    # the argument that was given, where it serves both sides
+    (lambda: clip_loss(X, Y, text_labels=LABELS.float(), logit_scale=1.0), TypeError, "text_labels must be an integer tensor: got torch.float32"),
+    (lambda: masked_info_nce(X, Y, key_labels=[0]), TypeError, "key_labels must be an integer tensor: got list"),
+    (lambda: masked_info_nce(X, Y, key_ids=LABELS[:9]), ValueError, "key_ids must have one entry per row of query: got 9 key_ids for 256 rows"),
+    # flags, numbers, functions and containers
+    (lambda: nt_xent(X, Y, normalize="False"), TypeError, "normalize must be True or False: got str"),
+    (lambda: NTXentLoss(normalize=None), TypeError, "normalize must be True or False: got NoneType"),
+    (lambda: positive_ranks(X, Y, normalize=X), TypeError, "normalize must be True or False: got Tensor"),
+    (lambda: masked_logsumexp(X, Y, bidirectional=LABELS.numpy()), TypeError, "bidirectional must be True or False: got ndarray"),
+    (lambda: masked_logsumexp(X, scale=1e300), ValueError, "scale must leave logits a factor in the range of torch.float32: got the factor 1e+300"),
+    (lambda: nt_xent(X, Y, temperature=1e-300), ValueError, "temperature must leave logits a factor in the range of torch.float32"),
+    (lambda: objectives.hard_negative(None), TypeError, "beta must be a number: got NoneType"),
+    (lambda: objectives.ifm("0.1"), TypeError, "eps must be a number: got str"),
+    (lambda: objectives.debiased(X), TypeError, "tau_plus must be a number: got Tensor"),
+    (lambda: model_soup({"w": X}), TypeError, "state_dicts must be a list of state dicts: got dict"),
+    (lambda: model_soup([{"w": X}, X]), TypeError, "state_dicts must hold mappings such as model.state_dict(): got Tensor at 1"),
+    (lambda: model_soup([{"w": X}, {"w": 1.0}]), TypeError, "state_dicts must hold tensors: got float for 'w' in 1"),
+    (lambda: ConcatEncoder("resnet"), TypeError, "encoders must hold modules: got str"),
+    (lambda: ConcatEncoder(torch.nn.Linear(2, 2)), TypeError, "encoders must be a list of modules: got Linear"),
+    (lambda: cached_backward(None, [X], nt_xent), TypeError, "encode must be a function or a module: got NoneType"),
+    (lambda: cached_backward(abs, [X], X), TypeError, "loss must be a function or a module: got Tensor"),
+    (lambda: cached_backward(abs, 3, nt_xent), TypeError, "batches must be an iterable: got int"),
+    (lambda: ClusterBatchSampler(LABELS, 4).load_state_dict(None), TypeError, "state must be what state_dict() returned: got NoneType"),
 ]  # fmt: skip
 
 

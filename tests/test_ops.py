@@ -157,6 +157,36 @@ def test_forward_mode_is_refused(impl: str) -> None:
     torch.testing.assert_close(value, masked_logsumexp(x, impl=impl))
 
 
+TRANSFORMS: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], object]] = {
+    "grad": lambda loss, x: torch.func.grad(loss)(x),
+    "vjp": lambda loss, x: torch.func.vjp(loss, x)[1](torch.ones(())),
+    "jacrev": lambda loss, x: torch.func.jacrev(loss)(x),
+    "hessian": lambda loss, x: torch.func.hessian(loss)(x),
+    "vmap of grad": lambda loss, x: torch.func.vmap(torch.func.grad(loss))(torch.stack((x, x))),
+    "grad of vmap": lambda loss, x: torch.func.grad(lambda z: torch.func.vmap(loss)(z).sum())(torch.stack((x, x))),
+    "jvp": lambda loss, x: torch.func.jvp(loss, (x,), (x,)),
+    "jacfwd": lambda loss, x: torch.func.jacfwd(loss)(x),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("impl", FUSED)
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_transforms_that_a_fused_implementation_does_not_take_are_refused(transform: str, impl: str) -> None:
+    x, y = torch.randn(2, 6, 3)
+    for loss in (nt_xent, masked_info_nce, partial(clip_loss, logit_scale=2.0)):
+        with pytest.raises(NotImplementedError, match="impl='reference'"):
+            TRANSFORMS[transform](lambda z: loss(z, y, impl=impl), x)  # noqa: B023
+        TRANSFORMS[transform](lambda z: loss(z, y, impl="reference"), x)  # noqa: B023
+
+
+def test_transforms_that_differentiate_something_else_are_not_refused() -> None:
+    x, y = torch.randn(2, 6, 3)
+    expected = nt_xent(x, y)
+    assert torch.equal(torch.func.grad(lambda z: z * nt_xent(x, y))(torch.ones(())), expected)
+    assert torch.equal(torch.func.grad(lambda z: (z.detach() * nt_xent(z.detach(), y) + z).sum())(x), torch.ones(6, 3))
+    torch.testing.assert_close(torch.func.vmap(lambda z: nt_xent(z, y))(x[None]), expected[None])
+
+
 @pytest.mark.parametrize("impl", FUSED)
 def test_the_plan_does_not_depend_on_the_clusters(impl: str) -> None:
     x = torch.randn(64, 4)

@@ -12,8 +12,9 @@ import math
 import mmap
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -128,6 +129,8 @@ class TensorRows(Rows):
 
     def __init__(self, name: str, x: Tensor) -> None:
         super().__init__(name, x)
+        if x.is_meta:
+            raise ValueError(f"{name} must hold values: got a tensor on the device meta")
         # Of other strides every pass would make a copy.
         self.x = x.detach().contiguous() if x.stride(1) != 1 else x.detach()
         self.rows = len(x)
@@ -253,6 +256,8 @@ def _checked_chunks(name: str, iterable: Iterable[Any], like: Tensor | None = No
         chunk_name = f"chunk {number} of {name}"
         if isinstance(chunk, (tuple, list)) and len(chunk) == 1:  # a DataLoader of a TensorDataset
             chunk = chunk[0]
+        if not isinstance(chunk, (Tensor, np.ndarray)):
+            raise TypeError(f"{chunk_name} must be a tensor or an array of rows: got {_described_chunk(name, chunk)}")
         rows = as_tensor(chunk_name, chunk)
         check_embeddings(chunk_name, rows)
         if len(rows) == 0:
@@ -278,9 +283,28 @@ def open_rows(name: str, x: object) -> Rows:
             return _rows_behind(name, x, x.filename, mapped)
     if isinstance(x, (Tensor, np.ndarray)):
         return TensorRows(name, as_tensor(name, x))
-    if isinstance(x, Iterable) and not isinstance(x, (str, bytes, dict)):
+    # A data frame or another library's array would be iterated over its columns, or row by row.
+    conversions = {
+        "to_numpy": f"{name}.to_numpy()",
+        "toarray": f"{name}.toarray()",
+        "__array__": f"numpy.asarray({name})",
+    }
+    use = next((f"; use {call}" for method, call in conversions.items() if hasattr(x, method)), "")
+    if isinstance(x, Iterable) and not isinstance(x, (str, bytes, Mapping)) and not use:
         return ChunkedRows(name, x)
-    raise TypeError(f"{name} must be a tensor, an array or an iterable of chunks of rows: got {type(x).__name__}")
+    raise TypeError(f"{name} must be a tensor, an array or an iterable of chunks of rows: got {type(x).__name__}{use}")
+
+
+def _described_chunk(name: str, chunk: object) -> str:
+    """What came in place of rows, and what to do about it."""
+    kind = type(chunk).__name__
+    if isinstance(chunk, Mapping):
+        return f"{kind} with the keys {list(chunk)}; give the rows alone"
+    if isinstance(chunk, (tuple, list)) and any(isinstance(part, (Tensor, np.ndarray)) for part in chunk):
+        return f"a {kind} of {len(chunk)}; give {name} alone, without labels"
+    if isinstance(chunk, (tuple, list, Real)):
+        return f"{kind}; for rows of numbers use torch.tensor({name})"
+    return kind
 
 
 def _chunk_rows(row_bytes: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from functools import cache
@@ -19,6 +20,7 @@ from mcl_kernels._validate import (
     as_number,
     check_choice,
     check_embeddings,
+    check_flag,
     check_same_width,
 )
 from mcl_kernels.logsumexp import ops, reference, triton
@@ -160,7 +162,10 @@ def as_pairs(
             given, missing = (key_name_of, name) if values is None else (name, key_name_of)
             if not key_is_query:
                 raise ValueError(f"{given} needs {missing} too, unless key i belongs to query i: got {missing}=None")
-            values = key_values = key_values if values is None else values
+            if values is None:
+                name, values = key_name_of, key_values
+            else:
+                key_name_of, key_values = name, values
         sides.append(None if values is None else as_integers(name, values, query_name, query))
         sides.append(None if key_values is None else as_integers(key_name_of, key_values, key_name, key))
     return Pairs(sides[0], sides[1], sides[2], sides[3], negatives)
@@ -172,7 +177,10 @@ def as_scale(name: str, value: float | Tensor, query: Tensor, dtype: torch.dtype
     [1], the shape that FSDP2 wants of a learned number, becomes []; of a single row it is the same.
     """
     if not isinstance(value, Tensor):
-        return torch.full((), as_number(name, value), dtype=dtype, device=query.device)
+        number = as_number(name, value, "a number or a tensor")
+        if torch.finfo(dtype).max < abs(number) < math.inf:
+            raise ValueError(f"{name} must leave logits a factor in the range of {dtype}: got the factor {number:.3g}")
+        return torch.full((), number, dtype=dtype, device=query.device)
     if not value.dtype.is_floating_point:
         raise TypeError(f"{name} must be a float or a floating point tensor: got {value.dtype}")
     if value.ndim == 1 and value.shape[0] == 1:
@@ -269,6 +277,7 @@ def masked_logsumexp(
         tensor([0.6931, 0.6931, 0.6931,   -inf])
     """
     check_embeddings("query", query)
+    check_flag("bidirectional", bidirectional)
     key_is_query = key is None
     keys = query if key is None else key
     if key is None:
@@ -291,7 +300,7 @@ def masked_logsumexp(
     impl = resolve_impl(impl, query.device)
     if impl == "reference":
         return reference.masked_logsumexp(query, keys, scale, pairs, bidirectional)
-    _refuse_forward_mode(query, keys, scale)
+    _refuse_transforms(query, keys, scale)
     if symmetric:
         key, pairs = None, Pairs(pairs.labels, None, pairs.ids, None, negatives)
     else:
@@ -300,13 +309,33 @@ def masked_logsumexp(
     return (row_lse, column_lse) if bidirectional else row_lse
 
 
-def _refuse_forward_mode(*inputs: Tensor) -> None:
-    """The fused ops have no forward-mode derivative, and PyTorch would drop the tangents without a word."""
+def _refuse_transforms(*inputs: Tensor) -> None:
+    """The fused ops have a derivative in plain reverse mode alone.
+
+    In forward mode PyTorch would drop the tangents without a word; in `torch.func.grad` its own error is about an
+    autograd.Function.
+    """
     unpack: Callable[[Tensor], Any] = forward_ad.unpack_dual
     if forward_ad._current_level >= 0 and any(unpack(x).tangent is not None for x in inputs):
         raise NotImplementedError(
             "masked_logsumexp: a fused implementation has no forward-mode derivative; use impl='reference'"
         )
+    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active() or not torch.is_grad_enabled():
+        return
+    if any(_is_differentiated_by_transform(x) for x in inputs):
+        raise NotImplementedError(
+            "masked_logsumexp: a fused implementation has no derivative under torch.func (grad, vjp, jacrev, "
+            "hessian); use impl='reference'"
+        )
+
+
+def _is_differentiated_by_transform(x: Tensor) -> bool:
+    functorch: Any = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(x):
+        if functorch.is_gradtrackingtensor(x) and x.requires_grad:
+            return True
+        x = functorch.get_unwrapped(x)
+    return False
 
 
 def count_negatives(

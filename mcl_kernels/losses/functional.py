@@ -9,7 +9,14 @@ from torch import Tensor
 
 from mcl_kernels import per_anchor
 from mcl_kernels._rows import compute_dtype, joined_views, normalize_rows, unit_views
-from mcl_kernels._validate import check_choice, check_embeddings, check_positive, check_same_shape, check_same_width
+from mcl_kernels._validate import (
+    check_choice,
+    check_embeddings,
+    check_flag,
+    check_positive,
+    check_same_shape,
+    check_same_width,
+)
 from mcl_kernels.distributed import over_ranks
 from mcl_kernels.distributed.group import Ranks, ranks_of
 from mcl_kernels.distributed.plan import EXCHANGES
@@ -109,7 +116,7 @@ def masked_info_nce(
     }  # fmt: skip
     is_queue = positive is not None
     with over_ranks.agreed_call(ranks, "masked_info_nce", described):
-        check_options(exchange, reduction)
+        check_options(exchange, reduction, normalize)
         query, key, positive, pairs, impl = query_key_positive(
             query, key, labels, key_labels, positive, ids, key_ids, negatives, normalize, impl, ranks
         )
@@ -183,7 +190,7 @@ def nt_xent(
         "reduction": reduction,
     }  # fmt: skip
     with over_ranks.agreed_call(ranks, "nt_xent", described):
-        check_options(exchange, reduction)
+        check_options(exchange, reduction, normalize)
         check_embeddings("view_a", view_a)
         check_embeddings("view_b", view_b)
         check_same_shape("view_b", view_b, "view_a", view_a)
@@ -258,7 +265,7 @@ def clip_loss(
         "objective": objective, "reduction": reduction,
     }  # fmt: skip
     with over_ranks.agreed_call(ranks, "clip_loss", described):
-        check_options(exchange, reduction)
+        check_options(exchange, reduction, normalize)
         check_embeddings("image_features", image_features)
         check_embeddings("text_features", text_features)
         check_same_shape("text_features", text_features, "image_features", image_features)
@@ -301,6 +308,7 @@ def query_key_positive(
     ranks: Ranks | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Pairs, str]:
     """The checked arguments of the query-key form, its positives [N, D], who may be a negative of whom, and `impl`."""
+    check_flag("normalize", normalize)
     check_embeddings("query", query)
     check_embeddings("key", key)
     check_same_width("key", key, "query", query)
@@ -325,9 +333,10 @@ def _row_ids(rows: Tensor, ranks: Ranks | None) -> Tensor:
     return torch.arange(rows.shape[0], device=rows.device) if ranks is None else ranks.row_ids(rows)
 
 
-def check_options(exchange: str, reduction: str) -> None:
+def check_options(exchange: str, reduction: str, normalize: bool) -> None:
     check_choice("reduction", reduction, REDUCTIONS)
     check_choice("exchange", exchange, EXCHANGES)
+    check_flag("normalize", normalize)
 
 
 def _inverse_temperature(temperature: float | Tensor, query: Tensor, dtype: torch.dtype) -> Tensor:

@@ -28,7 +28,7 @@ class _Loss(nn.Module):
         check_choice("negatives", options["negatives"], NEGATIVES)
         check_choice("impl", options["impl"], IMPLS)
         check_objective(options["objective"])
-        check_options(options["exchange"], options["reduction"])
+        check_options(options["exchange"], options["reduction"], options["normalize"])
         if options["group"] is not None:
             ranks_of(options["group"])
             needed_exchange(*(options[name] for name in ("exchange", "negatives", "objective", "reduction")))
