@@ -21,7 +21,7 @@ ERRORS = (errno.ENOSPC, errno.EIO)
 
 
 def run_with_faults(module: str, directory: Path) -> str:
-    """What `python -m module directory` prints, with faults to arm in it."""
+    """Output of `python -m module directory`, with faults to arm in it."""
     library = directory / "faults.so"
     subprocess.run(["gcc", "-O1", "-shared", "-fPIC", "-Wall", "-Werror", "-o", library, SOURCE, "-ldl"], check=True)
     (directory / "runs").mkdir()

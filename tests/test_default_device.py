@@ -160,7 +160,7 @@ def test_results_are_those_without_a_default_device(
 
 
 def test_every_factory_of_tensors_names_its_device() -> None:
-    """Of the functions that follow the default device, in the code of the package."""
+    """Checks the calls, in the code of the package, of all functions that follow the default device."""
     following = {function.__name__ for function in _device._device_constructors()}
     assert {"arange", "empty", "randperm", "tensor"} <= following
     unnamed = []

@@ -82,7 +82,7 @@ def build(kind: str, tree: Path, into: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def distributions(tmp_path_factory: pytest.TempPathFactory) -> Distributions:
-    """Of a checkout in which an earlier build has left a module that is no more."""
+    """Wheel of a checkout in which an earlier build has left a module that is no more."""
     directory = tmp_path_factory.mktemp("distributions")
     tree = copy_of_checkout(directory / "tree")
     for stale in ("ghost.py", "ghosts/__init__.py", "csrc/cpu/ghost.h", "lib/ghost.so"):

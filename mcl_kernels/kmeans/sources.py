@@ -296,7 +296,7 @@ def open_rows(name: str, x: object) -> Rows:
 
 
 def _described_chunk(name: str, chunk: object) -> str:
-    """What came in place of rows, and what to do about it."""
+    """Text for an error: the kind of what came in place of rows, and the remedy."""
     kind = type(chunk).__name__
     if isinstance(chunk, Mapping):
         return f"{kind} with the keys {list(chunk)}; give the rows alone"
