@@ -79,7 +79,7 @@ def _as_pytorch(state: dict[str, Any]) -> State:
 
 
 def _fits_safetensors(state: dict[str, Any]) -> bool:
-    """Returns whether all values are tensors of plain dtypes under string keys, no two elements of which share memory."""
+    """Returns whether all are tensors of plain dtypes under string keys, no two elements of which share memory."""
     tensors = [x for name, x in state.items() if isinstance(name, str) and isinstance(x, Tensor)]
     if len(tensors) < len(state) or any(x.layout != torch.strided or x.is_nested or x.is_meta for x in tensors):
         return False
