@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
-import warnings
 from pathlib import Path
 
 import pytest
 
 from mcl_kernels._durable import (
     ABANDONED_AFTER,
-    check_writable,
     open_regular,
     replace_file,
     replaced_file,
@@ -119,19 +117,6 @@ def test_a_directory_that_fails_to_sync_after_the_rename_is_a_warning(
         replace_file(tmp_path / "x", b"content")
     assert (tmp_path / "x").read_bytes() == b"content"
     assert len(synced) == 1
-
-
-@pytest.mark.parametrize("error", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS])
-def test_a_file_system_that_syncs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: int) -> None:
-    def fsync(descriptor: int) -> None:
-        raise OSError(error, os.strerror(error))
-
-    monkeypatch.setattr(os, "fsync", fsync)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        check_writable(tmp_path / "new" / "directory")
-        replace_file(tmp_path / "new" / "x", b"content")
-    assert (tmp_path / "new" / "x").read_bytes() == b"content"
 
 
 def test_a_directory_that_is_gone_is_an_error(tmp_path: Path) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,8 +16,9 @@ import numpy as np
 import pytest
 import torch
 
-from mcl_kernels import KMeans
+from mcl_kernels import KMeans, MultistageRunner
 from mcl_kernels.kmeans import sources
+from tests.stage_runs import N, run
 
 ROOT = Path(__file__).parents[1]
 
@@ -102,6 +106,24 @@ def test_windows(tmp_path: Path) -> None:
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-1] == "False"
+
+
+@pytest.mark.parametrize("error", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS], ids=errno.errorcode.get)
+@pytest.mark.parametrize("what", ["directories", "anything"])
+def test_a_file_system_that_cannot_sync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, error: int) -> None:
+    """As some network file systems and containers are: a run is written without, and nobody is warned of it."""
+    fsync = os.fsync
+
+    def refuses(descriptor: int) -> None:
+        if what == "anything" or stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(error, os.strerror(error))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuses)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        expected = run(tmp_path / "new" / "run", n_stages=2).labels
+    assert torch.equal(MultistageRunner(N, n_clusters=4, n_stages=2, directory=tmp_path / "new/run").labels, expected)
 
 
 @pytest.fixture
