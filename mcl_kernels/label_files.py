@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -70,7 +71,7 @@ def identity(path: Path) -> tuple[int, ...] | None:
     """Device, inode, size and time of a file, which differ in the one that replaces it; None where there is none."""
     try:
         status = path.stat()
-    except OSError:
+    except (OSError, ValueError):  # the latter for a name with a NUL
         return None
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
@@ -115,13 +116,23 @@ def _check_target(name: str, path: Path) -> None:
         raise IsADirectoryError(f"{name} must be a file: {path} is a directory")
     if not stat.S_ISREG(mode):
         raise ValueError(f"{name} must be a regular file: got {path}")
-    if os.path.ismount(target):
+    if str(target) in _mount_points():
         raise ValueError(f"{name} must be a file that can be replaced: {path} is mounted by itself; name another")
     if hasattr(os, "geteuid"):
         directory = target.parent.stat()
         allowed = (0, directory.st_uid, target.stat().st_uid)
         if directory.st_mode & stat.S_ISVTX and os.geteuid() not in allowed:
             raise PermissionError(f"{name} must be a file that can be replaced: {path} belongs to another user")
+
+
+def _mount_points() -> list[str]:
+    """Paths at which something is mounted, a single file for example; none where the system does not list them."""
+    try:
+        lines = Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines()
+    except OSError:
+        return []
+    escaped = (line.split()[4] for line in lines)
+    return [re.sub(r"\\(\d{3})", lambda octal: chr(int(octal[1], 8)), path) for path in escaped]
 
 
 def _target(path: Path) -> Path:

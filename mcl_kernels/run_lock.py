@@ -19,12 +19,24 @@ class _Lock:
     """A lock that this process holds."""
 
     descriptor: int
-    process: int
     holders: int = 1
 
 
 _locks: dict[Path, _Lock] = {}
-_guard = threading.Lock()
+_guard = threading.RLock()  # a collected iterator releases its lock in whatever code runs then
+
+
+def _forget_locks() -> None:
+    """Closes what a forked process has inherited: the lock would outlive its parent in it."""
+    global _guard
+    _guard = threading.RLock()
+    for lock in _locks.values():
+        os.close(lock.descriptor)
+    _locks.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_locks)
 
 
 @contextlib.contextmanager
@@ -53,8 +65,7 @@ def _acquire(path: Path) -> _Lock | None:
     except ImportError:  # on Windows
         return None
     held = _locks.get(path)
-    # A forked process finds the entries of its parent, whose locks are not its own.
-    if held is not None and held.process == os.getpid():
+    if held is not None:
         held.holders += 1
         return held
     while True:
@@ -63,11 +74,14 @@ def _acquire(path: Path) -> _Lock | None:
         except OSError:  # the file of another user, say
             return None
         try:
-            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Of the open file: reading the directory, as a copy of it does, releases nothing.
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             holder = os.read(descriptor, 200).decode(errors="replace")
             os.close(descriptor)
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
+            if error.errno not in (errno.EACCES, errno.EAGAIN):  # a file system without locks
+                with contextlib.suppress(OSError):
+                    path.unlink()
                 return None
             raise RuntimeError(
                 f"directory {path.parent} is in use by {holder or 'another process'}: give each run a directory of its "
@@ -77,15 +91,16 @@ def _acquire(path: Path) -> _Lock | None:
             break
         os.close(descriptor)  # its last holder has removed it since it was opened
     with contextlib.suppress(OSError):  # only for the message of others
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, f"process {os.getpid()} on {platform.node()}".encode())
-    _locks[path] = lock = _Lock(descriptor, os.getpid())
+        if os.fstat(descriptor).st_nlink == 1:  # else somebody's file under another name
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, f"process {os.getpid()} on {platform.node()}".encode())
+    _locks[path] = lock = _Lock(descriptor)
     return lock
 
 
 def _release(path: Path, lock: _Lock) -> None:
     lock.holders -= 1
-    if lock.holders == 0 and lock.process == os.getpid():
+    if lock.holders == 0 and _locks.get(path) is lock:  # else it was forgotten in a forked process
         del _locks[path]
         with contextlib.suppress(OSError):
             path.unlink()

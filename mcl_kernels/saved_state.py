@@ -1,23 +1,25 @@
 """The state of a finished stage as bytes, and back: safetensors where it can hold it, else PyTorch's format.
 
-Nothing is unpickled: PyTorch's format is read with `weights_only=True`. What is written was read once.
+Nothing is unpickled: PyTorch's format is read with `weights_only=True`, and once before it is written.
 """
 
 from __future__ import annotations
 
+import copy
 import io
+import json
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
-from torch.utils._pytree import tree_leaves, tree_map
 
 from mcl_kernels._validate import FLOAT_DTYPES, INTEGER_DTYPES
 
 SAFETENSORS, PYTORCH = "state.safetensors", "state.pt"
+_CONTAINERS = (dict, list, tuple)
 _PLAIN_DTYPES = (*FLOAT_DTYPES, *INTEGER_DTYPES, torch.bool)
 
 
@@ -29,7 +31,7 @@ class State(NamedTuple):
 
 
 def dump_state(state: Mapping[str, Any]) -> State:
-    """Serialises a state, and reads it once, so that what is accepted can be read.
+    """Serialises a state, and makes sure that what is accepted can be read.
 
     Raises:
         TypeError: the state is no mapping, or holds what cannot be loaded without unpickling objects.
@@ -58,10 +60,11 @@ def _as_safetensors(state: dict[str, Any]) -> State | None:
         return None
     try:
         content = save({name: x.detach().cpu().contiguous() for name, x in state.items()})
-        serialised = State(SAFETENSORS, content)
-        return serialised if load_state(serialised).keys() == state.keys() else None
-    except Exception:  # a name that its header reserves or cannot encode
+        header = content[8 : 8 + int.from_bytes(content[:8], "little")]
+        readable = json.loads(header).keys() - {"__metadata__"} == state.keys()
+    except Exception:  # a name that the header cannot encode
         return None
+    return State(SAFETENSORS, content) if readable else None
 
 
 def _as_pytorch(state: dict[str, Any]) -> State:
@@ -94,18 +97,44 @@ def _without_unused_memory(state: dict[str, Any]) -> dict[str, Any]:
 
     Memory that another tensor of the state uses from end to end is saved once for both, and stays shared.
     """
-    covered = {_memory(x) for x in tree_leaves(state) if _is_plain(x) and _size(x) >= x.untyped_storage().nbytes()}
-    copies: dict[object, Tensor] = {}
+    tensors = list(_tensors(state, set()))
+    covered = {_memory(x) for x in tensors if _size(x) >= x.untyped_storage().nbytes()}
+    if covered.issuperset(map(_memory, tensors)):
+        return state
+    twins: dict[object, Any] = {}
 
     def compacted(x: Any) -> Any:
-        if not _is_plain(x) or _memory(x) in covered:
+        if _is_plain(x) and _memory(x) not in covered:
+            view = (_memory(x), x.dtype, x.storage_offset(), x.shape, x.stride())
+            if view not in twins:  # else a tied weight, which stays tied
+                part = x.detach().to("cpu", copy=True)
+                twins[view] = Parameter(part, x.requires_grad) if isinstance(x, Parameter) else part
+            return twins[view]
+        if not isinstance(x, _CONTAINERS) or type(x) is torch.Size:
             return x
-        view = (_memory(x), x.dtype, x.storage_offset(), x.shape, x.stride())
-        if view not in copies:  # else a tied weight, which stays tied
-            copies[view] = x.detach().clone()
-        return copies[view]
+        if id(x) not in twins:
+            twin: Any = copy.copy(x)  # with its attributes, such as the _metadata of a state_dict
+            twins[id(x)] = twin
+            if isinstance(x, dict):
+                twin.update({key: compacted(value) for key, value in x.items()})
+            elif isinstance(x, list):
+                twin[:] = map(compacted, x)
+            elif type(x) is tuple:
+                twins[id(x)] = tuple(map(compacted, x))
+        return twins[id(x)]
 
-    return {name: tree_map(compacted, value) for name, value in state.items()}
+    compact: dict[str, Any] = compacted(state)
+    return compact
+
+
+def _tensors(x: Any, seen: set[int]) -> Iterator[Tensor]:
+    """The plain tensors in containers, each container once."""
+    if _is_plain(x):
+        yield x
+    elif isinstance(x, _CONTAINERS) and id(x) not in seen:
+        seen.add(id(x))
+        for value in x.values() if isinstance(x, dict) else x:
+            yield from _tensors(value, seen)
 
 
 def _is_plain(x: Any) -> bool:

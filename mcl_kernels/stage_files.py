@@ -49,20 +49,26 @@ def write_stage(
         FileExistsError: another process finished this stage.
         OSError: with what cannot be written.
     """
-    partial = _hidden(run, index)
+    partial, final = _hidden(run, index), stage_directory(run, index)
+    if index == 0:
+        run.mkdir(parents=True, exist_ok=True)
+    elif not run.exists():
+        raise FileNotFoundError(f"{run} is gone, and with it the stages before stage {index}")
     try:
         _write_files(partial, arrays, state, description)
-        _publish(partial, stage_directory(run, index))
+        partial.rename(final)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError) and error.errno is not None:
-            raise OSError(
-                error.errno,
-                f"stage {index} could not be saved ({error.strerror}); earlier stages are intact, and finish() can be "
-                "called again",
-                str(stage_directory(run, index)),
-            ) from error
-        raise
+        if not isinstance(error, OSError):
+            raise
+        if final.exists():  # and what that process found of others' it has removed
+            raise FileExistsError(f"{final} exists already: another process finished this stage") from None
+        raise OSError(
+            error.errno,
+            f"stage {index} could not be saved ({error.strerror}); earlier stages are intact, and finish() can be "
+            "called again",
+            str(final),
+        ) from error
     sync_renames(run)
     with contextlib.suppress(OSError):
         for stale in run.glob(f".stage-{index}.*"):  # of processes that were killed while they wrote this stage
@@ -81,15 +87,6 @@ def _write_files(partial: Path, arrays: Mapping[str, Tensor], state: State | Non
     with synced_file(partial / DESCRIPTION) as file:
         file.write(_description_bytes({**description, "files": files}))
     sync_directory(partial)
-
-
-def _publish(partial: Path, final: Path) -> None:
-    try:
-        partial.rename(final)
-    except OSError:
-        if final.exists():
-            raise FileExistsError(f"{final} exists already: another process finished this stage") from None
-        raise
 
 
 def withdraw_stage(run: Path, index: int) -> None:
@@ -198,7 +195,9 @@ def _map_checked(path: Path, digest: str) -> StoredLabels:
     _check(path, digest)
     try:
         return map_labels(path)
-    except (ValueError, TypeError) as error:
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # of the parsers of Python and numpy, by what is in the bytes
         _refuse(path, f"it is not a plain array ({error})")
 
 

@@ -291,10 +291,10 @@ class MultistageRunner:
             self._on_every_rank(partial(self._read_finished, self.directory))
         if self.ranks is not None:
             run = {
-                **self._configuration(), "n_stages": self.n_stages, "a directory": self.directory is not None,
-                "the number of finished stages that the directory holds": len(self.finished),
+                **self._configuration(), "n_stages": self.n_stages, "a directory": self.directory is not None
             }  # fmt: skip
             check_alike(self.ranks, meeting_device(self.ranks), run)
+            self._check_progress()
 
     @property
     def labels(self) -> StoredLabels:
@@ -310,6 +310,7 @@ class MultistageRunner:
                     self._on_every_rank(partial(self._take, self.directory, held))
                     # Another process may have gone on with the run since this runner was made.
                     self._on_every_rank(partial(self._read_finished, self.directory))
+                    self._check_progress()
                     if len(self.finished) == self.n_stages:
                         break
                 stage = Stage(self, len(self.finished))
@@ -337,6 +338,12 @@ class MultistageRunner:
             check_writable(directory)
             held.enter_context(only_process(directory))
 
+    def _check_progress(self) -> None:
+        """Raises where ranks have read different numbers of stages: a network file system may show one later."""
+        if self.ranks is not None:
+            progress = {"the number of finished stages that the directory holds": len(self.finished)}
+            check_alike(self.ranks, meeting_device(self.ranks), progress)
+
     def _configuration(self) -> dict[str, Any]:
         """Settings that must be the same for a run to be continued."""
         keys = None if self._index_of_key is None else json.dumps(list(self._index_of_key))
@@ -350,6 +357,9 @@ class MultistageRunner:
 
     def _read_finished(self, directory: Path) -> None:
         here = self._configuration()
+        # Listed first: a stage that is finished meanwhile is no gap.
+        matches = (re.fullmatch(r"stage-(\d+)", path.name) for path in directory.glob("stage-*"))
+        listed = [int(match[1]) for match in matches if match]
         while (
             len(self.finished) < self.n_stages and stage_files.stage_directory(directory, len(self.finished)).exists()
         ):
@@ -362,8 +372,7 @@ class MultistageRunner:
                         f"{name} is {there[name]!r} there and {here[name]!r} here; choose another directory"
                     )
             self.finished.append(stage)
-        matches = (re.fullmatch(r"stage-(\d+)", path.name) for path in directory.glob("stage-*"))
-        later = sorted(int(match[1]) for match in matches if match and int(match[1]) >= len(self.finished))
+        later = sorted(index for index in listed if index >= len(self.finished))
         if later and len(self.finished) < self.n_stages:
             missing = stage_files.stage_directory(directory, len(self.finished))
             raise RuntimeError(f"{missing} is missing, and stage-{later[0]} builds on it; restore it, or delete both")

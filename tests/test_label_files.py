@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mcl_kernels import KMeans
+from mcl_kernels import KMeans, label_files
 from mcl_kernels.cli import main
 from tests.command_files import N, cluster, features, save_features
 from tests.file_faults import run_with_faults
@@ -162,9 +162,17 @@ def test_a_file_that_is_mounted_by_itself_is_refused_before_the_clustering(
 ) -> None:
     """As containers mount files: nothing can be renamed over it."""
     Path("y.npy").touch()
-    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path).name == "y.npy")
+    monkeypatch.setattr(label_files, "_mount_points", lambda: ["/", str(Path.cwd() / "y.npy")])
     assert cluster("f0.npy", "--clusters", 3, "--out", "y.npy") == 1
     assert "y.npy is mounted by itself; name another" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not Path("/proc/self/mountinfo").exists(), reason="needs the list of mounts of Linux")
+def test_mount_points_are_those_of_the_system() -> None:
+    points = label_files._mount_points()
+    assert "/" in points
+    assert "/proc" in points
+    assert str(Path.cwd()) not in points
 
 
 def test_the_longest_name_is_written() -> None:

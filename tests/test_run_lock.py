@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import platform
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -107,14 +112,14 @@ def test_a_lock_of_a_file_that_is_gone_is_taken_again(tmp_path: Path, monkeypatc
     """Its last holder may remove it between our opening and our locking: others would lock a new one."""
     import fcntl
 
-    lockf, removed = fcntl.lockf, []
+    flock, removed = fcntl.flock, []
 
     def remove_once(descriptor: int, operation: int) -> None:
         if not removed:
             removed.append((tmp_path / ".lock").unlink())
-        lockf(descriptor, operation)
+        flock(descriptor, operation)
 
-    monkeypatch.setattr(fcntl, "lockf", remove_once)
+    monkeypatch.setattr(fcntl, "flock", remove_once)
     with only_process(tmp_path):
         result = subprocess.run(
             [sys.executable, "-c", TRAINS, str(tmp_path)], capture_output=True, text=True, check=False, timeout=60
@@ -139,5 +144,55 @@ def test_stages_go_on_where_files_cannot_be_locked(tmp_path: Path, monkeypatch: 
     def no_locks(*_: object) -> None:
         raise OSError(37, "No locks available")
 
-    monkeypatch.setattr(fcntl, "lockf", no_locks)
+    monkeypatch.setattr(fcntl, "flock", no_locks)
     assert len(run(tmp_path, n_stages=2).finished) == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["stage-0", "stage-1"]
+
+
+def test_a_copy_of_the_directory_releases_nothing(tmp_path: Path) -> None:
+    """As loggers of artifacts make one in the loop."""
+    (tmp_path / "run").mkdir()
+    with only_process(tmp_path / "run"):
+        shutil.copytree(tmp_path / "run", tmp_path / "copy")
+        result = subprocess.run(
+            [sys.executable, "-c", TRAINS, str(tmp_path / "run")], capture_output=True, text=True, check=False
+        )
+        assert "is in use by process" in result.stderr
+
+
+def test_a_forked_process_that_outlives_its_parent_keeps_nobody_out(tmp_path: Path) -> None:
+    """As workers of a loader do for some seconds."""
+    code = (
+        "import os, sys, time; from pathlib import Path; from mcl_kernels.run_lock import only_process\n"
+        "with only_process(Path(sys.argv[1])):\n"
+        "    if os.fork() == 0: print('worker', flush=True); time.sleep(60)\n"
+        "    time.sleep(60)\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as parent:
+        assert parent.stdout is not None
+        assert parent.stdout.readline() == "worker\n"
+        parent.kill()
+        parent.stdout.close()
+        parent.wait(60)
+        with only_process(tmp_path):
+            pass
+        os.killpg(parent.pid, signal.SIGKILL)
+
+
+def test_an_iterator_that_is_collected_while_another_takes_the_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An interrupted one may be in a cycle, and the collector runs anywhere."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    cycle: list[Any] = [iter(runner_in(tmp_path / "a"))]
+    next(cycle[0])
+    cycle.append(cycle)
+    del cycle
+    node = platform.node
+    monkeypatch.setattr(platform, "node", lambda: (gc.collect(), node())[1])
+    taken = threading.Thread(target=lambda: next(iter(runner_in(tmp_path / "b"))), daemon=True)
+    taken.start()
+    taken.join(60)
+    assert not taken.is_alive()

@@ -194,6 +194,20 @@ def test_a_part_of_a_tensor_takes_its_own_size(tmp_path: Path, state: dict[str, 
         assert loaded["tied"].data_ptr() == loaded["to"].data_ptr()
 
 
+def test_containers_of_a_state_stay_what_they_are() -> None:
+    """With the _metadata by which modules tell versions of their state, and what refers to itself."""
+    itself: list[Any] = [BIG[:4]]
+    itself.append(itself)
+    model = torch.nn.BatchNorm1d(3)
+    state = {"model": model.state_dict(), "shape": BIG.shape, "itself": itself, "part": torch.nn.Parameter(BIG[:4])}
+    loaded = next(iter(MultistageRunner(N, n_clusters=4))).finish(embeddings(), state=state).state
+    assert loaded is not None
+    assert loaded["model"]._metadata == model.state_dict()._metadata  # type: ignore[attr-defined]
+    assert loaded["shape"] == BIG.shape
+    assert loaded["itself"][1] is loaded["itself"]
+    assert len(loaded["part"]) == 4
+
+
 def test_a_part_of_what_is_kept_anyway_stays_a_part_of_it() -> None:
     stage = next(iter(MultistageRunner(N, n_clusters=4)))
     loaded = stage.finish(embeddings(), state={"all": BIG, "first": BIG[:4]}).state

@@ -163,8 +163,7 @@ def test_a_parent_that_others_can_only_pass_through(closed_parent: Path) -> None
 
 def test_files_are_read_without_preadv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Windows, and macOS before 11."""
-    for name in ("pread", "preadv"):
-        monkeypatch.delattr(os, name, raising=False)
+    monkeypatch.delattr(os, "preadv", raising=False)
     monkeypatch.setattr(sources, "CHUNK_BYTES", 1 << 16)
     x = torch.randn(9000, 24, generator=torch.Generator().manual_seed(0))
     np.save(tmp_path / "x.npy", x.numpy())

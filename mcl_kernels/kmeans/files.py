@@ -78,6 +78,10 @@ class Saved:
             n_clusters, centers = settings.pop("n_clusters"), tensors["cluster_centers"]
             kmeans = cls(n_clusters, **settings)  # type: ignore[call-arg]
             results = {name: fields[name] for name in RESULTS}
+            numbers = [("inertia_", float), ("n_iter_", int), ("init_rows_", int), ("history_", list)]
+            for name, kind in numbers:
+                if type(results[name]) is not kind or (kind is int and results[name] < 0):
+                    raise ValueError(f"{name} = {results[name]!r}")
             if centers.ndim != 2 or not 1 <= len(centers) <= n_clusters or not centers.shape[1]:
                 raise ValueError(f"centres of shape {list(centers.shape)} for {n_clusters} clusters")
             if centers.dtype not in DTYPES.values() or not bool(centers.isfinite().all()):
@@ -85,7 +89,7 @@ class Saved:
             product_dtype = DTYPES[fields["product_dtype"]]
         except KeyError as error:
             raise ValueError(f"{path} is not a k-means that save wrote: no {error}") from None
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"{path} is not a k-means that save wrote: {error}") from None
         vars(kmeans).update(results, cluster_centers_=centers.to(device), _dtype=product_dtype)
         return kmeans

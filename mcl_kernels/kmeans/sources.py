@@ -192,10 +192,9 @@ class FileRows(Rows):
 
     def _read(self, file: io.FileIO, first: int, into: memoryview) -> None:
         """Fills the buffer with the bytes of the file from row `first` on."""
-        got = 0
-        file.seek(self.position + first * self.row_bytes)  # not every system has preadv
+        got, position = 0, self.position + first * self.row_bytes
         while got < len(into):
-            read = file.readinto(into[got:])
+            read = _read_at(file, position + got, into[got:])
             if not read:
                 raise self._ends_in(first + got // self.row_bytes)
             got += read
@@ -206,6 +205,14 @@ class FileRows(Rows):
 
     def _ends_in(self, row: int) -> ValueError:
         return ValueError(f"{self.name} ends in row {row} of {self.rows}: {os.fspath(self.path)} is truncated")
+
+
+def _read_at(file: io.FileIO, position: int, into: memoryview) -> int:
+    """Reads into the buffer from a position of the file; returns the number of bytes."""
+    if hasattr(os, "preadv"):  # one call of the system in place of two
+        return os.preadv(file.fileno(), [into], position)
+    file.seek(position)
+    return file.readinto(into) or 0
 
 
 class ChunkedRows(Rows):
