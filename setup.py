@@ -15,7 +15,7 @@ from pathlib import Path
 from setuptools import Distribution, setup
 from setuptools.command.build_py import build_py
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).resolve().parent
 SOURCES = ROOT / "csrc" / "cpu"
 CUDA_SOURCES = ROOT / "csrc" / "cuda"
 HAS_TORCH = importlib.util.find_spec("torch") is not None
@@ -56,6 +56,8 @@ class BuildWithKernels(build_py):
             build_cuda(ROOT / "mcl_kernels" / "lib")
             return
         package = Path(self.build_lib) / "mcl_kernels"
+        if package.resolve() == ROOT / "mcl_kernels":
+            raise SystemExit(f"the package cannot be built into its own sources, {ROOT}: name another --build-lib")
         shutil.rmtree(package, ignore_errors=True)  # all that is there goes into the wheel, of an earlier build too
         super().run()
         shutil.copytree(SOURCES, package / "csrc" / "cpu")

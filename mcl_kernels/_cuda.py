@@ -191,7 +191,10 @@ def _loaded() -> str | None:
         return str(error)
     if not libraries:
         return f"is not built for this torch, {torch.__version__}; {install_command()}"
-    intact = next(filter(_library.is_intact, libraries), None)
+    try:
+        intact = next(filter(_library.is_intact, libraries), None)
+    except OSError as error:
+        return f"{error.filename} cannot be read: {error.strerror}"
     if intact is None:
         return f"{libraries[0]} is damaged; build it again: {install_command()}"
     reason = _library.load(intact)

@@ -68,7 +68,7 @@ def replaced_files(*paths: Path) -> Iterator[list[BinaryIO]]:
 
 @contextlib.contextmanager
 def replaced_file(path: Path) -> Iterator[BinaryIO]:
-    """`replaced_files` of one."""
+    """Replaces one file, as `replaced_files` does."""
     with replaced_files(path) as (file,):
         yield file
 
@@ -136,7 +136,7 @@ def sync_directory(path: Path) -> None:
 
 
 def sync_renames(directory: Path) -> None:
-    """`sync_directory` after a rename, which has taken place whatever happens now: an error becomes a warning."""
+    """Makes a rename durable that has taken place; an error becomes a warning, since the content is complete."""
     try:
         sync_directory(directory)
     except OSError as error:
@@ -149,7 +149,7 @@ def sync_renames(directory: Path) -> None:
 
 
 def temporary_name(directory: Path) -> Path:
-    """A path in the directory that no other process uses; short enough beside any name of a file."""
+    """A path in the directory that no other process uses; its length does not depend on the file to write."""
     return directory / f"{PREFIX}{uuid.uuid4().hex}{SUFFIX}"
 
 

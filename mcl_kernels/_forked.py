@@ -11,12 +11,12 @@ import warnings
 
 import torch
 
-_was_forked = False
+_inherited_threads: int | None = None  # in a forked process until it is set to one thread
 
 
 def _note_fork() -> None:
-    global _was_forked
-    _was_forked = True
+    global _inherited_threads
+    _inherited_threads = torch.get_num_threads()
 
 
 if hasattr(os, "register_at_fork"):
@@ -24,20 +24,20 @@ if hasattr(os, "register_at_fork"):
 
 
 def use_one_thread_if_forked() -> None:
-    """Sets PyTorch to one thread, once in a forked process; the caller may set another number afterwards.
+    """Sets PyTorch to one thread, once in a forked process that has not set a number itself.
 
     For good, and not for one call: the backward pass of a loss comes later, and has operations of PyTorch's own.
     """
-    global _was_forked
-    if not _was_forked:
+    global _inherited_threads
+    if _inherited_threads is None:
         return
-    _was_forked = False
-    if torch.get_num_threads() > 1:
+    inherited, _inherited_threads = _inherited_threads, None
+    if torch.get_num_threads() == inherited > 1:
         torch.set_num_threads(1)
         warnings.warn(
-            "mcl_kernels: this process was forked, so PyTorch computes with one thread from here on: those of the "
-            "parent are not there, and it would wait for them forever. The start methods spawn and forkserver keep "
-            "all threads, and so does torch.set_num_threads() where the parent has computed nothing",
+            "mcl_kernels: this process was forked, so PyTorch is set to one thread: it does not inherit the threads of "
+            "its parent, and PyTorch would wait for them forever. Start it by spawn or forkserver to use more; or, if "
+            "the parent has computed nothing, call torch.set_num_threads() in it after this warning",
             RuntimeWarning,
             stacklevel=2,
         )

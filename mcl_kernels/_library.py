@@ -15,6 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+TRIAL_SECONDS = 120.0
 SUFFIXES = (".so", ".pyd")  # the latter on Windows
 DIGITS = 32  # of the digest in a name
 # The search path is that of this process, so that its torch is the one that is imported.
@@ -22,11 +23,13 @@ TRIAL = """
 import ctypes, json, sys
 sys.path[:] = json.loads(sys.argv[2])
 import torch
+print("tried", flush=True)
 try:
     ctypes.CDLL(sys.argv[1])
 except OSError as error:
-    print(error, file=sys.stderr)
-    sys.exit(3)
+    print(error)
+else:
+    print("loaded")
 """
 
 
@@ -35,11 +38,12 @@ class LibraryError(RuntimeError):
 
 
 def is_intact(library: Path) -> bool:
-    """Returns whether the content is that of which the name holds the digest."""
-    try:
-        return library.stem.endswith(f"-{_digest(library)}")
-    except OSError:
-        return False
+    """Returns whether the content is that of which the name holds the digest.
+
+    Raises:
+        OSError: the content cannot be read now.
+    """
+    return library.stem.endswith(f"-{_digest(library)}")
 
 
 def find_libraries(directory: Path, stem: str) -> list[Path]:
@@ -65,19 +69,29 @@ def keep(built: Path, directory: Path, stem: str) -> Path:
     return kept
 
 
-def check_loads(library: Path) -> None:
-    """Raises LibraryError where the library does not load in another process, or ends it.
+def check_loads(library: Path) -> bool:
+    """Raises LibraryError where the library does not load in another process, or ends it. Returns whether it was tried.
 
-    Where no such process runs, as in a program that Python is embedded in, nothing is raised.
+    Where no such process can be started, as in a program that Python is embedded in or frozen into, nothing is raised.
     """
-    if not sys.executable:
-        return
+    if not sys.executable or getattr(sys, "frozen", False):
+        return False
     command = [sys.executable, "-c", TRIAL, str(library), json.dumps([str(path) for path in sys.path])]
-    result = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)
+    try:
+        result = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8", errors="replace", check=False,
+            timeout=TRIAL_SECONDS,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:  # of another program than Python
+        return False
+    tried, *outcome = result.stdout.splitlines() or [""]
+    if tried != "tried":
+        return False
     if result.returncode < 0:
         raise LibraryError(f"loading it ended with signal {-result.returncode}")
-    if result.returncode == 3:
-        raise LibraryError(result.stderr.strip().splitlines()[-1].removeprefix(f"{library}: "))
+    if outcome and outcome[-1] != "loaded":
+        raise LibraryError(outcome[-1].removeprefix(f"{library}: "))
+    return True
 
 
 def load(library: Path) -> str | None:

@@ -7,6 +7,7 @@ another file, and a damaged file is built again.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 import warnings
@@ -71,9 +72,32 @@ def _loaded() -> str | None:
 def _find_or_build() -> None:
     sources = source_directory()
     stem = library_stem(sources)
-    installed = filter(_library.is_intact, _library.find_libraries(PACKAGE / "lib", stem))
-    if any(_library.load(library) is None for library in installed):
+    installed = _library.find_libraries(PACKAGE / "lib", stem)
+    if any(_is_intact(library) and _library.load(library) is None for library in installed):
         return
+    try:
+        _load_or_build(sources, stem)
+    except NativeUnavailableError as error:
+        if not any(_loads_changed(library) for library in installed):
+            damaged = f"; {installed[0]} was changed after it was built, and does not load" if installed else ""
+            raise type(error)(f"{error}{damaged}") from error
+
+
+def _is_intact(library: Path) -> bool:
+    with contextlib.suppress(OSError):
+        return _library.is_intact(library)
+    return False
+
+
+def _loads_changed(library: Path) -> bool:
+    """Loads an installed library that was changed after it was built, stripped for example, if another process can."""
+    try:
+        return _library.check_loads(library) and _library.load(library) is None
+    except _library.LibraryError:
+        return False
+
+
+def _load_or_build(sources: Path, stem: str) -> None:
     if sys.platform == "win32":
         raise NativeUnavailableError("the native kernels are built with GCC or Clang, not on Windows")
     with opened(cache_directory()) as cache:
@@ -85,6 +109,8 @@ def _find_or_build() -> None:
         with cache.only_builder():
             if _load_kept(cache, stem):  # another process was first
                 return
+            if reason := cache.remembered_failure(stem, compiler):
+                raise NativeUnavailableError(reason)
             try:
                 library = _build(cache, sources)
                 if reason := _library.load(library):

@@ -36,7 +36,9 @@ INSTRUCTION_SETS = {
 INSTALL = "install one (apt install g++, dnf install gcc-c++, conda install gxx)"
 # An error in a line of a source, or of an option: the same compiler gives it again.
 LASTING = re.compile(
-    r":\d+: (fatal )?error: |error: .*(unrecognized|unknown|unsupported|bad value|invalid (value|argument))", re.I
+    r":\d+: (fatal )?error: |undefined reference|cannot find -l"
+    r"|error: .*(unrecognized|unknown|unsupported|bad value|invalid (value|argument))",
+    re.I,
 )
 # Also behind the name of a source, where a disk is full or a header is not installed yet.
 PASSING = re.compile(

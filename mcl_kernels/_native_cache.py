@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import json
 import os
@@ -18,9 +19,11 @@ from pathlib import Path
 from mcl_kernels._library import find_libraries, is_intact
 from mcl_kernels._native_build import Compiler, NativeUnavailableError
 
+PR_GET_DUMPABLE = 3
 OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # file systems
 REMEMBERED_SECONDS = 24 * 3600
+ABANDONED_AFTER = 3600  # seconds: a build takes one or two minutes
 REMEMBERED_BYTES = 1 << 16
 ANOTHER = "set XDG_CACHE_HOME to a directory of your own that can be written"
 
@@ -76,7 +79,7 @@ def _open_or_make(path: Path) -> int:
     try:
         return os.open(path, flags)
     except FileNotFoundError:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with contextlib.suppress(FileExistsError):  # another process was first
             path.mkdir(mode=0o700)
         return os.open(path, flags)
@@ -114,7 +117,7 @@ class Cache:
     def __init__(self, path: Path, descriptor: int) -> None:
         self.path = path
         through_descriptor = Path(f"/proc/{os.getpid()}/fd/{descriptor}")  # of this process for compilers, too
-        self.directory = through_descriptor if through_descriptor.exists() else path
+        self.directory = through_descriptor if through_descriptor.exists() and _is_open_to_children() else path
 
     def named(self, text: str) -> str:
         """Returns the text with the name of the directory that the user knows."""
@@ -123,10 +126,10 @@ class Cache:
     def libraries(self, stem: str) -> Iterator[Path]:
         """Yields the libraries kept under `stem`; removes those that are damaged or that others may have written."""
         for library in find_libraries(self.directory, stem):
-            if self._is_trusted(library) and is_intact(library):
-                yield library
-            else:
-                with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):  # a library that cannot be read now may be intact
+                if self._is_trusted(library) and is_intact(library):
+                    yield library
+                else:
                     library.unlink()
 
     def _is_trusted(self, file: Path) -> bool:
@@ -158,8 +161,7 @@ class Cache:
             except BlockingIOError:
                 say(f"waiting for another process, which builds in {self.path}")
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
-            for left in self.directory.glob(".build-*"):
-                shutil.rmtree(left, ignore_errors=True)
+            self._clear_abandoned()
         except OSError as error:
             if error.errno not in WITHOUT_LOCKS:
                 raise
@@ -167,7 +169,18 @@ class Cache:
         try:
             yield
         finally:
+            # A process that was forked meanwhile holds the file open, and with it the lock.
+            with contextlib.suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_UN)
             os.close(descriptor)
+
+    def _clear_abandoned(self) -> None:
+        """Removes what killed builds left. Where locks are those of one machine, another may be building now."""
+        now = self.directory.stat().st_mtime
+        for left in self.directory.glob(".build-*"):
+            with contextlib.suppress(OSError):
+                if left.lstat().st_mtime < now - ABANDONED_AFTER:
+                    shutil.rmtree(left, ignore_errors=True)
 
     def remembered_failure(self, stem: str, compiler: Compiler) -> str | None:
         """Returns why this compiler failed within the last day: no process has to wait for it again."""
@@ -198,6 +211,15 @@ class Cache:
             os.replace(file.name, self.directory / f"{stem}.failed")
 
 
+def _is_open_to_children() -> bool:
+    """Returns whether other processes of this user can follow /proc/PID/fd, as after a change of user they cannot."""
+    try:
+        return bool(ctypes.CDLL(None).prctl(PR_GET_DUMPABLE) == 1)
+    except (AttributeError, OSError):  # not Linux
+        return False
+
+
 def say(text: str) -> None:
-    """Prints a line on the standard error."""
-    print(f"mcl_kernels: {text}", file=sys.stderr, flush=True)
+    """Prints a line on the standard error, if it can be printed."""
+    with contextlib.suppress(OSError, ValueError):
+        print(f"mcl_kernels: {text}", file=sys.stderr, flush=True)

@@ -39,8 +39,10 @@ def as_integer(name: str, value: object, *, least: int) -> int:
         integer = operator.index(value)  # type: ignore[arg-type]
     except TypeError:
         raise TypeError(f"{name} must be an integer: got {type(value).__name__}") from None
-    if not least <= integer < 2**63:
+    if integer < least:
         raise ValueError(f"{name} must be at least {least}: got {integer}")
+    if integer >= 2**63:
+        raise ValueError(f"{name} must be less than 2**63: got {integer}")
     return integer
 
 
@@ -72,6 +74,8 @@ def check_flag(name: str, value: object) -> None:
 
 def check_dense(name: str, x: Tensor) -> None:
     """A tensor with one entry for each index: not sparse, and not nested."""
+    if x.is_nested:
+        raise TypeError(f"{name} must be a dense tensor: got a nested one; use {name}.to_padded_tensor(0.0)")
     if x.layout != torch.strided:
         raise TypeError(f"{name} must be a dense tensor: got layout {x.layout}; use {name}.to_dense()")
 
@@ -81,8 +85,6 @@ def check_embeddings(name: str, x: object) -> None:
     use_one_thread_if_forked()
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor: got {type(x).__name__}")
-    if x.is_nested:
-        raise TypeError(f"{name} must be a dense tensor: got a nested one; use {name}.to_padded_tensor(0.0)")
     check_dense(name, x)
     if x.ndim != 2:
         raise ValueError(f"{name} must have shape [rows, features]: got {list(x.shape)}")

@@ -36,7 +36,7 @@ N_ANCHORS, N_NEIGHBOURS = 5, 3
 
 @dataclass(frozen=True)
 class Settings:
-    """What a run is; a directory that holds another one is refused."""
+    """Settings of a run; a directory that holds a run of others is refused."""
 
     bits: int = 8
     stages: int = 3
@@ -65,7 +65,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Results:
-    """What the report is drawn from."""
+    """Results from which the report is drawn."""
 
     settings: Settings
     ceiling: Row
@@ -79,7 +79,7 @@ class Results:
 
 
 class Screen(Protocol):
-    """Who watches: a progress bar while something is trained, a row when it is done."""
+    """Display of a run: a progress bar while something is trained, a row when it is done."""
 
     def start(self, name: str, steps: int) -> None: ...
     def step(self, loss: float) -> None: ...

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mcl_kernels._forked import use_one_thread_if_forked
+
 
 def cached_backward(
     encode: Callable[..., Any],
@@ -60,6 +62,7 @@ def cached_backward(
         >>> loss = cached_backward(encode, chunks, nt_xent)
         >>> torch.testing.assert_close(loss, nt_xent(model(views[0]), model(views[1])).detach())
     """
+    use_one_thread_if_forked()  # before encode computes
     for name, function in (("encode", encode), ("loss", loss), ("no_sync", no_sync)):
         if not callable(function) and (name != "no_sync" or function is not None):
             raise TypeError(f"{name} must be a function or a module: got {type(function).__name__}")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from mcl_kernels._forked import use_one_thread_if_forked
 from mcl_kernels.kmeans.sources import as_tensor
 
 # What depends on no entry.
@@ -59,6 +60,7 @@ class StoredLabels(Tensor):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
+        use_one_thread_if_forked()
         kwargs = kwargs or {}
         first = args[0] if args else None
         written = func is Tensor.__setitem__ or (func.__name__.endswith("_") and not func.__name__.endswith("__"))

@@ -157,7 +157,10 @@ def test_interrupted_says_what_is_left(capsys: pytest.CaptureFixture[str], monke
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT], ids=lambda number: number.name)
 def test_a_signal_ends_it_without_leftovers(number: signal.Signals) -> None:
     """While the labels are being written."""
-    code = "import os, sys, time; from mcl_kernels import cli, label_files\n"
+    # As of a terminal: nohup and shells in the background let their children ignore signals.
+    default = "default_int_handler" if number == signal.SIGINT else "SIG_DFL"
+    code = f"import signal; signal.signal({int(number)}, signal.{default})\n"
+    code += "import os, sys, time; from mcl_kernels import cli, label_files\n"
     code += "label_files.sha256_of = lambda path: (print('writing', flush=True), time.sleep(60))\n"
     code += "sys.exit(cli.main(sys.argv[1:]))"
     command = [sys.executable, "-c", code, *CLUSTER[3:]]

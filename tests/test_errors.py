@@ -201,7 +201,7 @@ CASES: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: positive_ranks(X, Y, normalize=X), TypeError, "normalize must be True or False: got Tensor"),
     (lambda: masked_logsumexp(X, Y, bidirectional=LABELS.numpy()), TypeError, "bidirectional must be True or False: got ndarray"),
     (lambda: masked_logsumexp(X, scale=1e300), ValueError, "scale must leave logits a factor in the range of torch.float32: got the factor 1e+300"),
-    (lambda: nt_xent(X, Y, temperature=1e-300), ValueError, "temperature must leave logits a factor in the range of torch.float32"),
+    (lambda: nt_xent(X, Y, temperature=1e-300), ValueError, "temperature is too small for logits of torch.float32: got 1e-300"),
     (lambda: objectives.hard_negative(None), TypeError, "beta must be a number: got NoneType"),
     (lambda: objectives.ifm("0.1"), TypeError, "eps must be a number: got str"),
     (lambda: objectives.debiased(X), TypeError, "tau_plus must be a number: got Tensor"),

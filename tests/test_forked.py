@@ -24,6 +24,7 @@ torch.set_num_threads(1)
 impl, context = sys.argv[1], multiprocessing.get_context("fork")
 x, y = torch.randn(2, 40_000, 8)
 a, b = (z[: 2_000 if impl == "reference" else 40_000].clone().requires_grad_() for z in (x, y))
+stored = next(iter(MultistageRunner(400_000, n_clusters=3))).labels
 labels, few = torch.arange(400_000) % 700, x[:7].clone()
 fitted = KMeans(5, max_iter=3, impl=impl).fit(x)
 
@@ -45,6 +46,8 @@ CALLS = {
     "assign_clusters": lambda: assign_clusters(x, few),
     "finish": lambda: [next(iter(MultistageRunner(40_000, n_clusters=3))).finish(x).labels[:]],
     "enqueue": enqueued,
+    "labels": lambda: [stored[:]],
+    "cached_backward": lambda: [cached_backward(torch.exp, [x, y], lambda rows: rows.sum())],
     "model_soup": lambda: [model_soup([{"w": x}, {"w": y}])["w"]],
 }
 """
@@ -120,3 +123,5 @@ def test_a_forked_worker_of_a_data_loader_computes_what_its_parent_does(impl: st
 
 def test_a_number_of_threads_that_a_forked_child_chooses_stays() -> None:
     assert output(THREADS_CHOSEN_LATER, "reference") == "2"
+    chosen_first = THREADS_CHOSEN_LATER.replace("def child():\n", "def child():\n    torch.set_num_threads(3)\n", 1)
+    assert output(chosen_first.replace("    torch.set_num_threads(2)\n", "", 1), "reference") == "3"

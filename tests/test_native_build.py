@@ -150,15 +150,41 @@ def test_the_trial_sees_the_torch_of_this_process(place: Place, monkeypatch: pyt
     assert (place.root / "imported").exists()
 
 
-@pytest.mark.parametrize("executable", ["", "/bin/false"])
+# Programs in the place of Python: none, one that fails, that waits, that prints something else, that ends early.
+PROGRAMS = {
+    "none": "",
+    "fails": "exit 1",
+    "waits": "sleep 60",
+    "prints": "echo hello",
+    "ends early": "echo tried; exit 3",
+}
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
 def test_a_program_that_embeds_python_loads_what_it_built(
-    place: Place, executable: str, monkeypatch: pytest.MonkeyPatch
+    place: Place, program: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """There `sys.executable` is empty, or starts something else."""
+    path = place.root / "program"
+    path.write_text(f"#!/bin/sh\n{PROGRAMS[program]}\n")
+    path.chmod(0o755)
     monkeypatch.setattr(_library, "check_loads", try_loading)
-    monkeypatch.setattr(sys, "executable", executable)
+    monkeypatch.setattr(_library, "TRIAL_SECONDS", 1.0)
+    monkeypatch.setattr(sys, "executable", "" if program == "none" else str(path))
     _native._find_or_build()
     assert len(place.libraries()) == 1
+
+
+def test_a_frozen_program_is_not_started_again(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its `sys.executable` is the program itself, which would build in turn."""
+    started = place.root / "started"
+    path = place.root / "program"
+    path.write_text(f"#!/bin/sh\ntouch {started}\n")
+    path.chmod(0o755)
+    monkeypatch.setattr(sys, "frozen", True, raising=False)
+    monkeypatch.setattr(sys, "executable", str(path))
+    assert not try_loading(place.library)
+    assert not started.exists()
 
 
 # --- where it is kept, and what is said -----------------------------------------------------------------------

@@ -97,6 +97,16 @@ def distributions(tmp_path_factory: pytest.TempPathFactory) -> Distributions:
 
 
 @pytest.mark.slow
+def test_a_checkout_is_not_built_into_itself(tmp_path: Path) -> None:
+    tree = copy_of_checkout(tmp_path / "tree")
+    command = [sys.executable, "setup.py", "build_py", "--build-lib", "."]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tree)
+    assert result.returncode != 0
+    assert "name another --build-lib" in result.stderr
+    assert (tree / "mcl_kernels" / "__init__.py").exists()
+
+
+@pytest.mark.slow
 def test_what_an_earlier_build_left_is_not_in_the_wheel(distributions: Distributions) -> None:
     assert not [name for name in distributions.wheel.namelist() if "ghost" in name]
 

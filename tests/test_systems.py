@@ -145,6 +145,7 @@ def test_a_parent_that_others_can_only_pass_through(closed_parent: Path) -> None
         "from mcl_kernels import MultistageRunner\n"
         "from mcl_kernels._durable import replace_file\n"
         "from pathlib import Path\n"
+        "next(iter(MultistageRunner(8, n_clusters=2))).finish(torch.randn(8, 4), state={})  # loads what it needs\n"
         "os.setgid(12345), os.setuid(12345)\n"
         "own = Path(sys.argv[1])\n"
         "try: os.open(own.parent, os.O_RDONLY)\n"

@@ -76,7 +76,7 @@ class Rows:
         return range(self.count())
 
     def take_held(self, index: Tensor) -> Tensor:
-        """Those of the rows at ascending positions that this process has."""
+        """Rows at the given ascending positions that are stored in this process."""
         return self.take(index)
 
     def total(self, objective: float, *of_held: Tensor) -> tuple[float, tuple[Tensor, ...]]:
@@ -92,11 +92,11 @@ class Rows:
         return decision
 
     def count(self) -> int:
-        """Their number; where nothing else tells it, that of a survey."""
+        """Number of rows; read from the data if it is not known."""
         return self.survey()[0] if self.rows is None else self.rows
 
     def survey(self) -> tuple[int, Tensor, Tensor]:
-        """Their number, and the least and largest entry of each column; the first row that is not finite is named."""
+        """Number of rows, and least and largest entry of each column; names the first row that is not finite."""
         if self._surveyed is None:
             self._surveyed = self._survey()
         return self._surveyed

@@ -343,7 +343,10 @@ def _inverse_temperature(temperature: float | Tensor, query: Tensor, dtype: torc
     if isinstance(temperature, Tensor):
         return as_scale("temperature", temperature, query, dtype).reciprocal()
     check_positive("temperature", temperature)
-    return as_scale("temperature", 1.0 / temperature, query, dtype)
+    inverse = 1.0 / temperature
+    if inverse > torch.finfo(dtype).max:
+        raise ValueError(f"temperature is too small for logits of {dtype}: got {temperature}")
+    return as_scale("temperature", inverse, query, dtype)
 
 
 def _reduce(loss: Tensor, reduction: str, anchors: int | None = None, ranks: Ranks | None = None) -> Tensor:
