@@ -70,7 +70,7 @@ def keep(built: Path, directory: Path, stem: str) -> Path:
 
 
 def check_loads(library: Path) -> bool:
-    """Raises LibraryError where the library does not load in another process, or ends it. Returns whether it was tried.
+    """Raises LibraryError where the library does not load in another process, or ends it. Returns whether it did load.
 
     Where no such process can be started, as in a program that Python is embedded in or frozen into, nothing is raised.
     """
@@ -84,14 +84,14 @@ def check_loads(library: Path) -> bool:
         )  # fmt: skip
     except subprocess.TimeoutExpired:  # of another program than Python
         return False
-    tried, *outcome = result.stdout.splitlines() or [""]
-    if tried != "tried":
+    lines = result.stdout.splitlines()
+    if "tried" not in lines:
         return False
     if result.returncode < 0:
         raise LibraryError(f"loading it ended with signal {-result.returncode}")
-    if outcome and outcome[-1] != "loaded":
-        raise LibraryError(outcome[-1].removeprefix(f"{library}: "))
-    return True
+    if lines[-1] not in ("tried", "loaded"):
+        raise LibraryError(lines[-1].removeprefix(f"{library}: "))
+    return lines[-1] == "loaded"
 
 
 def load(library: Path) -> str | None:
