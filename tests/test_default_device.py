@@ -8,7 +8,7 @@ from __future__ import annotations
 import ast
 import inspect
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -138,22 +138,13 @@ CALLS: dict[str, Callable[[Path], Any]] = {
 }  # fmt: skip
 
 
-@pytest.fixture
-def default_device() -> Iterator[Callable[[str | None], None]]:
-    yield torch.set_default_device
-    torch.set_default_device(None)
-
-
 @pytest.mark.parametrize("name", CALLS)
-def test_results_are_those_without_a_default_device(
-    name: str, tmp_path: Path, default_device: Callable[[str | None], None]
-) -> None:
+def test_results_are_those_without_a_default_device(name: str, tmp_path: Path) -> None:
     (tmp_path / "without").mkdir()
     (tmp_path / "with").mkdir()
     expected = tree_leaves(CALLS[name](tmp_path / "without"))
-    default_device("meta")
-    found = tree_leaves(CALLS[name](tmp_path / "with"))
-    default_device(None)
+    with torch.device("meta"):  # as set_default_device does, which torch 2.6 cannot take back
+        found = tree_leaves(CALLS[name](tmp_path / "with"))
     assert len(found) == len(expected) > 0
     for one, other in zip(found, expected, strict=True):
         assert one.equal(other) if isinstance(one, Tensor) else one == other
