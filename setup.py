@@ -1,7 +1,7 @@
 """What pyproject.toml cannot say: the kernels' sources travel in the package, and are compiled now where torch is.
 
 With `pip install --no-build-isolation .` the torch that will run them is importable here and the library is built
-into the package; otherwise `mcl_kernels._native` builds it on first use. The CUDA kernels are built where
+into the package; otherwise `mcl_kernels.backends.native` builds it on first use. The CUDA kernels are built where
 MCL_KERNELS_CUDA=1 asks for them, and an installation that cannot build them then fails with the reason.
 """
 
@@ -28,7 +28,7 @@ def load(name):
     return importlib.import_module(f"mcl_kernels.{name}")
 
 
-NATIVE = load("_native_build") if HAS_TORCH else None
+NATIVE = load("backends.native_build") if HAS_TORCH else None
 
 
 def build_cuda(directory):
@@ -42,7 +42,7 @@ def build_cuda(directory):
             "MCL_KERNELS_CUDA=1 compiles against the installed torch: none is seen here; install it, and "
             "pass --no-build-isolation"
         )
-    cuda = load("_cuda")
+    cuda = load("backends.cuda")
     try:
         cuda.build(CUDA_SOURCES, directory)
     except cuda.CudaUnavailableError as error:

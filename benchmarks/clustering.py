@@ -21,7 +21,7 @@ import torch
 
 from benchmarks.__main__ import conditions
 from benchmarks.measure import in_fresh_process, write_rows
-from mcl_kernels import _cuda
+from mcl_kernels.backends import cuda
 
 HERE = Path(__file__).parent
 TURNS = 5
@@ -174,7 +174,7 @@ def main() -> None:
         names = ["ours", *case.targets]
         if any("assignment" in name for name in names):
             names.insert(1, "ours, assignment")
-        if gpu and (reason := _cuda.why_not(torch.device("cuda"))):
+        if gpu and (reason := cuda.why_not(torch.device("cuda"))):
             names.remove("own, CUDA C++")
             print(f"own, CUDA C++: {reason}", flush=True)
         seconds: dict[str, list[float]] = {name: [] for name in names}

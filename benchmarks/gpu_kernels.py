@@ -59,8 +59,8 @@ OWN = (*FORWARD, *BACKWARD)
 
 
 def own_kernel(kernel: str, architecture: int, precision: str, width: int) -> Launch:
-    from mcl_kernels.logsumexp.triton_backward import backward_kernel
-    from mcl_kernels.logsumexp.triton_forward import forward_kernel
+    from mcl_kernels.logsumexp.triton.backward import backward_kernel
+    from mcl_kernels.logsumexp.triton.forward import forward_kernel
 
     function = forward_kernel if kernel in FORWARD else backward_kernel
     name, of_launcher = kernel.split(",")[0], _of_launcher(precision)
@@ -99,7 +99,7 @@ KMEANS = (*ASSIGN, *SUMS)
 
 def kmeans_kernel(kernel: str, architecture: int, precision: str, width: int) -> Launch | None:
     """None where rows are summed by other kernels or multiplied otherwise, and where it was compiled already."""
-    from mcl_kernels.kmeans import triton_steps
+    from mcl_kernels.kmeans.triton import steps as triton_steps
 
     library, of_launcher = f"mcl_kernels {version('mcl_kernels')}", _of_launcher(precision)
     if kernel in ASSIGN:

@@ -41,7 +41,7 @@ from benchmarks.gpu_kernels import (
     peer_units,
 )
 from benchmarks.measure import Row, write_rows
-from mcl_kernels import _cuda
+from mcl_kernels.backends import cuda
 
 HERE = Path(__file__).parent
 ARCHITECTURES = (80, 90, 100)
@@ -133,19 +133,19 @@ def _compile(launch: Launch, architecture: int) -> Row:
 
 def compile_cuda() -> list[Row]:
     """The rows of all kernels of csrc/cuda."""
-    cases = list(product(sorted(_cuda.source_directory().glob("*.cu")), CUDA_ARCHITECTURES))
+    cases = list(product(sorted(cuda.source_directory().glob("*.cu")), CUDA_ARCHITECTURES))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         rows = [row for rows in pool.map(_compile_source, *zip(*cases, strict=True)) for row in rows]
     return sorted(rows, key=lambda row: row["kernel"])
 
 
 def _compile_source(source: Path, architecture: int) -> list[Row]:
-    nvcc = _cuda.find_nvcc()
+    nvcc = cuda.find_nvcc()
     assert nvcc is not None
     with tempfile.TemporaryDirectory() as directory:
         cubin = f"{directory}/kernels.cubin"
         options = ["-cubin", f"-arch=sm_{architecture}", "--keep", "--keep-dir", directory]
-        _run(nvcc, *_cuda.FLAGS, *options, str(source), "-o", cubin)
+        _run(nvcc, *cuda.FLAGS, *options, str(source), "-o", cubin)
         of_function = _disassemble(cubin)
         ptx = Path(f"{directory}/{source.stem}.ptx").read_text()
     rows = []
@@ -160,7 +160,7 @@ def _compile_source(source: Path, architecture: int) -> list[Row]:
             "library": f"mcl_kernels {version('mcl_kernels')}", "kernel": f"{CUDA}: {name}",
             "architecture": f"sm_{architecture}", "precision": precision, "d": "", "warps": warps,
             **_resources(code, architecture, warps, shared, 0), "shared_limit": CUDA_SHARED_LIMIT,
-            "tensor_core": code.count(WMMA), "compiler": f"nvcc {_cuda.nvcc_release(nvcc)}",
+            "tensor_core": code.count(WMMA), "compiler": f"nvcc {cuda.nvcc_release(nvcc)}",
         })  # fmt: skip
     return rows
 
@@ -247,7 +247,7 @@ def main() -> None:
     parser.add_argument("kernels", nargs="*", metavar="KERNEL", help="only those whose name begins so; other rows stay")
     options = parser.parse_args()
     kernels = (*OWN, *KMEANS)
-    if _cuda.find_nvcc():
+    if cuda.find_nvcc():
         kernels += (CUDA,)
     else:
         print("no rows of csrc/cuda: no nvcc is on the PATH")

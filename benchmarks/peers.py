@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mcl_kernels import _cuda
+from mcl_kernels.backends import cuda
 
 TEMPERATURE = 0.2  # between SimCLR's 0.1 and 0.5; no cost depends on it
 SCALE = 1 / TEMPERATURE
@@ -127,7 +127,7 @@ def own_cuda(loss: Callable[..., Tensor]) -> Contender:
     return Contender(
         "own, CUDA C++",
         functools.partial(loss, impl="cuda"),
-        missing=lambda: _cuda.why_not(torch.device("cuda")),
+        missing=lambda: cuda.why_not(torch.device("cuda")),
         impl="cuda",
     )
 

@@ -34,7 +34,7 @@ import torch.distributed as dist
 from benchmarks.__main__ import conditions
 from benchmarks.measure import Row, write_rows
 from mcl_kernels import nt_xent
-from mcl_kernels.distributed.plan import ExchangePlan, all_reduced_bytes, plan_exchange
+from mcl_kernels.distributed.cost_model import ExchangePlan, all_reduced_bytes, plan_exchange
 
 HERE = Path(__file__).parent
 D = 128

@@ -6,16 +6,16 @@ cluster; `KMeans` finds the clusters; `MultistageRunner` runs the stages.
 
 from mcl_kernels import objectives
 from mcl_kernels.distributed import ExchangePlan, plan_exchange
-from mcl_kernels.gradient_cache import cached_backward
 from mcl_kernels.kmeans import KMeans, assign_clusters
-from mcl_kernels.labelled_queue import LabelledQueue
 from mcl_kernels.logsumexp import capabilities, count_negatives, masked_logsumexp
 from mcl_kernels.losses import ClipLoss, MaskedInfoNCE, NTXentLoss, clip_loss, masked_info_nce, nt_xent
-from mcl_kernels.pseudo_labels import compose_labels
-from mcl_kernels.ranks import positive_ranks
-from mcl_kernels.representation import ConcatEncoder, model_soup
-from mcl_kernels.sampler import ClusterBatchSampler
-from mcl_kernels.stages import MultistageRunner
+from mcl_kernels.losses.gradient_cache import cached_backward
+from mcl_kernels.losses.labelled_queue import LabelledQueue
+from mcl_kernels.losses.positive_ranks import positive_ranks
+from mcl_kernels.stages.pseudo_labels import compose_labels
+from mcl_kernels.stages.representation import ConcatEncoder, model_soup
+from mcl_kernels.stages.runner import MultistageRunner
+from mcl_kernels.stages.sampler import ClusterBatchSampler
 
 __version__ = "0.1.0"
 

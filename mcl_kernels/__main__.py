@@ -2,7 +2,7 @@
 
 import sys
 
-from mcl_kernels.cli import main
+from mcl_kernels.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

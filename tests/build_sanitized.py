@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from mcl_kernels import _native_build
+from mcl_kernels.backends import native_build
 from tests import emulated_cuda
 
 
@@ -18,11 +18,11 @@ def main(sanitizers: str, output: str) -> None:
 
 def build_native(sanitizers: str, output: str) -> None:
     """tests/sanitized_kernels.cpp, with the flags of the library."""
-    kernels = _native_build.source_directory()
-    sources = _native_build.kernel_sources(kernels)
+    kernels = native_build.source_directory()
+    sources = native_build.kernel_sources(kernels)
     sources[Path(__file__).with_name("sanitized_kernels.cpp")] = [f"-I{kernels}"]
     flags = ["-O1", "-g", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-pthread"]
-    _native_build.compile_and_link(sources, [*_native_build.FLAGS, *flags], [], Path(output))
+    native_build.compile_and_link(sources, [*native_build.FLAGS, *flags], [], Path(output))
 
 
 def build_cuda(output: str) -> None:

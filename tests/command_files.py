@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mcl_kernels.cli import main
+from mcl_kernels.cli.main import main
 
 N, D = 300, 6
 

@@ -10,11 +10,12 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from mcl_kernels import _cuda, _native
+from mcl_kernels.backends import cuda as _cuda
+from mcl_kernels.backends import native
 from mcl_kernels.logsumexp import device_plan, triton
 from mcl_kernels.logsumexp.api import IMPLS
 from tests import emulated_cuda
-from tests.ranks import RankPool
+from tests.process_pool import RankPool
 
 # The OpenMP threads of small operations spin against each other when two test processes share the cores.
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -80,10 +81,10 @@ def is_slow(backend: Backend) -> bool:
 
 def use_instruction_set(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Native kernels of one instruction set for the rest of the test, which is skipped where it does not run."""
-    available, reason = _native.describe()
+    available, reason = native.describe()
     if not available:
         pytest.skip(reason)
-    _native.load()
+    native.load()
     monkeypatch.setenv("MCL_KERNELS_CPU", name)
     try:
         assert torch.ops.mcl_kernels_native.instruction_set() == name

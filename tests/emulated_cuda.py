@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from mcl_kernels import _cuda, _native_build, _native_cache
+from mcl_kernels.backends import cuda, native_build, native_cache
 
 NAMESPACE = "mcl_kernels_cuda_emulated"
 HEADERS = Path(__file__).with_name("cuda_on_cpu")
@@ -28,15 +28,15 @@ def why_not() -> str | None:
 
 def compile_kernels(output: Path, flags: list[str], more: dict[Path, list[str]], link: list[str]) -> None:
     """The kernels' sources and `more`, each of those with flags of its own, into a program or a library."""
-    sources = _cuda.source_directory()
+    sources = cuda.source_directory()
     every = {path: ["-x", "c++"] for path in sorted(sources.glob("*.cu"))} | more
-    _native_build.compile_and_link(every, [*flags, f"-I{HEADERS}", f"-I{sources}"], link, output)
+    native_build.compile_and_link(every, [*flags, f"-I{HEADERS}", f"-I{sources}"], link, output)
 
 
 @cache
 def ops() -> Any:
     """Builds the library where that is still to be done, and loads it."""
-    with _native_cache.opened(_native_cache.cache_directory()) as cache, cache.only_builder():
+    with native_cache.opened(native_cache.cache_directory()) as cache, cache.only_builder():
         library = cache.path / f"{NAMESPACE}-{_digest()}.so"
         if not library.exists():
             _build(library)
@@ -46,7 +46,7 @@ def ops() -> Any:
 
 def _digest() -> str:
     digest = hashlib.sha256(repr((torch.__version__, FLAGS)).encode())
-    for directory in (_cuda.source_directory(), HEADERS):
+    for directory in (cuda.source_directory(), HEADERS):
         for path in sorted(path for path in directory.rglob("*") if path.is_file()):
             digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
@@ -58,4 +58,4 @@ def _build(library: Path) -> None:
     binding += [f"-DMCL_NAMESPACE={NAMESPACE}", "-DMCL_ARCHITECTURES=emulated"]
     flags = [*FLAGS, f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"]
     libraries = [f"-L{directory / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
-    compile_kernels(library, flags, {_cuda.source_directory() / "operators.cpp": binding}, ["-shared", *libraries])
+    compile_kernels(library, flags, {cuda.source_directory() / "operators.cpp": binding}, ["-shared", *libraries])

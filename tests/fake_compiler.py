@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from mcl_kernels import _library, _native
+from mcl_kernels.backends import library as _library
+from mcl_kernels.backends import native
 
 STRANGER = 12345 if sys.platform == "win32" else os.geteuid() + 1
 SCRIPT = """#!/bin/sh
@@ -52,7 +53,7 @@ class Place:
         return len(self.calls.read_text().splitlines()) if self.calls.exists() else 0
 
     def stem(self) -> str:
-        return _native.library_stem(self.sources)
+        return native.library_stem(self.sources)
 
     def libraries(self) -> list[Path]:
         return _library.find_libraries(self.cache, self.stem())
@@ -68,8 +69,8 @@ def make_place(root: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
     place = Place(root)
     monkeypatch.setenv("XDG_CACHE_HOME", str(root / "cache"))
     monkeypatch.setenv("CXX", str(place.compiler()))
-    monkeypatch.setattr(_native, "PACKAGE", root / "package")
-    monkeypatch.setattr(_native, "source_directory", lambda: place.sources)
+    monkeypatch.setattr(native, "PACKAGE", root / "package")
+    monkeypatch.setattr(native, "source_directory", lambda: place.sources)
     monkeypatch.setattr(_library, "check_loads", lambda library: None)
     return place
 

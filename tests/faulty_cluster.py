@@ -20,9 +20,10 @@ from typing import NamedTuple
 
 import torch
 
-from mcl_kernels import KMeans, cli
+from mcl_kernels import KMeans
 from mcl_kernels._durable import sha256_of
-from mcl_kernels.feature_files import open_labels
+from mcl_kernels.cli.feature_files import open_labels
+from mcl_kernels.cli.main import main as cli
 from tests.command_files import N, save_features
 from tests.file_faults import ERRORS, fault, killed_at_each_call
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks import clustering, gpu_model, measure, scale
-from mcl_kernels.logsumexp.plan import Pairs, make_plan
+from mcl_kernels.logsumexp.pairs import Pairs, make_plan
 from tests import emulated_cuda
 
 ROOT = Path(__file__).parents[1]

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 
 import mcl_kernels
-from mcl_kernels import KMeans, console
-from mcl_kernels.cli import main
+from mcl_kernels import KMeans
+from mcl_kernels.cli import console
+from mcl_kernels.cli.main import main
 from tests.command_files import N, cluster, save_features
 
 COMMAND = [sys.executable, "-m", "mcl_kernels"]
@@ -118,8 +119,8 @@ class Broken:
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
 def test_the_screen_of_the_demo_outlives_its_terminal(stream: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("rich", reason="the demo extra is not installed")
-    from mcl_kernels.demo import Row
-    from mcl_kernels.screen import Screen
+    from mcl_kernels.cli.demo import Row
+    from mcl_kernels.cli.screen import Screen
 
     monkeypatch.setattr(sys, stream, Broken())
     monkeypatch.setattr(console, "PROGRESS_SECONDS", 0.0)
@@ -199,7 +200,7 @@ def test_progress_of_the_demo_is_printed_where_no_bar_is(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("rich", reason="the demo extra is not installed")
-    from mcl_kernels.screen import Screen
+    from mcl_kernels.cli.screen import Screen
 
     now = 0.0
     monkeypatch.setattr(time, "monotonic", lambda: now)

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from mcl_kernels import KMeans, MultistageRunner, compose_labels
 from mcl_kernels._durable import sha256_of
-from mcl_kernels.cli import main
-from mcl_kernels.feature_files import open_features
-from mcl_kernels.kmeans.sources import FileRows
+from mcl_kernels.cli.feature_files import open_features
+from mcl_kernels.cli.main import main
+from mcl_kernels.kmeans.rows import FileRows
 from tests.command_files import D, N, cluster, features, save_features
 
 
@@ -145,7 +145,7 @@ def test_ami(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     assert ami["p.pt"] == pytest.approx(metrics.adjusted_mutual_info_score(torch.arange(N) % 5, clusters))
     assert f"AMI with y.npy: {ami['y.npy']:.3f}\n" in capsys.readouterr().out
 
-    monkeypatch.setattr("mcl_kernels.cluster.AMI_ROWS", 200)
+    monkeypatch.setattr("mcl_kernels.cli.cluster.AMI_ROWS", 200)
     assert cluster(*command) == 0
     assert "(of 200 rows drawn at random)" in capsys.readouterr().out
     assert json.loads(Path("z.npy.json").read_text())["ami"]["y.npy"] == pytest.approx(ami["y.npy"], abs=0.15)
@@ -158,7 +158,7 @@ def test_a_failure_of_scikit_learn_loses_no_labels(
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr("mcl_kernels.cluster._ami", fail)
+    monkeypatch.setattr("mcl_kernels.cli.cluster._ami", fail)
     torch.save(torch.arange(N) % 5, "p.pt")
     assert cluster("f0.npy", "--clusters", 3, "--previous", "p.pt", "--out", "y.npy") == 0
     assert f"AMI is not computed: {type(error).__name__}: {error}" in capsys.readouterr().out

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mcl_kernels import _cuda, _library
+from mcl_kernels.backends import cuda as _cuda
+from mcl_kernels.backends import library as _library
 from tests import emulated_cuda
 from tests.build_sanitized import build_cuda, build_cuda_program
 

@@ -42,7 +42,7 @@ from mcl_kernels import (
     plan_exchange,
     positive_ranks,
 )
-from mcl_kernels.cluster import Options, run
+from mcl_kernels.cli.cluster import Options, run
 
 A, B = torch.randn(2, 64, 8, generator=torch.Generator().manual_seed(0), device="cpu")
 LABELS = torch.arange(64, device="cpu") % 3

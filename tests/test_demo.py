@@ -17,8 +17,8 @@ import pytest
 
 pytest.importorskip("mlxtend", reason="the demo extra is not installed")
 
-from mcl_kernels.cli import main
-from mcl_kernels.demo import Row, Settings, run
+from mcl_kernels.cli.demo import Row, Settings, run
+from mcl_kernels.cli.main import main
 
 COMMAND = [sys.executable, "-m", "mcl_kernels", "demo", "--quick"]
 

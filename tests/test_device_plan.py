@@ -10,8 +10,9 @@ import torch
 from hypothesis import given
 from torch import Tensor
 
-from mcl_kernels.logsumexp import device_plan, plan
-from mcl_kernels.logsumexp.plan import NEGATIVES, Pairs
+from mcl_kernels.logsumexp import device_plan
+from mcl_kernels.logsumexp import pairs as plan
+from mcl_kernels.logsumexp.pairs import NEGATIVES, Pairs
 from tests.conftest import DEVICES, Backend, missing_for_cuda
 
 

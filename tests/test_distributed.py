@@ -31,9 +31,7 @@ from mcl_kernels import (
     nt_xent,
     objectives,
 )
-from mcl_kernels.distributed.exchange import _Move, _sum_of_copies
-from mcl_kernels.distributed.group import _described
-from mcl_kernels.distributed.plan import (
+from mcl_kernels.distributed.cost_model import (
     ExchangePlan,
     all_reduced_bytes,
     bucket_count,
@@ -41,7 +39,9 @@ from mcl_kernels.distributed.plan import (
     pack_clusters,
     plan_exchange,
 )
-from tests.ranks import RankPool
+from mcl_kernels.distributed.exchange import _Move, _sum_of_copies
+from mcl_kernels.distributed.group import _described
+from tests.process_pool import RankPool
 
 N, M, D = 60, 84, 8
 OBJECTIVES = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mcl_kernels.distributed.plan import plan_exchange
+from mcl_kernels.distributed.cost_model import plan_exchange
 
 
 @pytest.mark.parametrize(("clusters", "world_size", "blocks"), [(10, 64, 6), (1000, 4096, 4), (3, 12, 4)])

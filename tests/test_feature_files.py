@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mcl_kernels.cli import main
-from mcl_kernels.feature_files import open_features, open_labels
+from mcl_kernels.cli.feature_files import open_features, open_labels
+from mcl_kernels.cli.main import main
 from tests.command_files import N, cluster, features, save_features
 
 

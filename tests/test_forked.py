@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from mcl_kernels import _native
+from mcl_kernels.backends import native
 
 pytestmark = pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="this system has no fork")
-IMPLS = ["reference"] + (["native"] if _native.describe()[0] else [])
+IMPLS = ["reference"] + (["native"] if native.describe()[0] else [])
 
 # Sizes for which PyTorch uses threads in what is computed around the kernels. The inputs are made in the parent: a
 # child that made them would hang before it called the library.

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mcl_kernels import _cuda, masked_logsumexp
+from mcl_kernels import masked_logsumexp
+from mcl_kernels.backends import cuda as _cuda
 from mcl_kernels.logsumexp import triton
 from tests.cases import Case, make_case
 from tests.conftest import Backend

@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("triton", minversion="3.9", reason="the gpu extra brings it; the table is for its compiler")
 
 from benchmarks import gpu_kernels, gpu_static
-from mcl_kernels import _cuda
+from mcl_kernels.backends import cuda as _cuda
 
 # A few bytes may stay where nothing that was tried avoids them: with all of 255 registers in use they come and go with
 # the order of instructions. Fewer columns of a tile or fewer stages cost more than one register kept elsewhere.

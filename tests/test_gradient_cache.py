@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mcl_kernels import cached_backward, clip_loss, masked_info_nce, nt_xent
-from tests.ranks import RankPool
+from tests.process_pool import RankPool
 
 
 def encoder(dropout: float = 0.0) -> nn.Sequential:

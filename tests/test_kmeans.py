@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from mcl_kernels import KMeans, _cuda, assign_clusters, logsumexp
-from mcl_kernels.kmeans import gpu_pass, reference, triton
+from mcl_kernels import KMeans, assign_clusters, logsumexp
+from mcl_kernels.backends import cuda as _cuda
+from mcl_kernels.kmeans import gpu_common as gpu_pass
+from mcl_kernels.kmeans import reference, triton
 from mcl_kernels.kmeans.api import IMPLEMENTATIONS, _assign, _steps
 from mcl_kernels.kmeans.centers import Summary, middle_and_scale, prepare, summarize
 from mcl_kernels.logsumexp.api import for_cuda

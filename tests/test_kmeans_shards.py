@@ -18,11 +18,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mcl_kernels import KMeans
-from mcl_kernels.kmeans import api, lloyd, shards, sources
+from mcl_kernels.kmeans import api, lloyd
+from mcl_kernels.kmeans import rows as sources
+from mcl_kernels.kmeans import team as shards
 from mcl_kernels.kmeans.centers import Centers
 from mcl_kernels.logsumexp.triton import why_not
 from tests.conftest import missing_for_cuda
-from tests.ranks import RankPool
+from tests.process_pool import RankPool
 
 N, D, K = 1200, 12, 7
 

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mcl_kernels import KMeans, label_files
-from mcl_kernels.cli import main
+from mcl_kernels import KMeans
+from mcl_kernels.cli import label_files
+from mcl_kernels.cli.main import main
 from tests.command_files import N, cluster, features, save_features
 from tests.file_faults import run_with_faults
 

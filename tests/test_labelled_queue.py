@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from mcl_kernels import LabelledQueue, MaskedInfoNCE, MultistageRunner, masked_info_nce
-from tests.ranks import RankPool
+from tests.process_pool import RankPool
 
 
 def keys(n: int, seed: int = 0) -> Tensor:

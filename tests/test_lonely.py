@@ -11,12 +11,13 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from mcl_kernels import LabelledQueue, _lonely, clip_loss, masked_info_nce, nt_xent
+from mcl_kernels import LabelledQueue, clip_loss, masked_info_nce, nt_xent
+from mcl_kernels.losses import lonely
 
 N = 64
 X = torch.randn(2, N, 8, generator=torch.Generator().manual_seed(0))
 DISTINCT = torch.arange(N)
-CALLS = (_lonely.LOOKS + 1) * _lonely.LOOK_EVERY  # a look is at what the one before found
+CALLS = (lonely.LOOKS + 1) * lonely.LOOK_EVERY  # a look is at what the one before found
 
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "masked_info_nce": lambda x, labels: masked_info_nce(x, X[1], labels, impl="reference"),
@@ -27,9 +28,9 @@ all_losses = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 
 
 @pytest.fixture(autouse=True)
-def watch(monkeypatch: pytest.MonkeyPatch) -> Iterator[_lonely._Watch]:
-    fresh = _lonely._Watch()
-    monkeypatch.setattr(_lonely, "_watch", fresh)
+def watch(monkeypatch: pytest.MonkeyPatch) -> Iterator[lonely._Watch]:
+    fresh = lonely._Watch()
+    monkeypatch.setattr(lonely, "_watch", fresh)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         yield fresh
@@ -76,7 +77,7 @@ def test_advice(loss: Callable[[], Tensor], advice: str) -> None:
         loss()
 
 
-FEW = _lonely.MIN_ANCHORS - 1
+FEW = lonely.MIN_ANCHORS - 1
 OTHERS: dict[str, Callable[[], Tensor]] = {
     "negatives": lambda: nt_xent(X[0], X[1], DISTINCT // 8, impl="reference"),
     "80 % without": lambda: masked_info_nce(X[0], X[1], DISTINCT.clamp(max=N * 4 // 5), impl="reference"),
@@ -94,9 +95,9 @@ def test_nothing_is_said_of_others(loss: Callable[[], Tensor]) -> None:
 
 def test_a_loss_with_negatives_begins_anew() -> None:
     for _ in range(3):
-        for _ in range(CALLS - 2 * _lonely.LOOK_EVERY):
+        for _ in range(CALLS - 2 * lonely.LOOK_EVERY):
             nt_xent(X[0], X[1], DISTINCT, impl="reference")
-        for _ in range(_lonely.LOOK_EVERY):
+        for _ in range(lonely.LOOK_EVERY):
             nt_xent(X[0], X[1], DISTINCT // 8, impl="reference")
 
 
@@ -109,7 +110,7 @@ def test_a_queue_that_fills_is_no_alarm() -> None:
         queue.enqueue(X[1], labels)
 
 
-def test_no_gpu_is_waited_for(monkeypatch: pytest.MonkeyPatch, watch: _lonely._Watch) -> None:
+def test_no_gpu_is_waited_for(monkeypatch: pytest.MonkeyPatch, watch: lonely._Watch) -> None:
     """A share that a GPU has not written yet is NaN, and read later."""
     sent: list[Tensor] = []
 
@@ -117,17 +118,17 @@ def test_no_gpu_is_waited_for(monkeypatch: pytest.MonkeyPatch, watch: _lonely._W
         sent.append(torch.tensor(torch.nan))
         return sent[-1]
 
-    monkeypatch.setattr(_lonely, "_sent_to_cpu", send)
-    for look in range(_lonely.LOOKS):
-        for _ in range(3 * _lonely.LOOK_EVERY):
+    monkeypatch.setattr(lonely, "_sent_to_cpu", send)
+    for look in range(lonely.LOOKS):
+        for _ in range(3 * lonely.LOOK_EVERY):
             nt_xent(X[0], X[1], DISTINCT, impl="reference")
             assert watch.looks == look
         assert len(sent) == look + 1
         sent[-1].fill_(1.0)
-        if look < _lonely.LOOKS - 1:
-            for _ in range(_lonely.LOOK_EVERY):
+        if look < lonely.LOOKS - 1:
+            for _ in range(lonely.LOOK_EVERY):
                 nt_xent(X[0], X[1], DISTINCT, impl="reference")
-    for _ in range(_lonely.LOOK_EVERY - 1):
+    for _ in range(lonely.LOOK_EVERY - 1):
         nt_xent(X[0], X[1], DISTINCT, impl="reference")
     with pytest.warns(UserWarning, match="had no negative"):
         nt_xent(X[0], X[1], DISTINCT, impl="reference")
@@ -151,13 +152,13 @@ TRANSFORMS: dict[str, Callable[[Callable[[Tensor], Tensor]], Callable[[Tensor], 
 def test_transforms(
     loss: Callable[[Tensor, Tensor], Tensor],
     transform: Callable[[Callable[[Tensor], Tensor]], Callable[[Tensor], object]],
-    watch: _lonely._Watch,
+    watch: lonely._Watch,
 ) -> None:
     def on_labels(x: Tensor) -> Tensor:
         return loss(x, DISTINCT)
 
     on_labels(X[0])
-    for _ in range(_lonely.LOOK_EVERY):
+    for _ in range(lonely.LOOK_EVERY):
         transform(on_labels)(X[0])
     assert watch.share is None
 
@@ -167,11 +168,11 @@ class Loss(torch.nn.Module):
         return nt_xent(x, y, labels, impl="reference")
 
 
-def test_neither_compiled_nor_exported(watch: _lonely._Watch) -> None:
+def test_neither_compiled_nor_exported(watch: lonely._Watch) -> None:
     compiled = torch.compile(Loss(), fullgraph=True, backend="aot_eager")
     for _ in range(CALLS):
         compiled(X[0], X[1], DISTINCT)
     for strict in (False, True):
         exported = torch.export.export(Loss(), (X[0], X[1], DISTINCT), strict=strict)
         assert not any("copy" in str(node.target) for node in exported.graph.nodes)
-    assert watch == _lonely._Watch()
+    assert watch == lonely._Watch()

@@ -12,11 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from mcl_kernels import _native, capabilities, masked_logsumexp, nt_xent
+from mcl_kernels import capabilities, masked_logsumexp, nt_xent
+from mcl_kernels.backends import native
 from tests.cases import make_case
 from tests.conftest import INSTRUCTION_SETS, use_instruction_set
 
-pytestmark = pytest.mark.skipif(not _native.describe()[0], reason=_native.describe()[1])
+pytestmark = pytest.mark.skipif(not native.describe()[0], reason=native.describe()[1])
 FORMS = ["self", "rows", "both"]
 
 

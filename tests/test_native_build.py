@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from mcl_kernels import _library, _native, _native_build, _native_cache
-from mcl_kernels._native_build import NativeUnavailableError, find_compiler
+from mcl_kernels.backends import library as _library
+from mcl_kernels.backends import native, native_cache
+from mcl_kernels.backends import native_build as _native_build
+from mcl_kernels.backends.native_build import NativeUnavailableError, find_compiler
 from tests.fake_compiler import Place, make_place
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="nothing is built on Windows")
@@ -56,7 +58,7 @@ def test_a_compiler_that_is_named_is_never_replaced(
     value = value.format(bin=launcher.parent)
     monkeypatch.setenv("CXX", value)
     with pytest.raises(NativeUnavailableError, match=rf"CXX='{re.escape(value)}' cannot be used: .*{reason}.*unset it"):
-        _native._find_or_build()
+        native._find_or_build()
     assert not place.times_called()
 
 
@@ -65,7 +67,7 @@ def test_launchers_and_options_of_the_compiler_are_used(place: Place, monkeypatc
     launcher.write_text(f'#!/bin/sh\necho launched "$@" >> {place.calls}\nexec "$@"\n')
     compiler = place.compiler("my g++")  # a path with a space
     monkeypatch.setenv("CXX", f"{launcher} '{compiler}' -m64")
-    _native._find_or_build()
+    native._find_or_build()
     launched = [line for line in place.calls.read_text().splitlines() if line.startswith("launched")]
     assert {line.split(" -m64 ")[0] for line in launched} == {f"launched {compiler}"}
     assert [sum(step in line for line in launched) for step in (" -c ", " -shared ")] == [1, 1]
@@ -91,10 +93,10 @@ def test_clang_needs_the_openmp_runtime_of_llvm(place: Place, version: str, monk
     for name in ("c++", "clang++"):
         place.compiler(name, version=version)
     with pytest.raises(NativeUnavailableError, match=r"needs the OpenMP runtime of LLVM.*install g\+\+ \(apt"):
-        _native._find_or_build()
+        native._find_or_build()
     monkeypatch.setenv("CXX", "clang++")
     with pytest.raises(NativeUnavailableError, match=r"CXX='clang\+\+' cannot be used: .*OpenMP runtime of LLVM"):
-        _native._find_or_build()
+        native._find_or_build()
     assert not place.times_called()
     assert not place.failures()
 
@@ -134,7 +136,7 @@ def test_what_does_not_load_is_never_kept(
     with pytest.raises(
         NativeUnavailableError, match=rf"the library that .*g\+\+ built does not load: .*{reason}"
     ) as error:
-        _native._find_or_build()
+        native._find_or_build()
     assert "/proc/" not in str(error.value)
     assert not place.libraries()
     assert bool(place.failures()) == remembered
@@ -171,7 +173,7 @@ def test_a_program_that_embeds_python_loads_what_it_built(
     monkeypatch.setattr(_library, "check_loads", try_loading)
     monkeypatch.setattr(_library, "TRIAL_SECONDS", 1.0)
     monkeypatch.setattr(sys, "executable", "" if program == "none" else str(path))
-    _native._find_or_build()
+    native._find_or_build()
     assert len(place.libraries()) == 1
 
 
@@ -218,13 +220,13 @@ def test_a_relative_cache_home_is_ignored(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("HOME", str(tmp_path))
     for value in ("relative", "./relative", "~/relative", ""):
         monkeypatch.setenv("XDG_CACHE_HOME", value)
-        assert _native_cache.cache_directory() == tmp_path / ".cache" / "mcl_kernels"
+        assert native_cache.cache_directory() == tmp_path / ".cache" / "mcl_kernels"
 
 
 def test_without_a_home_auto_says_so_once() -> None:
     code = (
         "import pwd\ndef nobody(uid): raise KeyError(uid)\npwd.getpwuid = nobody\n"
-        "from mcl_kernels import KMeans, _native, capabilities; _native.PACKAGE = _native.PACKAGE / 'nothing'\n"
+        "from mcl_kernels import KMeans, _native, capabilities; native.PACKAGE = native.PACKAGE / 'nothing'\n"
         f"{USE}\n{USE}\nKMeans(2).fit(torch.eye(4))\nprint(capabilities()['native'])\n"
         "mcl_kernels.masked_logsumexp(torch.eye(4), impl='native')"
     )
@@ -238,14 +240,14 @@ def test_without_a_home_auto_says_so_once() -> None:
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    code = f"from mcl_kernels import _native; _native.PACKAGE = _native.PACKAGE / 'nothing'\n{USE}"
+    code = f"from mcl_kernels import _native; native.PACKAGE = native.PACKAGE / 'nothing'\n{USE}"
     result = run_python(code, XDG_CACHE_HOME=str(tmp_path / "file"))
     assert result.returncode == 0
     assert f"{tmp_path}/file/mcl_kernels: Not a directory; set XDG_CACHE_HOME" in result.stderr
 
 
 def test_without_a_compiler_auto_says_so_once(tmp_path: Path) -> None:
-    code = f"from mcl_kernels import _native; _native.PACKAGE = _native.PACKAGE / 'nothing'\n{USE}\n{USE}"
+    code = f"from mcl_kernels import _native; native.PACKAGE = native.PACKAGE / 'nothing'\n{USE}\n{USE}"
     nowhere = {"PATH": str(tmp_path), "CXX": "", "XDG_CACHE_HOME": str(tmp_path)}
     result = run_python(code, **nowhere)
     assert result.returncode == 0, result.stderr
@@ -258,29 +260,29 @@ def test_without_a_compiler_auto_says_so_once(tmp_path: Path) -> None:
 
 def test_capabilities_are_those_of_a_loss(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """`describe` tries what a loss would do."""
-    _native._loaded.cache_clear()
+    native._loaded.cache_clear()
     try:
         place.compiler(command="echo 'x.cpp:1:1: error: no' >&2; exit 1")
-        available, reason = _native.describe()
+        available, reason = native.describe()
         assert not available
         assert "x.cpp:1:1: error: no" in reason
         with pytest.raises(NativeUnavailableError, match=r"x\.cpp:1:1: error: no"):
-            _native.load()
+            native.load()
     finally:
-        _native._loaded.cache_clear()
+        native._loaded.cache_clear()
 
 
 def test_the_instruction_set_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    if not _native.describe()[0]:
-        pytest.skip(_native.describe()[1])
+    if not native.describe()[0]:
+        pytest.skip(native.describe()[1])
     monkeypatch.setenv("MCL_KERNELS_CPU", "portable")
-    assert _native.describe() == (True, "C++ kernels by tiles in sorted order (csrc/cpu), instruction set portable")
+    assert native.describe() == (True, "C++ kernels by tiles in sorted order (csrc/cpu), instruction set portable")
     monkeypatch.setenv("MCL_KERNELS_CPU", "mmx")
-    available, reason = _native.describe()
+    available, reason = native.describe()
     assert not available
     assert reason.startswith("MCL_KERNELS_CPU must be amx, avx512, avx2 or portable")
     monkeypatch.delenv("MCL_KERNELS_CPU")
-    assert torch.ops.mcl_kernels_native.instruction_set() in _native.describe()[1]
+    assert torch.ops.mcl_kernels_native.instruction_set() in native.describe()[1]
 
 
 @pytest.mark.slow

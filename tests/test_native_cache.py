@@ -17,9 +17,11 @@ from pathlib import Path
 
 import pytest
 
-from mcl_kernels import _library, _native, _native_cache
-from mcl_kernels._native_build import Compiler, NativeUnavailableError, find_compiler
-from mcl_kernels._native_cache import opened
+from mcl_kernels.backends import library as _library
+from mcl_kernels.backends import native
+from mcl_kernels.backends import native_cache as _native_cache
+from mcl_kernels.backends.native_build import Compiler, NativeUnavailableError, find_compiler
+from mcl_kernels.backends.native_cache import opened
 from tests.fake_compiler import STRANGER, Place, give_away, make_place
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="nothing is built on Windows")
@@ -52,19 +54,19 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 def test_a_damaged_library_is_removed_and_built_again(place: Place, damage: Callable[[bytes], bytes]) -> None:
-    _native._find_or_build()
+    native._find_or_build()
     (library,) = place.libraries()
     content = library.read_bytes().ljust(200_000, b"\0")  # trailing zeros change nothing for the loader
     library.unlink()
     place.library.write_bytes(content)
-    _native._find_or_build()
+    native._find_or_build()
     (library,) = place.libraries()
     damaged = damage(content)
     assert damaged != content
     library.unlink()  # and not written over: this process has loaded it
     library.write_bytes(damaged)
     before = place.times_called()
-    _native._find_or_build()
+    native._find_or_build()
     (library,) = place.libraries()
     assert library.read_bytes() == content
     assert place.times_called() > before
@@ -78,11 +80,11 @@ def test_a_damaged_library_in_the_package_is_left_for_the_cache(place: Place, da
     installed = place.root / "package" / "lib"
     installed.mkdir(parents=True)
     kept = _library.keep(built, installed, place.stem())
-    _native._find_or_build()
+    native._find_or_build()
     assert place.times_called() == 0
     kept.unlink()
     kept.write_bytes(damage(content))
-    _native._find_or_build()
+    native._find_or_build()
     assert len(place.libraries()) == 1
     assert kept.read_bytes() == damage(content)
 
@@ -101,14 +103,14 @@ def test_an_installed_library_that_was_changed_serves_where_nothing_can_be_built
     monkeypatch.setenv("CXX", "nothing-of-this-name")
     if damaged:
         with pytest.raises(NativeUnavailableError, match=r"CXX.*; .* was changed after it was built"):
-            _native._find_or_build()
+            native._find_or_build()
     else:
-        _native._find_or_build()
+        native._find_or_build()
     assert not place.libraries()
 
 
 def test_a_library_that_cannot_be_read_for_a_while_is_kept(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    _native._find_or_build()
+    native._find_or_build()
     (library,) = place.libraries()
 
     def fails(path: Path) -> str:
@@ -122,12 +124,12 @@ def test_a_library_that_cannot_be_read_for_a_while_is_kept(place: Place, monkeyp
 
 def test_a_process_survives_a_truncated_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The library itself is loaded, for a loss: a signal of the loader is not caught in the process that it ends."""
-    if not _native.describe()[0]:
-        pytest.skip(_native.describe()[1])
+    if not native.describe()[0]:
+        pytest.skip(native.describe()[1])
     place = Place(tmp_path)
     with opened(_native_cache.cache_directory()) as cache:
         kept = [
-            *_library.find_libraries(_native.PACKAGE / "lib", stem := _native.library_stem(_native.source_directory()))
+            *_library.find_libraries(native.PACKAGE / "lib", stem := native.library_stem(native.source_directory()))
         ]
         kept += cache.libraries(stem)
         shutil.copy(kept[0], place.library)
@@ -148,22 +150,22 @@ def test_a_library_of_another_system_is_kept_and_built_anew_once(place: Place) -
     foreign = place.root / "foreign.so"
     foreign.write_bytes(b"\x7fELF of another machine")
     kept = _library.keep(foreign, place.cache, place.stem())
-    _native._find_or_build()
+    native._find_or_build()
     calls = place.times_called()
     assert calls == 2
     assert kept in place.libraries()
     assert len(place.libraries()) == 2
-    _native._find_or_build()
+    native._find_or_build()
     assert place.times_called() == calls
 
 
 def test_a_new_library_that_does_not_load_is_remembered(place: Place) -> None:
     place.library.write_bytes(b"\x7fELF no more")
     with pytest.raises(NativeUnavailableError, match="does not load in this process"):
-        _native._find_or_build()
+        native._find_or_build()
     calls = place.times_called()
     with pytest.raises(NativeUnavailableError, match=r"does not load.*\(delete .*\.failed to try again\)"):
-        _native._find_or_build()
+        native._find_or_build()
     assert place.times_called() == calls
 
 
@@ -174,7 +176,7 @@ def test_a_new_library_that_does_not_load_is_remembered(place: Place) -> None:
 def test_modes_do_not_depend_on_the_umask(place: Place, mask: int) -> None:
     before = os.umask(mask)
     try:
-        _native._find_or_build()
+        native._find_or_build()
         with opened(place.cache) as cache:
             cache.remember_failure("x", Compiler(["c"], "1"), "reason")
             assert cache.remembered_failure("x", Compiler(["c"], "1"))
@@ -184,15 +186,15 @@ def test_modes_do_not_depend_on_the_umask(place: Place, mask: int) -> None:
     for path in place.cache.iterdir():
         assert not path.stat().st_mode & 0o022, path
     calls = place.times_called()
-    _native._find_or_build()
+    native._find_or_build()
     assert place.times_called() == calls
 
 
 def test_a_directory_of_another_user_is_refused(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    _native._find_or_build()
+    native._find_or_build()
     give_away(place.cache, monkeypatch)
     with pytest.raises(NativeUnavailableError) as error:
-        _native._find_or_build()
+        native._find_or_build()
     for part in (str(place.cache), "it belongs to user", "set XDG_CACHE_HOME"):
         assert part in str(error.value)
 
@@ -202,7 +204,7 @@ def test_ones_own_directory_is_closed_to_others(place: Place, mode: int) -> None
     """Earlier versions made it with the modes of the umask."""
     place.cache.mkdir(parents=True)
     place.cache.chmod(mode)
-    _native._find_or_build()
+    native._find_or_build()
     assert stat.S_IMODE(place.cache.stat().st_mode) == mode & ~0o022
 
 
@@ -216,7 +218,7 @@ def test_a_directory_that_stays_open_to_others_is_refused(place: Place, monkeypa
 
     monkeypatch.setattr(os, "fchmod", refuse)
     with pytest.raises(NativeUnavailableError, match=rf"its mode is 777; chmod go-w {place.cache}, or set XDG"):
-        _native._find_or_build()
+        native._find_or_build()
     assert place.times_called() == 0
 
 
@@ -224,21 +226,21 @@ def test_a_directory_of_root_is_trusted_while_only_root_writes(place: Place, mon
     """An administrator may build for everybody."""
     if os.geteuid():
         pytest.skip("only root makes a directory of root")
-    _native._find_or_build()
+    native._find_or_build()
     calls = place.times_called()
     monkeypatch.setattr(os, "geteuid", lambda: STRANGER)
-    _native._find_or_build()
+    native._find_or_build()
     assert place.times_called() == calls
     place.cache.chmod(0o775)
     with pytest.raises(NativeUnavailableError, match="its mode is 775; chmod go-w"):
-        _native._find_or_build()
+        native._find_or_build()
 
 
 @pytest.mark.parametrize("kind", ["of another user", "writable for the group", "a link"])
 def test_a_library_that_others_may_have_written_is_built_again(
     place: Place, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _native._find_or_build()
+    native._find_or_build()
     (library,) = place.libraries()
     if kind == "a link":
         elsewhere = place.root / "elsewhere.so"
@@ -251,7 +253,7 @@ def test_a_library_that_others_may_have_written_is_built_again(
     else:
         library.chmod(0o775)
     calls = place.times_called()
-    _native._find_or_build()
+    native._find_or_build()
     assert place.times_called() > calls
     (library,) = place.libraries()
     assert not library.is_symlink()
@@ -262,7 +264,7 @@ def test_a_library_that_others_may_have_written_is_built_again(
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="a descriptor has no path here")
 def test_a_directory_that_is_replaced_after_the_check_is_not_used(place: Place) -> None:
     """A user who may write to the directory above it can rename it, and put another one there."""
-    _native._find_or_build()
+    native._find_or_build()
     (library,) = place.libraries()
     with opened(place.cache) as cache:
         place.cache.rename(place.root / "renamed")
@@ -281,11 +283,11 @@ def test_a_lock_that_is_a_link_is_refused(place: Place) -> None:
     place.cache.mkdir(parents=True)
     (place.cache / "build.lock").symlink_to(victim)
     with pytest.raises(NativeUnavailableError, match=rf"{place.cache}/build.lock is a symbolic link; delete it"):
-        _native._find_or_build()
+        native._find_or_build()
     assert victim.read_text() == "content"
     (place.cache / "build.lock").unlink()
     (place.cache / "build.lock").write_text("kept")
-    _native._find_or_build()
+    native._find_or_build()
     assert (place.cache / "build.lock").read_text() == "kept"
 
 
@@ -299,7 +301,7 @@ def test_a_file_system_without_locks(place: Place, number: int, monkeypatch: pyt
 
     monkeypatch.setattr("fcntl.flock", refuse)
     (place.cache / ".build-of-another").mkdir(parents=True)
-    _native._find_or_build()
+    native._find_or_build()
     assert len(place.libraries()) == 1
     assert (place.cache / ".build-of-another").exists()  # it may be alive
 
@@ -313,7 +315,7 @@ def test_waiting_for_another_build_is_said_once_and_before(place: Place, monkeyp
         waits.set()
 
     monkeypatch.setattr(_native_cache, "say", note)
-    other = threading.Thread(target=_native._find_or_build)
+    other = threading.Thread(target=native._find_or_build)
     with opened(place.cache) as cache, cache.only_builder():
         other.start()
         assert waits.wait(20)
@@ -335,14 +337,14 @@ def test_who_waited_for_a_build_that_failed_does_not_build_again(place: Place, m
 
     monkeypatch.setattr(_native_cache.Cache, "only_builder", after_another)
     with pytest.raises(NativeUnavailableError, match="of another process"):
-        _native._find_or_build()
+        native._find_or_build()
     assert place.times_called() == 0
 
 
 def test_a_build_goes_on_where_nothing_can_be_printed(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     with open("/dev/full", "w", buffering=1) as full:
         monkeypatch.setattr(sys, "stderr", full)
-        _native._find_or_build()
+        native._find_or_build()
         monkeypatch.undo()
         with contextlib.suppress(OSError):
             full.close()
@@ -369,7 +371,7 @@ def test_what_a_killed_build_left_is_removed_by_the_next(place: Place) -> None:
     slow = place.compiler(command=f"touch {started}; sleep 60")
     code = (
         "import sys; from pathlib import Path; from mcl_kernels import _native\n"
-        "_native.source_directory = lambda: Path(sys.argv[1]); _native._find_or_build()"
+        "_native.source_directory = lambda: Path(sys.argv[1]); native._find_or_build()"
     )
     environment = {**os.environ, "CXX": str(slow)}
     process = subprocess.Popen([sys.executable, "-c", code, str(place.sources)], env=environment)
@@ -383,5 +385,5 @@ def test_what_a_killed_build_left_is_removed_by_the_next(place: Place) -> None:
     with opened(place.cache) as cache, cache.only_builder():
         assert left.exists()  # where locks are those of one machine, another may be building
     os.utime(left, (0, place.cache.stat().st_mtime - 2 * _native_cache.ABANDONED_AFTER))
-    _native._find_or_build()
+    native._find_or_build()
     assert sorted(path.suffix for path in place.cache.iterdir()) == [".lock", ".so"]

@@ -15,13 +15,14 @@ from pathlib import Path
 
 import pytest
 
-from mcl_kernels import _library, _native, _native_cache
-from mcl_kernels._native_build import Compiler, NativeUnavailableError, RefusedError
-from mcl_kernels._native_cache import opened
+from mcl_kernels.backends import library, native
+from mcl_kernels.backends import native_cache as _native_cache
+from mcl_kernels.backends.native_build import Compiler, NativeUnavailableError, RefusedError
+from mcl_kernels.backends.native_cache import opened
 from tests.fake_compiler import Place, give_away, make_place
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="nothing is built on Windows")
-try_loading = _library.check_loads
+try_loading = library.check_loads
 
 
 @pytest.fixture
@@ -61,14 +62,14 @@ def test_what_is_said_of_the_sources_is_remembered(place: Place, line: str) -> N
     )
     told = re.escape(line.replace("`", ""))
     with pytest.raises(RefusedError, match=told):
-        _native._find_or_build()
+        native._find_or_build()
     with pytest.raises(NativeUnavailableError, match=rf"{told} \(delete .*\.failed to try again\)"):
-        _native._find_or_build()
+        native._find_or_build()
     assert place.times_called() == 1
     assert [path.suffix for path in place.cache.iterdir() if path not in place.failures()] == [".lock"]
 
     place.compiler(version="g++ (fake) 2.0")  # a newer compiler at the same path
-    _native._find_or_build()
+    native._find_or_build()
     assert len(place.libraries()) == 1
     assert str(compiler) in place.calls.read_text()
 
@@ -78,17 +79,17 @@ def test_what_passes_is_not_remembered(place: Place, line: str) -> None:
     place.compiler(command=f'echo "{line}" >&2; exit 1')
     for calls in (1, 2):
         with pytest.raises(NativeUnavailableError, match=re.escape(line) or "exit code 1"):
-            _native._find_or_build()
+            native._find_or_build()
         assert place.times_called() == calls
     assert not place.failures()
     place.compiler()
-    _native._find_or_build()
+    native._find_or_build()
 
 
 def test_a_killed_compiler_is_not_remembered(place: Place) -> None:
     place.compiler(command="echo 'operators.cpp:3:7: error: half a sentence' >&2; kill -9 $$")
     with pytest.raises(NativeUnavailableError):
-        _native._find_or_build()
+        native._find_or_build()
     assert not place.failures()
 
 
@@ -98,7 +99,7 @@ def test_a_compiler_without_memory_is_not_remembered(place: Place, monkeypatch: 
     compiler = place.compiler(command='ulimit -v 40000; exec g++ "$@"')
     monkeypatch.setenv("CXX", str(compiler))
     with pytest.raises(NativeUnavailableError):
-        _native._find_or_build()
+        native._find_or_build()
     assert not place.failures()
 
 
@@ -113,7 +114,7 @@ def test_the_first_failure_ends_the_other_compilers(place: Place) -> None:
         pytest.skip("needs two compilers at a time")
     started = time.monotonic()
     with pytest.raises(RefusedError, match=r"x\.cpp:1:1: error: no"):
-        _native._find_or_build()
+        native._find_or_build()
     assert time.monotonic() - started < 60  # and not the 100 s of the other
     with pytest.raises(ProcessLookupError):
         os.kill(int(number.read_text()), 0)
@@ -144,12 +145,12 @@ def test_an_error_of_the_system_is_said_and_passes(
         for each in (function, *(["os.replace"] if name == "rename" else [])):
             patched.setattr(each, fail)
         with pytest.raises(NativeUnavailableError, match=os.strerror(number)) as error:
-            _native._find_or_build()
+            native._find_or_build()
     assert str(place.root / "cache") in str(error.value)
     assert "/proc/" not in str(error.value)
     assert "set XDG_CACHE_HOME" in str(error.value)
     assert not place.failures()
-    _native._find_or_build()
+    native._find_or_build()
     assert len(place.libraries()) == 1
 
 
@@ -174,18 +175,18 @@ def test_a_disk_that_is_full_for_a_while_is_not_remembered(
     monkeypatch.setenv("CXX", "g++")
     with small_disk(place.cache, "size=64k"):
         with pytest.raises(NativeUnavailableError, match="No space left on device"):
-            _native._find_or_build()
+            native._find_or_build()
         assert not place.failures()
         subprocess.run(["mount", "-o", "remount,size=20m", str(place.cache)], check=True)
-        _native._find_or_build()
+        native._find_or_build()
 
 
 def test_a_directory_from_which_nothing_is_loaded(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_library, "check_loads", try_loading)
+    monkeypatch.setattr(library, "check_loads", try_loading)
     told = r"does not load: failed to map segment.*; set XDG_CACHE_HOME to a directory that is not mounted noexec"
     with small_disk(place.cache, "size=20m,noexec"):
         with pytest.raises(RefusedError, match=told):
-            _native._find_or_build()
+            native._find_or_build()
         assert not place.libraries()
 
 
@@ -215,7 +216,7 @@ DEEP = "[" * 100_000
 def test_a_damaged_remembered_failure_is_none(place: Place, content: str) -> None:
     place.cache.mkdir(parents=True)
     (place.cache / f"{place.stem()}.failed").write_text(content, encoding="latin-1")
-    _native._find_or_build()
+    native._find_or_build()
     assert len(place.libraries()) == 1
 
 
@@ -232,11 +233,11 @@ def test_a_remembered_failure_is_a_file_of_this_user(place: Place, kind: str, mo
     elif os.geteuid():
         pytest.skip("only root gives a file away")
     else:
-        compiler = _native.find_compiler()
+        compiler = native.find_compiler()
         content = {"compiler": list(compiler), "time": time.time(), "reason": "planted"}
         path.write_text(json.dumps(content))
         give_away(path, monkeypatch)
-    _native._find_or_build()
+    native._find_or_build()
     assert len(place.libraries()) == 1
 
 

@@ -24,7 +24,7 @@ from mcl_kernels import (
     positive_ranks,
 )
 from mcl_kernels.logsumexp import ops
-from mcl_kernels.logsumexp.plan import Plan
+from mcl_kernels.logsumexp.pairs import Plan
 from tests.cases import OBJECTIVES, make_case
 from tests.conftest import CPU_IMPLS
 

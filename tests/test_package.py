@@ -18,7 +18,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from mcl_kernels import _native
+from mcl_kernels.backends import native
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = """
@@ -174,8 +174,8 @@ def test_the_wheel_in_a_fresh_environment(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_built_at_install_where_torch_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without build isolation the library is in the package, and nothing is built on first use."""
-    if not _native.describe()[0]:
-        pytest.skip(_native.describe()[1])
+    if not native.describe()[0]:
+        pytest.skip(native.describe()[1])
     copy_of_checkout(tmp_path / "checkout")
     # What an earlier build of other sources left behind would make the library that of nobody's sources.
     built = f"lib.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"

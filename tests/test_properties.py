@@ -11,7 +11,8 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
-from mcl_kernels import KMeans, compose_labels, count_negatives, masked_logsumexp, nt_xent, pseudo_labels
+from mcl_kernels import KMeans, compose_labels, count_negatives, masked_logsumexp, nt_xent
+from mcl_kernels.stages import pseudo_labels
 from tests.conftest import CPU_IMPLS
 
 settings.register_profile("mcl_kernels", deadline=None, max_examples=40, derandomize=True)

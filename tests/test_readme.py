@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from mcl_kernels.cli import main
+from mcl_kernels.cli.main import main
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

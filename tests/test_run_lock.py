@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from mcl_kernels import MultistageRunner
-from mcl_kernels.run_lock import only_process
+from mcl_kernels.stages.run_lock import only_process
 from tests.stage_runs import N, embeddings, run
 
 IN_USE = r"directory .* is in use by process \d+ on .*: give each run .*group=torch.distributed.group.WORLD"
@@ -163,7 +163,7 @@ def test_a_copy_of_the_directory_releases_nothing(tmp_path: Path) -> None:
 def test_a_forked_process_that_outlives_its_parent_keeps_nobody_out(tmp_path: Path) -> None:
     """As workers of a loader do for some seconds."""
     code = (
-        "import os, sys, time; from pathlib import Path; from mcl_kernels.run_lock import only_process\n"
+        "import os, sys, time; from pathlib import Path; from mcl_kernels.stages.run_lock import only_process\n"
         "with only_process(Path(sys.argv[1])):\n"
         "    if os.fork() == 0: print('worker', flush=True); time.sleep(60)\n"
         "    time.sleep(60)\n"

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from mcl_kernels import KMeans, assign_clusters
-from mcl_kernels.kmeans import sources
-from mcl_kernels.kmeans.sources import FileRows, open_rows
+from mcl_kernels.kmeans import rows as sources
+from mcl_kernels.kmeans.rows import FileRows, open_rows
 
 N, D, K = 9000, 24, 7
 

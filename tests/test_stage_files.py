@@ -19,7 +19,8 @@ import numpy as np
 import pytest
 import torch
 
-from mcl_kernels import MultistageRunner, stage_files
+from mcl_kernels import MultistageRunner
+from mcl_kernels.stages import files as stage_files
 from tests.file_faults import run_with_faults
 from tests.stage_runs import N, embeddings, run
 

@@ -344,8 +344,8 @@ PEAK = """
 import resource, sys
 from pathlib import Path
 import torch
-from mcl_kernels.pseudo_labels import compose_pairs
-from mcl_kernels.stage_files import mapped_labels, write_stage
+from mcl_kernels.stages.pseudo_labels import compose_pairs
+from mcl_kernels.stages.files import mapped_labels, write_stage
 
 def peak():
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

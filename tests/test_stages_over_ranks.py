@@ -16,8 +16,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from mcl_kernels import MultistageRunner, stage_files, stages
-from tests.ranks import RankPool
+from mcl_kernels import MultistageRunner
+from mcl_kernels.stages import files as stage_files
+from mcl_kernels.stages import runner as stages
+from tests.process_pool import RankPool
 
 ROOT = Path(__file__).parents[1]
 N, D = 91, 6
@@ -240,7 +242,8 @@ from datetime import timedelta
 from pathlib import Path
 import torch
 import torch.distributed as dist
-from mcl_kernels import MultistageRunner, stages
+from mcl_kernels import MultistageRunner
+from mcl_kernels.stages import runner as stages
 directory, rank, when = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=2, timeout=timedelta(20))
 if rank == 1:

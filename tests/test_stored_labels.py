@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from mcl_kernels import ClusterBatchSampler, MultistageRunner, compose_labels, count_negatives, nt_xent
-from mcl_kernels.stored_labels import StoredLabels, map_labels
+from mcl_kernels.stages.stored_labels import StoredLabels, map_labels
 
 PLAIN = torch.tensor([3, 0, 3, -1, 2, 0, 1, 3])
 X = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))

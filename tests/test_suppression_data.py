@@ -22,7 +22,7 @@ from PIL import Image
 
 from benchmarks.suppression.data import DATASETS, Dataset, emoji, open_dataset, sources, trifeature
 from benchmarks.suppression.data.dataset import stratified
-from mcl_kernels.demo import random_affine
+from mcl_kernels.cli.demo import random_affine
 
 TRAINED, HELD_OUT = 60, 30
 

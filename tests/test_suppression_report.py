@@ -28,7 +28,7 @@ from benchmarks.suppression.report import (
     write_report,
 )
 from benchmarks.suppression.settings import Settings
-from mcl_kernels.report import WRONG
+from mcl_kernels.cli.report import WRONG
 
 DIGITS = (0.90, 0.93, 0.96)  # of three seeds
 TRIFEATURE = {"shape": 0.9, "texture": 0.7, "color": 1.0}

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from mcl_kernels import KMeans, MultistageRunner
-from mcl_kernels.kmeans import sources
+from mcl_kernels.kmeans import rows as sources
 from tests.stage_runs import N, run
 
 ROOT = Path(__file__).parents[1]
@@ -73,7 +73,7 @@ sys.platform = "win32"
 RUN = """
 import mcl_kernels
 from mcl_kernels import KMeans, MultistageRunner, nt_xent
-from mcl_kernels.cli import main
+from mcl_kernels.cli.main import main
 
 x = torch.randn(60, 8, generator=torch.Generator().manual_seed(0))
 for n_stages in (1, 3):  # and goes on with it

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mcl_kernels import masked_logsumexp
 from mcl_kernels.logsumexp import device_plan, triton
-from mcl_kernels.logsumexp.plan import Pairs, kept_pairs, make_plan
+from mcl_kernels.logsumexp.pairs import Pairs, kept_pairs, make_plan
 from tests.accuracy import assert_accurate
 from tests.cases import Case, make_case
 from tests.test_logsumexp import as_float64, run
@@ -38,7 +38,9 @@ class Launches:
 
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
-    from mcl_kernels.logsumexp import triton_backward, triton_forward, triton_tiles
+    from mcl_kernels.logsumexp.triton import backward as triton_backward
+    from mcl_kernels.logsumexp.triton import forward as triton_forward
+    from mcl_kernels.logsumexp.triton import tiles as triton_tiles
 
     launches = Launches()
     monkeypatch.setattr(triton_forward, "forward_kernel", launches)

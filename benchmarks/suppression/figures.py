@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.suppression.report import Cell, Group, Groups, cell
 from benchmarks.suppression.settings import kind_of
 from mcl_kernels._durable import replaced_file
-from mcl_kernels.report import CORRECT, REFERENCE, WRONG, new_figure
+from mcl_kernels.cli.report import CORRECT, REFERENCE, WRONG, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

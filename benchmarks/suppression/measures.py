@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks.suppression.data.dataset import Dataset
 from mcl_kernels import positive_ranks
-from mcl_kernels.demo import nearest
+from mcl_kernels.cli.demo import nearest
 
 N_ANCHORS = 5
 Numbers = dict[str, float]

@@ -272,7 +272,7 @@ def write_report(groups: Groups, path: Path) -> Path:
     from jinja2 import Environment
 
     from benchmarks.suppression import figures
-    from mcl_kernels.report import data_uri
+    from mcl_kernels.cli.report import data_uri
 
     template = Path(__file__).with_name("report.html.jinja").read_text(encoding="utf-8")
     sections = [_section(data, of) for data, of in groups.items()]
@@ -297,7 +297,7 @@ def write_report(groups: Groups, path: Path) -> Path:
 def _section(data: str, of: dict[str, Group]) -> dict[str, Any]:
     """What the page says of one data set; None for a figure that its runs do not have."""
     from benchmarks.suppression import figures
-    from mcl_kernels.report import data_uri
+    from mcl_kernels.cli.report import data_uri
 
     plain = [group for name, group in of.items() if " " not in name]
     several = [group for group in plain if len(group.runs[0]["encoders"]) > 1]

@@ -1,5 +1,5 @@
 // The operators of namespace mcl_kernels_native: tensors in, tensors out. Called by mcl_kernels/logsumexp/native.py and
-// mcl_kernels/_rows.py, which check the arguments.
+// mcl_kernels/normalize.py, which check the arguments.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>

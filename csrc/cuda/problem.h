@@ -67,7 +67,7 @@ struct BackwardProblem {
   T* grad_scale;                        // [n], original: sum_j W_ij <x_i, y_j>
 };
 
-enum class Negatives { same, different, all };  // as numbered by NEGATIVES in mcl_kernels/logsumexp/plan.py
+enum class Negatives { same, different, all };  // as numbered by NEGATIVES in mcl_kernels/logsumexp/pairs.py
 
 // Queries or keys before they are sorted, and what is wanted of them.
 struct PlanSide {

@@ -1,3 +1,3 @@
-from mcl_kernels.distributed.plan import ExchangePlan, plan_exchange
+from mcl_kernels.distributed.cost_model import ExchangePlan, plan_exchange
 
 __all__ = ["ExchangePlan", "plan_exchange"]

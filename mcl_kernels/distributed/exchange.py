@@ -16,10 +16,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mcl_kernels._rows import compute_dtype
+from mcl_kernels.distributed.cost_model import block_of, bucket_count, buckets_of, plan_exchange
 from mcl_kernels.distributed.group import Ranks, all_gather, reduce_scatter
-from mcl_kernels.distributed.plan import block_of, bucket_count, buckets_of, plan_exchange
-from mcl_kernels.logsumexp.plan import Pairs
+from mcl_kernels.logsumexp.pairs import Pairs
+from mcl_kernels.normalize import compute_dtype
 
 T = TypeVar("T")
 

@@ -15,9 +15,9 @@ from lightly import loss as host
 from lightly.utils import dist
 from torch import Tensor
 
-from mcl_kernels._rows import shrunk_rows
 from mcl_kernels._validate import as_integers, check_same_shape
 from mcl_kernels.losses import masked_info_nce, nt_xent
+from mcl_kernels.normalize import shrunk_rows
 from mcl_kernels.objectives import Objective, decoupled, info_nce
 
 

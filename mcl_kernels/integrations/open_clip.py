@@ -10,9 +10,9 @@ import open_clip.loss as host
 import torch
 from torch import Tensor
 
-from mcl_kernels._rows import compute_dtype
 from mcl_kernels._validate import as_integers
 from mcl_kernels.losses import clip_loss, masked_info_nce
+from mcl_kernels.normalize import compute_dtype
 
 
 class ClipLoss(host.ClipLoss):  # type: ignore[misc]

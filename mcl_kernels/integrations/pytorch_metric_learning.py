@@ -14,9 +14,9 @@ from pytorch_metric_learning import losses as host
 from pytorch_metric_learning.utils import loss_and_miner_utils
 from torch import Tensor
 
-from mcl_kernels._rows import compute_dtype, normalize_rows, row_dot
 from mcl_kernels._validate import INTEGER_DTYPES, as_integers, check_embeddings, check_same_width
 from mcl_kernels.logsumexp import masked_logsumexp
+from mcl_kernels.normalize import compute_dtype, normalize_rows, row_dot
 from mcl_kernels.objectives import info_nce
 
 

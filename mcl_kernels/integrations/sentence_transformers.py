@@ -13,9 +13,9 @@ from sentence_transformers import util
 from sentence_transformers.sentence_transformer import losses as host
 from torch import Tensor
 
-from mcl_kernels._rows import compute_dtype, normalize_rows, row_dot
 from mcl_kernels._validate import as_integers, check_same_shape
 from mcl_kernels.logsumexp import masked_logsumexp
+from mcl_kernels.normalize import compute_dtype, normalize_rows, row_dot
 from mcl_kernels.objectives import info_nce
 
 

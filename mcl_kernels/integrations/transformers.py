@@ -12,9 +12,9 @@ from torch import Tensor
 from transformers.models.clip import modeling_clip as host
 from transformers.utils import can_return_tuple
 
-from mcl_kernels._rows import normalize_rows
 from mcl_kernels._validate import as_integers
 from mcl_kernels.losses import clip_loss
+from mcl_kernels.normalize import normalize_rows
 
 
 class CLIPModel(host.CLIPModel):  # type: ignore[misc]

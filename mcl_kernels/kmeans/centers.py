@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mcl_kernels._rows import normalize_rows
+from mcl_kernels.normalize import normalize_rows
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 

@@ -18,9 +18,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mcl_kernels import _cuda
+from mcl_kernels.backends import cuda
 from mcl_kernels.kmeans.centers import Centers, settle
-from mcl_kernels.kmeans.gpu_pass import (
+from mcl_kernels.kmeans.gpu_common import (
     MOST_NUMBERS,
     MOST_SUMMED,
     cut_into_pieces,
@@ -77,7 +77,7 @@ def _assign(
     labels, distances = torch.empty(n, dtype=torch.int64, device=x.device), points.new_empty(n)
     undecided = torch.empty(n, dtype=torch.bool, device=x.device)
     inverse_norms = points.new_empty(n) if centers.cosine else None
-    _cuda.ops(x.device).assign(
+    cuda.ops(x.device).assign(
         x, centers.offset, inverse_norms, *rounding, points.contiguous(), factors.high, factors.low,
         factors.half_norms, limits, labels, distances, undecided, sums, counts,
     )  # fmt: skip
@@ -95,7 +95,7 @@ def _sum_by_label(
     x: Tensor, centers: Centers, rounding: _Rounding, labels: Tensor, inverse_norms: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Sums and counts of many centres."""
-    ops, k = _cuda.ops(x.device), len(centers.points)
+    ops, k = cuda.ops(x.device), len(centers.points)
     pieces = cut_into_pieces(labels, k)
     of_pieces = torch.empty(len(pieces.begin), x.shape[1], dtype=torch.float64, device=x.device)
     sums = torch.empty(k, x.shape[1], dtype=torch.float64, device=x.device)

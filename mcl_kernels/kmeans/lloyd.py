@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mcl_kernels._rows import compute_dtype
 from mcl_kernels.kmeans.centers import Centers, Summary, multiply, prepare, serial_sum, unit_rows
-from mcl_kernels.kmeans.sources import Rows
+from mcl_kernels.kmeans.rows import Rows
+from mcl_kernels.normalize import compute_dtype
 
 _log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mcl_kernels import _native
+from mcl_kernels.backends import native
 from mcl_kernels.kmeans.centers import Centers
 
 
@@ -43,5 +43,5 @@ def _described(centers: Centers) -> tuple[Tensor, Tensor, bool, Tensor]:
 
 
 def _ops() -> Any:
-    _native.load()
+    native.load()
     return torch.ops.mcl_kernels_native

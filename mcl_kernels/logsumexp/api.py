@@ -12,8 +12,6 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from mcl_kernels import _cuda, _native
-from mcl_kernels._rows import compute_dtype
 from mcl_kernels._validate import (
     as_integer_vector,
     as_integers,
@@ -23,8 +21,11 @@ from mcl_kernels._validate import (
     check_flag,
     check_same_width,
 )
+from mcl_kernels.backends import cuda as _cuda
+from mcl_kernels.backends import native as _native
 from mcl_kernels.logsumexp import ops, reference, triton
-from mcl_kernels.logsumexp.plan import NEGATIVES, Pairs, count_kept
+from mcl_kernels.logsumexp.pairs import NEGATIVES, Pairs, count_kept
+from mcl_kernels.normalize import compute_dtype
 
 IMPLS = ("auto", *ops.IMPLEMENTATIONS, "reference")
 

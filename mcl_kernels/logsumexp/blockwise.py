@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mcl_kernels.logsumexp.plan import Pairs, Plan, kept_pairs, make_plan
+from mcl_kernels.logsumexp.pairs import Pairs, Plan, kept_pairs, make_plan
 
 # Sizes of a tile: enough work to hide the cost of a PyTorch call, small enough to stay in a core's cache.
 ROWS, COLUMNS = 256, 1024

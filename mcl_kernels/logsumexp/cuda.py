@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mcl_kernels import _cuda
-from mcl_kernels.logsumexp import by_rows
-from mcl_kernels.logsumexp.by_rows import Rows, Side, Terms
+from mcl_kernels.backends import cuda
+from mcl_kernels.logsumexp import gpu_common as by_rows
+from mcl_kernels.logsumexp.gpu_common import Rows, Side, Terms
 
 
 def _pairs(ops: Any, rows: Rows, columns: Side, scale: Tensor, negatives: str) -> tuple[Any, ...]:
@@ -45,7 +45,7 @@ def _pairs(ops: Any, rows: Rows, columns: Side, scale: Tensor, negatives: str) -
 def _run_forward(
     rows: Rows, columns: Side, scale: Tensor, negatives: str, result: Tensor, threshold: Tensor | None
 ) -> None:
-    ops = _cuda.ops(result.device)
+    ops = cuda.ops(result.device)
     ops.forward(*_pairs(ops, rows, columns, scale, negatives), threshold, result)
 
 
@@ -58,7 +58,7 @@ def _run_backward(
     grad_x: Tensor | None,
     grad_scale: Tensor | None,
 ) -> None:
-    ops = _cuda.ops(rows.side.x.device)
+    ops = cuda.ops(rows.side.x.device)
     absent = None, None
     ops.backward(
         *_pairs(ops, rows, columns, scale, negatives), *(terms.row or absent), *(terms.column or absent),

@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mcl_kernels import _native
-from mcl_kernels.logsumexp.plan import Pairs, Plan
+from mcl_kernels.backends import native
+from mcl_kernels.logsumexp.pairs import Pairs, Plan
 
 
 def _ops() -> Any:
-    _native.load()
+    native.load()
     return torch.ops.mcl_kernels_native
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mcl_kernels.logsumexp.plan import Pairs, Plan
+from mcl_kernels.logsumexp.pairs import Pairs, Plan
 
 # Each module has `forward`, `backward` and `count_above`; it is imported when it is first called.
 IMPLEMENTATIONS = {

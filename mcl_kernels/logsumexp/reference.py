@@ -15,7 +15,7 @@ import math
 import torch
 from torch import Tensor
 
-from mcl_kernels.logsumexp.plan import Pairs, kept_pairs
+from mcl_kernels.logsumexp.pairs import Pairs, kept_pairs
 
 
 def masked_logsumexp(

@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mcl_kernels import per_anchor
-from mcl_kernels._rows import compute_dtype, joined_views, normalize_rows, unit_views
 from mcl_kernels._validate import (
     check_choice,
     check_embeddings,
@@ -17,11 +15,13 @@ from mcl_kernels._validate import (
     check_same_shape,
     check_same_width,
 )
-from mcl_kernels.distributed import over_ranks
+from mcl_kernels.distributed.cost_model import EXCHANGES
 from mcl_kernels.distributed.group import Ranks, ranks_of
-from mcl_kernels.distributed.plan import EXCHANGES
 from mcl_kernels.logsumexp.api import as_pairs, as_scale, resolve_impl
-from mcl_kernels.logsumexp.plan import Pairs
+from mcl_kernels.logsumexp.pairs import Pairs
+from mcl_kernels.losses import per_anchor
+from mcl_kernels.losses import sharded as over_ranks
+from mcl_kernels.normalize import compute_dtype, joined_views, normalize_rows, unit_views
 from mcl_kernels.objectives import Objective, info_nce
 
 if TYPE_CHECKING:

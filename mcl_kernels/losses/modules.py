@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from mcl_kernels._validate import check_choice, check_objective, check_positive
 from mcl_kernels.distributed.group import ranks_of
-from mcl_kernels.distributed.over_ranks import needed_exchange
 from mcl_kernels.logsumexp.api import IMPLS
-from mcl_kernels.logsumexp.plan import NEGATIVES
+from mcl_kernels.logsumexp.pairs import NEGATIVES
 from mcl_kernels.losses.functional import check_options, clip_loss, masked_info_nce, nt_xent
+from mcl_kernels.losses.sharded import needed_exchange
 from mcl_kernels.objectives import Objective, info_nce
 
 if TYPE_CHECKING:

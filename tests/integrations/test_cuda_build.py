@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from mcl_kernels import _cuda
+from mcl_kernels.backends import cuda as _cuda
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = """
 import mcl_kernels, torch
-from mcl_kernels import _cuda
+from mcl_kernels.backends import cuda as _cuda
 assert "site" in mcl_kernels.__file__, mcl_kernels.__file__
 operators = _cuda._compiled()
 print(operators.architectures())

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.integrations.hosts import assert_same, peak_of, train, views, within_clusters
-from tests.ranks import RankPool
+from tests.process_pool import RankPool
 
 host = pytest.importorskip("lightly.loss")
 from mcl_kernels.integrations import lightly as ours  # noqa: E402

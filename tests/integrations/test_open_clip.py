@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.integrations.hosts import assert_same, peak_of, train, unit, views, within_clusters
-from tests.ranks import RankPool
+from tests.process_pool import RankPool
 
 open_clip = pytest.importorskip("open_clip")
 from mcl_kernels.integrations.open_clip import ClipLoss  # noqa: E402

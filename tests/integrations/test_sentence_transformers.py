@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from tests.integrations.hosts import assert_same, peak_of, views
-from tests.ranks import RankPool
+from tests.process_pool import RankPool
 
 st = pytest.importorskip("sentence_transformers")
 from sentence_transformers.sentence_transformer import losses as host  # noqa: E402

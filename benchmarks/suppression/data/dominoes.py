@@ -11,7 +11,7 @@ from torch import Tensor
 
 from benchmarks.suppression.data.dataset import Dataset, stratified
 from benchmarks.suppression.data.sources import Labelled
-from mcl_kernels.demo import random_affine
+from mcl_kernels.cli.demo import random_affine
 
 SAMPLES, TEST_SAMPLES = 5000, 2000
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from benchmarks.suppression.data.dataset import Dataset, stratified
 from benchmarks.suppression.data.sources import cached_array, read_members
-from mcl_kernels.demo import random_affine
+from mcl_kernels.cli.demo import random_affine
 
 VENDORS = {"google": "emoji-datasource-google@16.0.0", "twitter": "emoji-datasource-twitter@16.0.0"}
 CAPTIONS = "openmoji@17.0.0"

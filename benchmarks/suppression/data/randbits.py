@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks.suppression.data.dataset import Dataset, stratified
 from benchmarks.suppression.data.sources import Labelled
-from mcl_kernels.demo import random_affine
+from mcl_kernels.cli.demo import random_affine
 
 SAMPLES, TEST_SAMPLES = 5000, 2000
 ON, OFF = (244, 178, 62), (58, 62, 70)  # colours of a code's cells in a picture

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from benchmarks.suppression.data.dataset import Dataset
 from benchmarks.suppression.data.sources import cached_array
-from mcl_kernels.demo import random_affine
+from mcl_kernels.cli.demo import random_affine
 
 CANVAS, SHAPE, PERIOD, LINE = 224, 128, 10, 3  # units; a texture's lines are LINE wide
 SAMPLES, RENDERINGS_HELD_OUT = 16_000, 10  # to train on; of each combination that is held out

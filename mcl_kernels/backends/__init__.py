@@ -1,0 +1,1 @@
+"""Where each implementation runs, and the compiled libraries behind them."""

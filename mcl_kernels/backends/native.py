@@ -1,0 +1,135 @@
+"""Finds the compiled CPU kernels, or builds them once and explains when it cannot.
+
+The library lies in the package where the installation built it, else in the user's cache, under a name made of torch's
+version, the compiler's flags, the content of the sources and its own content: another torch or another source is
+another file, and a damaged file is built again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+import warnings
+from functools import cache
+from pathlib import Path
+
+from mcl_kernels.backends import library as _library
+from mcl_kernels.backends.native_build import (
+    PACKAGE,
+    NativeUnavailableError,
+    RefusedError,
+    build,
+    find_compiler,
+    library_stem,
+    source_directory,
+)
+from mcl_kernels.backends.native_cache import Cache, cache_directory, opened, say
+
+
+def load() -> None:
+    """Loads the kernels into `torch.ops.mcl_kernels_native`, after building them where that is still to be done.
+
+    Raises:
+        NativeUnavailableError: with the reason.
+    """
+    if reason := _loaded():
+        raise NativeUnavailableError(reason)
+
+
+@cache
+def usable() -> bool:
+    """Returns whether the kernels load here. If they do not, warns once, in one line, what to do about it."""
+    if reason := _loaded():
+        warnings.warn(f"mcl_kernels: PyTorch operations compute, several times slower: {reason}", RuntimeWarning, 3)
+        return False
+    return True
+
+
+def describe() -> tuple[bool, str]:
+    """Returns whether the kernels compute here, and their instruction set or the reason. Loads them, as `load`."""
+    import torch
+
+    if reason := _loaded():
+        return False, reason
+    try:
+        instruction_set = torch.ops.mcl_kernels_native.instruction_set()
+    except RuntimeError as error:  # MCL_KERNELS_CPU names none
+        return False, str(error)
+    return True, f"C++ kernels by tiles in sorted order (csrc/cpu), instruction set {instruction_set}"
+
+
+@cache
+def _loaded() -> str | None:
+    """Loads the library once a process. Returns the reason if that fails, else None."""
+    try:
+        _find_or_build()
+    except NativeUnavailableError as error:
+        return str(error)
+    return None
+
+
+def _find_or_build() -> None:
+    sources = source_directory()
+    stem = library_stem(sources)
+    installed = _library.find_libraries(PACKAGE / "lib", stem)
+    if any(_is_intact(library) and _library.load(library) is None for library in installed):
+        return
+    try:
+        _load_or_build(sources, stem)
+    except NativeUnavailableError as error:
+        if not any(_loads_changed(library) for library in installed):
+            damaged = f"; {installed[0]} was changed after it was built, and does not load" if installed else ""
+            raise type(error)(f"{error}{damaged}") from error
+
+
+def _is_intact(library: Path) -> bool:
+    with contextlib.suppress(OSError):
+        return _library.is_intact(library)
+    return False
+
+
+def _loads_changed(library: Path) -> bool:
+    """Loads an installed library that was changed after it was built, stripped for example, if another process can."""
+    try:
+        return _library.check_loads(library) and _library.load(library) is None
+    except _library.LibraryError:
+        return False
+
+
+def _load_or_build(sources: Path, stem: str) -> None:
+    if sys.platform == "win32":
+        raise NativeUnavailableError("the native kernels are built with GCC or Clang, not on Windows")
+    with opened(cache_directory()) as cache:
+        if _load_kept(cache, stem):
+            return
+        compiler = find_compiler()
+        if reason := cache.remembered_failure(stem, compiler):
+            raise NativeUnavailableError(reason)
+        with cache.only_builder():
+            if _load_kept(cache, stem):  # another process was first
+                return
+            if reason := cache.remembered_failure(stem, compiler):
+                raise NativeUnavailableError(reason)
+            try:
+                library = _build(cache, sources)
+                if reason := _library.load(library):
+                    raise RefusedError(f"the library that was built does not load in this process: {reason}")
+            except RefusedError as error:
+                cache.remember_failure(stem, compiler, str(error))
+                raise
+
+
+def _load_kept(cache: Cache, stem: str) -> bool:
+    """Loads the first library that this process can load: a home may be shared by machines of several systems."""
+    return any(_library.load(library) is None for library in cache.libraries(stem))
+
+
+def _build(cache: Cache, sources: Path) -> Path:
+    import torch
+
+    say(f"building the native CPU kernels for torch {torch.__version__}, once, less than a minute, into {cache.path}")
+    started = time.monotonic()
+    library = build(sources, cache.directory)
+    say(f"built in {time.monotonic() - started:.0f} s")
+    return library

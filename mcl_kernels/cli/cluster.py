@@ -1,0 +1,124 @@
+"""`mcl-kernels cluster`: from the features of a stage, in a file, to the pseudo labels of the next one, in a file.
+
+Files of features are read in chunks or mapped, never held in memory. Labels and their summary are replaced in one step
+each, after both are on disk.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mcl_kernels.cli.feature_files import open_features, open_labels, summary_of
+from mcl_kernels.cli.label_files import check_outputs, dtype_name, jsonable, size_range, write_labels
+from mcl_kernels.kmeans import KMeans
+from mcl_kernels.kmeans.files import dump
+from mcl_kernels.stages.pseudo_labels import compose_pairs, label_dtype, shares_of_small_labels, starvation
+
+AMI_ROWS = 1 << 20
+
+
+@dataclass(frozen=True)
+class Options:
+    """Settings of the command: its input, the clustering and its output."""
+
+    features: Path
+    out: Path
+    clusters: int
+    previous: Sequence[Path] = ()
+    tensor: str | None = None
+    metric: str = "cosine"
+    seed: int = 0
+    n_init: int = 1
+    max_iter: int = 100
+    tol: float = 1e-4
+    batch_size: int | None = None
+    impl: str = "auto"
+    centers: Path | None = None
+
+
+def run(options: Options, say: Callable[[str], None]) -> None:
+    """Clusters, composes the clusters with the labels of earlier stages, writes labels, summary and centres."""
+    kmeans = KMeans(
+        options.clusters, metric=options.metric, n_init=options.n_init, max_iter=options.max_iter, tol=options.tol,
+        batch_size=options.batch_size, seed=options.seed, impl=options.impl,
+    )  # fmt: skip
+    rows = open_features(options.features, options.tensor)
+    n = rows.count()
+    if n < options.clusters:
+        raise ValueError(f"--clusters must be at most the number of rows: got {options.clusters} for {n} rows")
+    previous = [open_labels(path, n) for path in options.previous]
+    read = [options.features, *options.previous, *map(summary_of, options.previous)]
+    check_outputs(options.out, options.centers, read)
+    say(f"{options.features}: {n:,} rows of {rows.width} features, {dtype_name(rows.dtype)}")
+
+    started = time.perf_counter()
+    kmeans.fit(rows)
+    clusters, seconds = kmeans.labels_, time.perf_counter() - started
+    cluster_sizes = clusters.bincount()
+    say(
+        f"{len(cluster_sizes)} clusters of {size_range(cluster_sizes)} rows: "
+        f"inertia {kmeans.inertia_:.6g}, {kmeans.n_iter_} iterations, {seconds:.1f} s"
+    )
+    ami: list[float | None] = [None] * len(previous)
+    try:
+        ami = [_ami(labels, clusters, options.seed) for labels in previous]
+    except ModuleNotFoundError:
+        say("AMI is not computed: it needs scikit-learn, pip install 'mcl-kernels[demo]'")
+    except Exception as error:  # of an installation that is broken, say: labels do not depend on it
+        say(f"AMI is not computed: {type(error).__name__}: {error}")
+    for path, value in zip(options.previous, ami, strict=True):
+        drawn = f" (of {AMI_ROWS:,} rows drawn at random)" if n > AMI_ROWS else ""
+        if value is not None:
+            say(f"AMI with {path}: {value:.3f}{drawn}")
+
+    dtype = torch.int64 if options.out.suffix == ".pt" else label_dtype(n)  # a .pt file is that of the paper's code
+    labels: Tensor = previous[0] if previous else torch.zeros(1, dtype=dtype, device="cpu").expand(n)
+    for ids in (*previous[1:], clusters):
+        labels, _ = compose_pairs(labels, ids, dtype)
+    label_sizes = (labels if int(labels.min()) >= 0 else labels[labels >= 0]).bincount()
+    summary = {
+        "options": {key: jsonable(value) for key, value in asdict(options).items()},
+        "rows": n,
+        "features": rows.width,
+        "dtype": dtype_name(rows.dtype),
+        "clusters": len(cluster_sizes),
+        "inertia": kmeans.inertia_,
+        "iterations": kmeans.n_iter_,
+        "init_rows": kmeans.init_rows_,
+        "seconds": seconds,
+        "labels": len(label_sizes),
+        "unlabelled": n - int(label_sizes.sum()),
+        "ami": dict(zip(map(str, options.previous), ami, strict=True)),
+        "ami_rows": min(n, AMI_ROWS),
+        "cluster_sizes": cluster_sizes.tolist(),
+        "label_sizes": label_sizes.tolist(),
+        **shares_of_small_labels(label_sizes),
+    }
+    centers = None if options.centers is None else (options.centers, dump(kmeans))
+    write_labels(options.out, labels, summary, centers)
+    without = f", {summary['unlabelled']:,} rows without one" if summary["unlabelled"] else ""
+    centers_file = "" if options.centers is None else f", {options.centers}"
+    say(
+        f"{options.out}: {len(label_sizes):,} pseudo labels of {size_range(label_sizes)} rows{without}; "
+        f"{summary_of(options.out)}{centers_file}"
+    )
+    if starved := starvation(label_sizes):
+        say(f"few negatives: {starved}")
+
+
+def _ami(labels: Tensor, clusters: Tensor, seed: int) -> float | None:
+    """Adjusted mutual information of earlier labels with the clusters, where there are labels."""
+    from sklearn.metrics import adjusted_mutual_info_score
+
+    if len(clusters) > AMI_ROWS:
+        generator = torch.Generator().manual_seed(seed)
+        drawn = torch.randint(len(clusters), (AMI_ROWS,), generator=generator, device="cpu")
+        labels, clusters = labels[drawn], clusters[drawn]
+    known = labels >= 0
+    return float(adjusted_mutual_info_score(labels[known], clusters[known])) if bool(known.any()) else None

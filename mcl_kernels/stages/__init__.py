@@ -1,0 +1,8 @@
+"""The stages: which labels hold in each, and how its embeddings become the labels of the next."""
+
+from mcl_kernels.stages.pseudo_labels import compose_labels
+from mcl_kernels.stages.representation import ConcatEncoder, model_soup
+from mcl_kernels.stages.runner import MultistageRunner
+from mcl_kernels.stages.sampler import ClusterBatchSampler
+
+__all__ = ["ClusterBatchSampler", "ConcatEncoder", "MultistageRunner", "compose_labels", "model_soup"]
