@@ -221,7 +221,7 @@ def test_whatever_ends_it_leaves_the_output(where: str, error: Any, monkeypatch:
     Path("y.npy").write_bytes(b"as it was")
     before = sorted(Path().iterdir())
     with monkeypatch.context() as patch:
-        patch.setattr(f"mcl_kernels.{where}", fail)
+        patch.setattr(f"mcl_kernels.cli.{where}", fail)
         status = cluster("f0.npy", "--clusters", 3, "--out", "y.npy")
     assert status == (130 if error is KeyboardInterrupt else 1)
     assert Path("y.npy").read_bytes() == b"as it was"
