@@ -12,8 +12,8 @@ from unittest.mock import patch
 
 import torch
 
-from mcl_kernels.kmeans import triton as kmeans
-from mcl_kernels.logsumexp.triton import choose_tiles, tile_constants
+from mcl_kernels.kmeans.triton import launch as kmeans
+from mcl_kernels.logsumexp.triton.launch import choose_tiles, tile_constants
 
 DTYPES = {"bf16": torch.bfloat16, "tf32": torch.float32, "tf32x3": torch.float32}
 POINTERS = {"bf16": "*bf16", "tf32": "*fp32", "tf32x3": "*fp32"}

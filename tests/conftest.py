@@ -12,8 +12,9 @@ import torch
 
 from mcl_kernels.backends import cuda as _cuda
 from mcl_kernels.backends import native
-from mcl_kernels.logsumexp import device_plan, triton
+from mcl_kernels.logsumexp import device_plan
 from mcl_kernels.logsumexp.api import IMPLS
+from mcl_kernels.logsumexp.triton import launch as triton
 from tests import emulated_cuda
 from tests.process_pool import RankPool
 

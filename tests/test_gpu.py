@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mcl_kernels import masked_logsumexp
 from mcl_kernels.backends import cuda as _cuda
-from mcl_kernels.logsumexp import triton
+from mcl_kernels.logsumexp.triton import launch as triton
 from tests.cases import Case, make_case
 from tests.conftest import Backend
 from tests.test_logsumexp import check

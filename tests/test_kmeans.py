@@ -12,11 +12,12 @@ from torch import Tensor
 from mcl_kernels import KMeans, assign_clusters, logsumexp
 from mcl_kernels.backends import cuda as _cuda
 from mcl_kernels.kmeans import gpu_common as gpu_pass
-from mcl_kernels.kmeans import reference, triton
+from mcl_kernels.kmeans import reference
 from mcl_kernels.kmeans.api import IMPLEMENTATIONS, _assign, _steps
 from mcl_kernels.kmeans.centers import Summary, middle_and_scale, prepare, summarize
+from mcl_kernels.kmeans.triton import launch as triton
 from mcl_kernels.logsumexp.api import for_cuda
-from mcl_kernels.logsumexp.triton import why_not
+from mcl_kernels.logsumexp.triton.launch import why_not
 from tests.conftest import DEVICES, Backend, is_slow, missing_for_cuda, use_instruction_set
 
 BACKENDS = [
@@ -446,7 +447,7 @@ def test_cuda_is_never_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     ("missing", "chosen"), [((), "triton"), (("triton",), "cuda"), (("triton", "cuda"), "reference")]
 )
 def test_auto_on_a_gpu(monkeypatch: pytest.MonkeyPatch, missing: tuple[str, ...], chosen: str) -> None:
-    for name, module in (("triton", logsumexp.triton), ("cuda", _cuda)):
+    for name, module in (("triton", logsumexp.triton.launch), ("cuda", _cuda)):
         monkeypatch.setattr(module, "why_not", lambda _, name=name: "is missing" if name in missing else None)
     for_cuda.cache_clear()
     told = "impl='reference' computes.*: impl='triton': is missing; impl='cuda': is missing"

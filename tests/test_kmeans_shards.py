@@ -22,7 +22,7 @@ from mcl_kernels.kmeans import api, lloyd
 from mcl_kernels.kmeans import rows as sources
 from mcl_kernels.kmeans import team as shards
 from mcl_kernels.kmeans.centers import Centers
-from mcl_kernels.logsumexp.triton import why_not
+from mcl_kernels.logsumexp.triton.launch import why_not
 from tests.conftest import missing_for_cuda
 from tests.process_pool import RankPool
 

@@ -14,8 +14,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mcl_kernels import masked_logsumexp
-from mcl_kernels.logsumexp import device_plan, triton
+from mcl_kernels.logsumexp import device_plan
 from mcl_kernels.logsumexp.pairs import Pairs, kept_pairs, make_plan
+from mcl_kernels.logsumexp.triton import launch as triton
 from tests.accuracy import assert_accurate
 from tests.cases import Case, make_case
 from tests.test_logsumexp import as_float64, run
@@ -250,7 +251,7 @@ def test_without_triton() -> None:
 def test_either_switch_of_torch_asks_for_tf32() -> None:
     """Once the newer one was used, torch refuses to answer through the older one."""
     result = run_python(
-        "import torch; from mcl_kernels.logsumexp import triton\n"
+        "import torch; from mcl_kernels.logsumexp.triton import launch as triton\n"
         "x = torch.eye(3)\n"
         "print(triton.product_precision(x, x, torch.ones(())))\n"
         "torch.backends.cuda.matmul.fp32_precision = 'tf32'\n"

@@ -15,14 +15,15 @@ from mcl_kernels._validate import as_integer, as_number, check_choice, check_sam
 from mcl_kernels.backends import cuda as _cuda
 from mcl_kernels.backends import native as _native
 from mcl_kernels.distributed.group import ranks_of
-from mcl_kernels.kmeans import cuda, faiss, lloyd, native, reference, triton
+from mcl_kernels.kmeans import cuda, faiss, lloyd, native, reference
 from mcl_kernels.kmeans.centers import middle_and_scale, prepare, summarize
 from mcl_kernels.kmeans.files import Saved
 from mcl_kernels.kmeans.lloyd import Clustering, Problem
 from mcl_kernels.kmeans.rows import Array, ChunkedRows, Rows, RowsLike, open_rows
 from mcl_kernels.kmeans.team import open_shard
+from mcl_kernels.kmeans.triton import launch as triton
 from mcl_kernels.logsumexp.api import for_cuda
-from mcl_kernels.logsumexp.triton import why_not
+from mcl_kernels.logsumexp.triton.launch import why_not
 from mcl_kernels.normalize import compute_dtype
 
 if TYPE_CHECKING:

@@ -23,8 +23,9 @@ from mcl_kernels._validate import (
 )
 from mcl_kernels.backends import cuda as _cuda
 from mcl_kernels.backends import native as _native
-from mcl_kernels.logsumexp import ops, reference, triton
+from mcl_kernels.logsumexp import ops, reference
 from mcl_kernels.logsumexp.pairs import NEGATIVES, Pairs, count_kept
+from mcl_kernels.logsumexp.triton import launch as triton
 from mcl_kernels.normalize import compute_dtype
 
 IMPLS = ("auto", *ops.IMPLEMENTATIONS, "reference")

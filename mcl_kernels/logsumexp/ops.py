@@ -19,7 +19,7 @@ from mcl_kernels.logsumexp.pairs import Pairs, Plan
 # Each module has `forward`, `backward` and `count_above`; it is imported when it is first called.
 IMPLEMENTATIONS = {
     "native": "mcl_kernels.logsumexp.native",
-    "triton": "mcl_kernels.logsumexp.triton",
+    "triton": "mcl_kernels.logsumexp.triton.launch",
     "cuda": "mcl_kernels.logsumexp.cuda",
     "blockwise": "mcl_kernels.logsumexp.blockwise",
 }
