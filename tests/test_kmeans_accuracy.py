@@ -15,11 +15,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mcl_kernels import KMeans
-from mcl_kernels.kmeans.api import _assign
+from mcl_kernels.kmeans.assign import find_nearest
 from mcl_kernels.kmeans.centers import middle_and_scale, unit_rows
-from mcl_kernels.kmeans.lloyd import _squared_distances_among
+from mcl_kernels.kmeans.initial import _squared_distances_among
+from tests import kmeans_cases
 from tests.conftest import Backend, is_slow, use_instruction_set
-from tests.test_kmeans import backend, normal  # noqa: F401
+from tests.kmeans_cases import normal
+
+backend = kmeans_cases.backend  # a fixture
 
 # Of the dtypes, what a column's entries differ by beside their offset: so much that they differ at all.
 RESOLUTION = {torch.float16: 2e-3, torch.bfloat16: 2e-2, torch.float32: 2e-7, torch.float64: 1e-15}
@@ -92,12 +95,12 @@ def examples(of: Backend, number: int) -> settings:
 
 
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
-def test_labels_are_those_of_fp64(backend: Backend, metric: str) -> None:  # noqa: F811
+def test_labels_are_those_of_fp64(backend: Backend, metric: str) -> None:
     @examples(backend, 100)
     @given(data(metric))
     def check(of: Data) -> None:
         x, centers = of.x.to(backend.device), of.centers.to(backend.device)
-        labels, distances = _assign(x, centers, metric, backend.impl)
+        labels, distances = find_nearest(x, centers, metric, backend.impl)
         every = exact_distances(x, centers, metric)
         least, own = every.min(1).values, every.gather(1, labels.unsqueeze(1)).squeeze(1)
         assert (own <= near(least, metric)).all()
@@ -108,7 +111,7 @@ def test_labels_are_those_of_fp64(backend: Backend, metric: str) -> None:  # noq
 
 
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
-def test_a_fit_is_that_of_fp64(backend: Backend, metric: str) -> None:  # noqa: F811
+def test_a_fit_is_that_of_fp64(backend: Backend, metric: str) -> None:
     """One iteration, of the whole data or of mini-batches; then labels and inertia of the centres that came out."""
 
     @examples(backend, 60)
@@ -148,10 +151,10 @@ def test_a_fit_is_that_of_fp64(backend: Backend, metric: str) -> None:  # noqa: 
     check()
 
 
-def test_a_centre_without_a_direction(backend: Backend) -> None:  # noqa: F811
+def test_a_centre_without_a_direction(backend: Backend) -> None:
     x = torch.tensor([[1.0, 0.0, 0.0], [-1.0, 0.0, 0.0], [0.0, 0.0, 0.0]], device=backend.device)
     centers = torch.tensor([[0.3, 0.954, 0.0], [0.3, -0.954, 0.0], [0.0, 0.0, 0.0]], device=backend.device)
-    labels, distances = _assign(x, centers, "cosine", backend.impl)
+    labels, distances = find_nearest(x, centers, "cosine", backend.impl)
     assert labels.tolist() == [0, 2, 0]
     assert distances.tolist() == pytest.approx([0.7, 1.0, 1.0], abs=1e-3)
     assert KMeans(1, metric="cosine", impl=backend.impl).fit(x[:2]).inertia_ == 2.0
@@ -190,7 +193,7 @@ def test_the_precision_of_fp32_products_decides_nothing(precision: str) -> None:
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
     try:
-        labels = _assign(x, centers, "euclidean", "reference")[0]
+        labels = find_nearest(x, centers, "euclidean", "reference")[0]
         fit = KMeans(40, max_iter=1, impl="reference").fit(x)
     finally:
         torch.set_float32_matmul_precision(before)
@@ -204,7 +207,7 @@ def test_long_rows_of_few_centers(instruction_set: str, monkeypatch: pytest.Monk
     use_instruction_set(instruction_set, monkeypatch)
     centers = torch.tensor([-1.0, -1.0, 0.0, 1.0, 1.7857821]).unsqueeze(1).expand(-1, 65_536).contiguous()
     x = torch.linspace(1.39280, 1.39299, 40).unsqueeze(1).expand(-1, 65_536).contiguous()
-    labels = _assign(x, centers, "euclidean", "native")[0]
+    labels = find_nearest(x, centers, "euclidean", "native")[0]
     assert torch.equal(labels, torch.cdist(x[:, :1].double(), centers[:, :1].double()).argmin(1))
 
 
@@ -251,6 +254,6 @@ def test_more_centers_than_fp32_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     use_instruction_set("portable", monkeypatch)  # whose vectors, and so its centres, take least memory
     centers = torch.full((2**24 + 6, 1), 1e6)
     centers[2**24 + 1] = 5.0
-    labels, distances = _assign(torch.tensor([[5.0], [2e6]]), centers, "euclidean", "native")
+    labels, distances = find_nearest(torch.tensor([[5.0], [2e6]]), centers, "euclidean", "native")
     assert labels.tolist() == [2**24 + 1, 0]
     assert distances.tolist() == [0.0, pytest.approx(1e12)]

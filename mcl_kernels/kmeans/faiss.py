@@ -17,8 +17,8 @@ from mcl_kernels.kmeans.centers import Centers, score_bound, settle, undecided_r
 SLAB = 1 << 14  # rows that are copied at a time
 
 
-def why_not() -> str | None:
-    """What is missing; None: nothing."""
+def unavailable_reason() -> str | None:
+    """Returns why faiss cannot be used, or None."""
     try:
         import faiss  # noqa: F401
     except ImportError as error:

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from mcl_kernels import KMeans, assign_clusters
-from mcl_kernels.kmeans import rows as sources
+from mcl_kernels.kmeans import initial
+from mcl_kernels.kmeans import rows as row_sources
 from mcl_kernels.kmeans.rows import FileRows, open_rows
 
 N, D, K = 9000, 24, 7
@@ -30,7 +31,7 @@ def x() -> Tensor:
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "CHUNK_BYTES", 1024 * D * 4)
+    monkeypatch.setattr(row_sources, "CHUNK_BYTES", 1024 * D * 4)
 
 
 class Shuffled:
@@ -245,7 +246,7 @@ def test_a_file_that_became_shorter(x: Tensor, tmp_path: Path) -> None:
 
 def test_initialisation_sees_a_stated_sample(x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a large data set; iterations see all rows."""
-    monkeypatch.setattr("mcl_kernels.kmeans.api.INIT_ROWS", 500)
+    monkeypatch.setattr(initial, "SAMPLE_ROWS", 500)
     kmeans = KMeans(K, n_init=3).fit(x)
     assert kmeans.init_rows_ == 500
     assert len(kmeans.labels_) == N
