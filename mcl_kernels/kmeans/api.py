@@ -34,59 +34,59 @@ class KMeans(Saved):
         inertia = sum_i min_k |x_i - c_k|^2                             metric="euclidean"
         inertia = sum_i min_k (1 - <x_i, c_k> / (|x_i| |c_k|))          metric="cosine" (spherical k-means)
 
-    Labels are right for any data, in units from 1e-30 to 1e30, far from 0, with rows or centres far from the others: a
-    distance that rounding could decide is taken from differences in fp64, and all are computed in fp64 where squares
-    would leave the range of fp32.
+    Labels are right for any data: in units from 1e-30 to 1e30, far from 0, with rows or centres far from the others. A
+    distance that rounding could decide is computed from differences in fp64. All distances are computed in fp64 if
+    their squares would leave the range of fp32.
 
-    Every row is read once in every iteration; no iteration samples. Sums over the data are fp64, the same in any order,
-    for any number of threads and any chunks, and random numbers come from a generator of its own: the same seed gives
-    the same clusters, and PyTorch's global random state is not touched. Memory beyond the data: N labels twice, of 4
-    and 8 bytes; of the rows that k-means++ sees two copies, and two chunks of 64 MiB where the data is no tensor or
-    array; where a cluster is empty, N labels and distances more.
+    Every iteration reads every row once. Sums over the data are fp64 and exact: the same for any number of threads and
+    any chunks. Random numbers come from a separate generator, so that the same seed gives the same clusters and
+    PyTorch's global random state does not change. Memory beyond the data: N labels twice, of 4 and 8 bytes; two copies
+    of the sample for the initialisation; two chunks of 64 MiB if the data is not a tensor or an array; N labels and
+    distances more if a cluster is empty.
 
-    With a `group` each rank passes its shard of the rows, and all fit together: the clusters are those of one process
-    that is given the shards one after the other, with the same seed, bit for bit where the ranks run the same build on
-    the same kind of processor; objectives and inertia to rounding. An iteration is one all-reduce (of a mini-batch
-    each) of K D + K + 2 fp64 numbers, and a broadcast of one. Of the memory above, N is then the rows of the shard, and
-    every rank holds the rows that k-means++ sees, which the first one alone computes with.
+    With a `group`, each rank passes its shard of the rows, and all ranks fit together. The clusters are those of one
+    process with the shards one after the other and the same seed, bit for bit if the ranks run the same build on the
+    same kind of CPU or GPU; objectives and inertia are equal to rounding. An iteration is one all-reduce of
+    K D + K + 2 fp64 elements (one for each mini-batch) and a broadcast of one. In the memory above, N is then the rows
+    of the shard. Every rank holds the sample, but only the first one computes with it.
 
     Args:
-        n_clusters: K, from 1 to the number of rows. Fewer are found, with a warning, where fewer rows differ.
+        n_clusters: K, from 1 to the number of rows. If fewer rows differ, fewer clusters are found, with a warning.
         metric: "euclidean" or "cosine"; the latter needs no normalised input.
-        init: "k-means++" (greedy, as scikit-learn's), "random" rows, or centres [K, D] (a tensor or an array). Of a
-            large data set the first two see rows drawn at random, `init_rows_` of them: at most 65,536, fewer where D
-            is above 512, but 16 K at least.
-        n_init: restarts, of which the one with the lowest inertia is kept.
-        max_iter: iterations of one restart.
-        tol: it has converged when the summed squared shift of the centres is at most tol times the mean
+        init: "k-means++" (greedy, as in scikit-learn), "random" rows, or centres [K, D] (a tensor or an array). For a
+            large data set the first two use a sample of `init_rows_` rows drawn at random: at most 65,536, fewer if D
+            is above 512, but at least 16 K.
+        n_init: number of restarts; the one with the lowest inertia is kept.
+        max_iter: maximum number of iterations of one restart.
+        tol: a restart has converged when the summed squared shift of the centres is at most tol times the mean
             variance of the columns (of the normalised rows for cosine).
-        batch_size: None, or the rows of a mini-batch, each of which moves the centres to the mean of the rows they
-            were ever given. An iteration is then as many batches as make up the data, drawn with replacement (of
-            iterables: in their order).
+        batch_size: None, or the number of rows of a mini-batch. Each batch moves a centre to the mean of all rows that
+            batches have assigned to it so far. An iteration is a number of batches of N rows in all, drawn with
+            replacement (chunks of an iterable: in their order).
         empty: "split": an empty cluster takes the farthest row of the largest one. Counted in `history_`.
-        seed: of the initialisation.
-        impl: "native" (C++ kernels, on a CPU), "triton" (kernels for CUDA), "cuda" (CUDA C++ kernels, where the
+        seed: seed of the random numbers.
+        impl: "native" (C++ kernels, on a CPU), "triton" (kernels for CUDA), "cuda" (CUDA C++ kernels, if the
             installation built them), "reference" (PyTorch by tiles) or "auto": the first of them that runs on the
-            device of the data. `capabilities()` says what is missing.
-            "faiss" finds the nearest centres with that library, on its GPUs where it has some.
-        group: None, or a `torch.distributed` process group, on each of whose ranks `fit` is called.
+            device of the data. `capabilities()` lists what is unavailable, and why.
+            "faiss" finds the nearest centres with that library, on the GPUs that it supports.
+        group: None, or a `torch.distributed` process group; every rank of it calls `fit`.
 
     Attributes:
         cluster_centers_: [K, D] fp32 (fp64 for fp64 data), of unit length for cosine, on the device of the data.
-        labels_: int64 [N], equal to `predict` of the same rows; with a group of the rows of this rank. All else is of
-            the rows of all ranks.
-        inertia_: float, of `labels_` and `cluster_centers_`.
-        n_iter_: iterations of the best restart.
-        init_rows_: rows that the initialisation saw; 0 where centres were given.
-        history_: of the best restart, a dictionary per iteration: objective, shift, seconds, imbalance (largest
-            cluster over the mean one), splits.
+        labels_: int64 [N], equal to `predict` of the same rows. With a group these are the rows of this rank; all
+            other attributes are of the rows of all ranks.
+        inertia_: float, the inertia of `labels_` and `cluster_centers_`.
+        n_iter_: number of iterations of the best restart.
+        init_rows_: number of rows of the sample for the initialisation; 0 if centres were given.
+        history_: a dictionary for each iteration of the best restart: objective, shift, seconds, imbalance (size of the
+            largest cluster over the mean size), splits.
 
     Raises:
-        TypeError, ValueError: arguments that do not fit; rows that hold NaN or infinity, the first one named, or
-            entries whose squares fp64 does not hold; a file that ends early; an iterable of empty or differing chunks,
-            or of other rows in a later pass. With a group also arguments that differ between ranks, and a batch_size
-            where x is an iterable; where one rank cannot read its rows it raises why, and the others a ValueError that
-            names it.
+        TypeError, ValueError: invalid arguments; rows with NaN or infinity (the error names the first one), or with
+            entries whose squares overflow fp64; a truncated file; an iterable of empty or differing chunks, or of
+            other rows in a later pass. With a group also arguments that differ between ranks, and a batch_size if x is
+            an iterable. If one rank cannot read its rows it raises the cause, and the others a ValueError that names
+            the rank.
 
     Source: Lloyd 1982; Arthur and Vassilvitskii 2007 for the initialisation; Sculley 2010 for mini-batches.
 
@@ -102,7 +102,7 @@ class KMeans(Saved):
     n_iter_: int
     init_rows_: int
     history_: list[dict[str, Any]]
-    _dtype: torch.dtype  # of products: `predict` takes the same, so that even labels of ties are the same
+    _dtype: torch.dtype  # of products; `predict` uses the same, so that even labels of ties are the same
 
     def __init__(
         self,
@@ -149,10 +149,10 @@ class KMeans(Saved):
         """Clusters the rows of x, [N, D], and sets the attributes.
 
         Args:
-            x: a tensor of any floating dtype; an array; a memory map, whose file is read in chunks, the next one while
-                one is computed, and never held as a whole; or an iterable of chunks of rows (a DataLoader, say), which
-                is iterated once for each pass and has to yield the same rows in the same order every time. With a
-                group the shard of this rank, of any number of rows, [0, D] too.
+            x: a tensor of any floating dtype; an array; a memory map, whose file is read in chunks and never held in
+                memory as a whole; or an iterable of chunks of rows (a DataLoader, say), which is iterated once for each
+                pass and has to yield the same rows in the same order every time. With a group, the shard of this rank,
+                which may have no rows: [0, D].
         """
         rows, team = self._open(x)
         if isinstance(self.init, Tensor):
