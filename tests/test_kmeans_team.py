@@ -56,7 +56,7 @@ def test_dtypes(ranks: RankPool, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("unit", [1e-25, 1.0, 1e25])
 @pytest.mark.parametrize("options", [{}, {"batch_size": 150}, {"impl": "reference"}], ids=str)
 def test_rows_of_any_range(ranks: RankPool, unit: float, options: dict[str, Any]) -> None:
-    """Some far from the others, and none in the range of fp32's squares: several levels of sums, in fp64."""
+    """Rows far from the others, and units whose squares leave the range of fp32: several levels of sums, in fp64."""
     x = rows_without_structure()
     x[7], x[N // 2], x[-1] = 1e10, -1e5, 1e5
     fitted = check_is_one_process(ranks, x * unit, ends_of(ranks, "empty"), n_clusters=K, max_iter=4, **options)
@@ -106,7 +106,7 @@ def test_restarts(ranks: RankPool, init: str) -> None:
 
 @pytest.mark.parametrize("cut", ["even", "uneven", "empty"])
 @pytest.mark.parametrize("data", [rows_without_structure, grid_rows])
-def test_empty_clusters_take_the_rows_that_one_process_moves(
+def test_empty_clusters_take_the_same_rows_as_in_one_process(
     ranks: RankPool, data: Callable[[], Tensor], cut: str
 ) -> None:
     x = data()
@@ -131,7 +131,7 @@ def test_fewer_distinct_rows_than_clusters(ranks: RankPool, metric: str, batch_s
 
 
 def test_any_cut(ranks: RankPool) -> None:
-    """Few rows and many ties: of every cut, shards of no and of one row among them."""
+    """Few rows with many ties, cut at random; some shards have no row or one."""
     chance = random.Random(0)
     for seed in range(10):
         n = chance.choice([8, 30, 200])
@@ -160,7 +160,7 @@ COLLECTIVES = [
 ]  # fmt: skip
 
 
-def counted(options: dict[str, Any], max_iter: int) -> tuple[Counter[str], int]:
+def count_collectives(options: dict[str, Any], max_iter: int) -> tuple[Counter[str], int]:
     counts: Counter[str] = Counter()
 
     def counting(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -184,17 +184,21 @@ def counted(options: dict[str, Any], max_iter: int) -> tuple[Counter[str], int]:
 
 
 def test_communication_of_an_iteration(ranks: RankPool) -> None:
-    """Sums, numbers, objective and whether a rank failed, in one all-reduce; and one broadcast number."""
-    for (few, n_few), (many, n_many) in zip(ranks.run(counted, {}, 3), ranks.run(counted, {}, 9), strict=True):
+    """One all-reduce of sums, counts, objective and the number of failed ranks, and one broadcast of one element."""
+    for (few, n_few), (many, n_many) in zip(
+        ranks.run(count_collectives, {}, 3), ranks.run(count_collectives, {}, 9), strict=True
+    ):
         assert (n_few, n_many) == (3, 9)
         many.subtract(few)
         assert {name: count for name, count in many.items() if count} == {
             f"all_reduce of {K * D + K + 2}": 6,
             "broadcast of 1": 6,
         }
-    # Of mini-batches one for each; and the state of the generator.
+    # One all-reduce for each mini-batch, and a broadcast of the state of the generator.
     for (few, _), (many, _) in zip(
-        ranks.run(counted, {"batch_size": 500}, 3), ranks.run(counted, {"batch_size": 500}, 9), strict=True
+        ranks.run(count_collectives, {"batch_size": 500}, 3),
+        ranks.run(count_collectives, {"batch_size": 500}, 9),
+        strict=True,
     ):
         many.subtract(few)
         state = torch.Generator().get_state().numel()
@@ -206,12 +210,12 @@ def test_communication_of_an_iteration(ranks: RankPool) -> None:
 
 
 def fit_with_other_rounding(metric: str, batch_size: int | None) -> Fitted:
-    """On other machines than the first one sums of a vector may be of another order, and so its decisions."""
+    """Fits with another rounding on every rank but the first, as on other machines."""
     x, rank = rows_without_structure()[dist.get_rank() :: dist.get_world_size()], dist.get_rank()
     kmeans = KMeans(K, metric=metric, n_init=2, batch_size=batch_size, tol=1e-3, max_iter=12, group=dist.group.WORLD)
     if rank == 0:
         return fit(kmeans, x)
-    means, record, starts = Centers.means, lloyd._record, torch.randint
+    means, record, randint = Centers.means, lloyd._record, torch.randint
 
     def other_means(self: Centers, sums: Tensor, counts: Tensor) -> Tensor:
         return torch.nextafter(means(self, sums, counts), torch.tensor(torch.inf))
@@ -220,7 +224,7 @@ def fit_with_other_rounding(metric: str, batch_size: int | None) -> Fitted:
         return {**record(*arguments), "shift": 0.0 if rank % 2 else np.inf}
 
     def other_initial_centers(*arguments: Any) -> Tensor:
-        starts(5, (rank,), generator=arguments[-1])  # its generator goes on otherwise
+        randint(5, (rank,), generator=arguments[-1])  # leaves the generator in another state
         return torch.zeros(rank, D)
 
     with (
@@ -266,12 +270,12 @@ def test_a_group_of_some_ranks(ranks: RankPool) -> None:
 def predict_alone() -> list[int]:
     x = rows_without_structure()
     kmeans = KMeans(K, group=dist.group.WORLD).fit(x[dist.get_rank() :: dist.get_world_size()])
-    if dist.get_rank() == 1:  # the others do not take part
+    if dist.get_rank() == 1:  # the other ranks do not call predict here
         assert torch.equal(kmeans.predict(x[1 :: dist.get_world_size()]), kmeans.labels_)
     return kmeans.predict(x[: dist.get_rank()]).tolist()
 
 
-def test_predict_is_of_one_rank(ranks: RankPool) -> None:
+def test_ranks_predict_independently(ranks: RankPool) -> None:
     results = ranks.run(predict_alone)
     assert [len(labels) for labels in results] == list(range(ranks.world_size))
 

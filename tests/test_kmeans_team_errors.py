@@ -1,4 +1,4 @@
-"""Errors of k-means over several ranks: if one rank cannot go on, every rank raises and names it."""
+"""Errors of k-means over several ranks: an error of one rank is raised on every rank."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.process_pool import RankPool
 
 
 class Changing:
-    """An iterable that yields fewer rows, or raises, in a later pass."""
+    """Iterable that yields fewer rows, or raises, in a later pass."""
 
     def __init__(self, x: Tensor, passes: int, error: Exception | None = None) -> None:
         self.x, self.passes, self.error = x, passes, error
@@ -34,8 +34,8 @@ class Changing:
         yield self.x[100 : 190 if self.passes < 0 else None]
 
 
-def fail(case: str, path: str) -> str:
-    """The error of a fit where the last rank is given something else."""
+def error_of_fit(case: str, path: str) -> str:
+    """Returns the error of a fit in which the last rank has another argument."""
     rank, last = dist.get_rank(), dist.get_rank() == dist.get_world_size() - 1
     x: Any = rows_without_structure(200)
     options: dict[str, Any] = {"n_clusters": K}
@@ -82,7 +82,7 @@ def fail(case: str, path: str) -> str:
         if case == "file":
             with open(path, "r+b") as file:
                 file.truncate(size - 70 * D * 4)
-        else:  # while it is clustered
+        else:  # during the fit
             survey = Dataset.survey
 
             def survey_and_truncate(self: Dataset) -> Any:
@@ -162,7 +162,7 @@ ERRORS = {
 
 @pytest.mark.parametrize("case", ERRORS)
 def test_errors_are_raised_on_every_rank(ranks: RankPool, tmp_path: Path, case: str) -> None:
-    *others, last = ranks.run(fail, case, str(tmp_path / "x.npy"))
+    *others, last = ranks.run(error_of_fit, case, str(tmp_path / "x.npy"))
     messages = [message.replace("LAST", str(ranks.world_size - 1)) for message in ERRORS[case]]
     for error in others:
         assert error.startswith(messages[0])
@@ -170,6 +170,6 @@ def test_errors_are_raised_on_every_rank(ranks: RankPool, tmp_path: Path, case: 
 
 
 def test_an_error_of_the_first_rank_alone(ranks: RankPool) -> None:
-    first, *others = ranks.run(fail, "start", "")
+    first, *others = ranks.run(error_of_fit, "start", "")
     assert first == "RuntimeError: out of memory"
     assert set(others) == {"OtherRankError: rank 0 of the group met an error: RuntimeError: out of memory"}

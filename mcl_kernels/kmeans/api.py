@@ -216,7 +216,7 @@ class KMeans(Saved):
         check_range(data.name, torch.stack((low, high)))
         sample = draw_sample(data, self.n_clusters, generator)
         spread = high.double() - low.double()
-        surveyed = data.centers_of_first(
+        surveyed = data.compute_on_first(
             lambda: middle_and_scale(sample, self.metric, spread).to(compute_dtype(sample))
         )
         summary = summarize(data.n, low, high, surveyed, self.metric, self.init)
@@ -231,7 +231,7 @@ class KMeans(Saved):
                 return problem.as_points(self.init).to(public_dtype)
             return initial_centers(problem, sample, self.n_clusters, self.init, generator).to(public_dtype)
 
-        points = problem.data.centers_of_first(start).to(problem.summary.dtype)
+        points = problem.data.compute_on_first(start).to(problem.summary.dtype)
         if self.batch_size is None:
             return lloyd(problem, points, self.max_iter, tol)
         return mini_batches(problem, points, self.max_iter, tol, self.batch_size, generator)

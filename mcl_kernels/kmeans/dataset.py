@@ -76,8 +76,8 @@ class Dataset:
             index = torch.randint(self.n, (min(size, self.n - begin),), generator=generator, device="cpu")
             yield self._take_held(index.sort().values)
 
-    def centers_of_first(self, compute: Callable[[], Tensor]) -> Tensor:
-        """Returns the centres that the first process computes, on every process: others may round otherwise."""
+    def compute_on_first(self, compute: Callable[[], Tensor]) -> Tensor:
+        """Returns rows like centres that the first process computes, on every process: others may round otherwise."""
         return self.team.compute_on_first(compute, self.centers_like)
 
     def _take_held(self, index: Tensor) -> Tensor:

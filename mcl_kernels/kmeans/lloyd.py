@@ -130,4 +130,4 @@ def _finish(problem: Problem, points: Tensor, history: list[dict[str, Any]]) -> 
 def _as_public(problem: Problem, points: Tensor) -> Tensor:
     """Returns the centres of the first process in their public dtype."""
     points = points.to(problem.data.centers_like.dtype)
-    return problem.data.centers_of_first(lambda: points)
+    return problem.data.compute_on_first(lambda: points)
