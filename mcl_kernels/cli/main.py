@@ -22,7 +22,7 @@ from mcl_kernels.backends.table import IMPLS
 from mcl_kernels.cli import assign, cluster
 from mcl_kernels.cli.console import Terminated, logged_progress, one_line, raising_terminated, safe_streams
 from mcl_kernels.cli.label_files import identity
-from mcl_kernels.kmeans.api import METRICS
+from mcl_kernels.kmeans.assign import METRICS
 
 DEMO_GOES_ON = "the same command goes on from the last finished stage"
 OPTIONAL_PACKAGES = ("triton", "faiss-cpu", "safetensors", "scikit-learn", "matplotlib", "rich", "jinja2", "mlxtend")

@@ -41,7 +41,7 @@ from mcl_kernels.distributed.group import (
     work_of_first,
 )
 from mcl_kernels.kmeans import KMeans, assign_clusters
-from mcl_kernels.kmeans.api import METRICS
+from mcl_kernels.kmeans.assign import METRICS
 from mcl_kernels.kmeans.rows import Rows, RowsLike, open_rows
 from mcl_kernels.stages import files as stage_files
 from mcl_kernels.stages.pseudo_labels import (

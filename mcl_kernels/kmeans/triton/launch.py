@@ -21,7 +21,8 @@ from torch import Tensor
 
 from mcl_kernels.kmeans import gpu_common as gpu_pass
 from mcl_kernels.kmeans.centers import Centers, settle
-from mcl_kernels.kmeans.gpu_common import MOST_NUMBERS, MOST_SUMMED
+from mcl_kernels.kmeans.gpu_common import MAX_SUMMED_CENTERS as MOST_SUMMED
+from mcl_kernels.kmeans.gpu_common import MAX_SUMMED_ELEMENTS as MOST_NUMBERS
 from mcl_kernels.logsumexp.triton.launch import on_device_of, product_precision
 
 PIECE_TILE = {"ROWS": 16, "CHUNK": 128}
