@@ -122,7 +122,7 @@ def kmeans_kernel(kernel: str, architecture: int, precision: str, width: int) ->
         sizes, warps, stages = {"rows": constants["ROWS"], "chunk": constants["CHUNK"]}, 4, 3
         function = triton_steps.piece_kernel if pieces else triton_steps.join_kernel
         if pieces:
-            constants |= {"COSINE": False, "WIDE": tl.float32}
+            constants |= {"COSINE": False, "ACCUMULATOR": tl.float32}
     constants["x_step"] = 1
     constants = {name: value for name, value in constants.items() if name in function.arg_names}
     types = {name: _kmeans_type(name, precision) for name in function.arg_names if name not in constants}

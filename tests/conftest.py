@@ -11,10 +11,9 @@ import pytest
 import torch
 
 from mcl_kernels.backends import cuda as _cuda
-from mcl_kernels.backends import native
+from mcl_kernels.backends import native, triton
 from mcl_kernels.logsumexp import device_plan
 from mcl_kernels.logsumexp.api import IMPLS
-from mcl_kernels.logsumexp.triton import launch as triton
 from tests import emulated_cuda
 from tests.process_pool import RankPool
 
@@ -46,7 +45,7 @@ if emulated_cuda.why_not() is None:
 
 # What computes on a CPU tensor here, for tests that need no more than one of each.
 CPU_IMPLS = [impl for impl in IMPLS if impl not in ("auto", "triton", "cuda")]
-CPU_IMPLS += [] if triton.why_not(torch.device("cpu")) else ["triton"]
+CPU_IMPLS += [] if triton.unavailable_reason(torch.device("cpu")) else ["triton"]
 CPU_IMPLS += [] if emulated_cuda.why_not() else ["cuda"]
 
 
@@ -62,7 +61,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     if backend.impl == "native":
         use_instruction_set(backend.instruction_set, monkeypatch)
     if backend.impl == "triton":
-        if reason := triton.why_not(torch.device(backend.device)):
+        if reason := triton.unavailable_reason(torch.device(backend.device)):
             pytest.skip(reason)
         monkeypatch.setattr(device_plan, "_is_built", lambda device: False)  # as most installations are
     if backend.impl == "cuda" and (reason := missing_for_cuda(backend.device)):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mcl_kernels import masked_logsumexp
 from mcl_kernels.backends import cuda as _cuda
-from mcl_kernels.logsumexp.triton import launch as triton
+from mcl_kernels.backends import triton
 from tests.cases import Case, make_case
 from tests.conftest import Backend
 from tests.test_logsumexp import check
@@ -17,7 +17,7 @@ FORMS = [
     ("self", 300, None, False), ("rows", 300, 40, False), ("both", 300, 40, True),
     ("a plan of several tiles", 1500, 1100, True),
 ]  # fmt: skip
-WHY_NOT = {"triton": triton.why_not, "cuda": _cuda.why_not}
+WHY_NOT = {"triton": triton.unavailable_reason, "cuda": _cuda.why_not}
 
 
 @pytest.fixture(params=[Backend("cuda", impl) for impl in WHY_NOT], ids=str)

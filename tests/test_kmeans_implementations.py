@@ -7,7 +7,6 @@ import contextlib
 import pytest
 import torch
 
-from mcl_kernels import logsumexp
 from mcl_kernels.backends import cuda as _cuda
 from mcl_kernels.kmeans.implementations import IMPLEMENTATIONS, implementation
 from mcl_kernels.logsumexp.api import for_cuda
@@ -36,8 +35,9 @@ def test_cuda_is_never_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     ("missing", "chosen"), [((), "triton"), (("triton",), "cuda"), (("triton", "cuda"), "reference")]
 )
 def test_auto_on_a_gpu(monkeypatch: pytest.MonkeyPatch, missing: tuple[str, ...], chosen: str) -> None:
-    for name, module in (("triton", logsumexp.triton.launch), ("cuda", _cuda)):
-        monkeypatch.setattr(module, "why_not", lambda _, name=name: "is missing" if name in missing else None)
+    for name, why_not in (("triton", "triton.unavailable_reason"), ("cuda", "cuda.why_not")):
+        reason = "is missing" if name in missing else None
+        monkeypatch.setattr(f"mcl_kernels.backends.{why_not}", lambda _, reason=reason: reason)
     for_cuda.cache_clear()
     warning = "impl='reference' computes.*: impl='triton': is missing; impl='cuda': is missing"
     with pytest.warns(RuntimeWarning, match=warning) if chosen == "reference" else contextlib.nullcontext():

@@ -16,9 +16,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mcl_kernels import KMeans
+from mcl_kernels.backends.triton import unavailable_reason
 from mcl_kernels.kmeans import api, lloyd
 from mcl_kernels.kmeans.centers import Centers
-from mcl_kernels.logsumexp.triton.launch import why_not
 from tests.conftest import missing_for_cuda
 from tests.kmeans_fits import (
     D,
@@ -75,7 +75,7 @@ def test_forms(ranks: RankPool, tmp_path: Path, form: str, cut: str) -> None:
 
 @pytest.mark.parametrize("impl", ["reference", "triton", "cuda"])
 def test_impls(ranks: RankPool, impl: str) -> None:
-    if impl == "triton" and (reason := why_not(torch.device("cpu"))):
+    if impl == "triton" and (reason := unavailable_reason(torch.device("cpu"))):
         pytest.skip(reason)
     if impl == "cuda" and (reason := missing_for_cuda("cpu")):
         pytest.skip(reason)

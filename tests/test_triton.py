@@ -251,7 +251,7 @@ def test_without_triton() -> None:
 def test_either_switch_of_torch_asks_for_tf32() -> None:
     """Once the newer one was used, torch refuses to answer through the older one."""
     result = run_python(
-        "import torch; from mcl_kernels.logsumexp.triton import launch as triton\n"
+        "import torch; from mcl_kernels.backends import triton\n"
         "x = torch.eye(3)\n"
         "print(triton.product_precision(x, x, torch.ones(())))\n"
         "torch.backends.cuda.matmul.fp32_precision = 'tf32'\n"

@@ -8,9 +8,9 @@ from types import ModuleType
 import torch
 
 from mcl_kernels.backends import cuda, native
+from mcl_kernels.backends.triton import unavailable_reason
 from mcl_kernels.kmeans import faiss
 from mcl_kernels.logsumexp.api import for_cuda
-from mcl_kernels.logsumexp.triton.launch import why_not
 
 # Each module has `assign` and `assign_and_sum`, and may have `follow` (see centers.py); it is imported on first use.
 IMPLEMENTATIONS = {
@@ -36,7 +36,7 @@ def _resolve(impl: str, device: torch.device) -> str:
         return for_cuda(device, "reference") if device.type == "cuda" else "reference"
     if impl == "native" and device.type != "cpu":
         raise ValueError(f"impl='native' computes on CPU tensors: got device {device}")
-    if impl == "triton" and (reason := why_not(device)):
+    if impl == "triton" and (reason := unavailable_reason(device)):
         raise RuntimeError(f"impl='triton': {reason} (or use impl='auto')")
     if impl == "cuda" and (reason := cuda.why_not(device)):
         raise RuntimeError(f"impl='cuda': {reason} (or use impl='auto')")

@@ -23,9 +23,9 @@ from mcl_kernels._validate import (
 )
 from mcl_kernels.backends import cuda as _cuda
 from mcl_kernels.backends import native as _native
+from mcl_kernels.backends import triton
 from mcl_kernels.logsumexp import ops, reference
 from mcl_kernels.logsumexp.pairs import NEGATIVES, Pairs, count_kept
-from mcl_kernels.logsumexp.triton import launch as triton
 from mcl_kernels.normalize import compute_dtype
 
 IMPLS = ("auto", *ops.IMPLEMENTATIONS, "reference")
@@ -46,7 +46,7 @@ def capabilities() -> dict[str, dict[str, object]]:
     """
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     native, native_reason = _native.describe()
-    reasons = {device: triton.why_not(torch.device(device)) for device in devices}
+    reasons = {device: triton.unavailable_reason(torch.device(device)) for device in devices}
     on_triton = [device for device, reason in reasons.items() if reason is None]
     on_cuda, cuda_reason = _cuda.describe()
     of_gpus = [name for name, on in (("triton", on_triton), ("cuda", on_cuda)) if "cuda" in on]
@@ -108,7 +108,7 @@ def _load_native() -> None:
 def for_cuda(device: torch.device, instead: str = "blockwise") -> str:
     """The first of those for GPUs that runs on this one; else `instead`, and a warning, once, what to do about it."""
     reasons = {}
-    for name, why_not in (("triton", triton.why_not), ("cuda", _cuda.why_not)):
+    for name, why_not in (("triton", triton.unavailable_reason), ("cuda", _cuda.why_not)):
         reason = why_not(device)
         if reason is None:
             return name
@@ -119,7 +119,7 @@ def for_cuda(device: torch.device, instead: str = "blockwise") -> str:
 
 
 def _check_triton(device: torch.device) -> None:
-    if reason := triton.why_not(device):
+    if reason := triton.unavailable_reason(device):
         raise RuntimeError(f"impl='triton': {reason} (or use impl='auto')")
 
 

@@ -5,13 +5,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from mcl_kernels.backends.triton_device import load_features, multiply, rounded
 from mcl_kernels.logsumexp.triton.tiles import (
     hole_in,
-    load_features,
     load_rows,
-    multiply,
     multiply_tile,
-    rounded,
     span,
     where_kept,
 )
@@ -24,7 +22,7 @@ def backward_kernel(
     row_lse, row_weight, column_lse, column_weight, scale, column_scale, unit, grad_x, grad_scale, n, width,
     scale_stride: tl.constexpr, ROW_TERM: tl.constexpr, COLUMN_TERM: tl.constexpr, SCALES_COLUMNS: tl.constexpr,
     NEEDS_X: tl.constexpr, NEEDS_SCALE: tl.constexpr, HAS_DROPPED: tl.constexpr, COMPARES_IDS: tl.constexpr,
-    SKIPS_TILES: tl.constexpr, DTYPE: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr,
+    SKIPS_TILES: tl.constexpr, OPERAND: tl.constexpr, ACCUMULATOR: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, FEATURES: tl.constexpr, ONE_PART: tl.constexpr,
     GRADIENTS: tl.constexpr, CHUNK: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
@@ -40,8 +38,8 @@ def backward_kernel(
     row_id = tl.load(row_ids + row) if COMPARES_IDS else row
     row_scale = tl.load(scale + row * scale_stride)[:, None]
     row_at = row * x_stride
-    row_part = load_features(x, row_at, row_valid, x_step, width, 0, FEATURES, DTYPE) if ONE_PART else row
-    if tl.float16 == DTYPE:
+    row_part = load_features(x, row_at, row_valid, x_step, width, 0, FEATURES, OPERAND) if ONE_PART else row
+    if tl.float16 == OPERAND:
         # What fp16 rows are multiplied with is at most 2^15, and not lost where gradients are small.
         to_unit = tl.load(unit)
     if ROW_TERM:
@@ -50,8 +48,8 @@ def backward_kernel(
 
     sums = ()  # a tensor for each CHUNK of the features
     for _ in tl.static_range(GRADIENTS // CHUNK):
-        sums = sums + (tl.zeros((ROWS, CHUNK), SUM),)
-    scale_sums = tl.zeros((ROWS,), SUM)
+        sums = sums + (tl.zeros((ROWS, CHUNK), ACCUMULATOR),)  # type: ignore[assignment]
+    scale_sums = tl.zeros((ROWS,), ACCUMULATOR)
     first, last = span(begin, end)
     end_of_tiles = last
     if SKIPS_TILES:
@@ -62,10 +60,10 @@ def backward_kernel(
             start = tl.where(start < hole_first, start, start + hole)
         column, column_valid, gradient_part, products = multiply_tile(
             x, row_at, row_valid, x_step, row_part, y, y_stride, y_step, column_order, start, last, width,
-            ROWS, COLUMNS, FEATURES, ONE_PART, DTYPE, SUM, PRECISION,
+            ROWS, COLUMNS, FEATURES, ONE_PART, OPERAND, ACCUMULATOR, PRECISION,
         )  # fmt: skip
         logits = products * (tl.load(column_scale + column)[None, :] if SCALES_COLUMNS else row_scale)
-        weights = tl.zeros((ROWS, COLUMNS), SUM)
+        weights = tl.zeros((ROWS, COLUMNS), ACCUMULATOR)
         if ROW_TERM:
             weights = weight * tl.exp(logits - lse)
         if COLUMN_TERM:
@@ -82,16 +80,16 @@ def backward_kernel(
             )  # fmt: skip
             scale_sums += tl.sum(products, 1)
         if NEEDS_X:
-            if tl.float16 == DTYPE:
+            if tl.float16 == OPERAND:
                 weights = weights * to_unit
-            weights = rounded(weights, DTYPE)
+            weights = rounded(weights, OPERAND)
             added = ()
             for chunk in tl.static_range(GRADIENTS // CHUNK):
                 if not ONE_PART or CHUNK < GRADIENTS:
                     gradient_part = load_features(
-                        y, column * y_stride, column_valid, y_step, width, first_feature + chunk * CHUNK, CHUNK, DTYPE
+                        y, column * y_stride, column_valid, y_step, width, first_feature + chunk * CHUNK, CHUNK, OPERAND
                     )
-                added = added + (multiply(weights, gradient_part, sums[chunk], PRECISION),)
+                added = added + (multiply(weights, gradient_part, sums[chunk], PRECISION),)  # type: ignore[assignment]
             sums = added
 
     if NEEDS_SCALE:
@@ -100,7 +98,7 @@ def backward_kernel(
     if NEEDS_X:
         for chunk in tl.static_range(GRADIENTS // CHUNK):
             gradient = sums[chunk] * row_scale
-            if tl.float16 == DTYPE:
+            if tl.float16 == OPERAND:
                 gradient = gradient / to_unit
             feature = first_feature + chunk * CHUNK + tl.arange(0, CHUNK)
             at = grad_x + row[:, None] * width + feature.to(tl.int64)[None, :]

@@ -5,10 +5,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from mcl_kernels.backends.triton_device import load_features
 from mcl_kernels.logsumexp.triton.tiles import (
     finite_or_zero,
     hole_in,
-    load_features,
     load_rows,
     multiply_tile,
     span,
@@ -22,7 +22,7 @@ def forward_kernel(
     y, y_stride, y_step, column_order, column_ids,
     scale, threshold, result, n, width,
     scale_stride: tl.constexpr, COUNT: tl.constexpr, HAS_DROPPED: tl.constexpr, COMPARES_IDS: tl.constexpr,
-    SKIPS_TILES: tl.constexpr, DTYPE: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr,
+    SKIPS_TILES: tl.constexpr, OPERAND: tl.constexpr, ACCUMULATOR: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, FEATURES: tl.constexpr, ONE_PART: tl.constexpr,
 ):  # fmt: skip
     """result_i = log sum_j exp(s_ij) of ROWS sorted rows, by a running maximum and sum: 1 unit of products.
@@ -35,11 +35,11 @@ def forward_kernel(
     row_id = tl.load(row_ids + row) if COMPARES_IDS else row
     row_scale = tl.load(scale + row * scale_stride)
     row_at = row * x_stride
-    row_part = load_features(x, row_at, row_valid, x_step, width, 0, FEATURES, DTYPE) if ONE_PART else row
+    row_part = load_features(x, row_at, row_valid, x_step, width, 0, FEATURES, OPERAND) if ONE_PART else row
     row_threshold = tl.load(threshold + row) if COUNT else row_scale
 
-    maximum = tl.full((ROWS,), float("-inf"), SUM)
-    total = tl.zeros((ROWS,), tl.int64 if COUNT else SUM)
+    maximum = tl.full((ROWS,), float("-inf"), ACCUMULATOR)
+    total = tl.zeros((ROWS,), tl.int64 if COUNT else ACCUMULATOR)
     first, last = span(begin, end)
     end_of_tiles = last
     if SKIPS_TILES:
@@ -50,7 +50,7 @@ def forward_kernel(
             start = tl.where(start < hole_first, start, start + hole)
         column, column_valid, _, products = multiply_tile(
             x, row_at, row_valid, x_step, row_part, y, y_stride, y_step, column_order, start, last, width,
-            ROWS, COLUMNS, FEATURES, ONE_PART, DTYPE, SUM, PRECISION,
+            ROWS, COLUMNS, FEATURES, ONE_PART, OPERAND, ACCUMULATOR, PRECISION,
         )  # fmt: skip
         if COUNT:
             above = where_kept(

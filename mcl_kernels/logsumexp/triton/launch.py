@@ -15,42 +15,23 @@ Memory beyond inputs and outputs: the plan and a few vectors [N] and [M].
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from mcl_kernels.backends.triton import (
+    compute_capability,
+    current_device,
+    padded_edge,
+    product_constants,
+    product_precision,
+)
 from mcl_kernels.logsumexp import gpu_common as by_rows
 from mcl_kernels.logsumexp.gpu_common import Rows, Side, Terms
 
-OLDEST = 8  # major compute capability: what Triton itself supports
 PLAN_ROWS = 256  # of a program that looks for dropped columns
-
-
-def why_not(device: torch.device) -> str | None:
-    """What is missing for Triton kernels on a device; None: nothing."""
-    try:
-        import triton
-    except ImportError as error:
-        return f"triton cannot be imported ({error}); pip install triton"
-    if not hasattr(triton, "knobs"):
-        return f"needs triton 3.4 or later: got {triton.__version__}"
-    if device.type == "cpu":
-        if triton.knobs.runtime.interpret:
-            return None
-        return "computes on CUDA tensors: got device cpu (TRITON_INTERPRET=1 interprets it, for tests)"
-    if device.type != "cuda":
-        return f"computes on CUDA tensors: got device {device}"
-    if not torch.cuda.is_available():
-        return "torch sees no CUDA device"
-    if torch.version.hip:
-        return "is for NVIDIA's GPUs: torch is built for ROCm"
-    major, minor = torch.cuda.get_device_capability(device)
-    if major < OLDEST:
-        return f"needs compute capability {OLDEST}.0 or later: got {major}.{minor}"
-    return None
 
 
 class Tiles(NamedTuple):
@@ -113,7 +94,7 @@ def choose_tiles(kernel: str, precision: str, width: int, capability: tuple[int,
         if precision == "tf32x3" and _before_triton_3_9():
             by_width = ((_WIDEST, by_width[0][1]),)
         tiles = next(tiles for most, tiles in by_width if width <= most)
-    whole = max(16, 1 << (width - 1).bit_length())
+    whole = padded_edge(width)
     gradients, chunk = min(tiles.gradients, whole), min(tiles.chunk, whole)
     return tiles._replace(features=min(tiles.features, whole), gradients=gradients, chunk=chunk)
 
@@ -127,14 +108,8 @@ def _before_triton_3_9() -> bool:
 
 def tile_constants(kernel: str, precision: str, dtype: torch.dtype, width: int, tiles: Tiles) -> dict[str, Any]:
     """What a kernel is compiled for, beside its options: types, and the sizes of its tiles."""
-    import triton.language as tl
-
-    wide = tl.float64 if precision == "ieee" else tl.float32
-    half = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
     constants = {
-        "DTYPE": half[dtype] if precision == "half" else wide,
-        "SUM": wide,
-        "PRECISION": "tf32" if precision == "half" else precision,
+        **product_constants(precision, dtype),
         "ROWS": tiles.rows, "COLUMNS": tiles.columns, "FEATURES": tiles.features, "ONE_PART": width <= tiles.features,
     }  # fmt: skip
     if kernel == "backward":
@@ -152,7 +127,7 @@ def _common_arguments(
     width = rows.x.shape[1]
     precision = product_precision(rows.x, columns.x, scale)
     precision = least_precision if precision == "tf32" else precision
-    capability = torch.cuda.get_device_capability(rows.x.device) if rows.x.is_cuda else None
+    capability = compute_capability(rows.x.device)
     # fp64 is for checks: it takes the tiles of what is nearest in size.
     tiles = choose_tiles(kernel, "tf32x3" if precision == "ieee" else precision, width, capability)
     values, column_values = by_rows.dropped_values(rows, columns, negatives)
@@ -173,19 +148,6 @@ def _common_arguments(
     }  # fmt: skip
 
 
-def product_precision(x: Tensor, y: Tensor, scale: Tensor) -> str:
-    """How rows are multiplied: "half" as they are, fp32 and mixed ones as torch says, fp64 (for checks) exactly."""
-    if scale.dtype == torch.float64:
-        return "ieee"
-    if x.dtype == y.dtype and x.dtype.itemsize == 2:
-        return "half"
-    try:
-        highest = torch.get_float32_matmul_precision() == "highest"
-    except RuntimeError:  # torch does not answer once its newer switch was used
-        highest = torch.backends.cuda.matmul.fp32_precision != "tf32"  # type: ignore[attr-defined]
-    return "tf32x3" if highest else "tf32"
-
-
 def _dropped(rows: Rows, columns: Side, values: Tensor, column_values: Tensor | None) -> tuple[Tensor, Tensor]:
     from mcl_kernels.logsumexp.triton.tiles import drop_kernel
 
@@ -193,18 +155,12 @@ def _dropped(rows: Rows, columns: Side, values: Tensor, column_values: Tensor | 
     n = len(order)
     begin, end = torch.empty(2, n, dtype=torch.int32, device=order.device).unbind()
     if n:
-        with on_device_of(begin):
+        with current_device(begin):
             drop_kernel[(-(-n // PLAN_ROWS),)](
                 order, rows.begin, rows.end, values, columns.order, column_values, begin, end, n,
                 len(columns.order).bit_length(), ROWS=PLAN_ROWS,
             )  # fmt: skip
     return begin, end
-
-
-def on_device_of(x: Tensor) -> AbstractContextManager[object]:
-    """A launch goes to the current device, whatever the tensors' own is; nothing on a CPU."""
-    device: AbstractContextManager[object] = torch.cuda.device_of(x)  # type: ignore[no-untyped-call]
-    return device
 
 
 def _run_forward(
@@ -217,7 +173,7 @@ def _run_forward(
     counts = threshold is not None
     # What is counted is compared with products that torch computed in fp32.
     arguments = _common_arguments("forward", rows, columns, scale, negatives, "tf32x3" if counts else "tf32")
-    with on_device_of(result):
+    with current_device(result):
         forward_kernel[(-(-len(result) // arguments["ROWS"]),)](
             **arguments, result=result, threshold=threshold if counts else scale, COUNT=counts
         )
@@ -243,7 +199,7 @@ def _run_backward(
     unused = scale, scale
     row_lse, row_weight = terms.row or unused
     column_lse, column_weight = terms.column or unused
-    with on_device_of(rows.side.x):
+    with current_device(rows.side.x):
         backward_kernel[(-(-n // arguments["ROWS"]) * arguments["PARTS"],)](
             **arguments, row_lse=row_lse, row_weight=row_weight, column_lse=column_lse, column_weight=column_weight,
             column_scale=scale if terms.column_scale is None else terms.column_scale, unit=terms.unit,

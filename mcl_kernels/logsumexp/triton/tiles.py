@@ -9,42 +9,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))
-
-
-@triton.jit
-def multiply(a, b, sums, PRECISION: tl.constexpr):
-    """sums + a b. Every product goes through here: the interpreter multiplies bfloat16 wrongly, so it gets fp32.
-
-    The three products of tf32x3 have sums of their own, which are then added: tensor cores truncate theirs.
-    """
-    if INTERPRET:
-        return tl.dot(a.to(sums.dtype), b.to(sums.dtype), sums, out_dtype=sums.dtype)
-    return tl.dot(a, b, sums, input_precision=PRECISION, out_dtype=sums.dtype)
-
-
-@triton.jit
-def rounded(x, DTYPE: tl.constexpr):
-    """x in DTYPE, to the nearest, ties to even: the interpreter rounds fp32 to bfloat16 toward zero."""
-    if INTERPRET and tl.bfloat16 == DTYPE:
-        bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
-        to_nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-        return tl.where(x == x, to_nearest, bits | 0x00400000).to(tl.float32, bitcast=True).to(DTYPE)
-    return x.to(DTYPE)
+from mcl_kernels.backends.triton_device import load_features, multiply
 
 
 @triton.jit
 def finite_or_zero(maximum):
     """An infinite maximum is not subtracted: -inf has to stay -inf, and inf to stay inf."""
     return tl.where(tl.abs(maximum) == float("inf"), 0.0, maximum)
-
-
-@triton.jit
-def load_features(x, offsets, valid, step, width, first, FEATURES: tl.constexpr, DTYPE: tl.constexpr):
-    """Features first .. first + FEATURES - 1 of the rows at `offsets`; zeros behind the last, and where not valid."""
-    feature = first + tl.arange(0, FEATURES)
-    at = x + offsets[:, None] + feature.to(tl.int64)[None, :] * step
-    return tl.load(at, mask=valid[:, None] & (feature < width)[None, :], other=0.0).to(DTYPE)
 
 
 @triton.jit
@@ -68,7 +39,7 @@ def load_rows(
 def multiply_tile(
     x, row_at, row_valid, x_step, row_part, y, y_stride, y_step, column_order, start, last, width,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, FEATURES: tl.constexpr, ONE_PART: tl.constexpr,
-    DTYPE: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr,
+    OPERAND: tl.constexpr, ACCUMULATOR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The columns of a tile, which of them there are, their features and the products <x_i, y_j>.
 
@@ -78,15 +49,15 @@ def multiply_tile(
     valid = columns < last
     column = tl.load(column_order + columns, mask=valid, other=0)
     column_at = column * y_stride
-    products = tl.zeros((ROWS, COLUMNS), SUM)
+    products = tl.zeros((ROWS, COLUMNS), ACCUMULATOR)
     part = column
     if ONE_PART:
-        part = load_features(y, column_at, valid, y_step, width, 0, FEATURES, DTYPE)
+        part = load_features(y, column_at, valid, y_step, width, 0, FEATURES, OPERAND)
         products = multiply(row_part, tl.trans(part), products, PRECISION)
     else:
         for first in range(0, width, FEATURES):
-            a = load_features(x, row_at, row_valid, x_step, width, first, FEATURES, DTYPE)
-            b = load_features(y, column_at, valid, y_step, width, first, FEATURES, DTYPE)
+            a = load_features(x, row_at, row_valid, x_step, width, first, FEATURES, OPERAND)
+            b = load_features(y, column_at, valid, y_step, width, first, FEATURES, OPERAND)
             products = multiply(a, tl.trans(b), products, PRECISION)
     return column, valid, part, products
 
