@@ -18,14 +18,16 @@ import torch.distributed as dist
 
 from mcl_kernels import MultistageRunner
 from mcl_kernels.stages import files as stage_files
-from mcl_kernels.stages import runner as stages
+from mcl_kernels.stages import run_directory
+from mcl_kernels.stages import runner as stage_runner
+from mcl_kernels.stages.stage import Stage
 from tests.process_pool import RankPool
 
 ROOT = Path(__file__).parents[1]
 N, D = 91, 6
 
 
-def embeddings_of(stage: stages.Stage) -> torch.Tensor:
+def embeddings_of(stage: Stage) -> torch.Tensor:
     """Of all samples: they depend on the labels of the stage, so that a wrong one shows."""
     generator = torch.Generator().manual_seed(int((stage.labels * torch.arange(N)).sum()) + stage.index)
     return torch.randn(N, D, generator=generator)
@@ -130,7 +132,7 @@ def fail(case: str, directory: Path) -> str:
     if case == "directories" and rank == last:
         options["directory"] = directory / "another"
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(stages, "SHOWN_WITHIN", 0.5)
+        monkeypatch.setattr(run_directory, "VISIBILITY_TIMEOUT", 0.5)
         if case == "full disk" and rank == 0:
             monkeypatch.setattr(stage_files, "write_array", no_space)
         try:
@@ -188,7 +190,7 @@ def finish_twice(directory: Path) -> list[list[Any]]:
     stage = next(iter(runner))
     here = embeddings_of(stage)[stage.shard.start : stage.shard.stop]
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(stages, "SHOWN_WITHIN", 0.5)
+        monkeypatch.setattr(run_directory, "VISIBILITY_TIMEOUT", 0.5)
         with pytest.raises((RuntimeError, ValueError), match="directory must be one that all ranks see"):
             stage.finish(here)
     runner.directory = directory
@@ -205,7 +207,7 @@ def fail_to_begin(case: str, directory: Path) -> str:
     rank = dist.get_rank()
     with pytest.MonkeyPatch.context() as monkeypatch:
         if case == "writable" and rank == 0:
-            monkeypatch.setattr(stages, "check_writable", no_space)
+            monkeypatch.setattr(stage_runner, "check_writable", no_space)
         if case == "damaged" and rank == 1:
             monkeypatch.setattr(stage_files, "map_labels", no_space)
         with pytest.raises((OSError, ValueError)) as error:
@@ -243,12 +245,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from mcl_kernels import MultistageRunner
-from mcl_kernels.stages import runner as stages
+from mcl_kernels.stages import run_directory
 directory, rank, when = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=2, timeout=timedelta(20))
 if rank == 1:
     # When the first rank has written the stage.
-    stages._written_stage = lambda *_: os._exit(9)
+    run_directory._read_when_visible = lambda *_: os._exit(9)
 if rank == 0 and when == "killed too":
     rmtree = shutil.rmtree
     shutil.rmtree = lambda *_, **__: os._exit(9)
@@ -278,7 +280,7 @@ def killed_while_it_withdraws(directory: Path) -> str:
     runner = MultistageRunner(N, n_stages=1, n_clusters=4, directory=hidden, group=dist.group.WORLD)
     stage = next(iter(runner))
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(stages, "SHOWN_WITHIN", 0.5)
+        monkeypatch.setattr(run_directory, "VISIBILITY_TIMEOUT", 0.5)
         monkeypatch.setattr(stage_files.shutil, "rmtree", lambda *_, **__: None)
         with pytest.raises((RuntimeError, ValueError)) as error:
             stage.finish(embeddings_of(stage)[stage.shard.start : stage.shard.stop])

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from mcl_kernels import ConcatEncoder, MultistageRunner, nt_xent
 from mcl_kernels._durable import replace_file
-from mcl_kernels.stages.runner import Stage
+from mcl_kernels.stages.stage import Stage
 
 IMAGE_SIZE = 28
 TEMPERATURE = 0.2
