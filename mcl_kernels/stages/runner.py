@@ -1,4 +1,4 @@
-"""The stage runner: the labels of each stage, and the clustering that makes the next ones.
+"""The stage runner: yields the stages of a run, and resumes one that was interrupted.
 
 The training loop stays the user's:
 
