@@ -119,9 +119,6 @@ def test_epochs_and_seeds_differ_and_repeat() -> None:
     assert epoch_of(ClusterBatchSampler(labels, 256, seed=1), 0) != epoch_of(sampler, 0)
 
 
-# --- epochs -----------------------------------------------------------------------------------------------------------
-
-
 @st.composite
 def samplers(draw: st.DrawFn) -> ClusterBatchSampler:
     n = draw(st.integers(40, 120))

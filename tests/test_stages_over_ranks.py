@@ -120,9 +120,6 @@ def test_waiting_for_the_writer_does_not_time_out(tmp_path: Path) -> None:
         assert pool.run(run_with_slow_writer, tmp_path, 7.0) == [run(None, 1, alone=True)] * 2
 
 
-# --- what goes wrong ------------------------------------------------------------------------------------------
-
-
 def fail(case: str, directory: Path) -> str:
     """The error on this rank. The group is in step afterwards."""
     rank, last = dist.get_rank(), dist.get_world_size() - 1
@@ -236,8 +233,6 @@ def test_ranks_that_see_other_directories_are_told_so(ranks: RankPool, tmp_path:
     assert all(expected in message for message in ranks.run(other_progress, tmp_path))
 
 
-# --- ranks that die ---------------------------------------------------------------------------------------------
-
 DYING = """
 import os, shutil, sys
 from datetime import timedelta
@@ -291,9 +286,6 @@ def test_a_stage_is_withdrawn_in_one_step(ranks: RankPool, tmp_path: Path) -> No
     messages = ranks.run(killed_while_it_withdraws, tmp_path)
     assert all("directory must be one that all ranks see" in message for message in messages)
     assert MultistageRunner(N, n_stages=1, n_clusters=4, directory=tmp_path).finished == []
-
-
-# --- under torchrun -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

@@ -133,9 +133,6 @@ def test_indexing_and_metadata_do_not_widen_all() -> None:
         labels.clone()
 
 
-# --- other processes --------------------------------------------------------------------------------------------------
-
-
 class InWorkers(Dataset[tuple[Any, ...]]):
     """The samples of a data set, each with how a worker holds the labels."""
 
