@@ -1,4 +1,4 @@
-"""Multistage runs over several ranks against the same run of one process."""
+"""Multistage runs over several ranks, compared with the same run of one process."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ N, D = 91, 6
 
 
 def embeddings_of(stage: Stage) -> torch.Tensor:
-    """Of all samples: they depend on the labels of the stage, so that a wrong one shows."""
+    """Embeddings of all samples, which depend on the labels of the stage, so that a wrong label is detected."""
     generator = torch.Generator().manual_seed(int((stage.labels * torch.arange(N)).sum()) + stage.index)
     return torch.randn(N, D, generator=generator)
 
 
 def run(directory: Path | None, n_stages: int = 2, *, alone: bool = False) -> list[list[Any]]:
-    """What the stages left behind; embeddings are those of the shard."""
+    """Runs all stages with the embeddings of the shard of this rank; returns the results of each."""
     group = None if alone else dist.group.WORLD
     runner = MultistageRunner(N, n_stages=n_stages, n_clusters=4, directory=directory, group=group)
     for stage in runner:
@@ -50,10 +50,10 @@ def run(directory: Path | None, n_stages: int = 2, *, alone: bool = False) -> li
 
 
 @pytest.mark.parametrize("in_memory", [False, True], ids=["directory", "memory"])
-def test_is_the_run_of_one_process(ranks: RankPool, tmp_path: Path, in_memory: bool) -> None:
+def test_equals_the_run_of_one_process(ranks: RankPool, tmp_path: Path, in_memory: bool) -> None:
     expected = run(None, alone=True)
-    for of_rank in ranks.run(run, None if in_memory else tmp_path / "run"):
-        assert of_rank == expected
+    for results in ranks.run(run, None if in_memory else tmp_path / "run"):
+        assert results == expected
     if not in_memory:
         assert run(tmp_path / "run", alone=True) == expected  # read back
 
@@ -76,10 +76,10 @@ def batches_of_epoch(directory: Path) -> list[list[int]]:
 
 
 def test_each_rank_loads_its_part_of_a_batch(ranks: RankPool, tmp_path: Path) -> None:
-    of_ranks = ranks.run(batches_of_epoch, tmp_path)
+    rank_batches = ranks.run(batches_of_epoch, tmp_path)
     stage = next(iter(MultistageRunner(N, n_stages=2, n_clusters=4, directory=tmp_path)))
     expected = stage.batch_sampler(4 * ranks.world_size, clusters_per_batch=1, epoch=3)
-    assert [list(chain(*parts)) for parts in zip(*of_ranks, strict=True)] == list(expected)
+    assert [list(chain(*parts)) for parts in zip(*rank_batches, strict=True)] == list(expected)
 
 
 def warnings_of_finish(clusters: torch.Tensor, directory: Path | None) -> list[str]:
@@ -94,12 +94,12 @@ def warnings_of_finish(clusters: torch.Tensor, directory: Path | None) -> list[s
 
 
 @pytest.mark.parametrize("in_memory", [False, True], ids=["directory", "memory"])
-def test_starving_labels_are_those_of_all_ranks(ranks: RankPool, tmp_path: Path, in_memory: bool) -> None:
-    """Said by one rank; not where only the shard of each has one or two samples of a label."""
+def test_few_negatives_are_counted_over_all_ranks(ranks: RankPool, tmp_path: Path, in_memory: bool) -> None:
+    """One rank warns, and only if the complete data set, not a shard of it, has one or two samples of a label."""
     threes, pairs = torch.arange(N) % 30, torch.arange(N) // 2
     assert ranks.run(warnings_of_finish, threes, None if in_memory else tmp_path / "threes") == [[]] * ranks.world_size
-    said, *others = ranks.run(warnings_of_finish, pairs, None if in_memory else tmp_path / "pairs")
-    assert [message[:58] for message in said] == ["stage 1 will have few negatives: 100% of the samples have "]
+    first, *others = ranks.run(warnings_of_finish, pairs, None if in_memory else tmp_path / "pairs")
+    assert [message[:58] for message in first] == ["stage 1 will have few negatives: 100% of the samples have "]
     assert others == [[]] * (ranks.world_size - 1)
 
 
@@ -121,7 +121,7 @@ def test_waiting_for_the_writer_does_not_time_out(tmp_path: Path) -> None:
 
 
 def fail(case: str, directory: Path) -> str:
-    """The error on this rank. The group is in step afterwards."""
+    """Returns the error on this rank, after all ranks have failed."""
     rank, last = dist.get_rank(), dist.get_world_size() - 1
     options: dict[str, Any] = {"n_stages": 2, "n_clusters": 4, "directory": directory, "group": dist.group.WORLD}
     if case == "configuration" and rank == last:
@@ -166,21 +166,21 @@ FAILURES = {
 
 @pytest.mark.parametrize("case", FAILURES)
 def test_an_error_of_one_rank_is_raised_on_every_rank(ranks: RankPool, tmp_path: Path, case: str) -> None:
-    whose, message = FAILURES[case]
-    where = 0 if whose == "first" else ranks.world_size - 1
+    position, message = FAILURES[case]
+    failed_rank = 0 if position == "first" else ranks.world_size - 1
     messages = ranks.run(fail, case, tmp_path)
-    assert message in messages[where]
-    for rank, of_rank in enumerate(messages):
-        if rank != where and case != "configuration":
-            assert of_rank.startswith(f"OtherRankError: rank {where} of the group met an error: ")
-            assert message in of_rank
+    assert message in messages[failed_rank]
+    for rank, error in enumerate(messages):
+        if rank != failed_rank and case != "configuration":
+            assert error.startswith(f"OtherRankError: rank {failed_rank} of the group met an error: ")
+            assert message in error
     if case not in ("directories",):
         assert not list(tmp_path.glob("stage-*"))
         assert ranks.run(run, tmp_path) == [run(None, alone=True)] * ranks.world_size
 
 
 def finish_twice(directory: Path) -> list[list[Any]]:
-    """The directory is seen late by the last rank."""
+    """Finishes a stage twice: the first time the last rank has another directory."""
     rank, last = dist.get_rank(), dist.get_world_size() - 1
     hidden = directory / "late" if rank == last else directory
     runner = MultistageRunner(N, n_stages=1, n_clusters=4, directory=hidden, group=dist.group.WORLD)
@@ -194,13 +194,13 @@ def finish_twice(directory: Path) -> list[list[Any]]:
     return [stage.finish(here).labels.tolist()]
 
 
-def test_a_stage_that_a_rank_did_not_see_can_be_finished_again(ranks: RankPool, tmp_path: Path) -> None:
+def test_a_stage_that_was_invisible_to_a_rank_can_be_finished_again(ranks: RankPool, tmp_path: Path) -> None:
     expected = run(None, 1, alone=True)[0][0]
     assert ranks.run(finish_twice, tmp_path) == [[expected]] * ranks.world_size
 
 
 def fail_to_begin(case: str, directory: Path) -> str:
-    """The error on this rank, of a runner that cannot read or write."""
+    """Returns the error on this rank of a runner that cannot read or write."""
     rank = dist.get_rank()
     with pytest.MonkeyPatch.context() as monkeypatch:
         if case == "writable" and rank == 0:
@@ -228,7 +228,7 @@ def other_progress(directory: Path) -> str:
     return str(error.value)
 
 
-def test_ranks_that_see_other_directories_are_told_so(ranks: RankPool, tmp_path: Path) -> None:
+def test_different_directories_of_ranks_are_reported(ranks: RankPool, tmp_path: Path) -> None:
     expected = "must be alike on every rank of the group: got 1 on rank 0 and 0 on rank 1"
     assert all(expected in message for message in ranks.run(other_progress, tmp_path))
 
@@ -244,7 +244,7 @@ from mcl_kernels.stages import run_directory
 directory, rank, when = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=2, timeout=timedelta(20))
 if rank == 1:
-    # When the first rank has written the stage.
+    # Called when the first rank has written the stage.
     run_directory._read_when_visible = lambda *_: os._exit(9)
 if rank == 0 and when == "killed too":
     rmtree = shutil.rmtree
@@ -269,8 +269,8 @@ def test_a_stage_on_disk_survives_the_death_of_another_rank(tmp_path: Path, when
     assert torch.equal(done.labels, alone.labels)
 
 
-def killed_while_it_withdraws(directory: Path) -> str:
-    """The last rank does not see the stage; the first is as if it were killed in the removal that follows."""
+def interrupt_withdrawal(directory: Path) -> str:
+    """Makes the stage invisible to the last rank; the first one then removes no files, as if it were killed."""
     hidden = directory / "late" if dist.get_rank() == dist.get_world_size() - 1 else directory
     runner = MultistageRunner(N, n_stages=1, n_clusters=4, directory=hidden, group=dist.group.WORLD)
     stage = next(iter(runner))
@@ -283,14 +283,14 @@ def killed_while_it_withdraws(directory: Path) -> str:
 
 
 def test_a_stage_is_withdrawn_in_one_step(ranks: RankPool, tmp_path: Path) -> None:
-    messages = ranks.run(killed_while_it_withdraws, tmp_path)
+    messages = ranks.run(interrupt_withdrawal, tmp_path)
     assert all("directory must be one that all ranks see" in message for message in messages)
     assert MultistageRunner(N, n_stages=1, n_clusters=4, directory=tmp_path).finished == []
 
 
 @pytest.mark.slow
 def test_two_hosts_under_torchrun(tmp_path: Path) -> None:
-    """Two agents at two loopback addresses, two processes each, train two stages with DDP."""
+    """Two agents at two loopback addresses, with two processes each, train two stages with DDP."""
     port = 29000 + int(hashlib.sha256(str(tmp_path).encode()).hexdigest(), 16) % 2000
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     hosts = [
