@@ -101,7 +101,7 @@ class NTXentLoss(host.NTXentLoss):  # type: ignore[misc]
                 key_ids=None if ref_emb is None else ref_identity,
             )
             # Without negatives b is -inf: the loss and its gradient are 0.
-            pairs = info_nce(a, b[anchors], None, a)
+            pairs = info_nce(a, b[anchors])
             losses = {"loss": {"losses": pairs, "indices": (anchors, positives), "reduction_type": "pos_pair"}}
         self.add_embedding_regularization_to_loss_dict(losses, embeddings)
         return self.reducer(losses, embeddings, labels)
