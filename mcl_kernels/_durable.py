@@ -160,6 +160,7 @@ def link_target(path: Path) -> Path:
 
 
 def _replaceable_target(path: Path) -> Path:
+    """Returns `link_target(path)`; raises an OSError for a loop of links."""
     target = link_target(path)
     if target.is_symlink():
         raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
@@ -167,6 +168,7 @@ def _replaceable_target(path: Path) -> Path:
 
 
 def _sync(descriptor: int) -> None:
+    """Syncs an open file or directory, if the file system supports it."""
     try:
         os.fsync(descriptor)
     except OSError as error:

@@ -23,7 +23,7 @@ import torch
 from mcl_kernels import KMeans
 from mcl_kernels._durable import sha256_of
 from mcl_kernels.cli.input_files import open_labels
-from mcl_kernels.cli.main import main as cli
+from mcl_kernels.cli.main import main as run_command
 from tests.command_files import N, save_features
 from tests.file_faults import ERRORS, fault, killed_at_each_call
 
@@ -47,7 +47,7 @@ def cluster(features: str, out: Path) -> tuple[int, str]:
     """Runs the command; returns its exit status and standard error."""
     command = ["cluster", features, "--clusters", "3", "--out", str(out / LABELS), "--centers", str(out / CENTERS)]
     with contextlib.redirect_stderr(io.StringIO()) as errors, contextlib.redirect_stdout(io.StringIO()):
-        return cli.main(command), errors.getvalue()
+        return run_command(command), errors.getvalue()
 
 
 def outcome(out: Path, old: Files, new: Files) -> str:

@@ -179,7 +179,7 @@ def test_an_incomplete_description_is_refused_by_name(tmp_path: Path, case: str)
 def test_an_invalid_description_is_refused_by_name(tmp_path: Path, content: bytes) -> None:
     run(tmp_path, n_stages=1)
     (tmp_path / "stage-0" / "stage.json").write_bytes(content)
-    with pytest.raises(RuntimeError, match=r"stage-0/stage.json is damaged: its content is not what"):
+    with pytest.raises(RuntimeError, match=r"stage-0/stage.json is damaged: its content does not match"):
         MultistageRunner(N, n_clusters=4, directory=tmp_path)
 
 

@@ -22,7 +22,7 @@ from mcl_kernels.objectives import ObjectiveLike, decoupled, info_nce
 
 
 class NTXentLoss(host.NTXentLoss):  # type: ignore[misc]
-    """`lightly.loss.NTXentLoss` with `labels`, over `nt_xent`, or with a memory bank `masked_info_nce`.
+    """`lightly.loss.NTXentLoss` with `labels`, computed by `nt_xent`, or with a memory bank by `masked_info_nce`.
 
     The constructor is the host's. The memory bank stores a label for each of its rows: -1, which is never a negative,
     for its random initial rows and for rows of a step without labels. Each stage needs a new loss, since its labels
@@ -82,7 +82,7 @@ class NTXentLoss(host.NTXentLoss):  # type: ignore[misc]
 
 
 class DCLLoss(host.DCLLoss):  # type: ignore[misc]
-    """`lightly.loss.DCLLoss` with `labels`, over `nt_xent`. The constructor is the host's, `weight_fn` included.
+    """`lightly.loss.DCLLoss` with `labels`, computed by `nt_xent`. The constructor is the host's, with `weight_fn`.
 
     Example:
         >>> import torch

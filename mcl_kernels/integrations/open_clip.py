@@ -16,7 +16,7 @@ from mcl_kernels.normalize import compute_dtype
 
 
 class ClipLoss(host.ClipLoss):  # type: ignore[misc]
-    """`open_clip.ClipLoss` with `labels`, over `clip_loss`.
+    """`open_clip.ClipLoss` with `labels`, computed by `clip_loss`.
 
     The constructor is the host's, and `local_loss` and `gather_with_grad` have its meaning. Pass the labels of this
     rank's rows; they are gathered together with the features. The host adds a `logit_bias` to every logit, which

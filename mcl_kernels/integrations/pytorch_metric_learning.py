@@ -21,7 +21,7 @@ from mcl_kernels.objectives import info_nce
 
 
 class NTXentLoss(host.NTXentLoss):  # type: ignore[misc]
-    """`pytorch_metric_learning.losses.NTXentLoss` with `cluster_labels`, over `masked_logsumexp`.
+    """`pytorch_metric_learning.losses.NTXentLoss` with `cluster_labels`, computed by `masked_logsumexp`.
 
     The constructor is the host's; the distance must be its default, the cosine. **`labels` are identities**, as in the
     host: samples with equal labels are positives of each other, except a row and itself (row i of both sides, if

@@ -20,7 +20,7 @@ from mcl_kernels.objectives import info_nce
 
 
 class MultipleNegativesRankingLoss(host.MultipleNegativesRankingLoss):  # type: ignore[misc]
-    """`sentence_transformers.losses.MultipleNegativesRankingLoss` with pseudo labels, over `masked_logsumexp`.
+    """`sentence_transformers.losses.MultipleNegativesRankingLoss` with pseudo labels.
 
     The constructor is the host's, with one more argument, `cluster_labels`. `directions` and `partition_mode` are
     supported; `hardness_mode` and similarities other than `cos_sim` and `dot_score` are refused. With

@@ -18,7 +18,7 @@ from mcl_kernels.normalize import normalize_rows
 
 
 class CLIPModel(host.CLIPModel):  # type: ignore[misc]
-    """`transformers.CLIPModel` with `clusters`, the pseudo labels, over `clip_loss`.
+    """`transformers.CLIPModel` with `clusters`, the pseudo labels, whose loss is `clip_loss`.
 
     `from_pretrained`, configuration and files are the host's. With `return_loss=True` the output has no logits, since
     no N x N matrix is built; otherwise `forward` is the host's. Under `Trainer` a column `clusters` of the data set

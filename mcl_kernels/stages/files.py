@@ -168,7 +168,7 @@ def _read_description(path: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, RecursionError):
         intact = False
     if not intact:
-        _refuse(path, "its content is not what its own SHA-256 says")
+        _refuse(path, "its content does not match its own SHA-256")
     for part, names in (("files", ARRAYS), ("configuration", CONFIGURATION), ("statistics", STATISTICS)):
         entries = description.get(part)
         if not isinstance(entries, dict) or not names <= entries.keys():

@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 class RunRanks:
-    """The ranks of a process group, or this process alone where there is no group.
+    """The ranks of a process group, or this process alone without a group.
 
     Attributes:
         group: the process group, or None.
@@ -32,10 +32,11 @@ class RunRanks:
 
     @property
     def is_first(self) -> bool:
+        """True on the rank that writes the files."""
         return self.rank == 0
 
     def part_of(self, n_samples: int) -> range:
-        """Returns the samples of this rank: contiguous, and within one sample equally many on every rank."""
+        """Returns the samples of this rank: contiguous, and equally many on every rank up to one."""
         return range(n_samples * self.rank // self.world_size, n_samples * (self.rank + 1) // self.world_size)
 
     def run_on_each(self, work: Callable[[], T]) -> T:

@@ -206,7 +206,7 @@ class ClusterBatchSampler(Sampler[list[int]]):
     def _global_batches(self) -> Array:
         """Computes the batches of the epoch as positions in `_samples`, [batches, G]; the same on every rank."""
         random = np.random.default_rng((self.seed, self.epoch))
-        drawn = self._drawn_in_merge() if self.small == "merge" else np.arange(len(self._samples))
+        drawn = self._positions_to_merge() if self.small == "merge" else np.arange(len(self._samples))
 
         # Shuffles the samples within clusters, and the order of the clusters.
         drawn = random.permutation(drawn)
@@ -227,7 +227,7 @@ class ClusterBatchSampler(Sampler[list[int]]):
             batches = np.concatenate((batches, mixed.reshape(-1, self.global_size)))
         return random.permutation(batches)
 
-    def _drawn_in_merge(self) -> Array:
+    def _positions_to_merge(self) -> Array:
         """Returns all positions except N mod G of them, which a window over one fixed permutation selects.
 
         The windows of consecutive epochs do not overlap (2 (N mod G) <= N for every N >= G), so every sample is drawn

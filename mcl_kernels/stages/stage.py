@@ -6,7 +6,8 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,15 +18,33 @@ from mcl_kernels.kmeans.rows import Rows, RowsLike, open_rows
 from mcl_kernels.stages.finished_stage import Clustering, ComposedStage, FinishedStage, compose_stage
 from mcl_kernels.stages.pseudo_labels import look_up_tuples, starvation
 from mcl_kernels.stages.run_directory import save_stage
+from mcl_kernels.stages.run_ranks import RunRanks
 from mcl_kernels.stages.sampler import ClusterBatchSampler
 from mcl_kernels.stages.saved_state import State, dump_state
+from mcl_kernels.stages.stored_labels import StoredLabels
 
-if TYPE_CHECKING:
-    from mcl_kernels.stages.runner import MultistageRunner
+
+class Run(Protocol):
+    """Settings and progress of the run that a stage belongs to: attributes of `MultistageRunner`."""
+
+    n_samples: int
+    n_stages: int
+    n_clusters: int
+    metric: str
+    seed: int
+    directory: Path | None
+    ranks: RunRanks
+    finished: list[FinishedStage]
+
+    @property
+    def labels(self) -> StoredLabels: ...
+    @property
+    def configuration(self) -> dict[str, Any]: ...
+    def indices_of(self, keys: Sequence[str]) -> Tensor: ...
 
 
 class Stage:
-    """One stage of a run, handed out by iterating over a `MultistageRunner`.
+    """One stage of a run, returned by iterating over a `MultistageRunner`.
 
     Attributes:
         index: 0, 1, ...
@@ -34,10 +53,10 @@ class Stage:
             labels it returns; any other operation makes a temporary copy of all labels, 8 bytes a sample.
     """
 
-    def __init__(self, runner: MultistageRunner, index: int) -> None:
-        self._runner = runner
+    def __init__(self, run: Run, index: int) -> None:
+        self._run = run
         self.index = index
-        self.labels = runner.labels
+        self.labels = run.labels
 
     def batch_sampler(
         self,
@@ -56,12 +75,12 @@ class Stage:
         they must be 0 and 1: see `ClusterBatchSampler`.
         """
         if rank is None and world_size is None:
-            rank, world_size = self._runner.ranks.rank, self._runner.ranks.world_size
+            rank, world_size = self._run.ranks.rank, self._run.ranks.world_size
         sampler = ClusterBatchSampler(
             self.labels.stored,
             batch_size,
             clusters_per_batch=clusters_per_batch,
-            seed=self._runner.seed + self.index,
+            seed=self._run.seed + self.index,
             rank=0 if rank is None else rank,
             world_size=1 if world_size is None else world_size,
             small=small,
@@ -72,11 +91,11 @@ class Stage:
     @property
     def shard(self) -> range:
         """The samples whose embeddings this process passes to `finish`: all, or with a group an even part per rank."""
-        return self._runner.ranks.part_of(self._runner.n_samples)
+        return self._run.ranks.part_of(self._run.n_samples)
 
     def labels_of(self, keys: Sequence[str]) -> Tensor:
         """Returns the labels of the samples with these keys, int64 [B]; for loops whose batches have no index."""
-        return self.labels[self._runner.indices_of(keys)]
+        return self.labels[self._run.indices_of(keys)]
 
     def assign(self, previous_embeddings: Sequence[Tensor]) -> Tensor | None:
         """Computes labels on the fly from the embeddings of the earlier, frozen encoders.
@@ -91,7 +110,7 @@ class Stage:
         Raises:
             ValueError: another number of tensors than earlier stages, or shapes that do not fit.
         """
-        earlier_stages = self._runner.finished[: self.index]
+        earlier_stages = self._run.finished[: self.index]
         if len(previous_embeddings) != len(earlier_stages):
             raise ValueError(
                 f"previous_embeddings must hold one tensor per earlier stage: got {len(previous_embeddings)} "
@@ -108,7 +127,7 @@ class Stage:
                     f"{name} must have {width} features, as in stage {stage.index}: got {embeddings.shape[1]}"
                 )
             centers = stage.centers.to(embeddings.device)
-            stage_clusters.append(assign_clusters(embeddings, centers, metric=self._runner.metric)[0])
+            stage_clusters.append(assign_clusters(embeddings, centers, metric=self._run.metric)[0])
         row_counts = [len(clusters) for clusters in stage_clusters]
         if len(set(row_counts)) > 1:
             raise ValueError(f"previous_embeddings must have one row per sample each: got {row_counts} rows")
@@ -146,23 +165,23 @@ class Stage:
             UserWarning: more than half of the samples will have a label of one or two samples in the next stage. With
                 a group only the first rank warns.
         """
-        runner = self._runner
-        if self.index != len(runner.finished):
+        run = self._run
+        if self.index != len(run.finished):
             raise RuntimeError(f"stage {self.index} is finished already")
-        serialized, rows = runner.ranks.run_on_each(partial(self._check, embeddings, state))
+        serialized, rows = run.ranks.run_on_each(partial(self._check, embeddings, state))
         compose = partial(self._compose, self._cluster(rows), serialized)
-        if runner.directory is None:
+        if run.directory is None:
             finished = compose().in_memory()
         else:
-            finished = save_stage(runner.directory, self.index, compose, runner.configuration, runner.ranks)
-        runner.finished.append(finished)
+            finished = save_stage(run.directory, self.index, compose, run.configuration, run.ranks)
+        run.finished.append(finished)
         if starved := self._starvation(finished):
             warnings.warn(f"stage {self.index + 1} will have few negatives: {starved}", stacklevel=2)
         return finished
 
     def _check(self, embeddings: RowsLike, state: Mapping[str, Any] | None) -> tuple[State | None, Rows]:
         """Checks the arguments of `finish` before the clustering starts; returns the serialized state and the rows."""
-        ranks, directory = self._runner.ranks, self._runner.directory
+        ranks, directory = self._run.ranks, self._run.directory
         saves_state = ranks.is_first or directory is None
         serialized = dump_state(state) if state is not None and saves_state else None
         rows, n = open_rows("embeddings", embeddings), len(self.shard)
@@ -173,20 +192,18 @@ class Stage:
 
     def _cluster(self, rows: Rows) -> Clustering:
         """Fits k-means to the embeddings of all ranks."""
-        runner, started = self._runner, time.perf_counter()
-        kmeans = KMeans(
-            runner.n_clusters, metric=runner.metric, seed=runner.seed + self.index, group=runner.ranks.group
-        ).fit(rows)
+        run, started = self._run, time.perf_counter()
+        kmeans = KMeans(run.n_clusters, metric=run.metric, seed=run.seed + self.index, group=run.ranks.group).fit(rows)
         seconds = time.perf_counter() - started
-        return Clustering(kmeans, runner.ranks.concatenate(kmeans.labels_.cpu()), seconds)
+        return Clustering(kmeans, run.ranks.concatenate(kmeans.labels_.cpu()), seconds)
 
     def _compose(self, clustering: Clustering, serialized: State | None) -> ComposedStage:
-        finished = self._runner.finished
+        finished = self._run.finished
         earlier_tuples = finished[-1].tuples if finished else None
         return compose_stage(self.index, self.labels, earlier_tuples, clustering, serialized)
 
     def _starvation(self, finished: FinishedStage) -> str | None:
         """Returns the text of a warning, on the first rank, if the next stage will have few negatives."""
-        if self.index + 1 == self._runner.n_stages or not self._runner.ranks.is_first:
+        if self.index + 1 == self._run.n_stages or not self._run.ranks.is_first:
             return None
         return starvation(torch.tensor(finished.statistics["label_sizes"], device="cpu"))
