@@ -26,9 +26,14 @@ def run_with_faults(module: str, directory: Path) -> str:
     subprocess.run(["gcc", "-O1", "-shared", "-fPIC", "-Wall", "-Werror", "-o", library, SOURCE, "-ldl"], check=True)
     (directory / "runs").mkdir()
     result = subprocess.run(
-        [sys.executable, "-m", module, str(directory / "runs")], capture_output=True, text=True, check=False,
-        timeout=600, cwd=Path(__file__).parents[1], env={**os.environ, "LD_PRELOAD": str(library)},
-    )  # fmt: skip
+        [sys.executable, "-m", module, str(directory / "runs")],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, "LD_PRELOAD": str(library)},
+    )
     assert result.returncode == 0, result.stderr
     return result.stdout
 

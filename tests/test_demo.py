@@ -86,8 +86,12 @@ def test_a_killed_demo_resumes(tmp_path: Path) -> None:
     settings = Settings(**json.loads((tmp_path / "results.json").read_text())["settings"])
     results = run(settings, tmp_path, display)
     assert [row.name for row in display.rows] == [
-        "ceiling: SimCLR, no bits", "stage 0: SimCLR", "stage 1: MCL", "stage 2: MCL", "all stages, concatenated",
-    ]  # fmt: skip
+        "ceiling: SimCLR, no bits",
+        "stage 0: SimCLR",
+        "stage 1: MCL",
+        "stage 2: MCL",
+        "all stages, concatenated",
+    ]
     assert "stage 0: SimCLR" not in display.trained
     assert results.neighbours.shape == (len(results.anchors), 3, 3)
     assert [len(row.ami) for row in results.stages] == [0, 1, 2]

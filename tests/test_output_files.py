@@ -258,9 +258,11 @@ def test_a_full_disk(out: str) -> None:
     np.save("large.npy", np.random.default_rng(0).random((20_000, 2), dtype=np.float32))
     result = subprocess.run(
         [sys.executable, "-m", "mcl_kernels", "cluster", "large.npy", "--clusters", "2", "--out", out],
-        capture_output=True, text=True, check=False,
+        capture_output=True,
+        text=True,
+        check=False,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)),
-    )  # fmt: skip
+    )
     assert result.returncode == 1, result.stderr
     assert result.stderr.startswith("mcl-kernels: ")
     assert result.stderr.count("\n") == 1
@@ -276,5 +278,8 @@ def test_a_fault_at_any_system_call_leaves_old_or_new_files_or_a_detected_mixtur
         report = json.loads(line)
         assert report["points"] > 40, report
         assert {outcome.split(",")[0] for outcome in report["outcomes"]} == {
-            "old", "new", "refused mixture", "centres other than those of the summary",
-        }, report  # fmt: skip
+            "old",
+            "new",
+            "refused mixture",
+            "centres other than those of the summary",
+        }, report

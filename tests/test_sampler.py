@@ -126,9 +126,13 @@ def samplers(draw: st.DrawFn) -> ClusterBatchSampler:
     clusters_per_batch, batch_size = draw(st.sampled_from([(1, 5), (2, 8), (4, 16), (1, 37)]))
     world_size = draw(st.sampled_from([1, 2] if 2 * batch_size <= n else [1]))
     return ClusterBatchSampler(
-        np.array(labels), batch_size, clusters_per_batch=clusters_per_batch, seed=draw(st.integers(0, 3)),
-        rank=world_size - 1, world_size=world_size,
-    )  # fmt: skip
+        np.array(labels),
+        batch_size,
+        clusters_per_batch=clusters_per_batch,
+        seed=draw(st.integers(0, 3)),
+        rank=world_size - 1,
+        world_size=world_size,
+    )
 
 
 @given(samplers(), st.integers(2, 4))
@@ -203,9 +207,11 @@ def test_simultaneous_iterators_are_two_epochs() -> None:
 def test_epochs_of_a_data_loader(workers: int, persistent: bool) -> None:
     labels = torch.arange(103) % 4
     loader = DataLoader(
-        TensorDataset(torch.arange(103)), batch_sampler=ClusterBatchSampler(labels, 16), num_workers=workers,
+        TensorDataset(torch.arange(103)),
+        batch_sampler=ClusterBatchSampler(labels, 16),
+        num_workers=workers,
         persistent_workers=persistent,
-    )  # fmt: skip
+    )
     epochs = [[batch.tolist() for (batch,) in loader] for _ in range(3)]
     assert epochs == [epoch_of(ClusterBatchSampler(labels, 16), epoch) for epoch in range(3)]
     assert set(chain(*epochs[0], *epochs[1])) == set(range(103))

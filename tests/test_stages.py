@@ -125,8 +125,12 @@ def test_a_finished_run_is_read_back(tmp_path: Path) -> None:
         assert b.state is not None
         assert int(b.state["stage"]) == a.index
         assert sorted(path.name for path in (tmp_path / f"stage-{a.index}").iterdir()) == [
-            "centers.npy", "labels.npy", "stage.json", "state.safetensors", "tuples.npy",
-        ]  # fmt: skip
+            "centers.npy",
+            "labels.npy",
+            "stage.json",
+            "state.safetensors",
+            "tuples.npy",
+        ]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["stage-0", "stage-1", "stage-2"]
 
 

@@ -42,11 +42,16 @@ def run(directory: Path | None, n_stages: int = 2, *, alone: bool = False) -> li
         stage.finish(embeddings[here.start : here.stop], state={"index": torch.tensor(stage.index)})
     return [
         [
-            done.labels.tolist(), done.tuples.tolist(), done.centers.tolist(), done.statistics["cluster_sizes"],
-            done.statistics["label_sizes"], done.statistics["iterations"], int(done.state["index"]),  # type: ignore[index]
+            done.labels.tolist(),
+            done.tuples.tolist(),
+            done.centers.tolist(),
+            done.statistics["cluster_sizes"],
+            done.statistics["label_sizes"],
+            done.statistics["iterations"],
+            int(done.state["index"]),  # type: ignore[index]
         ]
         for done in runner.finished
-    ]  # fmt: skip
+    ]
 
 
 @pytest.mark.parametrize("in_memory", [False, True], ids=["directory", "memory"])
@@ -293,18 +298,20 @@ def test_two_hosts_under_torchrun(tmp_path: Path) -> None:
     """Two agents at two loopback addresses, with two processes each, train two stages with DDP."""
     port = 29000 + int(hashlib.sha256(str(tmp_path).encode()).hexdigest(), 16) % 2000
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=2"]
+    torchrun += ["--master-addr=127.0.0.1", f"--master-port={port}"]
+    script = ["-m", "tests.torchrun_training", str(tmp_path / "run")]
     hosts = [
         subprocess.Popen(
-            [
-                sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=2",
-                f"--node-rank={node}", "--master-addr=127.0.0.1", f"--master-port={port}",
-                f"--local-addr=127.0.0.{node + 1}",
-                "-m", "tests.torchrun_training", str(tmp_path / "run"),
-            ],
-            cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            [*torchrun, f"--node-rank={node}", f"--local-addr=127.0.0.{node + 1}", *script],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
         for node in range(2)
-    ]  # fmt: skip
+    ]
     outputs = [host.communicate(timeout=240)[0] for host in hosts]
     assert [host.returncode for host in hosts] == [0, 0], "\n".join(outputs)
     digests = {line for output in outputs for line in output.splitlines() if line.startswith("parameters ")}

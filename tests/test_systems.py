@@ -101,9 +101,14 @@ print(mcl_kernels.capabilities()["native"]["available"])
 def test_windows(tmp_path: Path) -> None:
     """Directories cannot be opened, open files cannot be replaced, and many POSIX functions are missing."""
     result = subprocess.run(
-        [sys.executable, "-c", WINDOWS + RUN], capture_output=True, text=True, check=False, cwd=tmp_path, timeout=240,
+        [sys.executable, "-c", WINDOWS + RUN],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+        timeout=240,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+    )
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-1] == "False"
 
@@ -156,9 +161,13 @@ def test_a_parent_directory_that_can_only_be_traversed(closed_parent: Path) -> N
         "print(sorted(os.listdir(own)))\n"
     )
     result = subprocess.run(
-        [sys.executable, "-c", code, str(own)], capture_output=True, text=True, check=False, cwd="/",
+        [sys.executable, "-c", code, str(own)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd="/",
         env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+    )
     assert result.stdout == "['stage-0', 'x']\n", result.stderr
 
 

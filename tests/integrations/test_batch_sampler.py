@@ -49,8 +49,11 @@ if __name__ == "__main__":
     result = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script, directory],
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
-        cwd=directory, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        cwd=directory,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert result.returncode == 0, result.stderr
     return [json.loads((directory / f"{rank}").read_text()) for rank in range(2)]
 
@@ -161,9 +164,15 @@ def trained(directory: Path, loader: Any = None, *, resume: Path | None = None, 
         directory / "checkpoints", filename="{step}", save_top_k=-1, every_n_train_steps=1
     )
     trainer = lightning.Trainer(
-        max_epochs=EPOCHS, accelerator="cpu", callbacks=[checkpoint], default_root_dir=directory, logger=False,
-        enable_progress_bar=False, enable_model_summary=False, **options,
-    )  # fmt: skip
+        max_epochs=EPOCHS,
+        accelerator="cpu",
+        callbacks=[checkpoint],
+        default_root_dir=directory,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **options,
+    )
     trainer.fit(Model(), ckpt_path=resume)
     return epochs
 

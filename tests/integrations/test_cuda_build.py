@@ -51,14 +51,14 @@ def install(site: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     checkout = site.with_name("checkout")
     shutil.copytree(ROOT, checkout, ignore=shutil.ignore_patterns(".*", "build", "lib", "*.egg-info", "runs"))
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # where ninja is
+    options = ["--quiet", "--no-deps", "--no-build-isolation", "--target", site]
     return subprocess.run(
-        [
-            sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--target", site,
-            checkout,
-        ],
+        [sys.executable, "-m", "pip", "install", *options, checkout],
         env={**os.environ, "PATH": path, "MCL_KERNELS_CUDA": "1", "CUDA_HOME": str(toolkit()), **environment},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 def test_an_installation_links_loads_and_describes_its_kernels(tmp_path: Path) -> None:

@@ -15,10 +15,13 @@ from mcl_kernels.integrations import _host
 @pytest.mark.parametrize(
     ("found", "minimum", "recent_enough"),
     [
-        ("1.5.0", "1.5", True), ("1.10", "1.5", True), ("2.0.0.dev1", "1.5", True), ("1.4.22", "1.5", False),
+        ("1.5.0", "1.5", True),
+        ("1.10", "1.5", True),
+        ("2.0.0.dev1", "1.5", True),
+        ("1.4.22", "1.5", False),
         ("0.9", "1.5", False),
     ],
-)  # fmt: skip
+)
 def test_an_old_host_is_named(monkeypatch: pytest.MonkeyPatch, found: str, minimum: str, recent_enough: bool) -> None:
     monkeypatch.setattr(_host, "version", lambda name: found)
     if recent_enough:

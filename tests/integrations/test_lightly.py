@@ -202,14 +202,14 @@ def test_an_error_leaves_the_bank_unchanged() -> None:
 
 def test_a_loss_on_another_device_than_the_model() -> None:
     """The host's bank may be on the CPU; here the meta device replaces a GPU."""
-    a, b = (x.detach().float().to("meta") for x in views(10))  # evaluated: nothing could be copied into the bank
+    a, b = (x.detach().float().to("meta") for x in views(10))  # without a gradient, so the bank is not updated
     labels = torch.zeros(10, dtype=torch.int64, device="meta")
-    for loss, *of_batch in (
+    for loss, *batch_labels in (
         (ours.NTXentLoss(memory_bank_size=(16, 16)), labels),
         (ours.NTXentLoss(memory_bank_size=(16, 16)),),
         (host.NTXentLoss(memory_bank_size=(16, 16)),),
     ):
-        assert loss(a, b, *of_batch).device.type == "meta"
+        assert loss(a, b, *batch_labels).device.type == "meta"
 
 
 def test_a_learned_temperature() -> None:

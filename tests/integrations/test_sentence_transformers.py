@@ -180,9 +180,16 @@ def history_of(loss: Any, tmp_path: Path, **labels: list[float]) -> list[float]:
 
     data = Dataset.from_dict({"anchor": [a for a, _ in SENTENCES], "positive": [b for _, b in SENTENCES], **labels})
     arguments = st.SentenceTransformerTrainingArguments(
-        output_dir=str(tmp_path), num_train_epochs=3, per_device_train_batch_size=8, learning_rate=1e-4, use_cpu=True,
-        logging_steps=1, save_strategy="no", report_to=[], disable_tqdm=True,
-    )  # fmt: skip
+        output_dir=str(tmp_path),
+        num_train_epochs=3,
+        per_device_train_batch_size=8,
+        learning_rate=1e-4,
+        use_cpu=True,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+    )
     trainer = st.SentenceTransformerTrainer(model=loss.model, args=arguments, train_dataset=data, loss=loss)
     trainer.train()
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

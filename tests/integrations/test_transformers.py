@@ -146,11 +146,21 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def trained(model: Any, tmp_path: Path, data: Pairs, accumulation: int = 1) -> tuple[Any, list[float]]:
     arguments = transformers.TrainingArguments(
-        output_dir=str(tmp_path), max_steps=4, per_device_train_batch_size=12 // accumulation, use_cpu=True,
-        per_device_eval_batch_size=12, gradient_accumulation_steps=accumulation, learning_rate=1e-3, logging_steps=1,
-        save_strategy="no", report_to=[], disable_tqdm=True, max_grad_norm=0.0, lr_scheduler_type="constant",
+        output_dir=str(tmp_path),
+        max_steps=4,
+        per_device_train_batch_size=12 // accumulation,
+        use_cpu=True,
+        per_device_eval_batch_size=12,
+        gradient_accumulation_steps=accumulation,
+        learning_rate=1e-3,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        max_grad_norm=0.0,
+        lr_scheduler_type="constant",
         optim="sgd",
-    )  # fmt: skip
+    )
     trainer = transformers.Trainer(
         model=model, args=arguments, train_dataset=data, eval_dataset=data, data_collator=collate
     )
