@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mcl_kernels.distributed.exchange import Side, share_queries, share_samples
-from mcl_kernels.distributed.group import Ranks, agreement, meeting_device
+from mcl_kernels.distributed.group import Ranks, agreement, collective_device
 from mcl_kernels.logsumexp.pairs import Pairs
 from mcl_kernels.losses import per_anchor
 from mcl_kernels.normalize import joined_views
@@ -25,8 +25,8 @@ def agreed_call(ranks: Ranks | None, loss: str, arguments: dict[str, Any]) -> Ab
         return nullcontext()
     # A rank that fails may have none of its tensors on the device of the others.
     devices = (x.device for x in arguments.values() if isinstance(x, Tensor))
-    device = next((device for device in devices if device.type not in ("cpu", "meta")), None) or meeting_device(ranks)
-    return agreement(ranks, device, {"loss": loss, **arguments})
+    accelerator = next((device for device in devices if device.type not in ("cpu", "meta")), None)
+    return agreement(ranks, accelerator or collective_device(ranks), {"loss": loss, **arguments})
 
 
 def needed_exchange(exchange: str, negatives: str, objective: Objective, reduction: str) -> str:
