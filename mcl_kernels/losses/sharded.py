@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mcl_kernels.distributed.exchange import Side, share_queries, share_samples
+from mcl_kernels.distributed.exchange import LabelledRows, share_queries, share_samples
 from mcl_kernels.distributed.group import Ranks, agreement, collective_device
 from mcl_kernels.logsumexp.pairs import Pairs
 from mcl_kernels.losses import per_anchor
@@ -48,7 +48,8 @@ def one_way(
 ) -> tuple[Tensor, int]:  # fmt: skip
     """The loss of each query that this rank computes, and the number of queries of all ranks."""
     columns = (query, positive, scale) if scale.ndim else (query, positive)
-    queries, keys = Side(columns, pairs.labels, pairs.ids), Side((key,), pairs.key_labels, pairs.key_ids)
+    queries = LabelledRows(columns, pairs.labels, pairs.ids)
+    keys = LabelledRows((key,), pairs.key_labels, pairs.key_ids)
     blocks, total = share_queries(queries, keys, exchange, ranks)
     query, positive, *scales = blocks.anchors.columns
     (key,), scale = blocks.keys.columns, scales[0] if scales else scale
@@ -62,11 +63,11 @@ def all_views(
 ) -> tuple[Tensor, int]:  # fmt: skip
     """The loss of each view that this rank computes, and the number of samples of all ranks."""
     columns = (view_a, view_b, *scale.chunk(2)) if scale.ndim else (view_a, view_b)
-    share = share_samples(Side(columns, of_sample.labels, of_sample.ids), "nt_xent", exchange, ranks)
+    share = share_samples(LabelledRows(columns, of_sample.labels, of_sample.ids), "nt_xent", exchange, ranks)
     losses = []
-    if share.whole is not None:
-        view_a, view_b, *scales = share.whole.columns
-        pairs, own_scale = share.whole.pairs(of_sample.negatives), torch.cat(scales) if scales else scale
+    if share.complete is not None:
+        view_a, view_b, *scales = share.complete.columns
+        pairs, own_scale = share.complete.pairs(of_sample.negatives), torch.cat(scales) if scales else scale
         losses.append(per_anchor.all_views(*joined_views(view_a, view_b), pairs, own_scale, objective, impl))
     if share.blocks is not None:
         view_a, view_b, *scales = share.blocks.anchors.columns
@@ -88,11 +89,11 @@ def both_ways(
     exchange: str,
 ) -> tuple[Tensor, int]:
     """The loss of each pair that this rank computes, and the number of pairs of all ranks."""
-    share = share_samples(Side((image, text), pairs.labels, pairs.ids), "clip_loss", exchange, ranks)
+    share = share_samples(LabelledRows((image, text), pairs.labels, pairs.ids), "clip_loss", exchange, ranks)
     losses = []
-    if share.whole is not None:
-        image, text = share.whole.columns
-        losses.append(per_anchor.both_ways(image, text, share.whole.pairs(pairs.negatives), scale, objective, impl))
+    if share.complete is not None:
+        image, text = share.complete.columns
+        losses.append(per_anchor.both_ways(image, text, share.complete.pairs(pairs.negatives), scale, objective, impl))
     if share.blocks is not None:
         (image, text), (all_images, all_texts) = share.blocks.anchors.columns, share.blocks.keys.columns
         of_block = share.blocks.pairs(pairs.negatives)
