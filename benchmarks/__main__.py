@@ -10,15 +10,13 @@ from __future__ import annotations
 
 import argparse
 import csv
-import importlib.metadata
-import platform
-import subprocess
 import sys
 from pathlib import Path
 
 import torch
 
 from benchmarks.cases import CASES, Case
+from benchmarks.conditions import conditions
 from benchmarks.figure import draw
 from benchmarks.measure import Row, in_fresh_process, measure_once, measure_peak, time_case, write_rows
 from mcl_kernels.logsumexp.api import resolve_impl
@@ -63,32 +61,6 @@ def _line(row: Row) -> str:
         + (f"  {fraction:>6.1%} of the limit" if fraction else " " * 21)
         + (f"  {ratio:.2f}x ours" if ratio else "")
     )
-
-
-def conditions(device: torch.device) -> dict[str, str]:
-    versions = [f"python {platform.python_version()}"]
-    for package in ("torch", "triton", "lightly", "pytorch-metric-learning", "inf-cl", "memeff"):
-        try:
-            versions.append(f"{package} {importlib.metadata.version(package)}")
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    if device.type == "cuda":
-        processor = torch.cuda.get_device_name(device)
-    else:
-        models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
-        processor = models[0].split(":")[1].strip() if models else platform.processor()
-    commit = _git("rev-parse", "--short", "HEAD")
-    changed = _git("status", "--porcelain", "--", "mcl_kernels", "csrc", "setup.py")
-    return {
-        "versions": "; ".join(versions),
-        "processor": processor,
-        "commit": commit + ("+changes" if changed else ""),
-    }
-
-
-def _git(*arguments: str) -> str:
-    result = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False, cwd=HERE.parent)
-    return result.stdout.strip()
 
 
 def save(results: Path, case: Case, rows: list[Row]) -> None:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from benchmarks.__main__ import conditions
+from benchmarks.conditions import conditions
 from benchmarks.measure import in_fresh_process, write_rows
 from mcl_kernels.backends import cuda
 

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from benchmarks.__main__ import conditions
+from benchmarks.conditions import conditions
 from benchmarks.measure import Row, write_rows
 from mcl_kernels import nt_xent
 from mcl_kernels.distributed.cost_model import ExchangePlan, all_reduced_bytes, plan_exchange

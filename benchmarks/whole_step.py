@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.__main__ import conditions
+from benchmarks.conditions import conditions
 from benchmarks.measure import in_fresh_process, peak_of, write_rows
 from mcl_kernels import cached_backward, nt_xent
 

@@ -1,4 +1,4 @@
-"""benchmarks/suppression from settings to JSON, on data so small that every method trains in a second."""
+"""experiments/suppression from settings to JSON, on data so small that every method trains in a second."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.suppression import runs
-from benchmarks.suppression.data.dataset import Dataset
-from benchmarks.suppression.experiments import EXPERIMENTS, SEEDS, SWEEP, settings_of
-from benchmarks.suppression.measures import agreement, neighbours, probe, retrieval
-from benchmarks.suppression.methods import (
+from experiments.suppression import runs
+from experiments.suppression.data.dataset import Dataset
+from experiments.suppression.experiments import EXPERIMENTS, SEEDS, SWEEP, settings_of
+from experiments.suppression.measures import agreement, neighbours, probe, retrieval
+from experiments.suppression.methods import (
     CLIP,
     METHODS,
     MoCo,
@@ -29,9 +29,9 @@ from benchmarks.suppression.methods import (
     TemperatureSchedule,
     robust_global,
 )
-from benchmarks.suppression.settings import DEFAULTS, Settings, kind_of
-from benchmarks.suppression.train import train
-from benchmarks.suppression.viewmaker import Viewmaker
+from experiments.suppression.settings import DEFAULTS, Settings, kind_of
+from experiments.suppression.train import train
+from experiments.suppression.viewmaker import Viewmaker
 from mcl_kernels import nt_xent
 
 SETTINGS = Settings(
@@ -173,7 +173,7 @@ def test_a_soup_has_statistics_of_its_own(data):
 def test_an_interrupted_run_goes_on_with_the_same_numbers(run_tiny, tmp_path, monkeypatch):
     settings = replace(SETTINGS, method="mcl+isogclr", epochs=6)
     whole = run_tiny(settings, tmp_path / "whole")
-    monkeypatch.setattr("benchmarks.suppression.train.SAVED_EVERY", 0.0)
+    monkeypatch.setattr("experiments.suppression.train.SAVED_EVERY", 0.0)
     step, calls = OwnTemperatures.after_step, []
 
     def killed(model: OwnTemperatures) -> None:
@@ -194,7 +194,7 @@ def test_an_interrupted_run_goes_on_with_the_same_numbers(run_tiny, tmp_path, mo
 
 def test_a_finished_run_is_not_repeated_and_others_are_not_taken_for_it(run_tiny, tmp_path):
     first = run_tiny(SETTINGS)
-    with patch("benchmarks.suppression.runs.train", side_effect=AssertionError("trained again")):
+    with patch("experiments.suppression.runs.train", side_effect=AssertionError("trained again")):
         assert run_tiny(SETTINGS) == first
     path = tmp_path / "results" / "tiny" / "simclr-seed0.json"
     path.write_text(json.dumps({**first, "settings": {**first["settings"], "temperature": 0.5}}))
@@ -437,7 +437,7 @@ def test_failed_runs_are_named_at_the_end_and_in_the_exit_status(tmp_path):
     command = [
         sys.executable,
         "-m",
-        "benchmarks.suppression",
+        "experiments.suppression",
         "--results",
         tmp_path / "results",
         "--directory",

@@ -1,4 +1,4 @@
-"""Data of benchmarks/suppression: what is read, rendered and held out, and that views keep what they should.
+"""Data of experiments/suppression: what is read, rendered and held out, and that views keep what they should.
 
 Archives are made here in the layout of the real ones; the code that reads them is the real one.
 """
@@ -20,8 +20,8 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks.suppression.data import DATASETS, Dataset, emoji, open_dataset, sources, trifeature
-from benchmarks.suppression.data.dataset import stratified
+from experiments.suppression.data import DATASETS, Dataset, emoji, open_dataset, sources, trifeature
+from experiments.suppression.data.dataset import stratified
 from mcl_kernels.cli.demo import random_affine
 
 TRAINED, HELD_OUT = 60, 30

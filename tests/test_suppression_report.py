@@ -1,4 +1,4 @@
-"""Tables, claims and pictures of benchmarks/suppression from JSONs alone: these are made up, nothing is trained."""
+"""Tables, claims and pictures of experiments/suppression from JSONs alone: these are made up, nothing is trained."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ import pytest
 from matplotlib.colors import to_hex
 from PIL import Image
 
-from benchmarks.suppression import figures
-from benchmarks.suppression.report import (
+from experiments.suppression import figures
+from experiments.suppression.report import (
     cell,
     claims,
     group_runs,
@@ -27,7 +27,7 @@ from benchmarks.suppression.report import (
     sweep,
     write_report,
 )
-from benchmarks.suppression.settings import Settings
+from experiments.suppression.settings import Settings
 from mcl_kernels.cli.report import WRONG
 
 DIGITS = (0.90, 0.93, 0.96)  # of three seeds

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.suppression.data.dataset import Dataset
-from benchmarks.suppression.methods import METHODS, SimCLR
-from benchmarks.suppression.settings import Settings
+from experiments.suppression.data.dataset import Dataset
+from experiments.suppression.methods import METHODS, SimCLR
+from experiments.suppression.settings import Settings
 from mcl_kernels import ClusterBatchSampler
 from mcl_kernels._durable import replaced_file
 

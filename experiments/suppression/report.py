@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.suppression.experiments import SWEEP, SWEPT
-from benchmarks.suppression.settings import DEFAULTS, Settings, kind_of
+from experiments.suppression.experiments import SWEEP, SWEPT
+from experiments.suppression.settings import DEFAULTS, Settings, kind_of
 from mcl_kernels._durable import replace_file
 
 Run = dict[str, Any]
@@ -271,7 +271,7 @@ def write_report(groups: Groups, path: Path) -> Path:
     """One page with its pictures inside; returns its path. Overwrites an older one in one step."""
     from jinja2 import Environment
 
-    from benchmarks.suppression import figures
+    from experiments.suppression import figures
     from mcl_kernels.cli.report import data_uri
 
     template = Path(__file__).with_name("report.html.jinja").read_text(encoding="utf-8")
@@ -296,7 +296,7 @@ def write_report(groups: Groups, path: Path) -> Path:
 
 def _section(data: str, of: dict[str, Group]) -> dict[str, Any]:
     """What the page says of one data set; None for a figure that its runs do not have."""
-    from benchmarks.suppression import figures
+    from experiments.suppression import figures
     from mcl_kernels.cli.report import data_uri
 
     plain = [group for name, group in of.items() if " " not in name]

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.suppression.data.dataset import Dataset
-from benchmarks.suppression.data.sources import cached_array
+from experiments.suppression.data.dataset import Dataset
+from experiments.suppression.data.sources import cached_array
 from mcl_kernels.cli.demo import random_affine
 
 CANVAS, SHAPE, PERIOD, LINE = 224, 128, 10, 3  # units; a texture's lines are LINE wide

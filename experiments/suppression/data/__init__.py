@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from benchmarks.suppression.data.dataset import Dataset
-from benchmarks.suppression.data.dominoes import Dominoes
-from benchmarks.suppression.data.emoji import EmojiCaptions, EmojiPairs
-from benchmarks.suppression.data.randbits import RandBits
-from benchmarks.suppression.data.sources import fashion_mnist, mnist
-from benchmarks.suppression.data.trifeature import Trifeature
+from experiments.suppression.data.dataset import Dataset
+from experiments.suppression.data.dominoes import Dominoes
+from experiments.suppression.data.emoji import EmojiCaptions, EmojiPairs
+from experiments.suppression.data.randbits import RandBits
+from experiments.suppression.data.sources import fashion_mnist, mnist
+from experiments.suppression.data.trifeature import Trifeature
 
 DATASETS = {
     "randbits-B": "MNIST digits beside a random code of B constant channels, B from 0 to 16",

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from benchmarks.suppression.data.dataset import Dataset, stratified
-from benchmarks.suppression.data.sources import cached_array, read_members
+from experiments.suppression.data.dataset import Dataset, stratified
+from experiments.suppression.data.sources import cached_array, read_members
 from mcl_kernels.cli.demo import random_affine
 
 VENDORS = {"google": "emoji-datasource-google@16.0.0", "twitter": "emoji-datasource-twitter@16.0.0"}

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.suppression.data.dataset import Dataset, stratified
-from benchmarks.suppression.data.sources import Labelled
+from experiments.suppression.data.dataset import Dataset, stratified
+from experiments.suppression.data.sources import Labelled
 from mcl_kernels.cli.demo import random_affine
 
 SAMPLES, TEST_SAMPLES = 5000, 2000

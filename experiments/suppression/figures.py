@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.suppression.report import Cell, Group, Groups, cell
-from benchmarks.suppression.settings import kind_of
+from experiments.suppression.report import Cell, Group, Groups, cell
+from experiments.suppression.settings import kind_of
 from mcl_kernels._durable import replaced_file
 from mcl_kernels.cli.report import CORRECT, REFERENCE, WRONG, new_figure
 

@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.suppression.data.dataset import Dataset
-from benchmarks.suppression.settings import Settings
-from benchmarks.suppression.viewmaker import Viewmaker
+from experiments.suppression.data.dataset import Dataset
+from experiments.suppression.settings import Settings
+from experiments.suppression.viewmaker import Viewmaker
 from mcl_kernels import LabelledQueue, clip_loss, masked_info_nce, nt_xent
 from mcl_kernels.cli.demo import make_backbone, make_head
 from mcl_kernels.objectives import Objective, debiased, decoupled, hard_negative, ifm, info_nce

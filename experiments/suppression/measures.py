@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.suppression.data.dataset import Dataset
+from experiments.suppression.data.dataset import Dataset
 from mcl_kernels import positive_ranks
 from mcl_kernels.cli.demo import nearest
 

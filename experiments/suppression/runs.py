@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.__main__ import conditions
-from benchmarks.suppression.data import open_dataset
-from benchmarks.suppression.data.dataset import Dataset
-from benchmarks.suppression.measures import agreement, neighbours, probe, retrieval
-from benchmarks.suppression.methods import CLIP, METHODS, SimCLR
-from benchmarks.suppression.settings import Settings
-from benchmarks.suppression.train import train
+from benchmarks.conditions import conditions
+from experiments.suppression.data import open_dataset
+from experiments.suppression.data.dataset import Dataset
+from experiments.suppression.measures import agreement, neighbours, probe, retrieval
+from experiments.suppression.methods import CLIP, METHODS, SimCLR
+from experiments.suppression.settings import Settings
+from experiments.suppression.train import train
 from mcl_kernels import MultistageRunner, model_soup
 from mcl_kernels._durable import check_writable, replace_file
 

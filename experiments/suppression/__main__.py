@@ -1,10 +1,10 @@
-"""Trains, probes and reports: `python -m benchmarks.suppression DATA METHOD ...`.
+"""Trains, probes and reports: `python -m experiments.suppression DATA METHOD ...`.
 
-    python -m benchmarks.suppression randbits-8 simclr mcl+simclr        two methods, three seeds each
-    python -m benchmarks.suppression randbits-8 sweep                    K, stages, clusters per batch, layer, start
-    python -m benchmarks.suppression trifeature-64 mcl+ifm --clusters 32 another K
-    python -m benchmarks.suppression                                     everything in the report: a day on 2 cores
-    python -m benchmarks.suppression --report                            only the report, from the JSONs alone
+    python -m experiments.suppression randbits-8 simclr mcl+simclr        two methods, three seeds each
+    python -m experiments.suppression randbits-8 sweep                    K, stages, clusters per batch, layer, start
+    python -m experiments.suppression trifeature-64 mcl+ifm --clusters 32 another K
+    python -m experiments.suppression                                     everything in the report: a day on 2 cores
+    python -m experiments.suppression --report                            only the report, from the JSONs alone
 
 A finished run is not repeated and an interrupted one goes on; what is trained lies in runs/suppression, and to train a
 run again its folder there is deleted, and its JSON. Runs that fail are named in the end, and the exit status
@@ -20,12 +20,12 @@ import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
-from benchmarks.suppression.experiments import EXPERIMENTS, SEEDS, settings_of
-from benchmarks.suppression.figures import readme_figure
-from benchmarks.suppression.methods import METHODS
-from benchmarks.suppression.report import group_runs, read_runs, readme_table, write_report
-from benchmarks.suppression.runs import path_of, run, start_process
-from benchmarks.suppression.settings import DEFAULTS, LAYERS, REGIMES, STARTS, Settings
+from experiments.suppression.experiments import EXPERIMENTS, SEEDS, settings_of
+from experiments.suppression.figures import readme_figure
+from experiments.suppression.methods import METHODS
+from experiments.suppression.report import group_runs, read_runs, readme_table, write_report
+from experiments.suppression.runs import path_of, run, start_process
+from experiments.suppression.settings import DEFAULTS, LAYERS, REGIMES, STARTS, Settings
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -102,7 +102,7 @@ def _run_all(settings: list[Settings], options: argparse.Namespace) -> dict[str,
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.suppression",
+        prog="python -m experiments.suppression",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from benchmarks.suppression.settings import Settings
+from experiments.suppression.settings import Settings
 
 SEEDS = (0, 1, 2)
 CONTROLS = ("simclr", "mcl+simclr", "ensemble+simclr", "wide+simclr")
