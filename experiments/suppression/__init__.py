@@ -1,1 +1,1 @@
-"""The paper's claims, run: what contrastive learning suppresses, and what its stages recover."""
+"""Study of feature suppression: which features contrastive learning suppresses, and which its stages recover."""

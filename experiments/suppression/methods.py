@@ -1,8 +1,8 @@
 """The contrastive methods, each a few lines over the library.
 
-A method holds its networks and says two things: `forward`, the embeddings of a batch, and `loss`, what is made of them
-and of the pseudo labels of the batch. With one label for all it is the method as published; with those of a stage it is
-MCL on top of it.
+A method holds its networks and defines two functions: `forward` computes the embeddings of a batch, `loss` the loss of
+these embeddings and their pseudo labels. With one label for all samples it is the method as published, with the labels
+of a stage it is MCL on that method.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from experiments.suppression.data.dataset import Dataset
-from experiments.suppression.settings import Settings
+from experiments.suppression.settings import RunSettings
 from experiments.suppression.viewmaker import Viewmaker
 from mcl_kernels import LabelledQueue, clip_loss, masked_info_nce, nt_xent
 from mcl_kernels.cli.demo import make_backbone, make_head
@@ -26,13 +26,12 @@ from mcl_kernels.objectives import Objective, debiased, decoupled, hard_negative
 
 
 class SimCLR(nn.Module):
-    """Two views of each image, all other views negatives; with another objective also IFM, DCL, debiased and hard
-    negatives.
+    """SimCLR: two views of each image, all other views are negatives. Other objectives make it IFM, DCL and others.
 
-    `features` are read by probes and clustered, the head serves the loss alone.
+    Probes read the output of the backbone. The head is for the loss.
     """
 
-    def __init__(self, data: Dataset, settings: Settings, objective: Objective = info_nce) -> None:
+    def __init__(self, data: Dataset, settings: RunSettings, objective: Objective = info_nce) -> None:
         super().__init__()
         self.settings = settings
         self.objective = objective
@@ -41,31 +40,31 @@ class SimCLR(nn.Module):
         self.head = make_head(self.width)
 
     def features(self, images: Tensor, layer: str) -> Tensor:
-        """[B, width] of the backbone, or [B, 64] of the projection."""
+        """Features [B, width] of the backbone, or [B, 64] of the projection."""
         features = self.backbone(images)
         return features if layer == "backbone" else self.head(features)
 
     def forward(self, views: tuple[Tensor, Tensor], index: Tensor) -> tuple[Tensor, ...]:
-        """What the loss compares; `index` are the samples of the views."""
+        """Computes the embeddings that the loss compares; `index`: samples of the views, int64 [B]."""
         return self.head(self.backbone(torch.cat(views))).chunk(2)
 
     def loss(self, embeddings: tuple[Tensor, ...], index: Tensor, labels: Tensor, progress: float) -> Tensor:
-        """Of embeddings of these samples with these pseudo labels; `progress`, from 0 to 1, is that of the stage."""
+        """Computes the loss of these samples and pseudo labels; `progress`, in [0, 1], is that of the stage."""
         return nt_xent(*embeddings, labels, temperature=self.settings.temperature, objective=self.objective)
 
     def after_step(self) -> None:
-        """What follows an update of the weights."""
+        """Updates what is not trained by the optimizer."""
 
     def new_stage(self) -> None:
-        """What of a model that goes on under other pseudo labels does not hold any more."""
+        """Clears what depends on the pseudo labels of the previous stage."""
 
 
 class TemperatureSchedule(SimCLR):
-    """SimCLR whose temperature swings between 0.1 and 1, five times a stage.
+    """SimCLR with a temperature that oscillates between 0.1 and 1, five times a stage.
 
         t = 0.1 + 0.9 (1 + cos(2 pi 5 progress)) / 2
 
-    The paper's period is 400 epochs of 2,000: the same number of swings.
+    The paper has the same number of oscillations: a period of 400 in 2,000 epochs.
 
     Source: Kukleva et al. 2023 (arXiv 2303.13664), equation 5.
     """
@@ -77,9 +76,9 @@ class TemperatureSchedule(SimCLR):
 
 @dataclass(frozen=True)
 class robust_global:  # noqa: N801, as in mcl_kernels.objectives
-    """What iSogCLR minimises over embeddings and temperatures: t (log mean_j e^(s_j - a) + rho), s and a divided by t.
+    """Objective of iSogCLR over embeddings and temperatures: t (log mean_j e^(s_j - a) + rho), s and a divided by t.
 
-    A large rho makes temperatures small. The mean is that of the batch, where the paper keeps a running one.
+    A large rho makes temperatures small. The mean is over the batch; the paper has a running mean.
 
     Source: Qiu et al. 2023 (arXiv 2305.11965), equation 5.
     """
@@ -91,10 +90,10 @@ class robust_global:  # noqa: N801, as in mcl_kernels.objectives
         return (b - n.log() - a + self.rho) / scale
 
 
-class OwnTemperatures(SimCLR):
+class SampleTemperatures(SimCLR):
     """iSogCLR: a temperature for each sample, learned with the embeddings, between 0.05 and 1."""
 
-    def __init__(self, data: Dataset, settings: Settings) -> None:
+    def __init__(self, data: Dataset, settings: RunSettings) -> None:
         super().__init__(data, settings, robust_global())
         self.temperatures = nn.Parameter(torch.full((int(data.train.max()) + 1,), settings.temperature))
 
@@ -108,9 +107,9 @@ class OwnTemperatures(SimCLR):
 
 
 class FeatureDropout(SimCLR):
-    """SimCLR on views that an adversary has changed; see `Viewmaker`."""
+    """SimCLR on views changed by an adversary; see `Viewmaker`."""
 
-    def __init__(self, data: Dataset, settings: Settings) -> None:
+    def __init__(self, data: Dataset, settings: RunSettings) -> None:
         super().__init__(data, settings)
         self.viewmaker = Viewmaker(data.shape[0])
 
@@ -121,14 +120,14 @@ class FeatureDropout(SimCLR):
 class MoCo(SimCLR):
     """MoCo-v2: one view against the other's momentum embedding and a queue of 2,048, momentum 0.99.
 
-    The published 65,536 and 0.999 belong to a million images; a queue here is as long as 16 batches. Batches are
-    normalised in four parts, and those of the keys are shuffled: by the statistics of one and the same batch a positive
-    would be told from the queue (He et al. 2020, section 3.3, where a part is a GPU's).
+    The published 65,536 and 0.999 are for a million images; the queue here holds 16 batches. Batch normalisation sees
+    a batch in four parts, and keys are shuffled before: otherwise a query and its positive would share their batch
+    statistics, which identifies the positive among the keys (He et al. 2020, section 3.3, with a part on each GPU).
     """
 
     QUEUE, MOMENTUM, PARTS = 2048, 0.99, 4
 
-    def __init__(self, data: Dataset, settings: Settings) -> None:
+    def __init__(self, data: Dataset, settings: RunSettings) -> None:
         super().__init__(data, settings)
         self.momentum_encoder = copy.deepcopy(nn.Sequential(self.backbone, self.head)).requires_grad_(False)
         self.queue = LabelledQueue(self.QUEUE, 64)
@@ -143,27 +142,36 @@ class MoCo(SimCLR):
 
     def loss(self, embeddings: tuple[Tensor, ...], index: Tensor, labels: Tensor, progress: float) -> Tensor:
         query, key = embeddings
-        held = self.queue.embeddings, labels, self.queue.labels
         loss = masked_info_nce(
-            query, *held, temperature=self.settings.temperature, positive=key, ids=index, key_ids=self.queue.ids
+            query,
+            self.queue.embeddings,
+            labels,
+            self.queue.labels,
+            temperature=self.settings.temperature,
+            positive=key,
+            ids=index,
+            key_ids=self.queue.ids,
         )
         self.queue.enqueue(key, labels, index)
         return loss
 
     @torch.no_grad()
     def after_step(self) -> None:
-        learned = (*self.backbone.parameters(), *self.head.parameters())
-        for average, now in zip(self.momentum_encoder.parameters(), learned, strict=True):
-            average.lerp_(now, 1 - self.MOMENTUM)
+        trained = (*self.backbone.parameters(), *self.head.parameters())
+        for average, current in zip(self.momentum_encoder.parameters(), trained, strict=True):
+            average.lerp_(current, 1 - self.MOMENTUM)
 
     def new_stage(self) -> None:
-        self.queue.labels.fill_(-1)  # as if never filled
+        self.queue.labels.fill_(-1)  # marks every slot as empty
 
 
 class CLIP(SimCLR):
-    """Images against captions: a bag of words through two layers, and a learned temperature; both features [B, 64]."""
+    """CLIP: images against captions, which are bags of words through two layers; a learned temperature.
 
-    def __init__(self, data: Dataset, settings: Settings) -> None:
+    Features of both are [B, 64].
+    """
+
+    def __init__(self, data: Dataset, settings: RunSettings) -> None:
         super().__init__(data, settings)
         if data.captions is None:
             raise ValueError(f"clip needs data with captions, such as emoji-captions: got {data.name}")
@@ -173,7 +181,7 @@ class CLIP(SimCLR):
         self.log_scale = nn.Parameter(torch.tensor(-math.log(settings.temperature)))
 
     def text_features(self, index: Tensor) -> Tensor:
-        """Of the captions of these samples, [B, 64]."""
+        """Features of the captions of these samples, [B, 64]."""
         words = self.captions[index]
         return self.text_head(self.words(torch.where(words < 0, self.words.padding_idx, words)))
 
@@ -188,19 +196,19 @@ class CLIP(SimCLR):
         self.log_scale.clamp_(max=math.log(100))  # as in CLIP
 
 
-def _with(objective: Objective) -> Callable[[Dataset, Settings], SimCLR]:
+def _simclr_with(objective: Objective) -> Callable[[Dataset, RunSettings], SimCLR]:
     return lambda data, settings: SimCLR(data, settings, objective)
 
 
-METHODS: dict[str, Callable[[Dataset, Settings], SimCLR]] = {
+METHODS: dict[str, Callable[[Dataset, RunSettings], SimCLR]] = {
     "simclr": SimCLR,
     "moco": MoCo,
     "clip": CLIP,
-    "ifm": _with(ifm()),
+    "ifm": _simclr_with(ifm()),
     "ts": TemperatureSchedule,
     "fd": FeatureDropout,
-    "dcl": _with(decoupled),
-    "debiased": _with(debiased()),
-    "hard": _with(hard_negative()),
-    "isogclr": OwnTemperatures,
+    "dcl": _simclr_with(decoupled),
+    "debiased": _simclr_with(debiased()),
+    "hard": _simclr_with(hard_negative()),
+    "isogclr": SampleTemperatures,
 }

@@ -1,4 +1,4 @@
-"""What a run is: data, method, seed, and what it does not leave at the default of its data."""
+"""Settings of a run: data, method, seed, and what a run sets apart from the defaults of its data."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 LAYERS = ("backbone", "projection")
 STARTS = ("fresh", "previous")
 REGIMES = ("mcl", "ensemble", "wide")
-# As the paper's public code trains CLIP: each stage goes on from the last one, so that their weights can be averaged.
+# As in the paper's public code for CLIP: each stage continues from the previous one, so that weights can be averaged.
 CLIP = {"layer": "projection", "start": "previous"}
-# Epochs are those of all stages together. What is not here is the default below.
+# Epochs of all stages together. Settings that are not listed have the default of `RunSettings`.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "randbits": {"samples": 5000, "epochs": 90},
     "fashion-randbits": {"samples": 5000, "epochs": 90},
-    # Six epochs do not train a new network; stages that go on from the last one have had 18 in the end.
+    # Six epochs are too few for a new network. A stage that continues from the previous one has trained for 18 at last.
     "trifeature": {"samples": 16_000, "epochs": 18, "start": "previous"},
     "dominoes": {"samples": 5000, "epochs": 90},
     "dominoes-side": {"samples": 5000, "epochs": 90},
@@ -24,25 +24,25 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True)
-class Settings:
-    """A run. Two runs with equal settings give the same numbers on one machine.
+class RunSettings:
+    """Settings of a run. Two runs with equal settings give the same numbers on one machine.
 
     Attributes:
-        data: `randbits-8`, `trifeature-64`, ...: a kind of data, perhaps with a number behind it.
+        data: kind of data, followed by a number for some kinds: `randbits-8`, `trifeature-64`, `dominoes`.
         method: `simclr`, `moco`, ..., alone or after `mcl+`, `ensemble+` or `wide+`.
-        seed: of the data's random parts, networks, views and clusterings.
-        samples: that are trained on; None: all there are.
-        epochs: of all stages, or of all members of an ensemble, together: every method sees the data equally often.
-        stages: of MCL; members of an ensemble; how many times as wide a wide encoder is.
+        seed: of the random parts of the data, of networks, views and clusterings.
+        samples: number of training samples; None: all.
+        epochs: of all stages, or of all members of an ensemble, together: every method reads the data equally often.
+        stages: number of stages of MCL, of members of an ensemble, or the factor by which a wide encoder is wider.
         clusters: K of each stage.
         clusters_per_batch: of MCL's batches, which hold few clusters with many samples each.
         batch_size: images, each in two views.
-        temperature: of the loss; CLIP learns its own and starts from this one.
-        learning_rate: the largest of a one-cycle schedule, anew in each stage.
+        temperature: of the loss; the initial one for CLIP, which learns it.
+        learning_rate: maximum of a one-cycle schedule, which starts again in each stage.
         features: dimensions of an encoder's output.
-        layer: what is clustered, the encoder's output (`backbone`) or the head's (`projection`). Probes read the
-            encoder's output whatever is clustered.
-        start: weights of a stage of MCL or a member of an ensemble: `fresh`, or those of the `previous` one.
+        layer: features that are clustered: the encoder's output (`backbone`) or the head's (`projection`). Probes
+            always read the encoder's output.
+        start: initial weights of a stage or of a member of an ensemble: `fresh`, or those of the `previous` one.
     """
 
     data: str
@@ -80,16 +80,16 @@ class Settings:
             raise ValueError(f"epochs must be at least 1 for each of {self.encoders} encoders: got {self.epochs}")
 
     @classmethod
-    def of(cls, data: str, method: str, seed: int, **changes: Any) -> Settings:
-        """The defaults of this data, but for `changes`."""
+    def of(cls, data: str, method: str, seed: int, **changes: Any) -> RunSettings:
+        """Returns the defaults of these data with `changes`."""
         settings = cls(data, method, seed, **DEFAULTS[kind_of(data)])
         if settings.encoders == 1:
-            settings = replace(settings, start="fresh")  # there is nothing else
+            settings = replace(settings, start="fresh")  # a single encoder has no previous one
         return replace(settings, **changes)
 
     @property
     def regime(self) -> str | None:
-        """What is done with the objective: "mcl", "ensemble", "wide", or None where it is used as it is."""
+        """Use of the objective: "mcl", "ensemble", "wide", or None for the method as published."""
         regime, plus, _ = self.method.rpartition("+")
         return regime if plus else None
 
@@ -102,17 +102,16 @@ class Settings:
         return self.stages if self.regime in ("mcl", "ensemble") else 1
 
     def epochs_of(self, encoder: int) -> int:
-        """The epochs are spread over the encoders, the first ones take what is left over."""
+        """Epochs of one encoder: an equal share, and one of the remainder for the first ones."""
         return self.epochs // self.encoders + (encoder < self.epochs % self.encoders)
 
     @property
     def name(self) -> str:
-        """The method, and what differs from the defaults: `mcl+simclr clusters=32`."""
-        usual = asdict(Settings.of(self.data, self.method, self.seed))
-        here = asdict(self)
-        return " ".join(
-            [self.method, *(f"{f.name}={here[f.name]}" for f in fields(self) if here[f.name] != usual[f.name])]
-        )
+        """The method, and the settings that differ from the defaults of the data: `mcl+simclr clusters=32`."""
+        defaults = asdict(RunSettings.of(self.data, self.method, self.seed))
+        values = asdict(self)
+        changed = (field.name for field in fields(self) if values[field.name] != defaults[field.name])
+        return " ".join([self.method, *(f"{name}={values[name]}" for name in changed)])
 
     @property
     def file_name(self) -> str:
@@ -120,8 +119,14 @@ class Settings:
 
 
 def kind_of(data: str) -> str:
-    """`randbits` of `randbits-8`: the longest kind that the name begins with."""
+    """Kind of a data set, `randbits` for `randbits-8`: the longest kind that the name begins with."""
     kinds = [kind for kind in DEFAULTS if data == kind or data.startswith(f"{kind}-")]
     if not kinds:
         raise ValueError(f"data must be one of {', '.join(DEFAULTS)}, as in `randbits-8`: got {data!r}")
     return max(kinds, key=len)
+
+
+def number_in(data: str) -> int:
+    """Number at the end of a data set's name, 8 for `randbits-8`; 0 if it has none."""
+    number = data.rpartition("-")[2]
+    return int(number) if number.isdigit() else 0

@@ -1,4 +1,4 @@
-"""The adversary of feature dropout: a network that changes a view as its encoder likes least."""
+"""The adversary of feature dropout: a network that changes views to raise the loss of their encoder."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 
 class Viewmaker(nn.Module):
-    """Adds to each view what raises the encoder's loss most, within a budget.
+    """Adds a change to each view that raises the encoder's loss, within a budget.
 
         d = tanh(net([x, noise])),    x' = clamp(x + budget d / mean|d|)
 
-    The mean is that of an image, so that each is changed by `budget` a pixel and channel; views stay within the range
-    of their batch. Gradients that come back from the encoder are turned round: one backward pass and one optimizer
-    train the encoder to lower its loss and this network to raise it. Memory: the activations of a small residual
-    network at half the resolution.
+    The mean is over an image: each image changes by `budget` per pixel and channel. Views stay within the range of
+    their batch. Gradients from the encoder are negated, so that one backward pass and one optimizer train the encoder
+    to lower the loss and this network to raise it. Memory: the activations of a small residual network at half the
+    resolution.
 
     Args:
         channels: of the views.
@@ -30,8 +30,8 @@ class Viewmaker(nn.Module):
         super().__init__()
         self.budget = budget
         self.encode = _layer(nn.Conv2d(channels + 1, 32, 4, stride=2, padding=1))
-        self.blocks = nn.ModuleList(nn.Sequential(_layer(_same(32, 32)), _same(32, 32)) for _ in range(2))
-        self.decode = _same(32, channels)
+        self.blocks = nn.ModuleList(nn.Sequential(_layer(_conv3x3(32, 32)), _conv3x3(32, 32)) for _ in range(2))
+        self.decode = _conv3x3(32, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         noise = torch.rand_like(x[:, :1])
@@ -39,14 +39,13 @@ class Viewmaker(nn.Module):
         for block in self.blocks:
             hidden = hidden + block(hidden)
         delta = torch.tanh(self.decode(F.interpolate(hidden, size=x.shape[2:])))
-        delta = _TurnedRound.apply(
-            delta * (self.budget / delta.abs().mean(dim=(1, 2, 3), keepdim=True).clamp_min(1e-6))
-        )
+        mean = delta.abs().mean(dim=(1, 2, 3), keepdim=True).clamp_min(1e-6)
+        delta = _NegatedGradient.apply(delta * (self.budget / mean))
         return torch.clamp(x + delta, float(x.min()), float(x.max()))
 
 
-class _TurnedRound(torch.autograd.Function):
-    """The identity, whose gradient is that of the opponent."""
+class _NegatedGradient(torch.autograd.Function):
+    """The identity, with a negated gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -57,7 +56,7 @@ class _TurnedRound(torch.autograd.Function):
         return -grad
 
 
-def _same(channels: int, width: int) -> nn.Conv2d:
+def _conv3x3(channels: int, width: int) -> nn.Conv2d:
     return nn.Conv2d(channels, width, 3, padding=1)
 
 

@@ -1,4 +1,4 @@
-"""Data that show feature suppression, each with several features that a contrastive loss could learn."""
+"""Data sets that show feature suppression, each with several features that a contrastive loss could learn."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from experiments.suppression.data.sources import fashion_mnist, mnist
 from experiments.suppression.data.trifeature import Trifeature
 
 DATASETS = {
-    "randbits-B": "MNIST digits beside a random code of B constant channels, B from 0 to 16",
-    "fashion-randbits-B": "Fashion-MNIST garments beside such a code",
+    "randbits-B": "MNIST digits with a random code of B constant channels, B from 0 to 16",
+    "fashion-randbits-B": "Fashion-MNIST garments with such a code",
     "trifeature-S": "10 shapes x 10 textures x 10 colours, S pixels wide, S from 16 to 224",
     "dominoes": "MNIST digits and Fashion-MNIST garments in two channels",
     "dominoes-side": "the same side by side",
-    "emoji": "emoji, of which Google's and Twitter's pictures are the two views",
+    "emoji": "emoji, with Google's and Twitter's pictures as the two views",
     "emoji-captions": "Google's pictures of emoji and their captions",
 }
 
@@ -28,11 +28,12 @@ __all__ = ["DATASETS", "Dataset", "open_dataset"]
 def open_dataset(
     name: str, *, samples: int | None = None, seed: int = 0, directory: Path = Path("runs/data")
 ) -> Dataset:
-    """The data set of that name, one of `DATASETS` with a number in place of the capital.
+    """Opens a data set by its name, one of `DATASETS` with a number in place of the capital letter.
 
-    samples    how many to train on; None for as many as its kind usually has.
-    seed       of what is random in the data themselves.
-    directory  where the archives lie; what is expensive to make is kept in its `cache`.
+    Args:
+        samples: number of training samples; None: the default of its kind.
+        seed: of the random parts of the data themselves.
+        directory: of the archives; expensive arrays are cached in its `cache`.
     """
     if match := re.fullmatch(r"(fashion-)?randbits-(\d|1[0-6])", name):
         source, feature = (fashion_mnist(), "garment") if match[1] else (mnist(directory), "digit")

@@ -1,4 +1,4 @@
-"""What every data set is to those who train and probe encoders on it."""
+"""Interface of the data sets, for training and probing encoders."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from torch import Tensor
 class Dataset(ABC):
     """N samples: images, augmented views of them, and the features that a representation may hold or suppress.
 
-    features[name]  int64 [N], or [N, b], of which the mean accuracy over the columns counts; -1 where it is not known.
-    train           int64: the samples that are trained on and clustered, and that probes are fitted to.
-    test            int64: held out of both.
-    shape           channels, height and width of what the encoder sees.
-    captions        words of each sample as ids from 0 to vocabulary - 1, int64 [N, T], -1 after the last; None without.
+    Attributes:
+        features: by name int64 [N], or [N, b] for a feature whose accuracy is the mean over columns; -1 if unknown.
+        train: samples for training, clustering and fitting probes, int64.
+        test: held-out samples, int64.
+        shape: channels, height and width of the encoder's input.
+        captions: words of each sample as ids below `vocabulary`, int64 [N, T], padded with -1; None without captions.
     """
 
     captions: Tensor | None = None
@@ -32,28 +33,28 @@ class Dataset(ABC):
         self.shape = shape
 
     def plain(self, index: Tensor) -> Tensor:
-        """Float [B, C, H, W], channels last, not augmented."""
+        """Images without augmentation, float [B, C, H, W] in channels-last memory."""
         return self._view(index, augmented=False).contiguous(memory_format=torch.channels_last)
 
     def views(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Two augmented views of each sample, by torch's global generator."""
+        """Two augmented views of each sample, drawn from torch's global generator."""
         both = self._view(index.repeat(2), augmented=True).contiguous(memory_format=torch.channels_last)
         view_a, view_b = both.chunk(2)
         return view_a, view_b
 
     @abstractmethod
     def _view(self, index: Tensor, *, augmented: bool) -> Tensor:
-        """Float [B, C, H, W]."""
+        """Encoder input of these samples, float [B, C, H, W]."""
 
     @abstractmethod
     def picture(self, index: int) -> np.ndarray:
-        """What a person should see of a sample: uint8 [h, w, 3]."""
+        """Picture of a sample for a reader, uint8 [h, w, 3]."""
 
 
 def stratified(labels: np.ndarray, count: int) -> np.ndarray:
-    """`count` positions, in which every class keeps its share; more of them begin with fewer of them.
+    """Returns `count` positions in which every class keeps its share. A larger count begins with the same positions.
 
-    The same for every seed of a run, so that runs differ in nothing but their own randomness.
+    They are the same for every seed of a run: runs differ in their own randomness only.
     """
     if not 0 < count <= len(labels):
         raise ValueError(f"samples must be 1 to {len(labels)}: got {count}")

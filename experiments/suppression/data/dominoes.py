@@ -1,6 +1,6 @@
-"""Dominoes: an MNIST digit and a Fashion-MNIST garment with independent labels make one sample.
+"""Dominoes: a sample is an MNIST digit and a Fashion-MNIST garment with independent labels.
 
-CIFAR-MNIST of the paper is of this kind; its construction is not public, and this does not stand for it.
+The paper's CIFAR-MNIST is of this kind. Its construction is not public, and dominoes do not replace it.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ SAMPLES, TEST_SAMPLES = 5000, 2000
 
 
 class Dominoes(Dataset):
-    """Images in [0, 1], [N, 2, 28, 28] or side by side [N, 1, 28, 56]; which garment goes with a digit is the seed's.
+    """Images in [0, 1], [N, 2, 28, 28] or side by side [N, 1, 28, 56]; the seed decides which garment joins a digit.
 
-    Of what is trained on both come from the training sets, of what is held out from the test sets. Each of the two is
-    augmented by a `random_affine` of its own.
+    Training samples are from both training sets, held-out ones from both test sets. Digit and garment each have a
+    `random_affine` of their own.
     """
 
     def __init__(
@@ -37,9 +37,10 @@ class Dominoes(Dataset):
         counts = (SAMPLES if samples is None else samples, min(TEST_SAMPLES, len(digits[1].labels)))
         pixels, labels = [], []
         for digit, garment, count in zip(digits, garments, counts, strict=True):
-            one, other = stratified(digit.labels, count), generator.permutation(stratified(garment.labels, count))
-            pixels.append(np.stack((digit.images[one], garment.images[other]), axis=1))
-            labels.append(np.stack((digit.labels[one], garment.labels[other])))
+            digits_chosen = stratified(digit.labels, count)
+            garments_chosen = generator.permutation(stratified(garment.labels, count))
+            pixels.append(np.stack((digit.images[digits_chosen], garment.images[garments_chosen]), axis=1))
+            labels.append(np.stack((digit.labels[digits_chosen], garment.labels[garments_chosen])))
         self.pixels = torch.from_numpy(np.concatenate(pixels))  # uint8 [N, 2, 28, 28]
         self.side_by_side = side_by_side
         digit_labels, garment_labels = torch.from_numpy(np.concatenate(labels, axis=1)).long()
@@ -55,5 +56,5 @@ class Dominoes(Dataset):
         return torch.cat(halves.split(1, dim=1), dim=3) if self.side_by_side else halves
 
     def picture(self, index: int) -> np.ndarray:
-        """Both side by side, whichever way the encoder sees them."""
+        """Digit and garment side by side, also if the encoder has them in two channels."""
         return np.concatenate(tuple(self.pixels[index].numpy()), axis=1)[:, :, None].repeat(3, axis=2)

@@ -1,7 +1,8 @@
-"""Emoji of two vendors, which are real positive pairs, and their captions; skin tone and gender are crossed in them.
+"""Emoji of two vendors, which are real positive pairs, and their captions.
 
-Skin tones and genders of one emoji look nearly the same and share most of their captions: all that have one **base**
-are on one side of the split. Pictures are 64 x 64; the encoder sees 32 x 32, views sampled from all pixels.
+Many emoji come in all combinations of skin tones and genders. These variants of one **base** look nearly the same and
+share most of their captions, so that all of them are on one side of the split. Pictures are 64 x 64; the encoder sees
+32 x 32, with views sampled from all pixels.
 """
 
 from __future__ import annotations
@@ -27,15 +28,15 @@ from mcl_kernels.cli.demo import random_affine
 VENDORS = {"google": "emoji-datasource-google@16.0.0", "twitter": "emoji-datasource-twitter@16.0.0"}
 CAPTIONS = "openmoji@17.0.0"
 PIXELS, SIZE = 64, 32
-HELD_OUT = 0.2  # of the bases
-LEAST_BASES = 20  # of a category or subgroup that is probed
+HELD_OUT = 0.2  # share of the bases
+MIN_BASES = 20  # of a category or subgroup that is probed
 
 PRESENTATION, JOINER = "FE0F", "200D"
 TONES = ("1F3FB", "1F3FC", "1F3FD", "1F3FE", "1F3FF")
 SIGNS = {"2640": "woman", "2642": "man"}
 TO_THE_RIGHT = "27A1"
 GENDERS = ("person", "woman", "man")
-PEOPLE = {  # whose genders are characters of their own: who it is, and woman and man
+PEOPLE = {  # people whose genders have characters of their own: the person, and the woman and the man
     "1F9D1": ("1F469", "1F468"),
     "1F9D2": ("1F467", "1F466"),  # child
     "1F9D3": ("1F475", "1F474"),  # older person
@@ -46,7 +47,7 @@ PEOPLE = {  # whose genders are characters of their own: who it is, and woman an
 }
 GENDER_OF = {code: gender for codes in PEOPLE.values() for code, gender in zip(codes, GENDERS[1:], strict=True)}
 PERSON_OF = {code: person for person, codes in PEOPLE.items() for code in codes} | {"1F46C": "1F46B", "1F46D": "1F46B"}
-SEQUENCES = {  # that mean what a character means
+SEQUENCES = {  # sequences with the meaning of one character
     "1F9D1 1F384": "1F385",
     "1F9D1 1F91D 1F9D1": "1F46B",  # holding hands
     "1F9D1 2764 1F9D1": "1F491",  # couple with heart
@@ -57,17 +58,17 @@ FAMILY = "1F46A"
 
 
 class Emoji(Dataset):
-    """Images [N, 3, 32, 32] in [-1, 0], one for each emoji: white is 0, what `random_affine` brings in.
+    """Images [N, 3, 32, 32] in [-1, 0], one for each emoji: white is 0, the padding of `random_affine`.
 
-    A view is turned, scaled, sheared and shifted; `plain`, and so what is probed, is Google's picture of an emoji.
-    The vendor is therefore no feature. features:
+    A view is rotated, scaled, sheared and shifted. `plain`, which is probed, is Google's picture of an emoji, so that
+    the vendor is not a feature. Features:
 
-    category, subgroup  openmoji's, those of at least `LEAST_BASES` bases
-    skin_tone           0 none, 1 light to 5 dark; of the emoji that come in all of them, in one tone at a time
-    gender              0 person, 1 woman, 2 man; of the emoji that come in several, with one person in them
+    category, subgroup  of openmoji, if they have at least `MIN_BASES` bases
+    skin_tone           0 none, 1 light to 5 dark; for emoji that come with tones, unless several tones are mixed
+    gender              0 person, 1 woman, 2 man; for emoji of one person that come in several genders
     """
 
-    left_out: tuple[str, ...] = ()  # subgroups
+    excluded_subgroups: tuple[str, ...] = ()
 
     def __init__(self, name: str, *, directory: Path, samples: int | None = None) -> None:
         pictures = cached_array(directory / "cache" / f"emoji-{PIXELS}.npy", lambda: read_pictures(directory))
@@ -78,7 +79,7 @@ class Emoji(Dataset):
         self.pixels = torch.from_numpy(np.moveaxis(by_vendor, -1, 2).copy())
         bases = [base_of(codes) for codes in self.codes]
         groups = np.array([one["group"] for one in self.described])
-        kept = np.array([one["subgroups"] not in self.left_out for one in self.described])
+        kept = np.array([one["subgroups"] not in self.excluded_subgroups for one in self.described])
         train, test = (part[kept[part]] for part in split_bases(bases, groups))
         if samples is not None:
             train = train[stratified(groups[train], samples)]
@@ -99,7 +100,7 @@ class Emoji(Dataset):
 
 
 class EmojiPairs(Emoji):
-    """One view is Google's picture and the other Twitter's, which is which drawn for each sample."""
+    """One view is Google's picture and the other Twitter's, in an order drawn for each sample."""
 
     def views(self, index: Tensor) -> tuple[Tensor, Tensor]:
         vendor = torch.randint(0, 2, index.shape)
@@ -111,13 +112,11 @@ class EmojiPairs(Emoji):
 class EmojiCaptions(Emoji):
     """Google's picture and its caption: openmoji's name of it, then its tags.
 
-    Flags of countries are left out: of their captions the name alone tells one from another, and it is unknown when
-    held out.
-
-    The word 0 stands for all that no caption trained on has.
+    Flags of countries are excluded: their captions differ in the country's name alone, which is an unknown word if the
+    flag is held out. Word 0 stands for every word that is in no training caption.
     """
 
-    left_out = ("country-flag", "subdivision-flag")
+    excluded_subgroups = ("country-flag", "subdivision-flag")
 
     def __init__(self, name: str, *, directory: Path, samples: int | None = None) -> None:
         super().__init__(name, directory=directory, samples=samples)
@@ -132,7 +131,7 @@ class EmojiCaptions(Emoji):
 
 
 def read_pictures(directory: Path) -> np.ndarray:
-    """The pictures that both vendors have, on white: records of code points and of uint8 [64, 64, 3] by each vendor."""
+    """Pictures that both vendors have, on white: records of code points and of uint8 [64, 64, 3] by each vendor."""
     by_vendor = {}
     for vendor, package in VENDORS.items():
         folder = f"package/img/{vendor}/{PIXELS}/"
@@ -151,13 +150,13 @@ def read_pictures(directory: Path) -> np.ndarray:
 
 
 def read_openmoji(directory: Path) -> dict[str, Any]:
-    """What openmoji says of each emoji, by its code points."""
+    """Openmoji's description of each emoji, by its code points."""
     (content,) = read_members(directory, CAPTIONS, lambda name: name == "package/data/openmoji.json").values()
     return {code_points(one["hexcode"]): one for one in json.loads(content)}
 
 
 def code_points(name: str) -> str:
-    """Those of a file's name or an emoji, upper case and apart, without the presentation selector, which not all write.
+    """Code points of a file name or an emoji, in upper case, without the presentation selector that some names omit.
 
     >>> code_points("1f468-200d-2764-fe0f-200d-1f468")
     '1F468 200D 2764 200D 1F468'
@@ -166,12 +165,12 @@ def code_points(name: str) -> str:
 
 
 def base_of(codes: Sequence[str]) -> str:
-    """The same for all skin tones, genders and directions of an emoji.
+    """Base of an emoji, the same for all its skin tones, genders and directions.
 
     >>> base_of(["1F469", "1F3FD", "200D", "1F692"]), base_of(["1F468", "200D", "1F692"])  # firefighters
     ('1F9D1 1F692', '1F9D1 1F692')
     """
-    # A tone or a sign that comes first is an emoji itself.
+    # A tone or a sign in the first position is an emoji itself.
     rest = [code for code in codes[1:] if code not in (JOINER, TO_THE_RIGHT, *SIGNS, *TONES)]
     people = [PERSON_OF.get(code, code) for code in (codes[0], *rest)]
     if len(people) > 1 and set(people) <= {"1F9D1", "1F9D2"}:
@@ -181,9 +180,9 @@ def base_of(codes: Sequence[str]) -> str:
 
 
 def split_bases(bases: Sequence[str], groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Samples to train on and held out; of each group of bases, those with variants apart, the same share.
+    """Training and held-out samples: the same share of the bases of each group, with and without variants.
 
-    The same for every seed of a run, like the emoji themselves.
+    They are the same for every seed of a run, like the emoji themselves.
     """
     members = defaultdict(list)
     for sample, base in enumerate(bases):
@@ -195,16 +194,16 @@ def split_bases(bases: Sequence[str], groups: np.ndarray) -> tuple[np.ndarray, n
 
 
 def encode(values: np.ndarray, bases: Sequence[str], kept: np.ndarray) -> Tensor:
-    """Classes in alphabetical order, int64 [N]; -1 for those of which too few bases are kept."""
-    of_class = defaultdict(set)
+    """Classes in alphabetical order, int64 [N]; -1 for a class with fewer than `MIN_BASES` kept bases."""
+    class_bases = defaultdict(set)
     for sample in np.flatnonzero(kept):
-        of_class[values[sample]].add(bases[sample])
-    classes = sorted(value for value, found in of_class.items() if len(found) >= LEAST_BASES)
+        class_bases[values[sample]].add(bases[sample])
+    classes = sorted(value for value, found in class_bases.items() if len(found) >= MIN_BASES)
     return torch.tensor([classes.index(value) if value in classes else -1 for value in values])
 
 
 def skin_tones(codes: Sequence[Sequence[str]], bases: Sequence[str]) -> Tensor:
-    """0 without a tone and 1 to 5 with one, int64 [N]; -1 where a base has none, and where tones are mixed."""
+    """Skin tones, int64 [N]: 0 without a tone and 1 to 5 with one; -1 for a base without tones and for mixed tones."""
     tones = [{code for code in one[1:] if code in TONES} for one in codes]
     toned = {base for base, found in zip(bases, tones, strict=True) if found}
     return torch.tensor(
@@ -216,21 +215,21 @@ def skin_tones(codes: Sequence[Sequence[str]], bases: Sequence[str]) -> Tensor:
 
 
 def genders(codes: Sequence[Sequence[str]], bases: Sequence[str]) -> Tensor:
-    """The place in `GENDERS`, int64 [N]; -1 where a base has but one, and of several people."""
+    """Positions in `GENDERS`, int64 [N]; -1 for a base with one gender and for several people."""
     found = []
     for one in codes:
         people = [code for code in one if code in PEOPLE or code in GENDER_OF]
         signs = [SIGNS[code] for code in one[1:] if code in SIGNS]
-        of_people = [GENDER_OF.get(code, "person") for code in people]
-        found.append(GENDERS.index((signs or of_people or ["person"])[0]) if len(people) < 2 else -1)
-    of_base = defaultdict(set)
+        people_genders = [GENDER_OF.get(code, "person") for code in people]
+        found.append(GENDERS.index((signs or people_genders or ["person"])[0]) if len(people) < 2 else -1)
+    base_genders = defaultdict(set)
     for base, gender in zip(bases, found, strict=True):
-        of_base[base].add(gender)
+        base_genders[base].add(gender)
     return torch.tensor(
-        [gender if len(of_base[base] - {-1}) > 1 else -1 for base, gender in zip(bases, found, strict=True)]
+        [gender if len(base_genders[base] - {-1}) > 1 else -1 for base, gender in zip(bases, found, strict=True)]
     )
 
 
 def caption_of(emoji: dict[str, Any], plain: dict[str, Any]) -> list[str]:
-    """Lower-case words; openmoji writes tags only at the emoji without a tone."""
+    """Lower-case words of a caption; openmoji has tags only for the emoji without a tone, `plain`."""
     return re.findall(r"[\w'-]+", f"{emoji['annotation']} {plain['tags']}".lower().replace("\u2019", "'"))

