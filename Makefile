@@ -54,10 +54,10 @@ bench: $(BENCH)/installed
 	test -n '$(CASES)' || $(BENCH)/bin/python -m benchmarks.clustering
 	test -n '$(CASES)' || $(BENCH)/bin/python -m benchmarks.scale
 
-# What contrastive learning suppresses and MCL recovers: all experiments, or RUNS='randbits-8 simclr mcl+simclr'. Goes on
-# where it was stopped, and ends with a report in runs/suppression.html.
+# The study of feature suppression: all runs, or RUNS='randbits-8 simclr mcl+simclr'. Runs with a row in
+# experiments/suppression/results.csv are not repeated, interrupted ones resume. Ends with a report, runs/suppression.html.
 suppression: $(VENV)/installed-demo
-	$(VENV)/bin/python -m benchmarks.suppression $(RUNS)
+	$(VENV)/bin/python -m experiments.suppression $(RUNS)
 
 # All that needs a CUDA device: the kernels in CUDA C++ are built for it; the tests, under compute-sanitizer too where there
 # is one (what Triton makes of shared memory is Triton's), and the same benchmarks with the peers' kernels, into
