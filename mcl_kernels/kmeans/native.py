@@ -1,4 +1,4 @@
-"""One pass over the data on the processor: `csrc/cpu/cluster.h`, which `_native` finds or builds.
+"""One pass over the data on the processor: `csrc/cpu/kmeans_assign.h`, which `_native` finds or builds.
 
     euclidean   label_i = argmin_k |x_i - c_k|^2,   distance_i = |x_i - c_label|^2
     cosine      label_i = argmax_k <x_i, c_k>,      distance_i = |x_i - c_label|^2 / 2, x_i divided by its norm
@@ -22,24 +22,24 @@ from mcl_kernels.kmeans.centers import Centers
 
 def assign(x: Tensor, centers: Centers) -> tuple[Tensor, Tensor]:
     """The nearest centre of each row, int64 [N], and the distance to it, [N] in the dtype of the centres."""
-    labels, distances, _, _ = _ops().assign_clusters(x, *_described(centers), False, None)
+    labels, distances, _, _ = _ops().assign_clusters(x, _described(centers), centers.cosine, False, None)
     return labels, distances
 
 
 def assign_and_sum(x: Tensor, centers: Centers) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`assign`, and in the same pass the sum of each centre's rows relative to the offset, and their number."""
-    labels, distances, sums, counts = _ops().assign_clusters(x, *_described(centers), True, None)
+    labels, distances, sums, counts = _ops().assign_clusters(x, _described(centers), centers.cosine, True, None)
     return labels, distances, sums, counts
 
 
 def follow(x: Tensor, centers: Centers, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """`assign_and_sum`, with the labels of an earlier pass, int32 [N]; sums and numbers are what changed since."""
-    _, distances, sums, counts = _ops().assign_clusters(x, *_described(centers), True, labels)
+    _, distances, sums, counts = _ops().assign_clusters(x, _described(centers), centers.cosine, True, labels)
     return distances, sums, counts
 
 
-def _described(centers: Centers) -> tuple[Tensor, Tensor, bool, Tensor]:
-    return centers.points, centers.offset, centers.cosine, centers.rounding
+def _described(centers: Centers) -> list[Tensor]:
+    return [centers.points, centers.offset, centers.rounding]
 
 
 def _ops() -> Any:

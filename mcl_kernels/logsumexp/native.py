@@ -32,7 +32,9 @@ def forward(
     query: Tensor, key: Tensor | None, scale: Tensor, pairs: Pairs, bidirectional: bool
 ) -> tuple[Tensor, Tensor, Plan]:
     """Row LSE [N], column LSE ([M] where bidirectional, else [0]) and the plan."""
-    row_lse, column_lse, *plan = _ops().forward(query, key, scale, *pairs, bidirectional)
+    row_lse, column_lse, *plan = _ops().masked_lse_forward(
+        [query, key, scale, *pairs[:4]], pairs.negatives, bidirectional
+    )
     return row_lse, column_lse, Plan(*plan)
 
 
@@ -50,11 +52,14 @@ def backward(
     needs_grad: tuple[bool, bool, bool],  # of query, key, scale
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of query, key and scale; [0] for one that is not needed (and for the key of the self form)."""
-    *identities, negatives = pairs
-    gradients: tuple[Tensor, Tensor, Tensor] = _ops().backward(
-        grad_row, grad_column, query, key, scale, *identities, row_lse, column_lse, *plan, negatives, bidirectional,
+    gradients: tuple[Tensor, Tensor, Tensor] = _ops().masked_lse_backward(
+        [query, key, scale, *pairs[:4]],
+        [row_lse, column_lse, *plan],
+        [grad_row, grad_column],
+        pairs.negatives,
+        bidirectional,
         list(needs_grad),
-    )  # fmt: skip
+    )
     return gradients
 
 
@@ -65,5 +70,5 @@ def count_above(
     pairs: Pairs,
 ) -> Tensor:
     """For each query, how many kept keys have not <q_i, k_j> <= threshold_i; int64 [N]."""
-    count: Tensor = _ops().count_above(query, key, threshold, *pairs)
+    count: Tensor = _ops().count_above([query, key, None, *pairs[:4]], threshold, pairs.negatives)
     return count
