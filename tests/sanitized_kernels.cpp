@@ -252,8 +252,8 @@ bool check(const Case& c) {
   return good;
 }
 
-// Checks unit rows and their gradients, with a row of zeros and rows whose squares overflow. Blocks of memory have exactly
-// the size of the rows, so that AddressSanitizer detects accesses past them.
+// Checks unit rows and their gradients, with a row of zeros and rows whose squares overflow. Blocks of memory have
+// exactly the size of the rows, so that AddressSanitizer detects accesses past them.
 bool check_unit_rows(int64_t width, bool paired) {
   const int64_t size = 7, total = size * width;
   std::mt19937 random(3);

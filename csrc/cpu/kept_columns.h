@@ -24,7 +24,8 @@ struct KeptColumns {
     return kept;
   }
 
-  // Calls body(j, kept) for each vector of columns that may hold a kept pair; kept is `Everything` if no lane is dropped.
+  // Calls body(j, kept) for each vector of columns that may hold a kept pair; kept is `Everything` if no lane is
+  // dropped.
   struct Everything {};
   template <class Body>
   void for_each_vector(Body body) const {

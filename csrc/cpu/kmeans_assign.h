@@ -1,4 +1,5 @@
-// One pass of k-means: finds the nearest centre of each row, and adds the row to the centre's sum while it is in the cache.
+// One pass of k-means: finds the nearest centre of each row, and adds the row to the centre's sum while it is in the
+// cache.
 #pragma once
 
 #include "kmeans_few.h"
@@ -7,8 +8,8 @@ namespace mcl::MCL_INSTRUCTION_SET {
 
 constexpr int64_t CLUSTER_ROWS = 96;  // of a block: a multiple of GROUP that fits the cache with a tile of centres
 
-// A block of rows, their products with a tile of centres, and the nearest centres so far. The number of rows is padded to
-// full vectors.
+// A block of rows, their products with a tile of centres, and the nearest centres so far. The number of rows is padded
+// to full vectors.
 template <class T>
 struct ClusterBlock {
   T *rows, *exact;     // [rows, stride]; [GROUP, stride]: copies of rows whose label depends on rounding
@@ -40,8 +41,8 @@ int64_t cluster_workspace_bytes(int64_t width) {
 
 constexpr int64_t UNDECIDED = -1;  // the label of a row if another one is possible within rounding
 
-// Multiplies rows first .. first + rows - 1 of the block by a tile of centres, into the first rows of its products. A row
-// is summed in the same order whatever its position.
+// Multiplies rows first .. first + rows - 1 of the block by a tile of centres, into the first rows of its products. A
+// row is summed in the same order whatever its position.
 template <class T>
 void multiply_tile(const Clusters<T>& clusters, const PackedCenters<T>& centers, const ClusterBlock<T>& block,
                    int64_t first, int64_t rows, int64_t center, int64_t columns) {
@@ -50,8 +51,8 @@ void multiply_tile(const Clusters<T>& clusters, const PackedCenters<T>& centers,
                           block.products, TILE_STRIDE<T>, false});
 }
 
-// Finds the labels of LANES rows: the centre of the lowest score of all lanes, the first one of equal scores; UNDECIDED if
-// it depends on rounding.
+// Finds the labels of LANES rows: the centre of the lowest score of all lanes, the first one of equal scores; UNDECIDED
+// if it depends on rounding.
 template <class T>
 void find_labels(const Clusters<T>& clusters, const PackedCenters<T>& centers, const ClusterBlock<T>& block,
                  int64_t first) {
@@ -108,8 +109,8 @@ void find_nearest(const Clusters<T>& clusters, const PackedCenters<T>& centers, 
   for (int64_t i = 0; i < rows; i += LANES<T>) find_labels(clusters, centers, block, i);
 }
 
-// Finds the labels of the undecided rows among rows first .. first + rows - 1 of the block, whose row 0 is row `begin` of
-// the data: the nearest, by differences, of the centres whose scores may be the lowest.
+// Finds the labels of the undecided rows among rows first .. first + rows - 1 of the block, whose row 0 is row `begin`
+// of the data: the nearest, by differences, of the centres whose scores may be the lowest.
 template <class T>
 void decide(const Clusters<T>& clusters, const PackedCenters<T>& centers, const ClusterBlock<T>& block, int64_t begin,
             int64_t first, int64_t rows) {

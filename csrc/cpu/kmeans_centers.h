@@ -9,8 +9,8 @@ namespace mcl::MCL_INSTRUCTION_SET {
 
 constexpr int64_t FEW_AT_ONCE = MCL_PANEL_VECTORS == 4 ? 5 : 4;  // centres that kmeans_few.h multiplies at a time
 
-// The centres relative to `offset`, as rows and as columns of a product. Without the offset of the data, products lose no
-// digits to it.
+// The centres relative to `offset`, as rows and as columns of a product. Without the offset of the data, products lose
+// no digits to it.
 template <class T>
 struct PackedCenters {
   int64_t stride, columns;  // columns: number of centres, padded to full vectors
@@ -113,9 +113,9 @@ T load_cluster_row(const Clusters<T>& clusters, int64_t row, const PackedCenters
   return squares;
 }
 
-// Bounds the errors of scores s = |c|^2 / 2 - <x, c>, a row in each lane: |c| (|c| / 2 + |x|) times the relative error of
-// a product. |c| is at most the largest norm of a centre, and at most |x| + |x - c|, where |x - c|^2 = |x|^2 + 2 s. The
-// second bound keeps one far centre from widening the bounds of the others.
+// Bounds the errors of scores s = |c|^2 / 2 - <x, c>, a row in each lane: |c| (|c| / 2 + |x|) times the relative error
+// of a product. |c| is at most the largest norm of a centre, and at most |x| + |x - c|, where |x - c|^2 = |x|^2 + 2 s.
+// The second bound keeps one far centre from widening the bounds of the others.
 template <class T>
 struct ScoreErrors {
   Vector<T> largest_bound, squares;
@@ -194,8 +194,8 @@ double exact_distance(const Clusters<T>& clusters, const PackedCenters<T>& cente
 // from a product, and if computed from differences of rounded rows.
 constexpr int NEAR_BY_PRODUCT = 16, NEAR_BY_DIFFERENCES = 4096;
 
-// The squared distance of a loaded row to a centre, for cosine half of it, by differences. Its rounding error is relative
-// to the distance itself, plus the rounding of row and centre relative to the offset.
+// The squared distance of a loaded row to a centre, for cosine half of it, by differences. Its rounding error is
+// relative to the distance itself, plus the rounding of row and centre relative to the offset.
 template <class T>
 T distance_by_differences(const Clusters<T>& clusters, const PackedCenters<T>& centers, const T* x, int64_t center) {
   const T* c = centers.rows + center * centers.stride;
@@ -246,8 +246,8 @@ inline void take_lowest(V s, V& lowest, V& second) {
   second = higher < second ? higher : second;
 }
 
-// x rounded to a multiple of a power of two, so that sums are exact and any order of rows gives the same bits. Each column
-// has its own `rounding`, since columns may differ by powers of ten.
+// x rounded to a multiple of a power of two, so that sums are exact and any order of rows gives the same bits. Each
+// column has its own `rounding`, since columns may differ by powers of ten.
 template <class T>
 inline double rounded(T x, double rounding) {
   return (double(x) + rounding) - rounding;

@@ -1,7 +1,8 @@
 // One pass of k-means with few centres, which is memory-bound: each row is read once, into registers.
 //
-// Lanes of vectors sum over features: a blocked product has a centre in each lane, and with few centres most lanes would be
-// empty. The lanes of LANES rows are then added up together, and these rows find their nearest centres side by side.
+// Lanes of vectors sum over features: a blocked product has a centre in each lane, and with few centres most lanes
+// would be empty. The lanes of LANES rows are then added up together, and these rows find their nearest centres side by
+// side.
 #pragma once
 
 #include "kmeans_centers.h"
@@ -11,8 +12,8 @@ namespace mcl::MCL_INSTRUCTION_SET {
 constexpr int64_t FEW = 16;         // at most this many centres
 constexpr int64_t MOVED_ROWS = 64;  // rows that are added to the sums at a time, so that the sums are in the cache
 
-// Rows that need no conversion are read in place, as RUNS runs side by side. The runs lie in different pages of memory, so
-// the hardware prefetcher follows each of them, which is faster than prefetch instructions.
+// Rows that need no conversion are read in place, as RUNS runs side by side. The runs lie in different pages of memory,
+// so the hardware prefetcher follows each of them, which is faster than prefetch instructions.
 constexpr int64_t RUNS = MCL_PANEL_VECTORS == 4 ? 4 : 2;  // RUNS * FEW_AT_ONCE sums are held in registers
 template <class T>
 constexpr int64_t RUN_ROWS = LANES<T> / RUNS;  // rows of a block in each run
@@ -20,9 +21,9 @@ constexpr int64_t RUN_ROWS = LANES<T> / RUNS;  // rows of a block in each run
 // Working memory for a block of LANES rows.
 template <class T>
 struct FewBlock {
-  T* rows;              // [LANES, stride]: rows that had to be converted
-  T *row, *exact;       // [stride]: a single row, converted, and a copy as stored
-  T *norms, *products;  // a vector of partial sums per row: of |x|^2, and of the product with each centre
+  T* rows;                    // [LANES, stride]: rows that had to be converted
+  T *row, *exact;             // [stride]: a single row, converted, and a copy as stored
+  T *norms, *products;        // a vector of partial sums per row: of |x|^2, and of the product with each centre
   int64_t *moved, *moved_to;  // [MOVED_ROWS]: rows whose label changes, and their new labels
 
   FewBlock(Arena& arena, int64_t stride)
@@ -35,8 +36,8 @@ struct FewBlock {
         moved_to(arena.take<int64_t>(MOVED_ROWS)) {}
 };
 
-// Lane r of the result is the sum of vector r of COUNT, `step` elements apart. Each step of the recursion adds the halves
-// of two vectors.
+// Lane r of the result is the sum of vector r of COUNT, `step` elements apart. Each step of the recursion adds the
+// halves of two vectors.
 template <class T, int64_t COUNT = LANES<T>>
 inline Vector<T> sum_vectors(const T* vectors, int64_t step = LANES<T>) {
   if constexpr (COUNT == 1) {

@@ -1,3 +1,4 @@
+// Binds the kernels of k-means to torch.
 #include <ATen/ops/slice.h>
 #include <ATen/ops/zeros.h>
 
@@ -28,16 +29,16 @@ struct ThreadSums {
         sums(at::zeros({threads * levels * centers, width}, options.dtype(at::kDouble))),
         counts(at::zeros({threads * centers}, options.dtype(at::kLong))) {}
 
-  double* sums_of(int64_t thread) { return threads ? sums.mutable_data_ptr<double>() + thread * size : nullptr; }
-  int64_t* counts_of(int64_t thread) {
+  double* thread_sums(int64_t thread) { return threads ? sums.mutable_data_ptr<double>() + thread * size : nullptr; }
+  int64_t* thread_counts(int64_t thread) {
     return threads ? counts.mutable_data_ptr<int64_t>() + thread * centers : nullptr;
   }
 
-  // Adds all to those of the first thread, and returns these.
+  // Adds the sums and counts of all threads to those of the first, and returns the first.
   std::tuple<Tensor, Tensor> total() {
     for (int64_t thread = 1; thread < threads; thread++) {
-      add(sums_of(thread), size, sums_of(0));
-      add(counts_of(thread), centers, counts_of(0));
+      add(thread_sums(thread), size, thread_sums(0));
+      add(thread_counts(thread), centers, thread_counts(0));
     }
     const int64_t parts = std::max<int64_t>(threads, 1);
     return {sums.slice(0, 0, sums.size(0) / parts), counts.slice(0, 0, counts.size(0) / parts)};
@@ -84,7 +85,7 @@ ClusterPass assign(const Tensor& x, const Tensor& points, const Tensor& offset, 
   parallel_for(threads, [&](int64_t thread) {
     for (int64_t part = next++; part < parts; part = next++)
       kernels.cluster_rows(clusters, packed.data, part * PART_ROWS, std::min(n, (part + 1) * PART_ROWS),
-                           sums.sums_of(thread), sums.counts_of(thread), workspace.data + thread * bytes);
+                           sums.thread_sums(thread), sums.thread_counts(thread), workspace.data + thread * bytes);
   });
   return std::tuple_cat(std::tuple(labels, distances), sums.total());
 }

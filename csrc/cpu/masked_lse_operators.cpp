@@ -1,3 +1,4 @@
+// Binds the kernels of masked_logsumexp to torch.
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>

@@ -1,5 +1,5 @@
-// Rows of a tensor in plain data. These problem headers are compiled for every instruction set, so they hold no function
-// and no std type.
+// Rows of a tensor in plain data. These problem headers are compiled for every instruction set, so they hold no
+// function and no std type.
 #pragma once
 
 #include <cstdint>

@@ -155,8 +155,7 @@ class MatrixBlocks {
     for (int64_t r = 0; r < count; r++) {
       uint16_t* row = to + r * stride_;
       if (r + PREFETCH_ROWS < count) prefetch_row(side.rows, side.order[begin + r + PREFETCH_ROWS], width_);
-      const uint16_t* from = static_cast<const uint16_t*>(side.rows.data) + side.order[begin + r] * side.rows.row_stride;
-      __builtin_memcpy(row, from, width_ * 2);
+      __builtin_memcpy(row, address_of(side.rows, side.order[begin + r]), width_ * 2);
       __builtin_memset(row + width_, 0, (stride_ - width_) * 2);
       Vector<float> squares{};
       for (int64_t d = 0; d < depth_; d += 16) {

@@ -1,13 +1,14 @@
 // Divides rows by their norms, and computes the gradient. Each row is read once, since the losses are memory-bound.
 #pragma once
 
+#include "normalize_problem.h"
 #include "vector.h"
 
 namespace mcl::MCL_INSTRUCTION_SET {
 
-// 1 / |x| as two factors, `scale` and `inverse` = 1 / |scale x|. `scale` is a power of two: 1, unless |x|^2 overflows T or
-// nearly does. Two factors are kept, since 1 / |x| itself may be below the normal numbers. `inverse` is 0 for a row without
-// a direction, and NaN for a row that is not finite.
+// 1 / |x| as two factors, `scale` and `inverse` = 1 / |scale x|. `scale` is a power of two: 1, unless |x|^2 overflows T
+// or nearly does. Two factors are kept, since 1 / |x| itself may be below the normal numbers. `inverse` is 0 for a row
+// without a direction, and NaN for a row that is not finite.
 template <class T>
 struct InverseNorm {
   T scale = 1, inverse;
@@ -62,8 +63,8 @@ T scaled_dot(const T* x, T x_scale, const T* y, T y_scale, int64_t width) {
 // The gradient of a row x that is paired with another view: (h - y <y, h>) / |x| with y = x / |x| and h = g + w p. The
 // unit row p is the partner of y in the cosine; g and w are the incoming gradients of y and of the cosine.
 template <bool SCALED, class T>
-void project_row(const T* x, const InverseNorm<T>& x_norm, const T* partner, const InverseNorm<T>& partner_norm, T product,
-                 T w, const T* g, int64_t width, T* to) {
+void project_row(const T* x, const InverseNorm<T>& x_norm, const T* partner, const InverseNorm<T>& partner_norm,
+                 T product, T w, const T* g, int64_t width, T* to) {
   const T scale = SCALED ? x_norm.scale : T(1), partner_scale = SCALED ? partner_norm.scale : T(1);
   const T inverse = x_norm.inverse, weight = w * partner_norm.inverse;
   const T along = (scaled_dot<SCALED>(x, scale, g, T(1), width) + weight * product) * inverse * inverse;

@@ -1,3 +1,4 @@
+// Binds the kernels that normalise rows to torch.
 #include <algorithm>
 
 #include "dispatch.h"

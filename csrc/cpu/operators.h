@@ -17,8 +17,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> masked_lse_forward(co
                                                                               const std::string& negatives,
                                                                               bool bidirectional);
 
-// `saved`: the results of masked_lse_forward. `grads`: gradients of row_lse and column_lse. `needs_grad` and the results
-// are for query, key and scale; a gradient that is not needed is [0].
+// `saved`: the results of masked_lse_forward. `grads`: gradients of row_lse and column_lse. `needs_grad` and the
+// results are for query, key and scale; a gradient that is not needed is [0].
 std::tuple<Tensor, Tensor, Tensor> masked_lse_backward(const OptionalTensors& inputs, at::TensorList saved,
                                                        at::TensorList grads, const std::string& negatives,
                                                        bool bidirectional, std::array<bool, 3> needs_grad);

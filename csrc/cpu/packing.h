@@ -14,8 +14,8 @@ inline float from_bfloat16(uint16_t bits) {
 }
 
 inline float from_float16(uint16_t bits) {
-  // Exponent and mantissa are shifted into position and multiplied by 2^112, which is right for subnormals too. Infinity
-  // and NaN follow.
+  // Exponent and mantissa are shifted into position and multiplied by 2^112, which is right for subnormals too.
+  // Infinity and NaN follow.
   const uint32_t magnitude = uint32_t(bits & 0x7fff) << 13, sign = uint32_t(bits & 0x8000) << 16;
   float scaled;
   __builtin_memcpy(&scaled, &magnitude, sizeof scaled);

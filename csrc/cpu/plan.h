@@ -2,8 +2,8 @@
 //
 //   keep_ij = match(y_i, y_j) and u_i != u_j        y: pseudo label, u: sample id
 //
-// Sorted by (label, id), the kept pairs of "same" are blocks on a diagonal, and the keys that a query drops for their id
-// are contiguous.
+// Sorted by (label, id), the kept pairs of "same" are blocks on a diagonal, and the keys that a query drops for their
+// id are contiguous.
 #pragma once
 
 #include <cstdint>

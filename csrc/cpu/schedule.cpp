@@ -19,7 +19,8 @@ struct Blocks {
 };
 
 // The tasks of each segment fall into rounds in which no two tasks share a block. Rounds of different segments run side
-// by side, ordered by the number of rounds that follow in their segment: long chains begin first, and tasks seldom wait.
+// by side, ordered by the number of rounds that follow in their segment: long chains begin first, and tasks seldom
+// wait.
 class Rounds {
  public:
   // The upper triangle of `blocks` against themselves, as a round-robin tournament: each block is paired with every

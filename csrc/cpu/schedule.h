@@ -10,8 +10,8 @@
 
 namespace mcl {
 
-// Tasks that share a row block or a column block run one after the other, in the order of this list: no locks, and every
-// sum has one order for any number of threads.
+// Tasks that share a row block or a column block run one after the other, in the order of this list: no locks, and
+// every sum has one order for any number of threads.
 struct Schedule {
   std::vector<Task> tasks;
   std::vector<bool> visited_queries, visited_keys;  // by any task; no keys in the self form

@@ -9,12 +9,13 @@
 
 namespace mcl {
 
-// Calls work(thread) for each thread 0 .. threads - 1, on as many system threads as it has: possibly one after the other.
+// Calls work(thread) for each thread 0 .. threads - 1, on as many system threads as it has: possibly one after the
+// other.
 using Parallel = std::function<void(int64_t threads, const std::function<void(int64_t thread)>& work)>;
 
-// A free thread takes the next task, and waits for the earlier tasks that share a block with it. Those were taken before,
-// so one of them can always proceed, and a region that runs serially (in a worker process, in a nested region) never
-// waits.
+// A free thread takes the next task, and waits for the earlier tasks that share a block with it. Those were taken
+// before, so one of them can always proceed, and a region that runs serially (in a worker process, in a nested region)
+// never waits.
 template <class T>
 void run_tasks(const Schedule& schedule, TaskFunction<T> function, const Problem<T>& problem, int64_t threads,
                char* workspace, int64_t workspace_bytes, const Parallel& parallel) {

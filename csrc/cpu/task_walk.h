@@ -1,7 +1,7 @@
 // Walks one task, a block of sorted queries against a block of sorted keys, in tiles that stay in the cache.
 //
-// A task packs its blocks once, with rows in sorted order, and the keys of a tile also as columns. A task adds in a fixed
-// order, so a sum depends only on the order of the tasks that share its block.
+// A task packs its blocks once, with rows in sorted order, and the keys of a tile also as columns. A task adds in a
+// fixed order, so a sum depends only on the order of the tasks that share its block.
 #pragma once
 
 #include "arena.h"

@@ -1,8 +1,8 @@
 // Vectors of the widest registers this file is compiled for, and their exponential.
 //
-// Only GCC and Clang vector types: the same source is compiled for AVX-512, AVX2 and any other CPU. Everything is in the
-// namespace of the instruction set, and no std function is called: the linker keeps one copy of an inline function for
-// the entire library, and it could be one that was compiled here for AVX-512.
+// Only GCC and Clang vector types: the same source is compiled for AVX-512, AVX2 and any other CPU. Everything is in
+// the namespace of the instruction set, and no std function is called: the linker keeps one copy of an inline function
+// for the entire library, and it could be one that was compiled here for AVX-512.
 #pragma once
 
 #include <cstdint>
@@ -161,7 +161,8 @@ inline T largest_lane(Vector<T> v) {
 
 constexpr double LOG2_E = 1.4426950408889634;
 
-// 2^n 2^f for |f| <= 1/2. `shifted` is n + EXP_SHIFT: its lowest bits are n, since the last bit of EXP_SHIFT is worth 1.
+// 2^n 2^f for |f| <= 1/2. `shifted` is n + EXP_SHIFT: its lowest bits are n, since the last bit of EXP_SHIFT is worth
+// 1.
 constexpr float EXP_SHIFT = 12582912.0f;  // 1.5 * 2^23
 inline Vector<float> exp2_of_parts(Vector<float> shifted, Vector<float> f) {
   // The minimax polynomial of 2^f with value 1 at 0: relative error 2e-9 before rounding, 0.8e-7 after.

@@ -36,8 +36,8 @@ class VectorBlocks {
 
   // products_ij = <q_i, k_j>
   void multiply(const Tile& tile, T* products) const {
-    // In a triangle: first the rows above the panel, then for each vector of its columns the rows level with it. Rows are
-    // taken in full groups within the tile, so that no product is computed twice.
+    // In a triangle: first the rows above the panel, then for each vector of its columns the rows level with it. Rows
+    // are taken in full groups within the tile, so that no product is computed twice.
     const auto groups_to = [&](int64_t row) { return round_up(smaller(row, tile.rows), GROUP); };
     for (int64_t j = 0; j < tile.columns; j += PANEL<T>) {
       const int64_t columns = round_up(smaller(PANEL<T>, tile.columns - j), LANES<T>);
@@ -72,7 +72,8 @@ class VectorBlocks {
   // The products of rows row .. end - 1 of the tile with columns first .. first + columns - 1 of one panel.
   void multiply_panel(const Tile& tile, int64_t row, int64_t end, int64_t first, int64_t columns, T* products) const {
     const T* panel = key_panels_ + first / PANEL<T> * PANEL<T> * stride_ + first % PANEL<T>;
-    multiply_add<T, false>({end - row, columns, width_, query_ + (tile.row + row) * stride_, stride_, panel, PANEL<T>, 0,
+    const T* query = query_ + (tile.row + row) * stride_;
+    multiply_add<T, false>({end - row, columns, width_, query, stride_, panel, PANEL<T>, 0,
                             products + row * TILE_STRIDE<T> + first, TILE_STRIDE<T>, false});
   }
 };
