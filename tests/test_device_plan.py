@@ -13,13 +13,13 @@ from torch import Tensor
 from mcl_kernels.logsumexp import device_plan
 from mcl_kernels.logsumexp import pairs as plan
 from mcl_kernels.logsumexp.pairs import NEGATIVES, Pairs
-from tests.conftest import DEVICES, Backend, missing_for_cuda
+from tests.conftest import DEVICES, Backend, unavailable_reason
 
 
 @pytest.fixture(scope="module", params=[Backend(device, "cuda") for device in DEVICES], ids=str)
 def device(request: pytest.FixtureRequest) -> str:
     backend: Backend = request.param
-    if reason := missing_for_cuda(backend.device):
+    if reason := unavailable_reason("cuda", backend.device):
         pytest.skip(reason)
     return backend.device
 

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from mcl_kernels import KMeans, assign_clusters, logsumexp
-from mcl_kernels.backends import cuda as _cuda
+from mcl_kernels import KMeans, assign_clusters
+from mcl_kernels.backends.table import impls
 from mcl_kernels.kmeans import gpu_common as gpu_pass
 from mcl_kernels.kmeans import reference
-from mcl_kernels.kmeans.api import IMPLEMENTATIONS, _assign, _steps
+from mcl_kernels.kmeans.api import IMPLEMENTATIONS, _assign
 from mcl_kernels.kmeans.centers import Summary, middle_and_scale, prepare, summarize
 from mcl_kernels.kmeans.triton import launch as triton
-from mcl_kernels.logsumexp.api import for_cuda
-from mcl_kernels.logsumexp.triton.launch import why_not
-from tests.conftest import DEVICES, Backend, is_slow, missing_for_cuda, use_instruction_set
+from tests.conftest import DEVICES, Backend, is_slow, unavailable_reason, use_instruction_set
 
 BACKENDS = [
     *(Backend("cpu", "native", name) for name in ("avx512", "avx2", "portable")),
@@ -27,7 +23,7 @@ BACKENDS = [
     *(Backend(device, "reference") for device in DEVICES),
     Backend("cpu", "faiss"),
 ]
-assert {backend.impl for backend in BACKENDS} == set(IMPLEMENTATIONS)
+assert {backend.impl for backend in BACKENDS} == set(impls("kmeans")) - {"auto"}
 
 
 def summary_of(x: Tensor, metric: str, n: int | None = None) -> Summary:
@@ -39,13 +35,9 @@ def summary_of(x: Tensor, metric: str, n: int | None = None) -> Summary:
 @pytest.fixture(params=BACKENDS, ids=str)
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Backend:
     backend: Backend = request.param
-    if backend.impl == "faiss":
-        pytest.importorskip("faiss")
     if backend.impl == "native":
         use_instruction_set(backend.instruction_set, monkeypatch)
-    if backend.impl == "triton" and (reason := why_not(torch.device(backend.device))):
-        pytest.skip(reason)
-    if backend.impl == "cuda" and (reason := missing_for_cuda(backend.device)):
+    if backend.impl != "native" and (reason := unavailable_reason(backend.impl, backend.device)):
         pytest.skip(reason)
     return backend
 
@@ -424,39 +416,7 @@ def test_distances_to_near_centers_are_differences(impl: str) -> None:
     assert not distances[::2].any()
 
 
-def test_native_is_for_cpu_tensors() -> None:
-    with pytest.raises(ValueError, match="impl='native' computes on CPU tensors: got device meta"):
-        _steps("native", torch.device("meta"))
-
-
-def test_triton_is_never_replaced() -> None:
-    with pytest.raises(RuntimeError, match=r"impl='triton': .*use impl='auto'"):
-        _steps("triton", torch.device("meta"))
-
-
-def test_cuda_is_never_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(RuntimeError, match="impl='cuda': computes on CUDA tensors: got device meta"):
-        _steps("cuda", torch.device("meta"))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(_cuda, "_loaded", lambda: "is not built")
-    with pytest.raises(RuntimeError, match=r"impl='cuda': is not built \(or use impl='auto'\)"):
-        _steps("cuda", torch.device("cuda"))
-
-
-@pytest.mark.parametrize(
-    ("missing", "chosen"), [((), "triton"), (("triton",), "cuda"), (("triton", "cuda"), "reference")]
-)
-def test_auto_on_a_gpu(monkeypatch: pytest.MonkeyPatch, missing: tuple[str, ...], chosen: str) -> None:
-    for name, module in (("triton", logsumexp.triton.launch), ("cuda", _cuda)):
-        monkeypatch.setattr(module, "why_not", lambda _, name=name: "is missing" if name in missing else None)
-    for_cuda.cache_clear()
-    told = "impl='reference' computes.*: impl='triton': is missing; impl='cuda': is missing"
-    with pytest.warns(RuntimeWarning, match=told) if chosen == "reference" else contextlib.nullcontext():
-        assert _steps("auto", torch.device("cuda")) is IMPLEMENTATIONS[chosen]
-    for_cuda.cache_clear()
-
-
-@pytest.mark.skipif(why_not(torch.device("cpu")) is not None, reason="for tiles that the interpreter is given")
+@pytest.mark.skipif(unavailable_reason("triton", "cpu") is not None, reason="for tiles that the interpreter is given")
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_small_tiles(monkeypatch: pytest.MonkeyPatch, poisoned_memory: None, metric: str, dtype: torch.dtype) -> None:

@@ -22,8 +22,7 @@ from mcl_kernels.kmeans import api, lloyd
 from mcl_kernels.kmeans import rows as sources
 from mcl_kernels.kmeans import team as shards
 from mcl_kernels.kmeans.centers import Centers
-from mcl_kernels.logsumexp.triton.launch import why_not
-from tests.conftest import missing_for_cuda
+from tests.conftest import unavailable_reason
 from tests.process_pool import RankPool
 
 N, D, K = 1200, 12, 7
@@ -174,9 +173,7 @@ def test_forms(ranks: RankPool, tmp_path: Path, form: str, cut: str) -> None:
 
 @pytest.mark.parametrize("impl", ["reference", "triton", "cuda"])
 def test_impls(ranks: RankPool, impl: str) -> None:
-    if impl == "triton" and (reason := why_not(torch.device("cpu"))):
-        pytest.skip(reason)
-    if impl == "cuda" and (reason := missing_for_cuda("cpu")):
+    if reason := unavailable_reason(impl, "cpu"):
         pytest.skip(reason)
     x = rows_without_structure(60)
     for options in ({}, {"batch_size": 40}):

@@ -18,10 +18,11 @@ import torch
 
 import mcl_kernels
 from mcl_kernels.backends.cuda import no_device
+from mcl_kernels.backends.table import impls
 from mcl_kernels.cli import assign, cluster
 from mcl_kernels.cli.console import Terminated, logged_progress, one_line, raising_terminated, safe_streams
 from mcl_kernels.cli.label_files import identity
-from mcl_kernels.kmeans.api import IMPLS, METRICS
+from mcl_kernels.kmeans.api import METRICS
 
 DEMO_GOES_ON = "the same command goes on from the last finished stage"
 OPTIONAL_PACKAGES = ("triton", "faiss-cpu", "safetensors", "scikit-learn", "matplotlib", "rich", "jinja2", "mlxtend")
@@ -142,7 +143,7 @@ def _add_cluster(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add("--max-iter", type=int, default=defaults.max_iter, help="iterations of a restart")
     add("--tol", type=float, default=defaults.tol, help="stop when the centres move less, as in scikit-learn")
     add("--batch-size", type=int, help="rows of a mini-batch; without it, every iteration sees all rows")
-    add("--impl", choices=IMPLS, default=defaults.impl, help="what computes")
+    add("--impl", choices=impls("kmeans"), default=defaults.impl, help="what computes")
     add("--centers", type=Path, metavar="CENTERS", help="file of the centres to write, .safetensors, for `assign`")
 
 
@@ -159,7 +160,7 @@ def _add_assign(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     add("--centers", type=Path, required=True, metavar="CENTERS", help="written by cluster --centers or KMeans.save")
     add("--out", type=Path, required=True, metavar="LABELS", help="cluster ids to write: .npy (int32), .pt (int64)")
     add("--tensor", metavar="NAME", help="of the features in a file of several tensors")
-    add("--impl", choices=IMPLS, default=assign.Options.impl, help="what computes")
+    add("--impl", choices=impls("kmeans"), default=assign.Options.impl, help="what computes")
 
 
 def info() -> None:

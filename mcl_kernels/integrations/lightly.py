@@ -18,7 +18,7 @@ from torch import Tensor
 from mcl_kernels._validate import as_integers, check_same_shape
 from mcl_kernels.losses import masked_info_nce, nt_xent
 from mcl_kernels.normalize import shrunk_rows
-from mcl_kernels.objectives import Objective, decoupled, info_nce
+from mcl_kernels.objectives import ObjectiveLike, decoupled, info_nce
 
 
 class NTXentLoss(host.NTXentLoss):  # type: ignore[misc]
@@ -92,12 +92,14 @@ class DCLLoss(host.DCLLoss):  # type: ignore[misc]
         if labels is not None:
             labels = as_integers("labels", labels, "out0", out0)
         out0, out1 = (F.normalize(shrunk_rows(x), dim=1) for x in (out0, out1))  # to the bit as the host does
-        objective = decoupled
+        objective: ObjectiveLike = decoupled
         if self.weight_fn:
             weight = torch.cat([self.weight_fn(*views).expand(out0.shape[0]) for views in ((out0, out1), (out1, out0))])
 
-            def objective(a: Tensor, b: Tensor, n: Tensor | None, scale: Tensor) -> Tensor:
+            def weighted(a: Tensor, b: Tensor, n: Tensor | None, scale: Tensor) -> Tensor:
                 return b - weight * a
+
+            objective = weighted
 
         return _in_batch(out0, out1, labels, self.temperature, self.gather_distributed, objective)
 
@@ -107,7 +109,7 @@ class DCLWLoss(DCLLoss, host.DCLWLoss):  # type: ignore[misc]
 
 
 def _in_batch(
-    out0: Tensor, out1: Tensor, labels: Tensor | None, temperature: Any, gather: bool, objective: Objective
+    out0: Tensor, out1: Tensor, labels: Tensor | None, temperature: Any, gather: bool, objective: ObjectiveLike
 ) -> Tensor:
     """Views of length 1 against all views, of all ranks where they are gathered."""
     temperature = number(temperature)

@@ -95,7 +95,7 @@ class NTXentLoss(host.NTXentLoss):  # type: ignore[misc]
                 key_ids=None if ref_emb is None else ref_identity,
             )  # fmt: skip
             # Without negatives b is -inf, and softplus(-inf) is 0, as its derivative.
-            pairs = info_nce(a, b[anchors], None, a)
+            pairs = info_nce(a, b[anchors])
             losses = {"loss": {"losses": pairs, "indices": (anchors, positives), "reduction_type": "pos_pair"}}
         self.add_embedding_regularization_to_loss_dict(losses, embeddings)
         return self.reducer(losses, embeddings, labels)

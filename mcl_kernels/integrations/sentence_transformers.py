@@ -86,10 +86,10 @@ class MultipleNegativesRankingLoss(host.MultipleNegativesRankingLoss):  # type: 
             if direction in self.directions
         }
         if self.partition_mode == "per_direction":
-            return torch.stack([info_nce(a, b, None, a) for b in logsumexps.values()]).mean()
+            return torch.stack([info_nce(a, b) for b in logsumexps.values()]).mean()
         # The host's denominator holds the positive once for each direction in which it is found.
         positives = [a] if "doc_to_query" in logsumexps else []
-        return info_nce(a, torch.stack([*logsumexps.values(), *positives]).logsumexp(0), None, a).mean()
+        return info_nce(a, torch.stack([*logsumexps.values(), *positives]).logsumexp(0)).mean()
 
     def get_config_dict(self) -> dict[str, Any]:
         """The host's, for the model card, with `cluster_labels`."""

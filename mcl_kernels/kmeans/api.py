@@ -12,26 +12,20 @@ import torch
 from torch import Tensor
 
 from mcl_kernels._validate import as_integer, as_number, check_choice, check_same_width
-from mcl_kernels.backends import cuda as _cuda
-from mcl_kernels.backends import native as _native
+from mcl_kernels.backends.table import check_impl, load, resolve
 from mcl_kernels.distributed.group import ranks_of
-from mcl_kernels.kmeans import cuda, faiss, lloyd, native, reference
+from mcl_kernels.kmeans import lloyd
 from mcl_kernels.kmeans.centers import middle_and_scale, prepare, summarize
 from mcl_kernels.kmeans.files import Saved
 from mcl_kernels.kmeans.lloyd import Clustering, Problem
 from mcl_kernels.kmeans.rows import Array, ChunkedRows, Rows, RowsLike, open_rows
 from mcl_kernels.kmeans.team import open_shard
-from mcl_kernels.kmeans.triton import launch as triton
-from mcl_kernels.logsumexp.api import for_cuda
-from mcl_kernels.logsumexp.triton.launch import why_not
 from mcl_kernels.normalize import compute_dtype
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 METRICS = ("euclidean", "cosine")
-IMPLEMENTATIONS = {"native": native, "triton": triton, "cuda": cuda, "reference": reference, "faiss": faiss}
-IMPLS = ("auto", *IMPLEMENTATIONS)
 
 # Rows that k-means++ sees: fewer of many features, but enough of each cluster.
 INIT_ROWS = 1 << 16
@@ -137,7 +131,7 @@ class KMeans(Saved):
         self.batch_size = None if batch_size is None else as_integer("batch_size", batch_size, least=1)
         check_choice("metric", metric, METRICS)
         check_choice("empty", empty, ("split",))
-        check_choice("impl", impl, IMPLS)
+        check_impl("kmeans", impl)
         if not isinstance(init, str):
             init = finite_rows("init", init)
             if len(init) != n_clusters or n_init != 1:
@@ -302,21 +296,8 @@ def _assign(
 
 
 def _steps(impl: str, device: torch.device) -> ModuleType:
-    """The implementation that `impl` names; an explicit name is never replaced by another."""
-    if impl == "auto":
-        if device.type == "cpu":
-            return native if _native.usable() else reference
-        impl = for_cuda(device, "reference") if device.type == "cuda" else "reference"
-        return IMPLEMENTATIONS[impl]
-    if impl == "native" and device.type != "cpu":
-        raise ValueError(f"impl='native' computes on CPU tensors: got device {device}")
-    if impl == "triton" and (reason := why_not(device)):
-        raise RuntimeError(f"impl='triton': {reason} (or use impl='auto')")
-    if impl == "cuda" and (reason := _cuda.why_not(device)):
-        raise RuntimeError(f"impl='cuda': {reason} (or use impl='auto')")
-    if impl == "faiss" and (missing := faiss.why_not()):
-        raise RuntimeError(f"impl='faiss': {missing}")
-    return IMPLEMENTATIONS[impl]
+    """Module that computes the passes."""
+    return load("kmeans", resolve("kmeans", impl, device))
 
 
 def _check_range(name: str, x: Tensor) -> None:

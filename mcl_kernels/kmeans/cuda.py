@@ -77,7 +77,7 @@ def _assign(
     labels, distances = torch.empty(n, dtype=torch.int64, device=x.device), points.new_empty(n)
     undecided = torch.empty(n, dtype=torch.bool, device=x.device)
     inverse_norms = points.new_empty(n) if centers.cosine else None
-    cuda.ops(x.device).assign_clusters(
+    cuda.ops().assign_clusters(
         [x, centers.offset, *rounding], inverse_norms,
         [points.contiguous(), factors.high, factors.low, factors.half_norms, limits],
         labels, distances, undecided, sums, counts,
@@ -96,7 +96,7 @@ def _sum_by_label(
     x: Tensor, centers: Centers, rounding: _Rounding, labels: Tensor, inverse_norms: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Sums and counts of many centres."""
-    ops, k = cuda.ops(x.device), len(centers.points)
+    ops, k = cuda.ops(), len(centers.points)
     pieces = cut_into_pieces(labels, k)
     of_pieces = torch.empty(len(pieces.begin), x.shape[1], dtype=torch.float64, device=x.device)
     sums = torch.empty(k, x.shape[1], dtype=torch.float64, device=x.device)

@@ -1,4 +1,4 @@
-"""One pass over the data on the processor: `csrc/cpu/kmeans_assign.h`, which `_native` finds or builds.
+"""One pass over the data on the processor: `csrc/cpu/kmeans_assign.h`, which `backends.native` finds or builds.
 
     euclidean   label_i = argmin_k |x_i - c_k|^2,   distance_i = |x_i - c_label|^2
     cosine      label_i = argmax_k <x_i, c_k>,      distance_i = |x_i - c_label|^2 / 2, x_i divided by its norm
@@ -11,37 +11,29 @@ Memory beyond inputs and outputs: K x D fp64 sums a thread.
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from torch import Tensor
 
-from mcl_kernels.backends import native
+from mcl_kernels.backends.native import ops
 from mcl_kernels.kmeans.centers import Centers
 
 
 def assign(x: Tensor, centers: Centers) -> tuple[Tensor, Tensor]:
     """The nearest centre of each row, int64 [N], and the distance to it, [N] in the dtype of the centres."""
-    labels, distances, _, _ = _ops().assign_clusters(x, _described(centers), centers.cosine, False, None)
+    labels, distances, _, _ = ops().assign_clusters(x, _described(centers), centers.cosine, False, None)
     return labels, distances
 
 
 def assign_and_sum(x: Tensor, centers: Centers) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`assign`, and in the same pass the sum of each centre's rows relative to the offset, and their number."""
-    labels, distances, sums, counts = _ops().assign_clusters(x, _described(centers), centers.cosine, True, None)
+    labels, distances, sums, counts = ops().assign_clusters(x, _described(centers), centers.cosine, True, None)
     return labels, distances, sums, counts
 
 
 def follow(x: Tensor, centers: Centers, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """`assign_and_sum`, with the labels of an earlier pass, int32 [N]; sums and numbers are what changed since."""
-    _, distances, sums, counts = _ops().assign_clusters(x, _described(centers), centers.cosine, True, labels)
+    _, distances, sums, counts = ops().assign_clusters(x, _described(centers), centers.cosine, True, labels)
     return distances, sums, counts
 
 
 def _described(centers: Centers) -> list[Tensor]:
     return [centers.points, centers.offset, centers.rounding]
-
-
-def _ops() -> Any:
-    native.load()
-    return torch.ops.mcl_kernels_native

@@ -28,7 +28,7 @@ def make_plan(query: Tensor, key: Tensor | None, pairs: Pairs) -> Plan:
     labels, key_labels, ids, key_ids = _contiguous(pairs)
     order = torch.empty(n, dtype=torch.int64, device=query.device)
     begin, end, key_order = order.new_empty(n), order.new_empty(n), order.new_empty(m)
-    cuda.ops(query.device).make_plan(
+    cuda.ops().make_plan(
         order, [labels, ids, key_labels, key_ids], n, m, key is None, NEGATIVES.index(pairs.negatives),
         order, begin, end, None if key is None else key_order, _work_space(order, n, m),
     )  # fmt: skip
@@ -42,7 +42,7 @@ def query_ranges(pairs: Pairs, made: Plan) -> tuple[Tensor, Tensor]:
     if not _by_kernels(made.key_order.device, n, m):
         return plan.key_ranges(made.key_order, key_labels, made.query_order, labels, pairs.negatives)
     begin, end = torch.empty_like(made.key_order), torch.empty_like(made.key_order)
-    cuda.ops(begin.device).make_plan(
+    cuda.ops().make_plan(
         begin, [key_labels, key_ids, labels, ids], m, n, False, NEGATIVES.index(pairs.negatives),
         None, begin, end, None, _work_space(begin, n, m),
     )  # fmt: skip
@@ -55,7 +55,7 @@ def _contiguous(pairs: Pairs) -> list[Tensor | None]:
 
 @cache
 def _is_built(device: torch.device) -> bool:
-    return cuda.why_not(device) is None
+    return cuda.unavailable_reason(device) is None
 
 
 def _by_kernels(device: torch.device, n: int, m: int) -> bool:

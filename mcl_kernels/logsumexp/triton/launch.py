@@ -22,35 +22,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mcl_kernels.logsumexp import gpu_common as by_rows
+from mcl_kernels.logsumexp import gpu_common
 from mcl_kernels.logsumexp.gpu_common import Rows, Side, Terms
 
-OLDEST = 8  # major compute capability: what Triton itself supports
 PLAN_ROWS = 256  # of a program that looks for dropped columns
-
-
-def why_not(device: torch.device) -> str | None:
-    """What is missing for Triton kernels on a device; None: nothing."""
-    try:
-        import triton
-    except ImportError as error:
-        return f"triton cannot be imported ({error}); pip install triton"
-    if not hasattr(triton, "knobs"):
-        return f"needs triton 3.4 or later: got {triton.__version__}"
-    if device.type == "cpu":
-        if triton.knobs.runtime.interpret:
-            return None
-        return "computes on CUDA tensors: got device cpu (TRITON_INTERPRET=1 interprets it, for tests)"
-    if device.type != "cuda":
-        return f"computes on CUDA tensors: got device {device}"
-    if not torch.cuda.is_available():
-        return "torch sees no CUDA device"
-    if torch.version.hip:
-        return "is for NVIDIA's GPUs: torch is built for ROCm"
-    major, minor = torch.cuda.get_device_capability(device)
-    if major < OLDEST:
-        return f"needs compute capability {OLDEST}.0 or later: got {major}.{minor}"
-    return None
 
 
 class Tiles(NamedTuple):
@@ -155,9 +130,9 @@ def _common_arguments(
     capability = torch.cuda.get_device_capability(rows.x.device) if rows.x.is_cuda else None
     # fp64 is for checks: it takes the tiles of what is nearest in size.
     tiles = choose_tiles(kernel, "tf32x3" if precision == "ieee" else precision, width, capability)
-    values, column_values = by_rows.dropped_values(rows, columns, negatives)
+    values, column_values = gpu_common.dropped_values(rows, columns, negatives)
     dropped = None if values is None else _dropped(owned, columns, values, column_values)
-    compares_ids = by_rows.compares_ids(rows, negatives)
+    compares_ids = gpu_common.compares_ids(rows, negatives)
     unused = rows.order
     return {
         "x": rows.x, "x_stride": rows.x.stride(0), "x_step": rows.x.stride(1), "row_order": rows.order,
@@ -246,7 +221,7 @@ def _run_backward(
     with on_device_of(rows.side.x):
         backward_kernel[(-(-n // arguments["ROWS"]) * arguments["PARTS"],)](
             **arguments, row_lse=row_lse, row_weight=row_weight, column_lse=column_lse, column_weight=column_weight,
-            column_scale=scale if terms.column_scale is None else terms.column_scale, unit=terms.unit,
+            column_scale=scale if terms.column_scale is None else terms.column_scale, unit=terms.fp16_scale,
             grad_x=rows.side.x if grad_x is None else grad_x, grad_scale=scale if grad_scale is None else grad_scale,
             ROW_TERM=terms.row is not None, COLUMN_TERM=terms.column is not None,
             SCALES_COLUMNS=terms.column_scale is not None, NEEDS_X=grad_x is not None,
@@ -254,6 +229,6 @@ def _run_backward(
         )  # fmt: skip
 
 
-forward = partial(by_rows.forward, _run_forward)
-backward = partial(by_rows.backward, _run_backward)
-count_above = partial(by_rows.count_above, _run_forward)
+forward = partial(gpu_common.forward, _run_forward)
+backward = partial(gpu_common.backward, _run_backward)
+count_above = partial(gpu_common.count_above, _run_forward)
