@@ -60,8 +60,7 @@ class BuildWithKernels(build_py):
             raise SystemExit(f"the package cannot be built into its own sources, {ROOT}: name another --build-lib")
         shutil.rmtree(package, ignore_errors=True)  # all that is there goes into the wheel, of an earlier build too
         super().run()
-        shutil.copytree(SOURCES, package / "csrc" / "cpu")
-        shutil.copytree(CUDA_SOURCES, package / "csrc" / "cuda")
+        shutil.copytree(ROOT / "csrc", package / "csrc")
         build_cuda(package / "lib")
         if NATIVE:
             try:
