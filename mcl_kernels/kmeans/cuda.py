@@ -101,9 +101,9 @@ def _sum_by_label(
     """Sums and counts for many centres."""
     ops, k = cuda.ops(), len(centers.points)
     pieces = cut_into_pieces(labels, k)
-    of_pieces = torch.empty(len(pieces.begin), x.shape[1], dtype=torch.float64, device=x.device)
+    piece_sums = torch.empty(len(pieces.begin), x.shape[1], dtype=torch.float64, device=x.device)
     sums = torch.empty(k, x.shape[1], dtype=torch.float64, device=x.device)
     order = [pieces.order, pieces.begin, pieces.end]
-    ops.sum_pieces([x, centers.offset, *rounding], inverse_norms, order, of_pieces)
-    ops.join_pieces(of_pieces, pieces.first, pieces.last, sums)
+    ops.sum_pieces([x, centers.offset, *rounding], inverse_norms, order, piece_sums)
+    ops.join_pieces(piece_sums, pieces.first, pieces.last, sums)
     return sums, pieces.counts
