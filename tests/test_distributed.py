@@ -40,7 +40,7 @@ from mcl_kernels.distributed.cost_model import (
     plan_exchange,
 )
 from mcl_kernels.distributed.exchange import _Move, _sum_of_copies
-from mcl_kernels.distributed.group import _described
+from mcl_kernels.distributed.group import describe
 from tests.process_pool import RankPool
 
 N, M, D = 60, 84, 8
@@ -821,9 +821,9 @@ def test_numbers_of_other_types_are_alike(ranks: RankPool) -> None:
     ranks.run(check_numbers_of_other_types)
 
 
-def test_numbers_are_described_by_their_value() -> None:
-    assert [_described(value) for value in (0.5, np.float32(0.5), 1.0, 7, True)] == ["0.5", "0.5", "1", "7", "True"]
-    assert _described(2**60 + 1) != _described(2**60)
+def test_numbers_aredescribe_by_their_value() -> None:
+    assert [describe(value) for value in (0.5, np.float32(0.5), 1.0, 7, True)] == ["0.5", "0.5", "1", "7", "True"]
+    assert describe(2**60 + 1) != describe(2**60)
 
 
 def check_no_grad_on_one_rank() -> None:
@@ -983,9 +983,9 @@ def test_a_refusal_inside_cached_backward(ranks: RankPool) -> None:
     ranks.run(check_cached_backward)
 
 
-def test_a_tensor_is_described_with_its_device() -> None:
+def test_a_tensor_isdescribe_with_its_device() -> None:
     """A rank whose embeddings are not where the others' are would fail by itself in the exchange."""
-    assert _described(torch.ones(3, 8, device="meta")) == "[rows, 8] float32 on meta"
+    assert describe(torch.ones(3, 8, device="meta")) == "[rows, 8] float32 on meta"
 
 
 def fail_on_last_rank(how: str) -> None:

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from mcl_kernels.distributed.group import (
     Ranks,
-    check_alike,
     check_none_failed,
-    meeting_device,
-    work_of_each,
-    work_of_first,
+    check_same_on_all_ranks,
+    collective_device,
+    run_on_each,
+    run_on_first,
 )
 from mcl_kernels.kmeans.rows import Rows
 from mcl_kernels.normalize import compute_dtype
@@ -28,9 +28,11 @@ from mcl_kernels.normalize import compute_dtype
 
 def open_shard(open_rows: Callable[[], Rows], ranks: Ranks, arguments: Mapping[str, object]) -> ShardedRows:
     """The rows that this rank opens, of all ranks' data. Where one cannot, or where they differ, every rank raises."""
-    device = meeting_device(ranks)
-    rows = work_of_each(open_rows, ranks, device)
-    check_alike(ranks, device, {**arguments, rows.name: rows.like, f"device of {rows.name}": rows.device.type})
+    device = collective_device(ranks)
+    rows = run_on_each(open_rows, ranks, device)
+    check_same_on_all_ranks(
+        ranks, device, {**arguments, rows.name: rows.like, f"device of {rows.name}": rows.device.type}
+    )
     return ShardedRows(rows, ranks)
 
 
@@ -41,7 +43,7 @@ class ShardedRows(Rows):
         super().__init__(local.name, local.like)
         self.local, self.ranks = local, ranks
         self.shard, self.shards = ranks.rank, ranks.world_size
-        self.meeting = meeting_device(ranks) if self.device.type == "cpu" else self.device
+        self.meeting = collective_device(ranks) if self.device.type == "cpu" else self.device
         self.error: Exception | None = None
 
     @property
@@ -100,7 +102,7 @@ class ShardedRows(Rows):
 
     def from_first(self, compute: Callable[[], Tensor]) -> Tensor:
         """Together; the other ranks wait."""
-        rows = work_of_first(compute, self.ranks, self.meeting)
+        rows = run_on_first(compute, self.ranks, self.meeting)
         n = int(self._of_first(torch.tensor([0 if rows is None else len(rows)], device=self.meeting)))
         if rows is None:
             rows = torch.empty(n, self.width, dtype=compute_dtype(self.like), device=self.device)

@@ -34,11 +34,11 @@ from mcl_kernels._validate import as_integer, check_choice, check_embeddings
 from mcl_kernels.distributed.exchange import gather_vectors
 from mcl_kernels.distributed.group import (
     OtherRankError,
-    check_alike,
-    meeting_device,
+    check_same_on_all_ranks,
+    collective_device,
     ranks_of,
-    work_of_each,
-    work_of_first,
+    run_on_each,
+    run_on_first,
 )
 from mcl_kernels.kmeans import KMeans, assign_clusters
 from mcl_kernels.kmeans.api import METRICS
@@ -293,7 +293,7 @@ class MultistageRunner:
             run = {
                 **self._configuration(), "n_stages": self.n_stages, "a directory": self.directory is not None
             }  # fmt: skip
-            check_alike(self.ranks, meeting_device(self.ranks), run)
+            check_same_on_all_ranks(self.ranks, collective_device(self.ranks), run)
             self._check_progress()
 
     @property
@@ -331,7 +331,7 @@ class MultistageRunner:
 
     def _on_every_rank(self, work: Callable[[], T]) -> T:
         """Returns what `work()` returns; an error on one rank is raised on every rank."""
-        return work() if self.ranks is None else work_of_each(work, self.ranks, meeting_device(self.ranks))
+        return work() if self.ranks is None else run_on_each(work, self.ranks, collective_device(self.ranks))
 
     def _take(self, directory: Path, held: contextlib.ExitStack) -> None:
         if self.ranks is None or self.ranks.rank == 0:
@@ -342,7 +342,7 @@ class MultistageRunner:
         """Raises where ranks have read different numbers of stages: a network file system may show one later."""
         if self.ranks is not None:
             progress = {"the number of finished stages that the directory holds": len(self.finished)}
-            check_alike(self.ranks, meeting_device(self.ranks), progress)
+            check_same_on_all_ranks(self.ranks, collective_device(self.ranks), progress)
 
     def _configuration(self) -> dict[str, Any]:
         """Settings that must be the same for a run to be continued."""
@@ -400,7 +400,7 @@ class MultistageRunner:
         seconds = time.perf_counter() - started
         clusters = kmeans.labels_.cpu()
         if ranks is not None:
-            (clusters,), _ = gather_vectors([clusters.int().to(meeting_device(ranks))], ranks)
+            (clusters,), _ = gather_vectors([clusters.int().to(collective_device(ranks))], ranks)
 
         def keep() -> FinishedStage:
             return self._keep(stage, kmeans, clusters.cpu(), seconds, kept)
@@ -408,10 +408,10 @@ class MultistageRunner:
         if ranks is None or self.directory is None:
             self.finished.append(keep())
         else:
-            device, directory = meeting_device(ranks), self.directory
-            written = work_of_first(keep, ranks, device)
+            device, directory = collective_device(ranks), self.directory
+            written = run_on_first(keep, ranks, device)
             try:
-                finished = work_of_each(lambda: written or _written_stage(directory, index), ranks, device)
+                finished = run_on_each(lambda: written or _written_stage(directory, index), ranks, device)
             except OtherRankError:
                 # All ranks are there and raise, so finish() can be called again. After any other error a rank is gone,
                 # and the stage stays for the next run.
