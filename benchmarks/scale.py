@@ -34,7 +34,7 @@ import torch.distributed as dist
 from benchmarks.__main__ import conditions
 from benchmarks.measure import Row, write_rows
 from mcl_kernels import nt_xent
-from mcl_kernels.distributed.cost_model import ExchangePlan, all_reduced_bytes, plan_exchange
+from mcl_kernels.distributed.cost_model import ExchangePlan, all_reduce_bytes, plan_exchange
 
 HERE = Path(__file__).parent
 D = 128
@@ -201,7 +201,7 @@ class Counter:
         self.bytes = np.zeros(2, dtype=np.int64)
 
     def all_reduce(self, tensor: torch.Tensor, *rest: Any, **options: Any) -> None:
-        self.bytes += all_reduced_bytes(tensor.nbytes, self.world)
+        self.bytes += all_reduce_bytes(tensor.nbytes, self.world)
 
     def gathered(self, output: torch.Tensor, tensor: torch.Tensor, **options: Any) -> None:
         self.bytes += (self.world - 1) * tensor.nbytes

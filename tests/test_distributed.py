@@ -33,14 +33,13 @@ from mcl_kernels import (
 )
 from mcl_kernels.distributed.cost_model import (
     ExchangePlan,
-    all_reduced_bytes,
-    bucket_count,
-    buckets_of,
-    pack_clusters,
+    all_reduce_bytes,
     plan_exchange,
 )
-from mcl_kernels.distributed.exchange import _Move, _sum_of_copies
 from mcl_kernels.distributed.group import describe
+from mcl_kernels.distributed.placement import bucket_count, label_buckets, pack_clusters
+from mcl_kernels.distributed.routes import Route
+from mcl_kernels.distributed.transport import sum_copies
 from tests.process_pool import RankPool
 
 N, M, D = 60, 84, 8
@@ -310,7 +309,7 @@ def check_bytes(loss: str, labels: str, shards: str, exchange: str, dtype: torch
     plan = plan_exchange(histograms[0], dist.get_world_size(), key_histogram=keys, exchange=of_all.exchange, **options)
     rank, histogram = dist.get_rank(), 0
     if (exchange, plan.exchange) == ("auto", "gather"):  # had to count first
-        histogram = all_reduced_bytes(
+        histogram = all_reduce_bytes(
             (2 if name == "masked_info_nce" else 1) * 8 * (bucket_count(len(histograms[0])) + 1), len(histograms[0])
         )
     assert (*(forward.bytes - histogram),) == (plan.sent[rank], plan.received[rank])
@@ -387,16 +386,16 @@ def test_packing_is_never_worse_than_whole_clusters_and_gives_each_an_owner(worl
 def test_labels_above_the_number_of_buckets_are_spread_over_them() -> None:
     """Packed pairs of labels, a * 1024 + b say, would otherwise all be one."""
     for step in (1, 1000, 1024, 4096, 2**20, 10**15):
-        buckets = buckets_of(torch.arange(64) * step, 16)
+        buckets = label_buckets(torch.arange(64) * step, 16)
         assert len(buckets.unique()) >= 58, step
         assert int(buckets.min()) >= 0
         assert int(buckets.max()) < bucket_count(16)
-    assert buckets_of(torch.tensor([-1, -(2**63), 0, 1023]), 2).tolist() == [-1, -1, 0, 1023]
+    assert label_buckets(torch.tensor([-1, -(2**63), 0, 1023]), 2).tolist() == [-1, -1, 0, 1023]
     histogram = torch.zeros(3000, dtype=torch.int64)
     histogram[[5, 2005, 2006]] = torch.tensor([10, 20, 4])
     plan = plan_exchange(histogram, 2, exchange="cluster")
     owned = [k for k, of in enumerate(plan.owners) if of]
-    assert owned == sorted(buckets_of(torch.tensor([5, 2005, 2006]), 2).tolist())
+    assert owned == sorted(label_buckets(torch.tensor([5, 2005, 2006]), 2).tolist())
 
 
 def test_operations_do_not_overflow() -> None:
@@ -632,8 +631,8 @@ def test_single_rows_of_any_width(ranks: RankPool, exchange: str) -> None:
 def test_copies_are_summed_in_fp32() -> None:
     """256 + 1 is 256 in bf16."""
     grad = torch.tensor([[256.0], [1.0], [1.0], [1.0], [7.0]]).bfloat16()
-    move = _Move(torch.tensor([0, 0, 0, 0, 1]), [1, 1, 1, 2], [])
-    assert _sum_of_copies(grad, move, 3).tolist() == [[260.0], [7.0], [0.0]]
+    move = Route(torch.tensor([0, 0, 0, 0, 1]), [1, 1, 1, 2], [])
+    assert sum_copies(grad, move, 3).tolist() == [[260.0], [7.0], [0.0]]
 
 
 @dataclass(frozen=True)
