@@ -20,12 +20,10 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -33,8 +31,8 @@ import torch.distributed as dist
 
 from benchmarks.__main__ import conditions
 from benchmarks.measure import Row, write_rows
-from mcl_kernels import nt_xent
-from mcl_kernels.distributed.cost_model import ExchangePlan, all_reduce_bytes, plan_exchange
+from mcl_kernels import ExchangePlan, nt_xent, plan_exchange
+from tests.traffic import count_traffic
 
 HERE = Path(__file__).parent
 D = 128
@@ -193,59 +191,6 @@ def model_rows() -> list[Row]:
     ]
 
 
-class Counter:
-    """Bytes that this rank sends to others and receives from them, an all-reduce counted as a ring's."""
-
-    def __init__(self) -> None:
-        self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        self.bytes = np.zeros(2, dtype=np.int64)
-
-    def all_reduce(self, tensor: torch.Tensor, *rest: Any, **options: Any) -> None:
-        self.bytes += all_reduce_bytes(tensor.nbytes, self.world)
-
-    def gathered(self, output: torch.Tensor, tensor: torch.Tensor, **options: Any) -> None:
-        self.bytes += (self.world - 1) * tensor.nbytes
-
-    def scattered(self, output: torch.Tensor, tensor: torch.Tensor, **options: Any) -> None:
-        self.bytes += (self.world - 1) * output.nbytes
-
-    def all_to_all_single(
-        self, output: torch.Tensor, tensor: torch.Tensor, received: Any = None, sent: Any = None, **options: Any
-    ) -> None:
-        for i, (rows, split) in enumerate(((tensor, sent), (output, received))):
-            split = split or [len(rows) // self.world] * self.world
-            if len(rows):
-                self.bytes[i] += rows.nbytes // len(rows) * (sum(split) - split[self.rank])
-
-
-@contextmanager
-def counted() -> Iterator[Counter]:
-    """Counts in every collective that the losses call, and takes no other."""
-    counter = Counter()
-    counts = {
-        "all_reduce": counter.all_reduce, "all_to_all_single": counter.all_to_all_single,
-        "all_gather_single": counter.gathered, "all_gather_into_tensor": counter.gathered,
-        "reduce_scatter_single": counter.scattered, "reduce_scatter_tensor": counter.scattered,
-    }  # fmt: skip
-
-    def counting(name: str) -> Callable[..., Any]:
-        collective, count = getattr(dist, name), counts[name]
-
-        def call(*arguments: Any, **options: Any) -> Any:
-            count(*arguments, **options)
-            return collective(*arguments, **options)
-
-        return call
-
-    def refused(*arguments: Any, **options: Any) -> Any:
-        raise AssertionError("a collective that is not counted")
-
-    others = ("all_gather", "broadcast", "gather", "reduce", "reduce_scatter", "scatter", "send", "recv")
-    patched = {name: counting(name) for name in counts if hasattr(dist, name)} | dict.fromkeys(others, refused)
-    with patch.multiple(dist, **patched):
-        yield counter
-
-
 def _run_rank(rank: int, world: int, n: int, clusters: int, steps: int, directory: Path) -> None:
     """Writes the seconds of each step and the bytes of one, [[sent, received], [those of backward]]."""
     torch.set_num_threads(1)
@@ -266,11 +211,11 @@ def _run_rank(rank: int, world: int, n: int, clusters: int, steps: int, director
         return nt_xent(*views, labels_of[labels], **over)
 
     for labels, exchange in problems:
-        with counted() as counter:
+        with count_traffic() as traffic:
             value = loss(labels, exchange)
-            forward = counter.bytes.tolist()
+            forward = traffic.bytes.tolist()
             value.backward()
-            results["bytes"][f"{labels}, {exchange}"] = [forward, (counter.bytes - forward).tolist()]
+            results["bytes"][f"{labels}, {exchange}"] = [forward, (traffic.bytes - forward).tolist()]
     for step in range(WARM_UP + steps):
         for labels, exchange in problems:  # in turns
             dist.barrier()

@@ -1,4 +1,4 @@
-"""Exchanges the rows of a batch that is spread over ranks, so that each anchor finds its keys on one rank.
+"""Exchanges the rows of a batch that is spread over ranks, so that each anchor and its keys are on one rank.
 
 Every rank holds a shard of the batch. There are two exchanges:
 
@@ -124,8 +124,8 @@ def gather_vectors(vectors: Sequence[Tensor], ranks: Ranks) -> tuple[list[Tensor
 def _place(sides: list[LabelledRows], loss: str, exchange: str, ranks: Ranks) -> tuple[BucketOwners, int] | None:
     """Owners of each bucket and the number of all anchors; None if the keys are to be gathered.
 
-    `sides` are the anchors and, unless the anchors are the keys, the keys. All ranks decide alike, by the histogram of
-    all labels.
+    `sides` are the anchors and, unless the anchors are the keys, the keys. All ranks make the same choice, from the
+    histogram of all labels.
     """
     anchors = sides[0]
     if exchange == "gather" or (exchange == "auto" and anchors.labels is None):

@@ -21,11 +21,9 @@ class Copies(NamedTuple):
 
 
 class Route(NamedTuple):
-    """Rows that every rank sends to every rank, itself included."""
+    """Copies of rows that every rank sends to every rank, itself included: at most one per row and destination."""
 
-    order: (
-        Tensor  # int64, the row of each copy as it is sent: by destination; a row has one copy per destination at most
-    )
+    order: Tensor  # int64, the row of each copy, sorted by destination
     sent: list[int]  # [W], number of copies to each rank
     received: list[int]  # [W], number of copies from each rank
 
@@ -33,14 +31,14 @@ class Route(NamedTuple):
 class BucketOwners(NamedTuple):
     """Ranks that compute each of K buckets of labels.
 
-    The ranks of bucket k are `flat[offsets[k] : offsets[k] + blocks[k]]`. The last entry, of index -1, is for rows that
-    match nothing: no rank.
+    The ranks of bucket k are `flat[offsets[k] : offsets[k] + blocks[k]]`. The last entry, with index -1, is for rows
+    that match nothing, and has no ranks.
     """
 
     blocks: Tensor  # int64 [K + 1]
     offsets: Tensor  # int64 [K + 1]
     flat: Tensor  # int64
-    any_cut: bool  # whether a bucket has several owners
+    any_cut: bool  # True if a bucket has several owners
 
     @classmethod
     def of(cls, owners: Owners, device: torch.device) -> BucketOwners:
