@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mcl_kernels import clip_loss, masked_info_nce, nt_xent
-from mcl_kernels.objectives import Objective
+from mcl_kernels.objectives import ObjectiveLike
 
 N, M, D = 60, 84, 8
 # Bounds of the shards among N samples: of equal sizes, of different ones, or with an empty one. The M keys are split in
@@ -155,7 +155,7 @@ def check_equals_one_process(
     temperature: str = "learned",
     dtype: torch.dtype = torch.float64,
     tolerance: float = 1e-9,
-    objective: Objective | None = None,
+    objective: ObjectiveLike | None = None,
     **options: Any,
 ) -> None:
     """Compares the mean of the ranks' losses, and the gradients as DDP averages them, with those of one process."""

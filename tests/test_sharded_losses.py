@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from mcl_kernels import clip_loss, masked_info_nce, nt_xent, objectives
-from mcl_kernels.objectives import Objective
+from mcl_kernels.objectives import ObjectiveLike, needs_of
 from tests.cases import OBJECTIVES
 from tests.process_pool import RankPool
 from tests.sharded_losses import (
@@ -52,10 +52,10 @@ def test_a_temperature_of_shape_1_is_a_scalar(ranks: RankPool, loss: str, exchan
 
 @pytest.mark.parametrize("objective", OBJECTIVES[1:])
 @pytest.mark.parametrize("loss", LOSSES)
-def test_every_objective_is_that_of_one_process(ranks: RankPool, loss: str, objective: Objective) -> None:
+def test_every_objective_is_that_of_one_process(ranks: RankPool, loss: str, objective: ObjectiveLike) -> None:
     check = partial(check_equals_one_process, objective=objective)
     ranks.run(check, loss, "zipf", "uneven", "auto")
-    if not getattr(objective, "mixes_anchors", False):
+    if not needs_of(objective).mixes_anchors:
         ranks.run(check, loss, "zipf", "empty", "cluster")
 
 
