@@ -40,7 +40,7 @@ def test_equal_clusters_fill_the_ranks_in_no_more_blocks_than_fit(clusters: int,
 
 
 @pytest.mark.parametrize("world_size", [8, 64, 512])
-def test_small_clusters_fill_the_room_beside_the_blocks_of_large_ones(world_size: int) -> None:
+def test_small_clusters_fill_the_ranks_that_large_ones_leave_free(world_size: int) -> None:
     plan = plan_exchange([1000 * world_size // (k + 1) for k in range(1000)], world_size, exchange="cluster")
     assert max(map(len, plan.owners)) > 1
     assert plan.operations_imbalance < 1.05

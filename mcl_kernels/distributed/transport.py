@@ -70,7 +70,7 @@ class _Exchange(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         needed = ctx.needs_input_grad[2:]
-        needed_counts = [sum(of_load) for of_load in _split_by_load(needed, ctx.loads)]
+        needed_counts = [sum(flags) for flags in _split_by_load(needed, ctx.loads)]
         loads = [load._replace(tensors=count) for load, count in zip(ctx.loads, needed_counts, strict=True) if count]
         returned = _Return.apply(ctx.ranks, loads, *compress(grads, needed))  # type: ignore[no-untyped-call]
         return None, None, *_at_needed(needed, returned)
