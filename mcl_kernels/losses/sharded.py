@@ -33,11 +33,9 @@ def query_to_key(inputs: Inputs, positive: Tensor, call: Call, *, is_queue: bool
     """The loss of each query that this rank computes, and the number of queries of all ranks."""
     query, keys, scale, pairs, _ = inputs
     columns = (query, positive, scale) if scale.ndim else (query, positive)
-    queries, key_side = (
-        LabelledRows(columns, pairs.labels, pairs.ids),
-        LabelledRows((inputs.keys,), pairs.key_labels, pairs.key_ids),
-    )
-    blocks, total = share_queries(queries, key_side, call.exchange, call.ranks)
+    queries = LabelledRows(columns, pairs.labels, pairs.ids)
+    key_rows = LabelledRows((inputs.keys,), pairs.key_labels, pairs.key_ids)
+    blocks, total = share_queries(queries, key_rows, call.exchange, call.ranks)
     query, positive, *scales = blocks.anchors.columns
     (keys,) = blocks.keys.columns
     inputs = Inputs(query, keys, scales[0] if scales else scale, blocks.pairs(pairs.negatives))
