@@ -8,7 +8,8 @@ namespace mcl {
 
 constexpr int DROP_THREADS = 128;
 
-// The first of the sorted columns begin .. end - 1 for which `found` holds, as it does for all columns after it; or end.
+// The first of the sorted columns begin .. end - 1 for which `found` holds, as it does for all columns after it; or
+// end.
 template <class Found>
 __device__ __forceinline__ int first_where(int begin, int end, Found found) {
   while (begin < end) {

@@ -71,8 +71,8 @@ __device__ __forceinline__ void take_lowest(T other, T other_second, T& lowest, 
   lowest = min(lowest, other);
 }
 
-// Finds the labels of the tile's rows and their two lowest scores; TEAM threads share a row. Equal scores go to the first
-// centre, and a row whose scores are all NaN gets label 0.
+// Finds the labels of the tile's rows and their two lowest scores; TEAM threads share a row. Equal scores go to the
+// first centre, and a row whose scores are all NaN gets label 0.
 template <class Operand>
 __device__ __forceinline__ void find_nearest(const AssignProblem<Sum<Operand>>& problem, int64_t first_row,
                                              AssignMemory<Operand>& shared) {
@@ -125,8 +125,8 @@ __device__ __forceinline__ T warp_sum(T value) {
   return value;
 }
 
-// Returns whether no other label is possible within rounding, from a row's two lowest scores and the squared norm of the
-// row as it is multiplied; see `score_limits` in mcl_kernels/kmeans/gpu_common.py.
+// Returns whether no other label is possible within rounding, from a row's two lowest scores and the squared norm of
+// the row as it is multiplied; see `score_limits` in mcl_kernels/kmeans/gpu_common.py.
 template <class T>
 __device__ __forceinline__ bool is_decided(const AssignProblem<T>& problem, T lowest, T second, T squares) {
   const T* limits = problem.limits;
@@ -136,8 +136,9 @@ __device__ __forceinline__ bool is_decided(const AssignProblem<T>& problem, T lo
   return second - lowest > bound + limits[6] + limits[7] * above;
 }
 
-// Computes the distance of each row to its centre from differences, and whether its label is decided. Each row is read by
-// one warp, from the cache. For cosine, a row whose squares leave the range of fp32, or without a direction, is undecided.
+// Computes the distance of each row to its centre from differences, and whether its label is decided. Each row is read
+// by one warp, from the cache. For cosine, a row whose squares leave the range of fp32, or without a direction, is
+// undecided.
 template <class Operand>
 __device__ __forceinline__ void measure(const AssignProblem<Sum<Operand>>& problem, int64_t first_row,
                                         AssignMemory<Operand>& shared) {

@@ -17,7 +17,7 @@ struct Samples {
 // Rounding of the entries of each column, so that their sums are exact.
 template <class T>
 struct FixedPoint {
-  const T* rounding;    // [D], 1.5 * 2^e: added and subtracted, rounds an fp64 entry, or the low integer of an fp32 entry
+  const T* rounding;    // [D], 1.5 * 2^e: added and subtracted, it rounds fp64 entries and low integers
   const float* factor;  // [D], fp32 only: multiplied by it, an entry is rounded to its high integer
   const double* step;   // [D], fp32 only: the value of 1 in the low integer
 };

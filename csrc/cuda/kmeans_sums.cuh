@@ -1,8 +1,8 @@
 // Exact sums of rows, which are the same in any order of the rows.
 //
-// An fp32 entry, at most 2^e in its column, is split into two integers: multiples of 2^(e - 22) and of 2^(e - 35), or of a
-// coarser power if the sum over all rows would not fit the 53 bits of fp64. They are added as integers, with one fp64
-// addition per sum, since many GPUs are slow in fp64. fp64 entries are rounded so that fp64 adds them exactly.
+// An fp32 entry, at most 2^e in its column, is split into two integers: multiples of 2^(e - 22) and of 2^(e - 35), or
+// of a coarser power if the sum over all rows would not fit the 53 bits of fp64. They are added as integers, with one
+// fp64 addition per sum, since many GPUs are slow in fp64. fp64 entries are rounded so that fp64 adds them exactly.
 #pragma once
 
 #include "kmeans_problem.h"
@@ -23,7 +23,8 @@ __device__ __forceinline__ Sum<Operand> value_at(const Matrix& x, int64_t row, i
     return wide(static_cast<const Operand*>(x.data)[at]);
 }
 
-// The entry of a row as it is summed. Its product is not fused with a sum, so that it has the same bits in every kernel.
+// The entry of a row as it is summed. Its product is not fused with a sum, so that it has the same bits in every
+// kernel.
 template <class Operand>
 __device__ __forceinline__ Sum<Operand> entry_at(const Samples<Sum<Operand>>& samples, int64_t row, int64_t feature,
                                                  Sum<Operand> inverse_norm) {

@@ -8,13 +8,13 @@
 
 namespace mcl {
 
-// A block holds the sums of GRADIENTS features in registers. Wider rows are split into parts of GRADIENTS features, each
-// with a block of its own that computes the logits again: this fills a GPU that a small batch would leave idle.
+// A block holds the sums of GRADIENTS features in registers. Wider rows are split into parts of GRADIENTS features,
+// each with a block of its own that computes the logits again: this fills a GPU that a small batch would leave idle.
 template <class Operand>
 struct BackwardShape {
   static constexpr int EDGE = Shape<Operand>::EDGE, CHUNKS = 4, GRADIENTS = EDGE * CHUNKS;
   static constexpr int THREADS = sizeof(Operand) == 8 ? 128 : 256, TEAM = THREADS / EDGE;
-  static constexpr int STRIDE = EDGE + Shape<Operand>::PADDING;  // of weights, and of the features they are multiplied by
+  static constexpr int STRIDE = EDGE + Shape<Operand>::PADDING;  // of weights and features
 };
 
 // The terms of pair weights that depend on the column.
@@ -49,6 +49,52 @@ __device__ __forceinline__ void load_column_terms(const BackwardProblem<T>& prob
   if (problem.column_scale) to.scale[threadIdx.x] = original < 0 ? T(0) : problem.column_scale[original];
 }
 
+template <class Operand>
+using GradientSums = Products<Operand, BackwardShape<Operand>::EDGE, BackwardShape<Operand>::THREADS>;
+
+// Adds the columns of the tile, multiplied by their weights, to the sums of each chunk of features.
+template <class Operand>
+__device__ __forceinline__ void add_weighted_columns(const Pairs<Sum<Operand>>& pairs, int64_t first_feature,
+                                                     BackwardMemory<Operand>& shared,
+                                                     GradientSums<Operand> (&sums)[BackwardShape<Operand>::CHUNKS]) {
+  using S = BackwardShape<Operand>;
+#pragma unroll
+  for (int chunk = 0; chunk < S::CHUNKS; chunk++) {
+    const int64_t first = first_feature + chunk * S::EDGE;
+    if (first >= pairs.width) break;
+    load_part<S::EDGE, S::THREADS>(pairs.columns.y, shared.indices.columns, first, pairs.width, shared.features);
+    __syncthreads();
+    sums[chunk].template add<S::EDGE, Layout::rows_are_terms>(shared.weights[0], S::STRIDE, shared.features[0],
+                                                              S::STRIDE);
+    __syncthreads();
+  }
+}
+
+// Writes the block's features of the gradient, chunk by chunk through shared memory.
+template <class Operand>
+__device__ __forceinline__ void write_gradient(const BackwardProblem<Sum<Operand>>& problem, int64_t first_feature,
+                                               BackwardMemory<Operand>& shared,
+                                               GradientSums<Operand> (&sums)[BackwardShape<Operand>::CHUNKS]) {
+  using S = BackwardShape<Operand>;
+  const auto& pairs = problem.pairs;
+  auto& products = shared.memory.products;
+#pragma unroll
+  for (int chunk = 0; chunk < S::CHUNKS; chunk++) {
+    const int64_t first = first_feature + chunk * S::EDGE;
+    if (first >= pairs.width) break;
+    sums[chunk].store(products[0], Shape<Operand>::PRODUCT_STRIDE);
+    __syncthreads();
+    for (int index = threadIdx.x; index < S::EDGE * S::EDGE; index += S::THREADS) {
+      const int tile_row = index / S::EDGE, feature = index % S::EDGE;
+      const int64_t original = shared.indices.rows[tile_row];
+      if (original >= 0 && first + feature < pairs.width)
+        write(problem.grad_x, pairs.rows.x.dtype, original * pairs.width + first + feature,
+              products[tile_row][feature] * shared.row_factors[tile_row]);
+    }
+    __syncthreads();
+  }
+}
+
 // A block owns EDGE sorted rows, and GRADIENTS features of their gradient. Cost: the products of all pairs once for the
 // gradient, and once for the logits of each part of GRADIENTS features.
 template <class Operand>
@@ -76,7 +122,7 @@ masked_lse_backward_kernel(const BackwardProblem<Sum<Operand>> problem) {
   }
   const Span span = find_span<S::EDGE, S::THREADS>(row, pairs.skips_tiles, shared.warp_maxima);
 
-  Products<Operand, S::EDGE, S::THREADS> sums[S::CHUNKS];
+  GradientSums<Operand> sums[S::CHUNKS];
 #pragma unroll
   for (int chunk = 0; chunk < S::CHUNKS; chunk++) sums[chunk].clear();
   T scale_sum = 0;
@@ -100,17 +146,7 @@ masked_lse_backward_kernel(const BackwardProblem<Sum<Operand>> problem) {
         });
     __syncthreads();
 
-    if (!problem.grad_x) continue;
-#pragma unroll
-    for (int chunk = 0; chunk < S::CHUNKS; chunk++) {
-      const int64_t first = first_feature + chunk * S::EDGE;
-      if (first >= pairs.width) break;
-      load_part<S::EDGE, S::THREADS>(pairs.columns.y, shared.indices.columns, first, pairs.width, shared.features);
-      __syncthreads();
-      sums[chunk].template add<S::EDGE, Layout::rows_are_terms>(shared.weights[0], S::STRIDE, shared.features[0],
-                                                                S::STRIDE);
-      __syncthreads();
-    }
+    if (problem.grad_x) add_weighted_columns(pairs, first_feature, shared, sums);
   }
 
   if (problem.grad_scale && first_feature == 0) {  // the same for all parts of the features
@@ -118,23 +154,7 @@ masked_lse_backward_kernel(const BackwardProblem<Sum<Operand>> problem) {
     for (int lanes = 1; lanes < S::TEAM; lanes *= 2) scale_sum += __shfl_xor_sync(0xffffffff, scale_sum, lanes);
     if (valid && leads) problem.grad_scale[row.original] = scale_sum;
   }
-  if (!problem.grad_x) return;
-#pragma unroll
-  for (int chunk = 0; chunk < S::CHUNKS; chunk++) {
-    const int64_t first = first_feature + chunk * S::EDGE;
-    if (first >= pairs.width) break;
-    auto& products = shared.memory.products;
-    sums[chunk].store(products[0], Shape<Operand>::PRODUCT_STRIDE);
-    __syncthreads();
-    for (int index = threadIdx.x; index < S::EDGE * S::EDGE; index += S::THREADS) {
-      const int tile_row = index / S::EDGE, feature = index % S::EDGE;
-      const int64_t original = shared.indices.rows[tile_row];
-      if (original >= 0 && first + feature < pairs.width)
-        write(problem.grad_x, pairs.rows.x.dtype, original * pairs.width + first + feature,
-              products[tile_row][feature] * shared.row_factors[tile_row]);
-    }
-    __syncthreads();
-  }
+  if (problem.grad_x) write_gradient(problem, first_feature, shared, sums);
 }
 
 template <class Operand>

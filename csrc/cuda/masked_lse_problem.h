@@ -1,8 +1,8 @@
 // Arguments of the kernels of masked_logsumexp, in plain data.
 //
-// The blocks of a kernel own tiles of the rows of one side, queries or keys, and compare them with the rows of the other
-// side, its columns. "Sorted" is the order of the plan; sorted row r is row order[r] of the data. Null pointers stand for
-// arguments that are not given.
+// The blocks of a kernel own tiles of the rows of one side, queries or keys, and compare them with the rows of the
+// other side, its columns. "Sorted" is the order of the plan; sorted row r is row order[r] of the data. Null pointers
+// stand for arguments that are not given.
 #pragma once
 
 #include "matrix.h"

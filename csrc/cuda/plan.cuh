@@ -1,9 +1,9 @@
 // The order of rows by (group, id, original index), and the range of columns of each row, for both sides in one launch.
 //
 // The position of a row is the number of rows that precede it: rows are sorted in tiles, and a row counts the preceding
-// rows of each tile by bisection. With at most PLAN_TILE rows per side each block sorts the tile itself. With more, each
-// tile is sorted once, and the blocks, which all have to be resident, wait for one another; on a device that cannot hold
-// them, each block sorts all tiles.
+// rows of each tile by bisection. With at most PLAN_TILE rows per side each block sorts the tile itself. With more,
+// each tile is sorted once, and the blocks, which all have to be resident, wait for one another; on a device that
+// cannot hold them, each block sorts all tiles.
 #pragma once
 
 #include <cooperative_groups.h>
@@ -123,7 +123,8 @@ __device__ __forceinline__ void plan_rows(const PlanProblem& problem, int index,
   const SortKey own_key = valid ? sort_key(rows, problem.negatives, original) : SortKey{0, 0, 0};
   // "different" and "all" match every column with a valid label, "same" the columns of the row's own group.
   const bool same = problem.negatives == Negatives::same;
-  const int64_t first_group = same ? own_key.group : min(own_key.group, int64_t(0)), last_group = same ? own_key.group : INT64_MAX;
+  const int64_t first_group = same ? own_key.group : min(own_key.group, int64_t(0));
+  const int64_t last_group = same ? own_key.group : INT64_MAX;
 
   int position = 0, begin = 0, end = 0;
   const int own_tiles = tile_count(rows.n), other_tiles = rows.begin && !problem.self ? tile_count(problem.keys.n) : 0;

@@ -1,7 +1,8 @@
 // Products of tiles in shared memory, summed in the registers of a block's threads.
 //
-// Tensor cores multiply half-precision operands, 16 x 16 x 16 at a time. All others are multiplied by fused multiply-adds
-// in fp32 or fp64; so is bfloat16 before sm_80, whose tensor cores lack it (as float16 it would overflow).
+// Tensor cores multiply half-precision operands, 16 x 16 x 16 at a time. All others are multiplied by fused
+// multiply-adds in fp32 or fp64; so is bfloat16 before sm_80, whose tensor cores lack it (as float16 it would
+// overflow).
 #pragma once
 
 #include <mma.h>
@@ -84,8 +85,8 @@ class FusedMultiplyAdds {
   }
 };
 
-// A fragment from shared memory. nvcc reads bfloat16's by generic loads of 4 bytes each, unless the instruction says where
-// they are: then it is one LDSM, as for float16.
+// A fragment from shared memory. nvcc reads bfloat16's by generic loads of 4 bytes each, unless the instruction says
+// where they are: then it is one LDSM, as for float16.
 template <class Fragment, class Operand>
 __device__ __forceinline__ void load_fragment(Fragment& fragment, const Operand* from, unsigned stride) {
   nvcuda::wmma::load_matrix_sync(fragment, from, stride);
@@ -120,7 +121,8 @@ class TensorCores {
     using namespace nvcuda::wmma;
     constexpr bool BY_COLUMN = LAYOUT == Layout::rows_are_columns;
     using Left = fragment<matrix_a, FRAGMENT, FRAGMENT, FRAGMENT, Operand, row_major>;
-    using Right = fragment<matrix_b, FRAGMENT, FRAGMENT, FRAGMENT, Operand, std::conditional_t<BY_COLUMN, col_major, row_major>>;
+    using RightLayout = std::conditional_t<BY_COLUMN, col_major, row_major>;
+    using Right = fragment<matrix_b, FRAGMENT, FRAGMENT, FRAGMENT, Operand, RightLayout>;
 #pragma unroll
     for (int first = 0; first < TERMS; first += FRAGMENT) {
       Left left[FRAGMENTS_DOWN];
@@ -130,7 +132,7 @@ class TensorCores {
       for (int j = 0; j < FRAGMENTS_ACROSS; j++) {
         Right right;
         load_fragment(right, BY_COLUMN ? b + column(j) * b_stride + first : b + first * b_stride + column(j),
-                         b_stride);
+                      b_stride);
 #pragma unroll
         for (int i = 0; i < FRAGMENTS_DOWN; i++) mma_sync(sums_[i][j], left[i], right, sums_[i][j]);
       }
@@ -146,7 +148,8 @@ class TensorCores {
  private:
   static constexpr int FRAGMENT = 16, ACROSS = 2, DOWN = THREADS / WARP / ACROSS;  // ACROSS, DOWN: numbers of warps
   static constexpr int FRAGMENTS_DOWN = EDGE / DOWN / FRAGMENT, FRAGMENTS_ACROSS = EDGE / ACROSS / FRAGMENT;
-  nvcuda::wmma::fragment<nvcuda::wmma::accumulator, FRAGMENT, FRAGMENT, FRAGMENT, float> sums_[FRAGMENTS_DOWN][FRAGMENTS_ACROSS];
+  using Fragment = nvcuda::wmma::fragment<nvcuda::wmma::accumulator, FRAGMENT, FRAGMENT, FRAGMENT, float>;
+  Fragment sums_[FRAGMENTS_DOWN][FRAGMENTS_ACROSS];
 
   static __device__ __forceinline__ int row(int i) {
     return (threadIdx.x / WARP / ACROSS * FRAGMENTS_DOWN + i) * FRAGMENT;
@@ -168,7 +171,8 @@ template <class Operand>
 struct HasTensorCores : std::false_type {};
 template <>
 struct HasTensorCores<__half> : std::true_type {};
-#if (!defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800) && !defined(MCL_NO_BF16_TENSOR_CORES)  // defined by a test of sm_75
+// A test of sm_75 defines MCL_NO_BF16_TENSOR_CORES.
+#if (!defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800) && !defined(MCL_NO_BF16_TENSOR_CORES)
 template <>
 struct HasTensorCores<__nv_bfloat16> : std::true_type {};
 #endif

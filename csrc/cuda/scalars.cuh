@@ -79,8 +79,8 @@ __device__ __forceinline__ void write(void* to, Dtype dtype, int64_t at, T value
   }
 }
 
-// A product that is never fused with a sum: a logit must have the same bits in the forward pass and in the backward pass,
-// where the LSE is subtracted from it. For logits of 1e4 a fused product would differ by 5e-4.
+// A product that is never fused with a sum: a logit must have the same bits in the forward pass and in the backward
+// pass, where the LSE is subtracted from it. For logits of 1e4 a fused product would differ by 5e-4.
 __device__ __forceinline__ float multiply_rounded(float x, float y) { return __fmul_rn(x, y); }
 __device__ __forceinline__ double multiply_rounded(double x, double y) { return __dmul_rn(x, y); }
 

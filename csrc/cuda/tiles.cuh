@@ -1,8 +1,8 @@
 // Steps that the kernels share: loading rows and columns of a tile, products, and the mask of kept pairs.
 //
-// A tile is EDGE sorted rows against EDGE sorted columns. Tiles do not align with clusters: the rows of a block are compared
-// with all columns from the first one of the first row's cluster to the last one of the last row's, so that the grid
-// depends on n alone.
+// A tile is EDGE sorted rows against EDGE sorted columns. Tiles do not align with clusters: the rows of a block are
+// compared with all columns from the first one of the first row's cluster to the last one of the last row's, so that
+// the grid depends on n alone.
 #pragma once
 
 #include <algorithm>
@@ -55,8 +55,8 @@ struct TileIndices {
   int64_t column_ids[EDGE];
 };
 
-// Loads features first .. first + FEATURES - 1 of the rows with indices `originals`; zeros past the last feature, and for
-// index -1. Subtracts the offset, [D], if given, from fp32 and fp64 rows.
+// Loads features first .. first + FEATURES - 1 of the rows with indices `originals`; zeros past the last feature, and
+// for index -1. Subtracts the offset, [D], if given, from fp32 and fp64 rows.
 template <int FEATURES, int THREADS, class Operand, int STRIDE>
 __device__ __forceinline__ void load_part(const Matrix& x, const int64_t* originals, int64_t first, int64_t width,
                                           Operand (*to)[STRIDE], const Sum<Operand>* offset = nullptr) {
@@ -88,7 +88,8 @@ __device__ __forceinline__ void load_part(const Matrix& x, const int64_t* origin
 
 // Computes <x_i, y_j> of the tile in shared memory. Ends with a barrier, so that every thread may read it.
 template <class Operand, int THREADS>
-__device__ __forceinline__ void multiply_tile(const Pairs<Sum<Operand>>& pairs, const TileIndices<Shape<Operand>::EDGE>& indices,
+__device__ __forceinline__ void multiply_tile(const Pairs<Sum<Operand>>& pairs,
+                                              const TileIndices<Shape<Operand>::EDGE>& indices,
                                               ProductMemory<Operand>& memory) {
   using S = Shape<Operand>;
   Products<Operand, S::EDGE, THREADS> products;
@@ -142,8 +143,8 @@ __device__ __forceinline__ int block_maximum(int value, int* warp_maxima) {
   return value;
 }
 
-// The columns of the rows of a block, from the first to the last, in tiles of EDGE, without a hole of complete tiles that
-// every row drops.
+// The columns of the rows of a block, from the first to the last, in tiles of EDGE, without a hole of complete tiles
+// that every row drops.
 struct Span {
   int first, last, hole_begin, hole_end;
 
@@ -178,8 +179,8 @@ __device__ __forceinline__ void load_columns(const Columns& columns, int start, 
   if (columns.ids) indices.column_ids[threadIdx.x] = original < 0 ? 0 : columns.ids[original];
 }
 
-// Calls visit(column, product, kept) for each column of the tile that belongs to this thread; `column` is relative to the
-// tile.
+// Calls visit(column, product, kept) for each column of the tile that belongs to this thread; `column` is relative to
+// the tile.
 template <class Operand, int TEAM, class Visit>
 __device__ __forceinline__ void for_each_product(const Row& row, int start, bool compares_ids,
                                                  const TileIndices<Shape<Operand>::EDGE>& indices,
