@@ -19,7 +19,7 @@ from benchmarks.cases import CASES, Case
 from benchmarks.conditions import conditions
 from benchmarks.figure import draw
 from benchmarks.measure import Row, in_fresh_process, measure_once, measure_peak, time_case, write_rows
-from mcl_kernels.logsumexp.api import resolve_impl
+from mcl_kernels.backends.table import resolve
 
 HERE = Path(__file__).parent
 COLUMNS = (
@@ -105,7 +105,8 @@ def main() -> int:
         parser.error(f"not on {device}: {', '.join(sorted(without))}")
     recorded = conditions(device)
     if chosen:
-        print(f"impl='auto' is {resolve_impl('auto', device)!r}", flush=True)  # builds it before processes start
+        impl = resolve("logsumexp", "auto", device)  # builds the library before processes start
+        print(f"impl='auto' is {impl!r}", flush=True)
     for case in chosen:
         try:
             rows = run(case, (options.n,) if options.n else case.sizes_on(device), device)

@@ -174,7 +174,7 @@ def main() -> None:
         names = ["ours", *case.targets]
         if any("assignment" in name for name in names):
             names.insert(1, "ours, assignment")
-        if gpu and (reason := cuda.why_not(torch.device("cuda"))):
+        if gpu and (reason := cuda.unavailable_reason(torch.device("cuda"))):
             names.remove("own, CUDA C++")
             print(f"own, CUDA C++: {reason}", flush=True)
         seconds: dict[str, list[float]] = {name: [] for name in names}

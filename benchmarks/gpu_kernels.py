@@ -13,7 +13,7 @@ from unittest.mock import patch
 import torch
 
 from mcl_kernels.kmeans.triton import launch as kmeans
-from mcl_kernels.logsumexp.triton.launch import choose_tiles, tile_constants
+from mcl_kernels.logsumexp.triton.tile_table import choose_tiles, tile_constants
 
 DTYPES = {"bf16": torch.bfloat16, "tf32": torch.float32, "tf32x3": torch.float32}
 POINTERS = {"bf16": "*bf16", "tf32": "*fp32", "tf32x3": "*fp32"}
@@ -25,8 +25,8 @@ class Launch(NamedTuple):
     library: str
     kernel: str
     function: Any
-    types: dict[str, str]  # by argument that is not a constant
-    constants: dict[str, Any]
+    arguments: dict[str, Any]  # a type; None or an integer that is compiled in; or a tuple of these
+    constants: dict[str, Any]  # tl.constexpr arguments
     undivided: tuple[str, ...]  # integers that are not assumed to be divisible by 16
     tiles: dict[str, int]  # rows, columns, features, gradients, chunk, as far as the kernel has them
     warps: int
@@ -42,38 +42,41 @@ class Units(NamedTuple):
     pairs: str  # that are visited: "kept", rounded up to tiles, or "all"
 
 
-SAME = {"HAS_DROPPED": True, "COMPARES_IDS": False, "SKIPS_TILES": False}
-DIFFERENT = {"HAS_DROPPED": True, "COMPARES_IDS": True, "SKIPS_TILES": True}
-ONE_SIDE = {
-    "ROW_TERM": True, "COLUMN_TERM": True, "SCALES_COLUMNS": False, "NEEDS_X": True, "NEEDS_SCALE": False,
-}  # fmt: skip
-# The most frequent calls first: the self form with a fixed temperature and negatives of the same cluster.
-FORWARD = {"forward": {**SAME, "COUNT": False}, "forward, different": {**DIFFERENT, "COUNT": False}}
-BACKWARD = {
-    "backward": {**SAME, **ONE_SIDE},
-    "backward, different": {**DIFFERENT, **ONE_SIDE},
-    "backward, scale too": {**SAME, **ONE_SIDE, "NEEDS_SCALE": True},
-    "backward, keys, scale of each query": {**SAME, **ONE_SIDE, "ROW_TERM": False, "SCALES_COLUMNS": True},
-}
+# The most frequent call of each first: the self form with a fixed temperature and negatives of the same cluster.
+FORWARD = ("forward", "forward, different")
+SCALE_TOO, KEYS = "backward, scale too", "backward, keys, scale of each query"
+BACKWARD = ("backward", "backward, different", SCALE_TOO, KEYS)
 OWN = (*FORWARD, *BACKWARD)
 
 
 def own_kernel(kernel: str, architecture: int, precision: str, width: int) -> Launch:
+    from mcl_kernels.logsumexp.triton.arguments import ColumnArguments, RowArguments, TermArguments
     from mcl_kernels.logsumexp.triton.backward import backward_kernel
     from mcl_kernels.logsumexp.triton.forward import forward_kernel
 
     function = forward_kernel if kernel in FORWARD else backward_kernel
-    name, of_launcher = kernel.split(",")[0], _of_launcher(precision)
-    tiles = choose_tiles(name, of_launcher, width, (architecture // 10, 0))
-    constants = {
-        **tile_constants(name, of_launcher, DTYPES[precision], width, tiles), **(FORWARD | BACKWARD)[kernel],
-        "x_step": 1, "y_step": 1, "scale_stride": 0,
+    name, launcher_precision = kernel.split(",")[0], _launcher_precision(precision)
+    tiles = choose_tiles(name, launcher_precision, width, (architecture // 10, 0))
+    different, features = kernel.endswith("different"), POINTERS[precision]
+    ids = "*i64" if different else None
+    row_term = None if kernel == KEYS else "*fp32"
+    arguments = {
+        "rows": RowArguments(features, "i32", 1, "*i64", "*i64", "*i64", "*i32", "*i32", ids, "*fp32"),
+        "columns": ColumnArguments(features, "i32", 1, "*i64", ids),
+        "terms": TermArguments(row_term, row_term, "*fp32", "*fp32", "*fp32" if kernel == KEYS else None, None),
+        "threshold": None, "result": "*fp32",
+        "grad_x": features, "grad_scale": "*fp32" if kernel == SCALE_TOO else None,
+        "n": "i32", "width": "i32",
     }  # fmt: skip
-    types = {argument: _type(argument, precision) for argument in function.arg_names if argument not in constants}
+    constants = {
+        **tile_constants(name, launcher_precision, DTYPES[precision], width, tiles),
+        "SCALE_STRIDE": 0, "SKIPS_TILES": different,
+    }  # fmt: skip
+    arguments = {argument: types for argument, types in arguments.items() if argument in function.arg_names}
     sizes = tiles._asdict()
     warps, stages = sizes.pop("warps"), sizes.pop("stages")
     return Launch(
-        f"mcl_kernels {version('mcl_kernels')}", kernel, function, types, constants, ("n",), sizes, warps, stages
+        f"mcl_kernels {version('mcl_kernels')}", kernel, function, arguments, constants, ("n",), sizes, warps, stages
     )
 
 
@@ -101,15 +104,17 @@ def kmeans_kernel(kernel: str, architecture: int, precision: str, width: int) ->
     """Returns None if k-means has no such kernel in this precision, or the same one in another precision."""
     from mcl_kernels.kmeans.triton import steps as triton_steps
 
-    library, of_launcher = f"mcl_kernels {version('mcl_kernels')}", _of_launcher(precision)
+    library, launcher_precision = f"mcl_kernels {version('mcl_kernels')}", _launcher_precision(precision)
     if kernel in ASSIGN:
         if precision == "tf32":  # k-means multiplies fp32 as tf32x3
             return None
         clusters, cosine, with_sums = ASSIGN[kernel]
-        if with_sums and not kmeans.sums_few(of_launcher, width, clusters):
+        if with_sums and not kmeans.sums_few(launcher_precision, width, clusters):
             return None
-        tiles = kmeans.choose_tiles(of_launcher, width, clusters, (architecture // 10, 0))
-        constants = kmeans.tile_constants(of_launcher, DTYPES[precision], width, clusters, cosine, with_sums, tiles)
+        tiles = kmeans.choose_tiles(launcher_precision, width, clusters, (architecture // 10, 0))
+        constants = kmeans.tile_constants(
+            launcher_precision, DTYPES[precision], width, clusters, cosine, with_sums, tiles
+        )
         function, sizes = triton_steps.assign_kernel, tiles._asdict()
         warps, stages = sizes.pop("warps"), sizes.pop("stages")
     else:
@@ -122,7 +127,7 @@ def kmeans_kernel(kernel: str, architecture: int, precision: str, width: int) ->
         sizes, warps, stages = {"rows": constants["ROWS"], "chunk": constants["CHUNK"]}, 4, 3
         function = triton_steps.piece_kernel if pieces else triton_steps.join_kernel
         if pieces:
-            constants |= {"COSINE": False, "WIDE": tl.float32}
+            constants |= {"COSINE": False, "ACCUMULATOR": tl.float32}
     constants["x_step"] = 1
     constants = {name: value for name, value in constants.items() if name in function.arg_names}
     types = {name: _kmeans_type(name, precision) for name in function.arg_names if name not in constants}
@@ -146,23 +151,13 @@ def own_units(architecture: int, precision: str, width: int) -> Units:
 
     A part is the block of features whose gradients a program accumulates.
     """
-    tiles = choose_tiles("backward", _of_launcher(precision), width, (architecture // 10, 0))
+    tiles = choose_tiles("backward", _launcher_precision(precision), width, (architecture // 10, 0))
     side = 1 - (-width // tiles.gradients)
     return Units(1 + side, 1 + 2 * side, 2 + 2 * side, "kept")
 
 
-def _of_launcher(precision: str) -> str:
+def _launcher_precision(precision: str) -> str:
     return "half" if precision == "bf16" else precision
-
-
-def _type(argument: str, precision: str) -> str:
-    if argument in ("x", "y", "grad_x"):
-        return POINTERS[precision]
-    if argument in ("drop_begin", "drop_end"):
-        return "*i32"
-    if argument in ("row_order", "row_begin", "row_end", "row_ids", "column_order", "column_ids"):
-        return "*i64"
-    return "i32" if argument in ("x_stride", "y_stride", "n", "width") else "*fp32"
 
 
 INF_CL = ("inf-cl: forward", "inf-cl: backward, queries", "inf-cl: backward, keys")

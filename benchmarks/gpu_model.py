@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from benchmarks.gpu_kernels import INF_CL, MEMEFF, own_units, peer_units
-from mcl_kernels.logsumexp.triton.launch import choose_tiles
+from mcl_kernels.logsumexp.triton.tile_table import choose_tiles
 
 HERE = Path(__file__).parent
 D = 512

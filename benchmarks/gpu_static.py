@@ -25,7 +25,7 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from benchmarks.gpu_kernels import (
     INF_CL,
@@ -69,6 +69,9 @@ COLUMNS = (
 )  # fmt: skip
 
 
+Position = tuple[int, ...]  # of an argument, or of a field of a tuple
+
+
 class Code(NamedTuple):
     """Resources of a compiled kernel, and its instructions."""
 
@@ -105,18 +108,14 @@ def _compile(launch: Launch, architecture: int) -> Row:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    names = launch.function.arg_names
-    attributes = {
-        (names.index(name),): [["tt.divisibility", 16]]
-        for name, dtype in launch.types.items()
-        if dtype.startswith("*") or (dtype == "i32" and name not in launch.undivided)
-    }
-    source = ASTSource(
-        fn=launch.function,
-        signature={name: launch.types.get(name, "constexpr") for name in names},
-        constexprs={(names.index(name),): value for name, value in launch.constants.items()},
-        attrs=attributes,
-    )
+    signature, constants, attributes = {}, {}, {}
+    for index, name in enumerate(launch.function.arg_names):
+        if name in launch.constants:
+            signature[name], constants[index,] = "constexpr", launch.constants[name]
+        else:
+            given = launch.arguments[name]
+            signature[name] = _argument_types(given, (index,), name in launch.undivided, constants, attributes)
+    source = ASTSource(fn=launch.function, signature=signature, constexprs=constants, attrs=attributes)
     options = {"num_warps": launch.warps, "num_stages": launch.stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -129,6 +128,22 @@ def _compile(launch: Launch, architecture: int) -> Row:
         "shared_limit": SHARED_LIMIT[architecture], "tensor_core": code.count(TENSOR_CORES[architecture]),
         "compiler": f"triton {triton.__version__}",
     }  # fmt: skip
+
+
+def _argument_types(
+    argument: Any, position: Position, undivided: bool, constants: dict[Position, Any], attributes: dict[Position, Any]
+) -> Any:
+    """Returns the type of an argument, for a tuple those of its fields; records constants and divisibility by 16."""
+    if isinstance(argument, tuple):
+        fields = enumerate(argument)
+        types = (_argument_types(field, (*position, i), undivided, constants, attributes) for i, field in fields)
+        return type(argument)(*types)
+    if not isinstance(argument, str):
+        constants[position] = argument
+        return "constexpr"
+    if argument.startswith("*") or (argument == "i32" and not undivided):
+        attributes[position] = [["tt.divisibility", 16]]
+    return argument
 
 
 def compile_cuda() -> list[Row]:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from benchmarks.cases import CASES, Case, Inputs
 from benchmarks.peers import Contender
-from mcl_kernels.logsumexp.api import resolve_impl
+from mcl_kernels.backends.table import resolve
 
 BUDGET = 3.0  # seconds for the passes of one contender
 CPU = torch.device("cpu")
@@ -159,7 +159,7 @@ def _row(case: Case, contender: Contender, n: int, inputs: Inputs, seconds: list
     p50 = statistics.median(in_order)
     return {
         "case": case.name, "peer": contender.name,
-        "impl": resolve_impl(contender.impl, device) if contender.own else "",
+        "impl": resolve("logsumexp", contender.impl, device) if contender.own else "",
         "n": n, "d": inputs.leaves[0].shape[1], "clusters": inputs.clusters,
         "dtype": str(contender.dtype or case.dtype).removeprefix("torch."),
         "threads": contender.threads or torch.get_num_threads(), "p20": p20, "p50": p50, "p80": p80,

@@ -127,7 +127,7 @@ def own_cuda(loss: Callable[..., Tensor]) -> Contender:
     return Contender(
         "own, CUDA C++",
         functools.partial(loss, impl="cuda"),
-        missing=lambda: cuda.why_not(torch.device("cuda")),
+        missing=lambda: cuda.unavailable_reason(torch.device("cuda")),
         impl="cuda",
     )
 

@@ -15,12 +15,9 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -29,8 +26,8 @@ import torch.distributed as dist
 from benchmarks.conditions import conditions
 from benchmarks.measure import Row, write_rows
 from benchmarks.scale_model import LABELS, SAMPLES_PER_RANK, VIEWS, D, imbalance, model_rows
-from mcl_kernels import nt_xent
-from mcl_kernels.distributed.cost_model import all_reduced_bytes, plan_exchange
+from mcl_kernels import nt_xent, plan_exchange
+from tests.traffic import count_traffic
 
 HERE = Path(__file__).parent
 MEASURED_WORLDS = (1, 2, 4)
@@ -43,59 +40,6 @@ COLUMNS = (
     "grad_received", "bytes", "bytes_imbalance", "operations", "operations_imbalance", "memory", "seconds", "threads",
     "versions", "processor", "commit",
 )  # fmt: skip
-
-
-class Counter:
-    """Counts bytes that this rank sends to others and receives from them; an all-reduce is counted as a ring."""
-
-    def __init__(self) -> None:
-        self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        self.bytes = np.zeros(2, dtype=np.int64)
-
-    def all_reduce(self, tensor: torch.Tensor, *rest: Any, **options: Any) -> None:
-        self.bytes += all_reduced_bytes(tensor.nbytes, self.world)
-
-    def gathered(self, output: torch.Tensor, tensor: torch.Tensor, **options: Any) -> None:
-        self.bytes += (self.world - 1) * tensor.nbytes
-
-    def scattered(self, output: torch.Tensor, tensor: torch.Tensor, **options: Any) -> None:
-        self.bytes += (self.world - 1) * output.nbytes
-
-    def all_to_all_single(
-        self, output: torch.Tensor, tensor: torch.Tensor, received: Any = None, sent: Any = None, **options: Any
-    ) -> None:
-        for i, (rows, split) in enumerate(((tensor, sent), (output, received))):
-            split = split or [len(rows) // self.world] * self.world
-            if len(rows):
-                self.bytes[i] += rows.nbytes // len(rows) * (sum(split) - split[self.rank])
-
-
-@contextmanager
-def counted() -> Iterator[Counter]:
-    """Counts bytes in the collectives that the losses call, and refuses any other collective."""
-    counter = Counter()
-    counts = {
-        "all_reduce": counter.all_reduce, "all_to_all_single": counter.all_to_all_single,
-        "all_gather_single": counter.gathered, "all_gather_into_tensor": counter.gathered,
-        "reduce_scatter_single": counter.scattered, "reduce_scatter_tensor": counter.scattered,
-    }  # fmt: skip
-
-    def counting(name: str) -> Callable[..., Any]:
-        collective, count = getattr(dist, name), counts[name]
-
-        def call(*arguments: Any, **options: Any) -> Any:
-            count(*arguments, **options)
-            return collective(*arguments, **options)
-
-        return call
-
-    def refused(*arguments: Any, **options: Any) -> Any:
-        raise AssertionError("a collective that is not counted")
-
-    others = ("all_gather", "broadcast", "gather", "reduce", "reduce_scatter", "scatter", "send", "recv")
-    patched = {name: counting(name) for name in counts if hasattr(dist, name)} | dict.fromkeys(others, refused)
-    with patch.multiple(dist, **patched):
-        yield counter
 
 
 def _run_rank(rank: int, world: int, n: int, clusters: int, steps: int, directory: Path) -> None:
@@ -118,11 +62,11 @@ def _run_rank(rank: int, world: int, n: int, clusters: int, steps: int, director
         return nt_xent(*views, shard_labels[labels], **options)
 
     for labels, exchange in problems:
-        with counted() as counter:
+        with count_traffic() as traffic:
             value = loss(labels, exchange)
-            forward = counter.bytes.tolist()
+            forward = traffic.bytes.tolist()
             value.backward()
-            results["bytes"][f"{labels}, {exchange}"] = [forward, (counter.bytes - forward).tolist()]
+            results["bytes"][f"{labels}, {exchange}"] = [forward, (traffic.bytes - forward).tolist()]
     for step in range(WARM_UP + steps):
         for labels, exchange in problems:  # in turns
             dist.barrier()

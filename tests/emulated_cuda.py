@@ -1,4 +1,4 @@
-"""The CUDA kernels on the processor: `csrc/cuda` compiled by g++ with `cuda_on_cpu` in the place of the toolkit.
+"""The CUDA kernels on the CPU: `csrc/cuda` compiled by g++ with `cuda_on_cpu` in the place of the toolkit.
 
 The same operators as those of the real library, on CPU tensors: the common tests run on them.
 """
@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
-from mcl_kernels.backends import cuda, native_build, native_cache
+from mcl_kernels.backends import cuda, native_build, native_cache, table
 
 NAMESPACE = "mcl_kernels_cuda_emulated"
 HEADERS = Path(__file__).with_name("cuda_on_cpu")
@@ -21,9 +23,36 @@ HEADERS = Path(__file__).with_name("cuda_on_cpu")
 FLAGS = ["-std=gnu++20", "-O2", "-g0", "-fPIC", "-march=native", "-fno-strict-aliasing", "-Wno-unknown-pragmas"]
 
 
-def why_not() -> str | None:
-    """What is missing to compile them; None: nothing."""
-    return None if shutil.which("g++") else "no g++ is on the PATH: it compiles the CUDA kernels for the processor"
+def unavailable_reason() -> str | None:
+    """Returns why the kernels cannot be compiled here, or None."""
+    return None if shutil.which("g++") else "no g++ is on the PATH: it compiles the CUDA kernels for the CPU"
+
+
+class Operators:
+    """Operators that run the emulation for CPU tensors, and the compiled library for others."""
+
+    def __init__(self, compiled: Callable[[], Any]) -> None:
+        self.compiled = compiled
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            tensors = (x for x in tree_leaves(arguments) if isinstance(x, torch.Tensor))
+            library = emulated_ops() if next(tensors).device.type == "cpu" else self.compiled()
+            return getattr(library, name)(*arguments)
+
+        return call
+
+
+def install() -> None:
+    """Lets the backend "cuda" compute CPU tensors in this process, by the emulation."""
+    reason_of_compiled, operators = cuda.unavailable_reason, Operators(cuda.ops)
+
+    def reason(device: torch.device) -> str | None:
+        return None if device.type == "cpu" else reason_of_compiled(device)
+
+    cuda.ops = lambda: operators
+    cuda.unavailable_reason = reason
+    table.TABLE["cuda"] = table.TABLE["cuda"]._replace(unavailable_reason=reason)
 
 
 def compile_kernels(output: Path, flags: list[str], more: dict[Path, list[str]], link: list[str]) -> None:
@@ -34,8 +63,8 @@ def compile_kernels(output: Path, flags: list[str], more: dict[Path, list[str]],
 
 
 @cache
-def ops() -> Any:
-    """Builds the library where that is still to be done, and loads it."""
+def emulated_ops() -> Any:
+    """Operators of the emulation, which is built first where that is still to be done."""
     with native_cache.opened(native_cache.cache_directory()) as cache, cache.only_builder():
         library = cache.path / f"{NAMESPACE}-{_digest()}.so"
         if not library.exists():

@@ -146,7 +146,7 @@ def test_the_figure_of_many_ranks_is_drawn_from_its_csv(tmp_path: Path) -> None:
     assert (tmp_path / "scale.png").stat().st_size > 10_000
 
 
-@pytest.mark.skipif(emulated_cuda.why_not() is not None, reason=str(emulated_cuda.why_not()))
+@pytest.mark.skipif(emulated_cuda.unavailable_reason() is not None, reason=str(emulated_cuda.unavailable_reason()))
 @pytest.mark.parametrize("name", ["plain-nt-xent", "zipf", "queue", "clip", "clip-bf16"])
 def test_on_a_gpu_the_kernels_in_cuda_are_a_contender(name: str) -> None:
     """Its loss and gradients are the same, here in the emulation."""

@@ -199,7 +199,7 @@ def test_reductions(backend: Backend, loss: str) -> None:
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("n", [0, 1, 2, 3])
-def test_tiny_batches(backend: Backend, loss: str, objective: objectives.Objective, n: int) -> None:
+def test_tiny_batches(backend: Backend, loss: str, objective: objectives.ObjectiveLike, n: int) -> None:
     x, y = (z.requires_grad_() for z in pair(n))
     value = LOSSES[loss](x, y, objective=objective, impl=backend.impl)
     value.backward()
@@ -216,7 +216,7 @@ def test_tiny_batches(backend: Backend, loss: str, objective: objectives.Objecti
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("loss", LOSSES)
-def test_every_sample_its_own_cluster(backend: Backend, loss: str, objective: objectives.Objective) -> None:
+def test_every_sample_its_own_cluster(backend: Backend, loss: str, objective: objectives.ObjectiveLike) -> None:
     x, y = (z.requires_grad_() for z in pair(12))
     temperature = torch.tensor(0.5, requires_grad=True)
     value = LOSSES[loss](x, y, torch.arange(12), temperature=temperature, objective=objective, impl=backend.impl)
@@ -230,7 +230,7 @@ def test_every_sample_its_own_cluster(backend: Backend, loss: str, objective: ob
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("label", [7, -1])
-def test_one_lonely_anchor(backend: Backend, loss: str, objective: objectives.Objective, label: int) -> None:
+def test_one_lonely_anchor(backend: Backend, loss: str, objective: objectives.ObjectiveLike, label: int) -> None:
     x, y = (z.requires_grad_() for z in pair(12))
     labels = torch.arange(12) % 2
     labels[4] = label
@@ -257,7 +257,7 @@ def test_lonely_anchors_leave_the_others_alone(backend: Backend, loss: str) -> N
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("loss", LOSSES)
-def test_one_cluster_is_the_plain_loss(backend: Backend, loss: str, objective: objectives.Objective) -> None:
+def test_one_cluster_is_the_plain_loss(backend: Backend, loss: str, objective: objectives.ObjectiveLike) -> None:
     x, y = pair(12)
     one = torch.full((12,), 10**15)
     assert torch.equal(
@@ -361,7 +361,7 @@ def test_logit_scale_100_in_bfloat16(backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_exponentials_beyond_fp32(backend: Backend, objective: objectives.Objective) -> None:
+def test_exponentials_beyond_fp32(backend: Backend, objective: objectives.ObjectiveLike) -> None:
     x, y = (z.requires_grad_() for z in pair(12))
     value = nt_xent(x, y, torch.arange(12) % 2, temperature=1e-3, objective=objective, impl=backend.impl)
     value.backward()
@@ -485,7 +485,7 @@ def test_the_positive_is_computed_from_the_rounded_rows(backend: Backend) -> Non
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("loss", LOSSES)
-def test_temperature_gradient(backend: Backend, loss: str, objective: objectives.Objective) -> None:
+def test_temperature_gradient(backend: Backend, loss: str, objective: objectives.ObjectiveLike) -> None:
     """Exact for every objective, with a lonely anchor among the others, for one temperature and one per anchor."""
     x, y = pair(10, dtype=torch.float64)
     labels = torch.arange(10) % 2
@@ -523,7 +523,7 @@ def test_a_temperature_of_shape_1_is_one_number(backend: Backend, loss: str, n: 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("loss", LOSSES)
 def test_embedding_gradient_beside_a_lonely_anchor(
-    backend: Backend, loss: str, objective: objectives.Objective
+    backend: Backend, loss: str, objective: objectives.ObjectiveLike
 ) -> None:
     x, y = (z.requires_grad_() for z in pair(5, 3, dtype=torch.float64))
     labels = torch.tensor([0, 0, 4, 0, 0])
@@ -533,7 +533,9 @@ def test_embedding_gradient_beside_a_lonely_anchor(
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_clip_is_both_directions_with_labels_of_their_own(backend: Backend, objective: objectives.Objective) -> None:
+def test_clip_is_both_directions_with_labels_of_their_own(
+    backend: Backend, objective: objectives.ObjectiveLike
+) -> None:
     """Other labels for the captions: the counts and sums of the two directions differ."""
     x, y = pair(12, dtype=torch.float64)
     labels, text_labels = torch.arange(12) % 2, torch.arange(12) % 3

@@ -226,13 +226,14 @@ def test_a_relative_cache_home_is_ignored(tmp_path: Path, monkeypatch: pytest.Mo
 def test_without_a_home_auto_says_so_once() -> None:
     code = (
         "import pwd\ndef nobody(uid): raise KeyError(uid)\npwd.getpwuid = nobody\n"
-        "from mcl_kernels import KMeans, _native, capabilities; native.PACKAGE = native.PACKAGE / 'nothing'\n"
+        "from mcl_kernels import KMeans, capabilities\nfrom mcl_kernels.backends import native\n"
+        "native.PACKAGE = native.PACKAGE / 'nothing'\n"
         f"{USE}\n{USE}\nKMeans(2).fit(torch.eye(4))\nprint(capabilities()['native'])\n"
         "mcl_kernels.masked_logsumexp(torch.eye(4), impl='native')"
     )
     result = run_python(code, HOME="", XDG_CACHE_HOME="")
     told = "there is no directory for the built library: HOME is not set and the user has no entry"
-    assert result.stderr.count(f"several times slower: {told}") == 1, result.stderr
+    assert result.stderr.count(f"several times slower: impl='native': {told}") == 1, result.stderr
     assert f"NativeUnavailableError: {told}" in result.stderr
     assert "set XDG_CACHE_HOME" in result.stderr
     assert "'available': False" in result.stdout
@@ -240,19 +241,19 @@ def test_without_a_home_auto_says_so_once() -> None:
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    code = f"from mcl_kernels import _native; native.PACKAGE = native.PACKAGE / 'nothing'\n{USE}"
+    code = f"from mcl_kernels.backends import native; native.PACKAGE = native.PACKAGE / 'nothing'\n{USE}"
     result = run_python(code, XDG_CACHE_HOME=str(tmp_path / "file"))
     assert result.returncode == 0
     assert f"{tmp_path}/file/mcl_kernels: Not a directory; set XDG_CACHE_HOME" in result.stderr
 
 
 def test_without_a_compiler_auto_says_so_once(tmp_path: Path) -> None:
-    code = f"from mcl_kernels import _native; native.PACKAGE = native.PACKAGE / 'nothing'\n{USE}\n{USE}"
+    code = f"from mcl_kernels.backends import native; native.PACKAGE = native.PACKAGE / 'nothing'\n{USE}\n{USE}"
     nowhere = {"PATH": str(tmp_path), "CXX": "", "XDG_CACHE_HOME": str(tmp_path)}
     result = run_python(code, **nowhere)
     assert result.returncode == 0, result.stderr
     assert result.stderr.count("no C++ compiler is on the PATH; install one") == 1
-    assert "blockwise" in result.stderr
+    assert "PyTorch operations compute, several times slower" in result.stderr
     refused = run_python(code.replace("eye(4)", "eye(4), impl='native'"), **nowhere)
     assert refused.returncode == 1
     assert "NativeUnavailableError: no C++ compiler is on the PATH" in refused.stderr
@@ -267,7 +268,7 @@ def test_capabilities_are_those_of_a_loss(place: Place, monkeypatch: pytest.Monk
         assert not available
         assert "x.cpp:1:1: error: no" in reason
         with pytest.raises(NativeUnavailableError, match=r"x\.cpp:1:1: error: no"):
-            native.load()
+            native.ops()
     finally:
         native._loaded.cache_clear()
 
@@ -276,7 +277,7 @@ def test_the_instruction_set_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     if not native.describe()[0]:
         pytest.skip(native.describe()[1])
     monkeypatch.setenv("MCL_KERNELS_CPU", "portable")
-    assert native.describe() == (True, "C++ kernels by tiles in sorted order (csrc/cpu), instruction set portable")
+    assert native.describe() == (["cpu"], "C++ kernels by tiles in sorted order (csrc/cpu), instruction set portable")
     monkeypatch.setenv("MCL_KERNELS_CPU", "mmx")
     available, reason = native.describe()
     assert not available

@@ -1,4 +1,4 @@
-"""Files that a command writes, labels, their summary and centres: checked before the work, replaced after it."""
+"""Output files of the commands, labels, their summary and centres: checked before the clustering, replaced after it."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 
 import mcl_kernels
-from mcl_kernels._durable import check_writable, replaced_files, sha256_of, write_array
-from mcl_kernels.cli.feature_files import summary_of
+from mcl_kernels._durable import check_writable, link_target, replaced_files, sha256_of, write_array
+from mcl_kernels.cli.input_files import summary_of
 
 
 def check_outputs(out: Path, centers: Path | None, inputs: Sequence[Path]) -> None:
-    """Raises before the work where labels, their summary or centres could not be written after it.
+    """Raises if labels, their summary or centres cannot be written. Creates missing directories.
 
-    Through links too, no output may be an input or another output. Missing directories are made.
+    No output may be an input or another output, also through links.
     """
     if out.suffix not in (".npy", ".pt"):
         raise ValueError(f"--out must be a .npy or .pt file: got {out}")
@@ -33,27 +33,27 @@ def check_outputs(out: Path, centers: Path | None, inputs: Sequence[Path]) -> No
     outputs = {"--out": out, "the summary of --out": summary_of(out)}
     if centers is not None:
         outputs["--centers"] = centers
-    taken = dict.fromkeys(inputs, "one of the files that are read")
+    used = dict.fromkeys(inputs, "one of the files that are read")
     for name, path in outputs.items():
         _check_target(name, path)
-        for other, what in taken.items():
+        for other, use in used.items():
             if _is_same(path, other):
-                raise ValueError(f"{name} must not be {what}: got {path}")
-        taken[path] = name
+                raise ValueError(f"{name} must not be {use}: got {path}")
+        used[path] = name
     for name, path in outputs.items():
-        check_writable(_target(path).parent)
-        _check_target(name, path)  # a name that is too long shows once its directory exists
+        check_writable(link_target(path).parent)
+        _check_target(name, path)  # again: a name that is too long is detected once its directory exists
 
 
 def write_labels(out: Path, labels: Tensor, summary: Mapping[str, Any], centers: tuple[Path, bytes] | None) -> None:
-    """Writes labels, their summary, to which it adds SHA-256 digests, and the content of a file of centres.
+    """Writes labels, their summary with SHA-256 digests added, and the content of a file of centres, if given.
 
-    All are on disk before the labels, as the first, are renamed. A later reader sees by the SHA-256 where the summary
-    is still that of older labels.
+    All files are on disk before the first is renamed; the labels come first. If the summary is still that of older
+    labels, a later reader detects it by the SHA-256.
     """
     paths = [out, summary_of(out), *([centers[0]] if centers else [])]
     for path in paths:
-        _target(path).parent.mkdir(parents=True, exist_ok=True)  # it may have been removed during the work
+        link_target(path).parent.mkdir(parents=True, exist_ok=True)  # may have been removed during the clustering
     with replaced_files(*paths) as (labels_file, summary_file, *others):
         if out.suffix == ".pt":
             torch.save(labels, labels_file)
@@ -68,10 +68,10 @@ def write_labels(out: Path, labels: Tensor, summary: Mapping[str, Any], centers:
 
 
 def identity(path: Path) -> tuple[int, ...] | None:
-    """Device, inode, size and time of a file, which differ in the one that replaces it; None where there is none."""
+    """Device, inode, size and time of a file, by which it differs from its replacement; None if it does not exist."""
     try:
         status = path.stat()
-    except (OSError, ValueError):  # the latter for a name with a NUL
+    except (OSError, ValueError):  # ValueError for a name with a NUL
         return None
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
@@ -88,7 +88,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def size_range(sizes: Tensor) -> str:
-    """Text of the smallest and the largest of some counts."""
+    """Text of the range of some sizes."""
     return f"{int(sizes.min()):,} to {int(sizes.max()):,}" if len(sizes) else "0"
 
 
@@ -102,8 +102,8 @@ def _versions() -> dict[str, str]:
 
 
 def _check_target(name: str, path: Path) -> None:
-    """Raises where a file cannot be renamed over the one that a path leads to."""
-    target = _target(path)
+    """Raises if a file cannot be renamed over the target of a path."""
+    target = link_target(path)
     try:
         mode = target.lstat().st_mode
     except FileNotFoundError:
@@ -126,7 +126,7 @@ def _check_target(name: str, path: Path) -> None:
 
 
 def _mount_points() -> list[str]:
-    """Paths at which something is mounted, a single file for example; none where the system does not list them."""
+    """Paths of mount points, which may be single files; empty on systems that do not list them."""
     try:
         lines = Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines()
     except OSError:
@@ -135,9 +135,5 @@ def _mount_points() -> list[str]:
     return [re.sub(r"\\(\d{3})", lambda octal: chr(int(octal[1], 8)), path) for path in escaped]
 
 
-def _target(path: Path) -> Path:
-    return Path(os.path.realpath(path))
-
-
 def _is_same(a: Path, b: Path) -> bool:
-    return _target(a) == _target(b) or (a.exists() and b.exists() and a.samefile(b))
+    return link_target(a) == link_target(b) or (a.exists() and b.exists() and a.samefile(b))

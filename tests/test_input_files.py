@@ -1,4 +1,4 @@
-"""Files of features and labels that cannot be used: one line names the file, and nothing is changed or unpickled."""
+"""Unusable files of features and labels: the error is one line that names the file, and no file is changed."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mcl_kernels.cli.feature_files import open_features, open_labels
+from mcl_kernels.cli.input_files import open_features, open_labels
 from mcl_kernels.cli.main import main
 from tests.command_files import N, cluster, features, save_features
 
 
 @pytest.fixture(autouse=True)
-def _in_a_directory_of_features(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _change_to_directory_of_features(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     save_features()
 
@@ -29,7 +29,7 @@ def truncate(path: str, left: int) -> None:
 
 
 def save_bad(path: str) -> None:
-    """The file that the name says, from a good one."""
+    """Writes the unusable file that the name describes; does nothing for other names."""
     x, labels = features(), torch.arange(N)
     if path == "nan.npy":
         x[17, 2] = torch.nan
@@ -106,7 +106,7 @@ ERRORS += [(["f0.npy", *options], message) for options, message in OPTIONS_ERROR
 
 
 @pytest.mark.parametrize(("arguments", "message"), ERRORS, ids=[" ".join(arguments) for arguments, _ in ERRORS])
-def test_errors_are_one_line_and_leave_the_output(
+def test_errors_are_one_line_and_change_no_file(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for argument in arguments:
@@ -114,7 +114,7 @@ def test_errors_are_one_line_and_leave_the_output(
     Path("directory.npy").mkdir()
     Path("summary.npy.json").mkdir()
     np.save("good.npy", np.zeros(N, np.int32))
-    Path("y.npy").write_bytes(b"as it was")
+    Path("y.npy").write_bytes(b"old content")
     before = {path: path.read_bytes() for path in Path().iterdir() if path.is_file()}
     assert cluster(arguments[0], "--clusters", 3, "--out", "y.npy", *arguments[1:]) == 1
     error = capsys.readouterr().err
@@ -125,13 +125,13 @@ def test_errors_are_one_line_and_leave_the_output(
 
 
 def npy(path: str, shape: tuple[int, ...], dtype: str = "<f4") -> None:
-    """A .npy file of 64 bytes of data, whatever its header claims."""
+    """Writes a .npy file with 64 bytes of data, and a header of any shape."""
     header = repr({"descr": dtype, "fortran_order": False, "shape": shape}).encode() + b"\n"
     Path(path).write_bytes(b"\x93NUMPY\1\0" + struct.pack("<H", len(header)) + header + bytes(64))
 
 
 def safetensors(path: str, header: str, length: int | None = None) -> None:
-    """A .safetensors file of 64 bytes of data, whatever its header claims."""
+    """Writes a .safetensors file with 64 bytes of data, and any header."""
     content = header.encode()
     Path(path).write_bytes(struct.pack("<Q", len(content) if length is None else length) + content + bytes(64))
 
@@ -201,9 +201,7 @@ HOSTILE: dict[str, tuple[Callable[[str], object], str]] = {
 
 
 @pytest.mark.parametrize("path", HOSTILE)
-def test_files_that_claim_what_they_do_not_hold_are_refused_by_name(
-    path: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_hostile_files_are_refused_by_name(path: str, capsys: pytest.CaptureFixture[str]) -> None:
     make, message = HOSTILE[path]
     make(path)
     assert cluster(path, "--clusters", 3, "--out", "y.npy") == 1
@@ -224,7 +222,7 @@ def test_files_that_claim_what_they_do_not_hold_are_refused_by_name(
 
 
 def test_a_damaged_file_of_any_kind_is_named() -> None:
-    """Bytes are replaced and files cut at random: an error says which file, or numbers come out."""
+    """Bytes are replaced and files truncated at random: either an error names the file, or it can be read."""
     torch.save(features(), "x.pt")
     save_file({"a": features()}, "x.safetensors")
     generator = np.random.default_rng(0)
@@ -244,8 +242,8 @@ def test_a_damaged_file_of_any_kind_is_named() -> None:
 
 
 @pytest.mark.parametrize("suffix", ["npy", "pt"])
-def test_labels_next_to_the_summary_of_others_are_refused(suffix: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """As a run leaves them that is killed between the two renames."""
+def test_labels_next_to_another_summary_are_refused(suffix: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run that is killed between the two renames leaves such files."""
     old, new, out = f"old.{suffix}", f"new.{suffix}", f"y.{suffix}"
     assert cluster("f0.npy", "--clusters", 3, "--out", old) == 0
     assert cluster("f1.npy", "--clusters", 3, "--out", new) == 0
@@ -262,13 +260,13 @@ def test_labels_next_to_the_summary_of_others_are_refused(suffix: str, capsys: p
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"sha256": 3}', "not JSON", "[" * 100_000])
 def test_labels_need_no_summary(content: str) -> None:
-    """A file of that name may be somebody else's."""
+    """A file with the name of a summary may have another purpose."""
     np.save("labels.npy", np.zeros(N, np.int32))
     Path("labels.npy.json").write_text(content)
     assert torch.equal(open_labels(Path("labels.npy"), N), torch.zeros(N, dtype=torch.int64))
 
 
-def test_names_with_line_breaks_stay_on_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_errors_about_names_with_line_breaks_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert cluster("a\nb\x1b[1m.csv", "--clusters", 3, "--out", "y.npy") == 1
     assert capsys.readouterr().err == (
         "mcl-kernels: FEATURES must be a .npy, .pt or .safetensors file: got a\\nb\\x1b[1m.csv\n"

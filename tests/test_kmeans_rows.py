@@ -1,4 +1,4 @@
-"""Where rows come from: memory maps, parts of them, chunks; nothing depends on it, and memory is bounded."""
+"""Sources of rows: arrays, memory maps, slices, chunks. Results do not depend on the source; memory is bounded."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from mcl_kernels import KMeans, assign_clusters
-from mcl_kernels.kmeans import rows as sources
+from mcl_kernels.kmeans import initial
+from mcl_kernels.kmeans import rows as row_sources
 from mcl_kernels.kmeans.rows import FileRows, open_rows
 
 N, D, K = 9000, 24, 7
@@ -23,18 +24,18 @@ N, D, K = 9000, 24, 7
 
 @pytest.fixture
 def x() -> Tensor:
-    """Rows without much of a structure: many iterations, in which every rounding shows."""
+    """Rows that need many iterations, so that a difference in rounding changes the result."""
     generator = torch.Generator().manual_seed(0)
     return torch.randn(N, D, generator=generator) + 0.3 * (torch.arange(N) % K).unsqueeze(1)
 
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "CHUNK_BYTES", 1024 * D * 4)
+    monkeypatch.setattr(row_sources, "CHUNK_BYTES", 1024 * D * 4)
 
 
 class Shuffled:
-    """Yields other rows in every pass."""
+    """Iterable that yields other rows in every pass."""
 
     def __init__(self, x: Tensor) -> None:
         self.x = x
@@ -75,7 +76,7 @@ FORMS: dict[str, Callable[[Tensor, Path], Any]] = {
 
 @pytest.mark.parametrize("impl", ["native", "reference"])
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
-def test_clusters_do_not_depend_on_where_rows_come_from(x: Tensor, tmp_path: Path, impl: str, metric: str) -> None:
+def test_clusters_do_not_depend_on_the_source(x: Tensor, tmp_path: Path, impl: str, metric: str) -> None:
     iterations = 15 if impl == "native" else 5
     expected = KMeans(K, metric=metric, n_init=2, max_iter=iterations, impl=impl).fit(x)
     assert expected.n_iter_ == iterations
@@ -92,9 +93,7 @@ def test_clusters_do_not_depend_on_where_rows_come_from(x: Tensor, tmp_path: Pat
 def test_assign_clusters_takes_chunks(x: Tensor, tmp_path: Path) -> None:
     labels, distances = assign_clusters(x, x[:K])
     for rows in (mapped(x, tmp_path), x.split(1000)):
-        of_rows = assign_clusters(rows, x[:K])
-        assert torch.equal(of_rows[0], labels)
-        assert torch.equal(of_rows[1], distances)
+        assert all(map(torch.equal, assign_clusters(rows, x[:K]), (labels, distances)))
 
 
 def test_a_file_without_rows(x: Tensor, tmp_path: Path) -> None:
@@ -116,7 +115,7 @@ def test_empty_clusters_of_a_file_are_filled(x: Tensor, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
 def test_files_of_other_dtypes(x: Tensor, tmp_path: Path, dtype: torch.dtype) -> None:
-    """NumPy has no bfloat16, but files do."""
+    """NumPy has no bfloat16, but files of it exist."""
     x = x.to(dtype)
     path = tmp_path / "x.bin"
     path.write_bytes(b"header" + x.view(torch.uint8).numpy().tobytes())
@@ -126,8 +125,8 @@ def test_files_of_other_dtypes(x: Tensor, tmp_path: Path, dtype: torch.dtype) ->
     assert torch.equal(KMeans(K, max_iter=5).fit(rows).labels_, KMeans(K, max_iter=5).fit(x).labels_)
 
 
-def test_what_is_written_to_a_map_counts(x: Tensor, tmp_path: Path) -> None:
-    """To the file, where the map writes there, or to its copy of a page."""
+def test_writes_to_a_map_are_read(x: Tensor, tmp_path: Path) -> None:
+    """Mode "r+" writes to the file, mode "c" to a copy of the page in memory."""
     mapped(x, tmp_path)
     for mode in ("r+", "c"):
         rows = np.load(tmp_path / "x.npy", mmap_mode=mode)
@@ -186,7 +185,7 @@ def test_a_row_that_is_not_finite_is_named_in_any_chunk(x: Tensor, tmp_path: Pat
 
 
 @pytest.mark.parametrize("shape", [(1, D), (N, 1)], ids=str)
-def test_an_order_that_makes_no_difference_is_read(tmp_path: Path, shape: tuple[int, int]) -> None:
+def test_a_single_row_or_column_in_any_order_is_read(tmp_path: Path, shape: tuple[int, int]) -> None:
     x = np.arange(N * D, dtype=np.float32)[: shape[0] * shape[1]].reshape(shape)
     np.save(tmp_path / "x.npy", np.asfortranarray(x))
     rows = open_rows("x", np.load(tmp_path / "x.npy", mmap_mode="r"))
@@ -194,7 +193,7 @@ def test_an_order_that_makes_no_difference_is_read(tmp_path: Path, shape: tuple[
     assert np.array_equal(rows.load().numpy(), x)
 
 
-def test_no_rows_of_any_width_ask_for_no_memory(tmp_path: Path) -> None:
+def test_an_empty_file_of_a_huge_width_needs_no_memory(tmp_path: Path) -> None:
     (tmp_path / "x").touch()
     rows = FileRows("x", tmp_path / "x", 0, (0, 2**40), torch.float32)
     with pytest.raises(ValueError, match="n_clusters must be at most the number of rows: got 1 for 0 rows"):
@@ -208,7 +207,7 @@ def test_a_file_shorter_than_its_rows_is_refused_when_it_is_opened(tmp_path: Pat
         FileRows("x", tmp_path / "x", 20, (2**60, 8), torch.float32)
 
 
-def test_arrays_of_other_things_than_numbers_are_refused_by_name() -> None:
+def test_arrays_of_other_types_than_numbers_are_refused_by_name() -> None:
     for x in (np.array([["a"]]), np.zeros((3, 3), np.longdouble), np.array([[{}]])):
         with pytest.raises(TypeError, match="x must hold integers or floating point numbers: got dtype"):
             KMeans(1).fit(x)
@@ -222,7 +221,7 @@ def test_a_file_that_was_replaced(x: Tensor, tmp_path: Path) -> None:
         KMeans(K).fit(rows)
 
 
-def test_an_iterable_that_ends_for_good_after_all(x: Tensor) -> None:
+def test_an_iterable_that_can_be_read_only_once(x: Tensor) -> None:
     class Spent:
         def __init__(self) -> None:
             self.chunks = iter(x.split(N))
@@ -243,9 +242,9 @@ def test_a_file_that_became_shorter(x: Tensor, tmp_path: Path) -> None:
         KMeans(K).fit(rows)
 
 
-def test_initialisation_sees_a_stated_sample(x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a large data set; iterations see all rows."""
-    monkeypatch.setattr("mcl_kernels.kmeans.api.INIT_ROWS", 500)
+def test_the_initialisation_draws_from_a_sample(x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sample is for the initialisation of a large data set; iterations read all rows."""
+    monkeypatch.setattr(initial, "SAMPLE_ROWS", 500)
     kmeans = KMeans(K, n_init=3).fit(x)
     assert kmeans.init_rows_ == 500
     assert len(kmeans.labels_) == N
@@ -257,9 +256,9 @@ def test_initialisation_sees_a_stated_sample(x: Tensor, monkeypatch: pytest.Monk
 @pytest.mark.parametrize("form", ["array", "memory map", "small chunks"])
 def test_mini_batches(x: Tensor, tmp_path: Path, form: str) -> None:
     rows = FORMS[form](x, tmp_path)
-    whole = KMeans(K).fit(x)
+    all_rows = KMeans(K).fit(x)
     kmeans = KMeans(K, batch_size=700, tol=1e-3).fit(rows)
-    assert kmeans.inertia_ <= 1.02 * whole.inertia_
+    assert kmeans.inertia_ <= 1.02 * all_rows.inertia_
     assert kmeans.n_iter_ == len(kmeans.history_) < 100
     assert kmeans.labels_.unique().tolist() == list(range(K))
     assert torch.equal(kmeans.labels_, KMeans(K, batch_size=700, tol=1e-3).fit(rows).labels_)
@@ -277,22 +276,22 @@ def test_a_batch_of_more_rows_than_there_are(x: Tensor) -> None:
 
 
 def test_one_batch_of_all_rows_moves_centres_to_their_means(x: Tensor) -> None:
-    """The first batch: iterables come in order, as a whole."""
+    """The first batch has all rows, in order, since x is an iterable."""
     batch = KMeans(K, init=x[:K], max_iter=1, batch_size=N).fit([x])
     assert torch.equal(batch.cluster_centers_, KMeans(K, init=x[:K], max_iter=1).fit(x).cluster_centers_)
 
 
-def test_a_bar_where_a_fit_lasts(
+def test_a_long_fit_shows_a_progress_bar(
     x: Tensor, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import tqdm
 
     original = tqdm.tqdm
     KMeans(K, max_iter=2).fit(x)
-    assert capsys.readouterr().err == ""  # no terminal
+    assert capsys.readouterr().err == ""  # not a terminal
     monkeypatch.setattr(tqdm, "tqdm", lambda *args, **options: original(*args, **{**options, "disable": False}))
     KMeans(K, max_iter=2).fit(x)
-    assert capsys.readouterr().err == ""  # over soon
+    assert capsys.readouterr().err == ""  # ends before the delay
     monkeypatch.setattr(
         tqdm, "tqdm", lambda *args, **options: original(*args, **{**options, "disable": False, "delay": 0})
     )
@@ -306,7 +305,7 @@ import numpy as np
 import torch
 from mcl_kernels import KMeans
 
-def peak():  # of this process alone: ru_maxrss begins with that of the one it was forked from
+def peak():  # of this process alone: ru_maxrss includes the process that it was forked from
     status = open("/proc/self/status").read().split()
     return 1024 * int(status[status.index("VmHWM:") + 1])
 
@@ -324,7 +323,7 @@ print(peak() - start)
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs the peak memory of Linux")
 def test_a_file_larger_than_its_memory(tmp_path: Path) -> None:
-    """1.1 GiB are clustered in less than half of one: two chunks, the sample of the initialisation, labels."""
+    """A file of 1.1 GiB needs less than 0.5 GiB: two chunks, the sample of the initialisation, labels."""
     n, width = 600_000, 512
     file = np.lib.format.open_memmap(tmp_path / "x.npy", "w+", np.float32, (n, width))
     block = np.random.default_rng(0).standard_normal((20_000, width), dtype=np.float32)
@@ -332,8 +331,8 @@ def test_a_file_larger_than_its_memory(tmp_path: Path) -> None:
         file[start : start + len(block)] = block + start % 7
     file.flush()
 
-    def taken(what: str) -> int:
-        command = [sys.executable, "-c", MEASURED, str(tmp_path / "x.npy"), what]
+    def peak_bytes(argument: str) -> int:
+        command = [sys.executable, "-c", MEASURED, str(tmp_path / "x.npy"), argument]
         return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
-    assert taken(str(n)) < 0.5 * 2**30 < 2**30 < taken("held")
+    assert peak_bytes(str(n)) < 0.5 * 2**30 < 2**30 < peak_bytes("held")

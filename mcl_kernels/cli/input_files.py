@@ -1,4 +1,4 @@
-"""Features and labels in files: opened where they lie, checked before memory is asked for, and never unpickled."""
+"""Input files of the commands, features and labels: read in chunks or mapped, checked first, never unpickled."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _TERMINAL_CODES = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def open_features(path: Path, tensor: str | None) -> Rows:
-    """Rows of a .npy, .pt or .safetensors file; `tensor` is the name of one among several."""
+    """Rows of a .npy, .pt or .safetensors file; `tensor` is the name of the tensor, if there are several."""
     if path.suffix == ".safetensors":
         return _open_safetensors(path, tensor)
     if path.suffix not in (".npy", ".pt"):
@@ -40,7 +40,7 @@ def open_features(path: Path, tensor: str | None) -> Rows:
         raise TypeError(f"{path} must hold a tensor or an array: got {type(loaded).__name__}")
     if isinstance(loaded, Tensor):
         _check_tensor(path, loaded)
-        if loaded.ndim == 2 and not _has_rows_in_order(loaded):
+        if loaded.ndim == 2 and not _has_contiguous_rows(loaded):
             raise ValueError(
                 f"{path} must hold a tensor whose rows are contiguous: got shape {list(loaded.shape)} with strides "
                 f"{loaded.stride()}; save a copy: torch.save(x.clone(memory_format=torch.contiguous_format), path)"
@@ -51,7 +51,7 @@ def open_features(path: Path, tensor: str | None) -> Rows:
 
 
 def open_labels(path: Path, n: int) -> StoredLabels:
-    """Labels of n rows, of an earlier stage or of all of them, mapped."""
+    """Maps a file of n labels: cluster ids of one earlier stage, or pseudo labels of several."""
     if path.suffix not in (".npy", ".pt"):
         raise ValueError(f"--previous must be .npy or .pt files: got {path}")
     loaded = as_tensor(str(path), _load(path))
@@ -70,13 +70,13 @@ def summary_of(labels: Path) -> Path:
 
 
 def _check_summary(path: Path) -> None:
-    """Raises where the summary of the labels describes other ones: a run was killed between the two."""
+    """Raises if the summary next to the labels describes others: a run was killed between the two renames."""
     summary = summary_of(path)
     try:
         with open_regular(summary) as file:
             content = json.load(file)
     except (OSError, ValueError, RecursionError):
-        return  # labels need no summary, and a file of this name may be somebody else's
+        return  # labels need no summary, and a file of this name may have another purpose
     digest = content.get("sha256") if isinstance(content, dict) else None
     if isinstance(digest, str) and digest != sha256_of(path):
         raise ValueError(
@@ -86,7 +86,7 @@ def _check_summary(path: Path) -> None:
 
 
 def _open_safetensors(path: Path, tensor: str | None) -> FileRows:
-    """Rows where they lie in the file, bfloat16 ones too."""
+    """Rows of a tensor of the file, which are read in place; bfloat16 is supported."""
     from safetensors import SafetensorError, safe_open
 
     with open_regular(path) as file:
@@ -108,7 +108,7 @@ def _open_safetensors(path: Path, tensor: str | None) -> FileRows:
 
 
 def _load(path: Path) -> Any:
-    """Contents of a .npy or .pt file, memory mapped; nothing is unpickled."""
+    """Content of a .npy or .pt file, memory mapped; no objects are unpickled."""
     with open_regular(path) as file:
         if path.suffix == ".npy":
             return _map_npy(path, file)
@@ -118,23 +118,23 @@ def _load(path: Path) -> Any:
             )
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about the content of a damaged file
+            warnings.simplefilter("ignore")  # a damaged file may cause any
             return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except MemoryError:
         raise
     except pickle.UnpicklingError as error:
-        if named := re.search(r"\bGLOBAL ([\w.]+)", str(error)):
+        if found := re.search(r"\bGLOBAL ([\w.]+)", str(error)):
             raise TypeError(
-                f"{path} holds {named[1]}, and nothing but tensors is unpickled: save a tensor, "
+                f"{path} holds {found[1]}, and nothing but tensors is unpickled: save a tensor, "
                 "torch.save(torch.as_tensor(x), path)"
             ) from None
         raise _unreadable(path, error) from None
-    except Exception as error:  # whatever a damaged archive leads to
+    except Exception as error:  # a damaged archive can raise anything
         raise _unreadable(path, error) from None
 
 
 def _map_npy(path: Path, file: BinaryIO) -> Any:
-    """Array of a .npy file, mapped, after its header was compared with what the file holds."""
+    """Maps the array of a .npy file, after comparing its header with the size of the file."""
     header = np.lib.format
     begin = file.read(header.MAGIC_LEN)
     if begin[:6] != header.MAGIC_PREFIX:
@@ -147,19 +147,19 @@ def _map_npy(path: Path, file: BinaryIO) -> Any:
         shape, fortran_order, dtype = read_header(file)
     except KeyError:
         raise ValueError(f"{path} cannot be read: version {list(begin[6:])} of the format") from None
-    except Exception as error:  # whatever a damaged header leads to
+    except Exception as error:  # a damaged header can raise anything
         raise _unreadable(path, error) from None
     if dtype.hasobject:
         raise TypeError(
             f"{path} holds Python objects, and nothing is unpickled: save an array of numbers, "
             "np.save(path, np.asarray(x, dtype=np.float32))"
         )
-    needed, held = math.prod(shape) * dtype.itemsize, os.fstat(file.fileno()).st_size - file.tell()
+    needed, available = math.prod(shape) * dtype.itemsize, os.fstat(file.fileno()).st_size - file.tell()
     if min(shape, default=1) < 0:
         raise ValueError(f"{path} is damaged: its header gives shape {list(shape)}")
-    if needed > held:
+    if needed > available:
         raise ValueError(
-            f"{path} is truncated: shape {list(shape)} of {dtype} takes {needed:,} bytes, and it holds {held:,}"
+            f"{path} is truncated: shape {list(shape)} of {dtype} takes {needed:,} bytes, and it holds {available:,}"
         )
     if needed == 0:
         _check_not_empty(path, shape)
@@ -176,8 +176,8 @@ def _check_tensor(path: Path, x: Tensor) -> None:
         raise ValueError(f"{path} must hold a tensor with data: got one on the device {x.device}")
 
 
-def _has_rows_in_order(x: Tensor) -> bool:
-    """Returns whether rows can be read where they lie: their entries adjacent, and no row within another."""
+def _has_contiguous_rows(x: Tensor) -> bool:
+    """Returns whether the elements of each row are adjacent, and rows do not overlap."""
     rows, width = x.shape
     return (width <= 1 or x.stride(1) == 1) and (rows <= 1 or x.stride(0) >= width)
 
@@ -188,11 +188,13 @@ def _check_not_empty(path: Path, shape: Sequence[int]) -> None:
 
 
 def _unreadable(path: Path, error: Exception) -> ValueError:
+    """Error that names the file, with the first line of what its parser raised."""
     text = _TERMINAL_CODES.sub("", str(error)).strip()
     return ValueError(f"{path} cannot be read: {text.splitlines()[0] if text else type(error).__name__}")
 
 
 def _choose(path: Path, names: Sequence[str], tensor: str | None) -> str:
+    """Name of the tensor to read: the one of `--tensor`, or the only one in the file."""
     if not names:
         raise ValueError(f"{path} must hold a tensor: got none")
     if tensor is None and len(names) == 1:
