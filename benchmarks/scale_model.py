@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from benchmarks.measure import Row
-from mcl_kernels.distributed.cost_model import ExchangePlan, plan_exchange
+from mcl_kernels import ExchangePlan, plan_exchange
 
 D = 128
 WORLDS = (1, 8, 64, 512, 4096)

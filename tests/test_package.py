@@ -28,7 +28,7 @@ from mcl_kernels import ClusterBatchSampler, KMeans, MultistageRunner, masked_in
 
 assert "site-packages" in mcl_kernels.__file__, mcl_kernels.__file__
 assert pathlib.Path(mcl_kernels.__file__).with_name("py.typed").exists()
-assert pathlib.Path(mcl_kernels.__file__).with_name("report.html.jinja").exists()
+assert (pathlib.Path(mcl_kernels.__file__).parent / "cli" / "report.html.jinja").exists()
 assert all(importlib.util.find_spec(name) is None for name in ("tests", "benchmarks", "experiments"))
 
 x = torch.randn(32, 8)
