@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from mcl_kernels.backends.triton import unavailable_reason
 from mcl_kernels.kmeans.implementations import IMPLEMENTATIONS
-from mcl_kernels.logsumexp.triton.launch import why_not
 from tests.conftest import DEVICES, Backend, missing_for_cuda, use_instruction_set
 
 BACKENDS = [
@@ -27,7 +27,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         pytest.importorskip("faiss")
     if backend.impl == "native":
         use_instruction_set(backend.instruction_set, monkeypatch)
-    if backend.impl == "triton" and (reason := why_not(torch.device(backend.device))):
+    if backend.impl == "triton" and (reason := unavailable_reason(torch.device(backend.device))):
         pytest.skip(reason)
     if backend.impl == "cuda" and (reason := missing_for_cuda(backend.device)):
         pytest.skip(reason)
