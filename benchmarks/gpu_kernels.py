@@ -12,7 +12,7 @@ from unittest.mock import patch
 
 import torch
 
-from mcl_kernels.kmeans.triton import launch as kmeans
+from mcl_kernels.kmeans.triton import tile_table as kmeans
 from mcl_kernels.logsumexp.triton.tile_table import choose_tiles, tile_constants
 
 DTYPES = {"bf16": torch.bfloat16, "tf32": torch.float32, "tf32x3": torch.float32}
@@ -102,48 +102,55 @@ KMEANS = (*ASSIGN, *SUMS)
 
 def kmeans_kernel(kernel: str, architecture: int, precision: str, width: int) -> Launch | None:
     """Returns None if k-means has no such kernel in this precision, or the same one in another precision."""
-    from mcl_kernels.kmeans.triton import steps as triton_steps
-
-    library, launcher_precision = f"mcl_kernels {version('mcl_kernels')}", _launcher_precision(precision)
     if kernel in ASSIGN:
-        if precision == "tf32":  # k-means multiplies fp32 as tf32x3
-            return None
-        clusters, cosine, with_sums = ASSIGN[kernel]
-        if with_sums and not kmeans.sums_few(launcher_precision, width, clusters):
-            return None
-        tiles = kmeans.choose_tiles(launcher_precision, width, clusters, (architecture // 10, 0))
-        constants = kmeans.tile_constants(
-            launcher_precision, DTYPES[precision], width, clusters, cosine, with_sums, tiles
-        )
-        function, sizes = triton_steps.assign_kernel, tiles._asdict()
-        warps, stages = sizes.pop("warps"), sizes.pop("stages")
-    else:
-        import triton.language as tl
-
-        pieces = kernel == SUMS[0]
-        if precision == "tf32x3" or (precision == "bf16" and not pieces):
-            return None
-        constants = dict(kmeans.PIECE_TILE if pieces else kmeans.JOIN_TILE)
-        sizes, warps, stages = {"rows": constants["ROWS"], "chunk": constants["CHUNK"]}, 4, 3
-        function = triton_steps.piece_kernel if pieces else triton_steps.join_kernel
-        if pieces:
-            constants |= {"COSINE": False, "ACCUMULATOR": tl.float32}
-    constants["x_step"] = 1
-    constants = {name: value for name, value in constants.items() if name in function.arg_names}
-    types = {name: _kmeans_type(name, precision) for name in function.arg_names if name not in constants}
-    return Launch(library, kernel, function, types, constants, ("n", "clusters"), sizes, warps, stages)
+        return _assign_kernel(kernel, architecture, precision, width)
+    return _label_sums_kernel(kernel, precision)
 
 
-def _kmeans_type(argument: str, precision: str) -> str:
-    if argument in ("x", "high", "low"):
-        return POINTERS[precision]
-    if argument in ("labels", "counts", "order", "begin", "end"):
-        return "*i64"
-    if argument == "undecided":
-        return "*i1"
-    if argument in ("sums", "pieces", "rounding"):
-        return "*fp64"
-    return "i32" if argument in ("x_stride", "n", "clusters", "width") else "*fp32"
+def _assign_kernel(kernel: str, architecture: int, precision: str, width: int) -> Launch | None:
+    from mcl_kernels.kmeans.triton import assign
+
+    clusters, cosine, with_sums = ASSIGN[kernel]
+    launcher_precision, features = _launcher_precision(precision), POINTERS[precision]
+    if precision == "tf32":  # k-means multiplies fp32 as tf32x3
+        return None
+    if with_sums and not kmeans.sums_few(launcher_precision, width, clusters):
+        return None
+    tiles = kmeans.choose_tiles(launcher_precision, width, clusters, (architecture // 10, 0))
+    low = features if launcher_precision == "half" else None
+    arguments = {
+        "rows": assign.RowArguments(features, "i32", 1),
+        "centers": assign.CenterArguments("*fp32", "*fp32", features, low, "*fp32", "*fp32"),
+        "results": assign.ResultArguments("*i64", "*fp32", "*i1", "*fp32"),
+        "partial": assign.SumArguments("*fp64", "*i64", "*fp32", "*fp32") if with_sums else None,
+        "n": "i32", "clusters": "i32", "width": "i32",
+    }  # fmt: skip
+    constants = kmeans.tile_constants(launcher_precision, DTYPES[precision], width, clusters, cosine, with_sums, tiles)
+    sizes = tiles._asdict()
+    warps, stages = sizes.pop("warps"), sizes.pop("stages")
+    return Launch(
+        f"mcl_kernels {version('mcl_kernels')}", kernel, assign.assign_kernel, arguments, constants, ("n", "clusters"),
+        sizes, warps, stages,
+    )  # fmt: skip
+
+
+def _label_sums_kernel(kernel: str, precision: str) -> Launch | None:
+    import triton.language as tl
+
+    from mcl_kernels.kmeans.triton import label_sums
+
+    pieces = kernel == SUMS[0]
+    if precision == "tf32x3" or (precision == "bf16" and not pieces):
+        return None
+    constants = dict(label_sums.PIECE_TILE if pieces else label_sums.JOIN_TILE)
+    sizes = {"rows": constants["ROWS"], "chunk": constants["CHUNK"]}
+    function = label_sums.sum_pieces_kernel if pieces else label_sums.join_pieces_kernel
+    if pieces:
+        constants |= {"COSINE": False, "ACCUMULATOR": tl.float32, "x_step": 1}
+    types = {"x": POINTERS[precision], "x_stride": "i32", "width": "i32", "inverse_norms": "*fp32", "offset": "*fp32"}
+    types |= dict.fromkeys(("order", "begin", "end"), "*i64") | dict.fromkeys(("sums", "pieces", "rounding"), "*fp64")
+    arguments = {name: types[name] for name in function.arg_names if name not in constants}
+    return Launch(f"mcl_kernels {version('mcl_kernels')}", kernel, function, arguments, constants, (), sizes, 4, 3)
 
 
 def own_units(architecture: int, precision: str, width: int) -> Units:

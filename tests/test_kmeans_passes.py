@@ -10,7 +10,7 @@ from mcl_kernels import KMeans, assign_clusters
 from mcl_kernels.kmeans import gpu_common, reference
 from mcl_kernels.kmeans.assign import find_nearest, implementation
 from mcl_kernels.kmeans.centers import Summary, middle_and_scale, prepare, summarize
-from mcl_kernels.kmeans.triton import launch as triton
+from mcl_kernels.kmeans.triton import tile_table
 from tests import kmeans_cases
 from tests.conftest import Backend, is_slow, unavailable_reason
 from tests.kmeans_cases import blobs, normal
@@ -219,7 +219,8 @@ def test_distances_to_near_centers_are_differences(impl: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_small_tiles(monkeypatch: pytest.MonkeyPatch, poisoned_memory: None, metric: str, dtype: torch.dtype) -> None:
     """Several tiles of rows and of centres, programs with several tiles, clusters of several pieces: as on a GPU."""
-    monkeypatch.setattr(triton, "INTERPRETED", triton.Tiles(32, 16, 16, 32, 4, 1))
+    tiles = tile_table.Tiles(rows=32, columns=16, features=16, chunk=32, warps=4, stages=1)
+    monkeypatch.setattr(tile_table, "INTERPRETED", tiles)
     monkeypatch.setattr(gpu_common, "PIECE_ROWS", 8)
     x = (normal(150, 50, "cpu") + 3).to(dtype)
     for k in (23, 35):

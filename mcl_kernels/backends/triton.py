@@ -78,6 +78,13 @@ def product_constants(precision: str, dtype: torch.dtype) -> dict[str, Any]:
     return {"OPERAND": accumulator, "ACCUMULATOR": accumulator, "PRECISION": precision}
 
 
+def triton_version() -> tuple[int, ...]:
+    """Returns major and minor version of the installed Triton."""
+    import triton
+
+    return tuple(map(int, triton.__version__.split(".")[:2]))
+
+
 def compute_capability(device: torch.device) -> tuple[int, int] | None:
     """Returns the compute capability of a GPU, None for a CPU, on which kernels are interpreted."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else None

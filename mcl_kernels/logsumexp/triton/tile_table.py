@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import triton
 
-from mcl_kernels.backends.triton import padded_edge, product_constants
+from mcl_kernels.backends.triton import padded_edge, product_constants, triton_version
 
 
 class Tiles(NamedTuple):
@@ -107,7 +106,7 @@ def _compiled_tiles(kernel: str, precision: str, width: int, major: int) -> Tile
         third for first, second, third in TABLE if (first, second) == (kernel, precision) and third <= limit
     )
     by_width = TABLE[kernel, precision, architecture]
-    if precision == "tf32x3" and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9):
+    if precision == "tf32x3" and triton_version() < (3, 9):
         # Triton before 3.9 may fail to compile products of 8 columns: wide rows take the tiles of narrow ones.
         by_width = {ANY_WIDTH: next(iter(by_width.values()))}
     return next(tiles for max_width, tiles in by_width.items() if width <= max_width)
