@@ -17,11 +17,12 @@ INTEGER_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    if isinstance(value, str) and value in choices:
+        return
     expected = f"{name} must be one of " + ", ".join(repr(choice) for choice in choices)
-    if not isinstance(value, str):  # an array, say, which cannot be compared
+    if not isinstance(value, str):  # an array, for example, which cannot be compared
         raise TypeError(f"{expected}: got {type(value).__name__}")
-    if value not in choices:
-        raise ValueError(f"{expected}: got {value!r}")
+    raise ValueError(f"{expected}: got {value!r}")
 
 
 def check_objective(objective: object) -> None:

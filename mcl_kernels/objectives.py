@@ -64,7 +64,11 @@ class Needs(NamedTuple):
 
 def needs_of(objective: ObjectiveLike) -> Needs:
     """Attributes of `Objective` as this objective sets them, or their defaults."""
-    return Needs(*(getattr(objective, name, getattr(Objective, name)) for name in Needs._fields))
+    return Needs(
+        getattr(objective, "counts", Objective.counts),
+        getattr(objective, "scales", Objective.scales),
+        getattr(objective, "mixes_anchors", Objective.mixes_anchors),
+    )
 
 
 def info_nce(a: Tensor, b: Tensor, n: Tensor | None = None, scale: Tensor | None = None) -> Tensor:

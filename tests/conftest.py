@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mcl_kernels.backends import native
-from mcl_kernels.backends.table import TABLE, impls
+from mcl_kernels.backends.table import IMPLS, TABLE
 from mcl_kernels.logsumexp import device_plan
 from tests import emulated_cuda
 from tests.process_pool import RankPool
@@ -36,7 +36,7 @@ BACKENDS = [Backend("cpu", "native", name) for name in INSTRUCTION_SETS]
 BACKENDS += [Backend(DEVICES[-1], "triton")]
 BACKENDS += [Backend(device, "cuda") for device in DEVICES]  # on a CPU emulated
 BACKENDS += [Backend(device, impl) for device in DEVICES for impl in ("blockwise", "reference")]
-assert {backend.impl for backend in BACKENDS} == set(impls("logsumexp")) - {"auto"}
+assert {backend.impl for backend in BACKENDS} == set(IMPLS["logsumexp"]) - {"auto"}
 
 
 if emulated_cuda.unavailable_reason() is None:
@@ -49,7 +49,7 @@ def unavailable_reason(impl: str, device: str) -> str | None:
 
 
 # Implementations that compute CPU tensors here, for tests that need no more than one of each.
-CPU_IMPLS = [impl for impl in impls("logsumexp")[1:] if impl == "native" or unavailable_reason(impl, "cpu") is None]
+CPU_IMPLS = [impl for impl in IMPLS["logsumexp"][1:] if impl == "native" or unavailable_reason(impl, "cpu") is None]
 
 
 def pytest_report_header() -> str:

@@ -10,13 +10,13 @@ import torch
 
 from mcl_kernels import capabilities
 from mcl_kernels.backends import cuda, table
-from mcl_kernels.backends.table import FALLBACKS, TABLE, impls, load, resolve
+from mcl_kernels.backends.table import FALLBACKS, IMPLS, TABLE, load, resolve
 
 OPERATIONS = list(FALLBACKS)
 every_operation = pytest.mark.parametrize("operation", OPERATIONS)
 
 
-@pytest.mark.parametrize(("operation", "impl"), [(o, i) for o in OPERATIONS for i in impls(o)[1:]])
+@pytest.mark.parametrize(("operation", "impl"), [(o, i) for o in OPERATIONS for i in IMPLS[o][1:]])
 def test_every_backend_has_a_module_for_each_of_its_operations(operation: str, impl: str) -> None:
     if impl == "triton":
         pytest.importorskip("triton")

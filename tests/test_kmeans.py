@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mcl_kernels import KMeans, assign_clusters
-from mcl_kernels.backends.table import impls
+from mcl_kernels.backends.table import IMPLS
 from mcl_kernels.kmeans import gpu_common as gpu_pass
 from mcl_kernels.kmeans import reference
 from mcl_kernels.kmeans.api import IMPLEMENTATIONS, _assign
@@ -23,7 +23,7 @@ BACKENDS = [
     *(Backend(device, "reference") for device in DEVICES),
     Backend("cpu", "faiss"),
 ]
-assert {backend.impl for backend in BACKENDS} == set(impls("kmeans")) - {"auto"}
+assert {backend.impl for backend in BACKENDS} == set(IMPLS["kmeans"]) - {"auto"}
 
 
 def summary_of(x: Tensor, metric: str, n: int | None = None) -> Summary:

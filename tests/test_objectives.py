@@ -92,8 +92,9 @@ def test_stays_in_logarithms(objective: objectives.ObjectiveLike) -> None:
     a = torch.tensor([90.0, -90.0], requires_grad=True)
     b = torch.tensor([95.0, 95.0], requires_grad=True)
     scale, n = torch.tensor(100.0), torch.tensor([10.0, 10.0])
-    mixed = (torch.tensor([True, True]),) if getattr(objective, "mixes_anchors", False) else ()
-    loss = objective(a, (b, b) if hasattr(objective, "scales") else b, n, scale, *mixed)
+    needs = objectives.needs_of(objective)
+    mixed = (torch.tensor([True, True]),) if needs.mixes_anchors else ()
+    loss = objective(a, b if needs.scales is None else (b, b), n, scale, *mixed)
     loss.sum().backward()
     assert loss.isfinite().all()
     assert a.grad is not None
@@ -105,7 +106,7 @@ def test_stays_in_logarithms(objective: objectives.ObjectiveLike) -> None:
 def test_an_objective_is_any_function() -> None:
     """A margin, in one line, with no kernel touched."""
     x, y = torch.randn(8, 4), torch.randn(8, 4)
-    with_margin = nt_xent(x, y, objective=lambda a, b, n, scale: objectives.info_nce(a - 0.1 * scale, b, n, scale))
+    with_margin = nt_xent(x, y, objective=lambda a, b, n, scale: objectives.info_nce(a - 0.1 * scale, b))
     assert with_margin > nt_xent(x, y)
 
 

@@ -87,17 +87,11 @@ TABLE = {
     ),
 }
 FALLBACKS = {"logsumexp": "blockwise", "kmeans": "reference"}
-
-
-@cache
-def impls(operation: str) -> tuple[str, ...]:
-    """Values of `impl` that an operation takes."""
-    return "auto", *(name for name, backend in TABLE.items() if operation in backend.modules)
-
-
-def check_impl(operation: str, impl: object) -> None:
-    """Raises where `impl` is no name of a backend of the operation, available or not."""
-    check_choice("impl", impl, impls(operation))
+# Values of `impl` that an operation takes.
+IMPLS = {
+    operation: ("auto", *(name for name, backend in TABLE.items() if operation in backend.modules))
+    for operation in FALLBACKS
+}
 
 
 def resolve(operation: str, impl: str, device: torch.device) -> str:
@@ -107,7 +101,7 @@ def resolve(operation: str, impl: str, device: torch.device) -> str:
         TypeError, ValueError: `impl` is no name of a backend of the operation.
         RuntimeError: the backend does not run here; the message has the reason. It is never replaced by another.
     """
-    check_impl(operation, impl)
+    check_choice("impl", impl, IMPLS[operation])
     if impl == "auto":
         return _automatic(operation, device)
     _check_available(impl, device)

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import mcl_kernels
-from mcl_kernels.backends.table import impls
+from mcl_kernels.backends.table import IMPLS
 from mcl_kernels.cli import assign, cluster, info
 from mcl_kernels.cli.output_files import identity
 from mcl_kernels.cli.progress import logged_progress
@@ -172,7 +172,7 @@ def _add_cluster(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add("--max-iter", type=int, default=defaults.max_iter, help="iterations of a restart")
     add("--tol", type=float, default=defaults.tol, help="stop when the centres move less, as in scikit-learn")
     add("--batch-size", type=int, help="rows of a mini-batch; by default every iteration reads all rows")
-    add("--impl", choices=impls("kmeans"), default=defaults.impl, help="implementation")
+    add("--impl", choices=IMPLS["kmeans"], default=defaults.impl, help="implementation")
     add("--centers", type=Path, metavar="CENTERS", help="centres to write for `assign`: .safetensors")
 
 
@@ -189,4 +189,4 @@ def _add_assign(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     add("--centers", type=Path, required=True, metavar="CENTERS", help="written by cluster --centers or KMeans.save")
     add("--out", type=Path, required=True, metavar="LABELS", help="cluster ids to write: .npy (int32), .pt (int64)")
     add("--tensor", metavar="NAME", help="name of the features in a file of several tensors")
-    add("--impl", choices=impls("kmeans"), default=assign.Options.impl, help="implementation")
+    add("--impl", choices=IMPLS["kmeans"], default=assign.Options.impl, help="implementation")

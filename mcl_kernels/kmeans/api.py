@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mcl_kernels._validate import as_integer, as_number, check_choice, check_same_width
-from mcl_kernels.backends.table import check_impl, load, resolve
+from mcl_kernels.backends.table import IMPLS, load, resolve
 from mcl_kernels.distributed.group import ranks_of
 from mcl_kernels.kmeans import lloyd
 from mcl_kernels.kmeans.centers import middle_and_scale, prepare, summarize
@@ -131,7 +131,7 @@ class KMeans(Saved):
         self.batch_size = None if batch_size is None else as_integer("batch_size", batch_size, least=1)
         check_choice("metric", metric, METRICS)
         check_choice("empty", empty, ("split",))
-        check_impl("kmeans", impl)
+        check_choice("impl", impl, IMPLS["kmeans"])
         if not isinstance(init, str):
             init = finite_rows("init", init)
             if len(init) != n_clusters or n_init != 1:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mcl_kernels._validate import check_choice, check_flag, check_objective, check_positive
-from mcl_kernels.backends.table import check_impl
+from mcl_kernels.backends.table import IMPLS
 from mcl_kernels.distributed.cost_model import EXCHANGES
 from mcl_kernels.distributed.group import Ranks, agreement, meeting_device, ranks_of
 from mcl_kernels.logsumexp.api import check_scale
@@ -36,13 +36,12 @@ class Options(NamedTuple):
     exchange: str
 
     def check(self) -> None:
-        """Raises where an option has the wrong type or value."""
+        """Raises where an option has the wrong type or value; `resolve` checks `impl`."""
         check_choice("negatives", self.negatives, NEGATIVES)
         check_choice("reduction", self.reduction, REDUCTIONS)
         check_choice("exchange", self.exchange, EXCHANGES)
         check_flag("normalize", self.normalize)
         check_objective(self.objective)
-        check_impl("logsumexp", self.impl)
 
     def needed_exchange(self) -> str:
         """The exchange of a call: "gather" where an anchor needs more than its cluster."""
@@ -103,6 +102,7 @@ class LossModule(nn.Module):
         super().__init__()
         checked = Options(**options)
         checked.check()
+        check_choice("impl", checked.impl, IMPLS["logsumexp"])
         if checked.group is not None:
             ranks_of(checked.group)
             checked.needed_exchange()
