@@ -15,7 +15,6 @@ from tests import kmeans_cases
 from tests.conftest import Backend, is_slow, unavailable_reason
 from tests.kmeans_cases import blobs, normal
 
-# Fixtures
 backend, device, impl = kmeans_cases.backend, kmeans_cases.device, kmeans_cases.impl
 
 

@@ -38,9 +38,6 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str
     )  # fmt: skip
 
 
-# --- which compiler -------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("value", "reason"),
     [
@@ -118,9 +115,6 @@ def test_the_openmp_runtime_is_the_one_that_torch_has_loaded() -> None:
     assert _native_build._has_openmp_of_llvm() == (b"__kmpc_fork_call" in content)
 
 
-# --- what was built is loaded once before it is kept ----------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("source", "reason", "remembered"),
     [
@@ -188,9 +182,6 @@ def test_a_frozen_program_is_not_started_again(place: Place, monkeypatch: pytest
     monkeypatch.setattr(sys, "executable", str(path))
     assert not try_loading(place.library)
     assert not started.exists()
-
-
-# --- where it is kept, and what is said -----------------------------------------------------------------------
 
 
 def test_another_source_is_another_library(tmp_path: Path) -> None:

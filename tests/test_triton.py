@@ -144,9 +144,6 @@ def test_tiles_that_are_visited(negatives: str, monkeypatch: pytest.MonkeyPatch)
     assert visited <= (most // 2 if negatives == "different" else most)
 
 
-# --- what the interpreter does not show: how the tensor cores round their operands ------------------------------
-
-
 def to_tf32(x: Tensor) -> Tensor:
     """10 bits behind the point of the mantissa; what is behind them the tensor cores do not read."""
     return (x.view(torch.int32) & ~0x1FFF).view(torch.float32)
