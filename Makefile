@@ -27,7 +27,7 @@ sanitize: build/sanitized-address,undefined build/sanitized-thread build/sanitiz
 	build/sanitized-thread
 	build/sanitized-cuda
 
-build/sanitized-%: $(wildcard csrc/*/* tests/cuda_on_cpu/*) tests/sanitized_kernels.cpp tests/sanitized_cuda.cpp mcl_kernels/backends/native_build.py | $(VENV)/installed-test
+build/sanitized-%: $(wildcard csrc/*.h csrc/*/* tests/cuda_on_cpu/*) tests/sanitized_kernels.cpp tests/sanitized_cuda.cpp mcl_kernels/backends/native_build.py | $(VENV)/installed-test
 	$(VENV)/bin/python -m tests.build_sanitized '$*' $@
 
 # The lower bounds of pyproject.toml: what `pip install mcl-kernels` may meet. What takes minutes, or depends on no version

@@ -105,7 +105,7 @@ def main() -> int:
         parser.error(f"not on {device}: {', '.join(sorted(without))}")
     recorded = conditions(device)
     if chosen:
-        impl = resolve("logsumexp", "auto", device)  # builds the library before processes start
+        impl = resolve("logsumexp", "auto", device)  # builds it before processes start
         print(f"impl='auto' is {impl!r}", flush=True)
     for case in chosen:
         try:

@@ -42,7 +42,7 @@ class Units(NamedTuple):
     pairs: str  # that are visited: "kept", rounded up to tiles, or "all"
 
 
-# The most frequent call of each first: the self form with a fixed temperature and negatives of the same cluster.
+# The most frequent calls first: the self form with a fixed temperature and negatives of the same cluster.
 FORWARD = ("forward", "forward, different")
 SCALE_TOO, KEYS = "backward, scale too", "backward, keys, scale of each query"
 BACKWARD = ("backward", "backward, different", SCALE_TOO, KEYS)
@@ -55,8 +55,8 @@ def own_kernel(kernel: str, architecture: int, precision: str, width: int) -> La
     from mcl_kernels.logsumexp.triton.forward import forward_kernel
 
     function = forward_kernel if kernel in FORWARD else backward_kernel
-    name, launcher_precision = kernel.split(",")[0], _launcher_precision(precision)
-    tiles = choose_tiles(name, launcher_precision, width, (architecture // 10, 0))
+    name, launched = kernel.split(",")[0], _launched_precision(precision)
+    tiles = choose_tiles(name, launched, width, (architecture // 10, 0))
     different, features = kernel.endswith("different"), POINTERS[precision]
     ids = "*i64" if different else None
     row_term = None if kernel == KEYS else "*fp32"
@@ -69,7 +69,7 @@ def own_kernel(kernel: str, architecture: int, precision: str, width: int) -> La
         "n": "i32", "width": "i32",
     }  # fmt: skip
     constants = {
-        **tile_constants(name, launcher_precision, DTYPES[precision], width, tiles),
+        **tile_constants(name, launched, DTYPES[precision], width, tiles),
         "SCALE_STRIDE": 0, "SKIPS_TILES": different,
     }  # fmt: skip
     arguments = {argument: types for argument, types in arguments.items() if argument in function.arg_names}
@@ -104,17 +104,15 @@ def kmeans_kernel(kernel: str, architecture: int, precision: str, width: int) ->
     """Returns None if k-means has no such kernel in this precision, or the same one in another precision."""
     from mcl_kernels.kmeans.triton import steps as triton_steps
 
-    library, launcher_precision = f"mcl_kernels {version('mcl_kernels')}", _launcher_precision(precision)
+    library, launched = f"mcl_kernels {version('mcl_kernels')}", _launched_precision(precision)
     if kernel in ASSIGN:
         if precision == "tf32":  # k-means multiplies fp32 as tf32x3
             return None
         clusters, cosine, with_sums = ASSIGN[kernel]
-        if with_sums and not kmeans.sums_few(launcher_precision, width, clusters):
+        if with_sums and not kmeans.sums_few(launched, width, clusters):
             return None
-        tiles = kmeans.choose_tiles(launcher_precision, width, clusters, (architecture // 10, 0))
-        constants = kmeans.tile_constants(
-            launcher_precision, DTYPES[precision], width, clusters, cosine, with_sums, tiles
-        )
+        tiles = kmeans.choose_tiles(launched, width, clusters, (architecture // 10, 0))
+        constants = kmeans.tile_constants(launched, DTYPES[precision], width, clusters, cosine, with_sums, tiles)
         function, sizes = triton_steps.assign_kernel, tiles._asdict()
         warps, stages = sizes.pop("warps"), sizes.pop("stages")
     else:
@@ -151,12 +149,12 @@ def own_units(architecture: int, precision: str, width: int) -> Units:
 
     A part is the block of features whose gradients a program accumulates.
     """
-    tiles = choose_tiles("backward", _launcher_precision(precision), width, (architecture // 10, 0))
+    tiles = choose_tiles("backward", _launched_precision(precision), width, (architecture // 10, 0))
     side = 1 - (-width // tiles.gradients)
     return Units(1 + side, 1 + 2 * side, 2 + 2 * side, "kept")
 
 
-def _launcher_precision(precision: str) -> str:
+def _launched_precision(precision: str) -> str:
     return "half" if precision == "bf16" else precision
 
 

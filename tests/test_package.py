@@ -155,7 +155,7 @@ def test_the_wheel_in_a_fresh_environment(tmp_path: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert not [name for name in names if not name.startswith(("mcl_kernels/", "mcl_kernels-"))]
     assert wheel.name.endswith("-py3-none-any.whl")
-    sources = {f"mcl_kernels/{path.relative_to(ROOT)}" for path in (ROOT / "csrc").glob("*/*")}
+    sources = {f"mcl_kernels/{path.relative_to(ROOT)}" for path in (ROOT / "csrc").rglob("*.*")}
     assert sources <= set(names)
     assert not [name for name in names if name.endswith(".so")]
     assert any(name.endswith("licenses/LICENSE") for name in names)

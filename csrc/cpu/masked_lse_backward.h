@@ -4,19 +4,19 @@
 //   dq_i += scale_i sum_j W_ij k_j,  dk_j += sum_i scale_i W_ij q_i,  dscale_i += sum_j W_ij <q_i, k_j>
 #pragma once
 
-#include "walk.h"
+#include "task_walk.h"
 
 namespace mcl::MCL_INSTRUCTION_SET {
 
 // With all LSE of a task within this of each other, one exponential serves a pair's row and its column.
 constexpr double NEAR_LSE = 40;
 
-// LSE of one side of a task, and what the exponentials are multiplied by.
+// LSE of one side of a task, and the factors of its exponentials.
 template <class T>
 struct Weights {
-  T *lse, *factor;  // [count], padded to whole vectors
+  T *lse, *factor;  // [count], padded to full vectors
 
-  // `lse` and `grad` are of the whole side in original order; null: the side has none.
+  // `lse` and `grad` hold the entire side in original order; null: the side has no LSE.
   Weights(Arena& arena, const T* lse, const T* grad, const int64_t* order, int64_t count)
       : lse(arena.take<T>(count + LANES<T>)), factor(arena.take<T>(count + LANES<T>)), count_(lse ? count : 0) {
     for (int64_t i = 0; i < count + LANES<T>; i++) {
@@ -49,7 +49,7 @@ struct PairWeights {
   Weights<T> rows, columns;
   bool two_sided;
   bool near;      // W_ij = exp(s_ij) 2^-log2_middle (rows.factor_i + columns.factor_j)
-  T log2_middle;  // a whole number
+  T log2_middle;  // an integer
 
   PairWeights(Arena& arena, const Problem<T>& p, const Task& task)
       : rows(arena, p.row_lse, p.row_grad, p.query.order + task.row_begin, task.rows),
@@ -67,7 +67,7 @@ struct PairWeights {
   }
 };
 
-// Products become scale_i W_ij, with zeros where nothing is kept.
+// Turns products into scale_i W_ij, with zeros for dropped pairs.
 template <bool NEAR, bool SCALE, class Walk, class T>
 void weigh(const Walk& walk, const Tile& tile, const PairWeights<T>& weights) {
   using V = Vector<T>;
@@ -97,11 +97,11 @@ void weigh(const Walk& walk, const Tile& tile, const PairWeights<T>& weights) {
   }
 }
 
-// The gradient of a block: read as earlier tasks left it, written back with this task's part.
+// The gradient of a block: reads the sums of earlier tasks, and writes them back with this task's part added.
 template <class T>
 class BlockGradient {
  public:
-  T* sums = nullptr;  // [count, stride]; null where it is not wanted
+  T* sums = nullptr;  // [count, stride]; null if not requested
 
   BlockGradient(Arena& arena, T* grad, const int64_t* order, int64_t count, bool first, int64_t width)
       : grad_(grad), order_(order), count_(count), width_(width), stride_(padded_width<T>(width)) {
@@ -120,7 +120,7 @@ class BlockGradient {
   }
 
  private:
-  T* grad_;  // of the whole side, in original order
+  T* grad_;  // of the entire side, in original order
   const int64_t* order_;
   int64_t count_, width_, stride_;
 };
@@ -131,12 +131,12 @@ void backward_task(const Problem<typename Blocks::Value>& p, const Task& task, c
   Arena arena(workspace);
   Walk<Blocks> walk(p, task, arena);
   const PairWeights<T> weights(arena, p, task);
-  // In the self form columns are rows, and on its diagonal those of the same block.
-  T* whole_grad_key = p.self ? p.grad_query : p.grad_key;
+  // In the self form columns are rows; on its diagonal both are the same block.
+  T* grad_key = p.self ? p.grad_query : p.grad_key;
   const BlockGradient<T> rows(arena, p.grad_query, p.query.order + task.row_begin, task.rows,
-                              task.before_of_rows == NO_TASK, p.width);
-  const BlockGradient<T> columns(arena, task.diagonal ? nullptr : whole_grad_key, p.key.order + task.column_begin,
-                                 task.columns, task.before_of_columns == NO_TASK, p.width);
+                              task.previous_of_rows == NO_TASK, p.width);
+  const BlockGradient<T> columns(arena, task.diagonal ? nullptr : grad_key, p.key.order + task.column_begin,
+                                 task.columns, task.previous_of_columns == NO_TASK, p.width);
   T* grad_columns = task.diagonal ? rows.sums : columns.sums;
 
   walk.for_each_tile([&](const Tile& tile) {
@@ -150,7 +150,7 @@ void backward_task(const Problem<typename Blocks::Value>& p, const Task& task, c
   columns.write();
 }
 
-// Of one task of any kind: backward needs most.
+// Workspace of a task of any kind. A backward task needs the most.
 template <class Blocks>
 int64_t workspace_bytes(int64_t width, int64_t rows, int64_t columns) {
   using T = typename Blocks::Value;

@@ -1,14 +1,14 @@
-// Rows divided by their norms, and the gradient of that. Each row is read once: the loss around the kernels is bound
-// by memory.
+// Divides rows by their norms, and computes the gradient. Each row is read once, since the losses are memory-bound.
 #pragma once
 
+#include "normalize_problem.h"
 #include "vector.h"
 
 namespace mcl::MCL_INSTRUCTION_SET {
 
-// 1 / |x| in two factors: `inverse` of `scale` x, a row whose square is a number of T. `scale` is a power of two, and 1
-// unless that of x itself is not, or nearly not; 1 / |x| alone may be below the normal numbers then. `inverse` is 0 for a
-// row without a direction, and NaN for one that is not finite.
+// 1 / |x| as two factors, `scale` and `inverse` = 1 / |scale x|. `scale` is a power of two: 1, unless |x|^2 overflows T
+// or nearly does. Two factors are kept, since 1 / |x| itself may be below the normal numbers. `inverse` is 0 for a row
+// without a direction, and NaN for a row that is not finite.
 template <class T>
 struct InverseNorm {
   T scale = 1, inverse;
@@ -30,14 +30,14 @@ struct InverseNorm {
 // to = x / |x|, 0 for a row without a direction.
 template <class T>
 void normalize_row(const T* x, int64_t width, T* to) {
-  const InverseNorm<T> of_row(x, width);
-  if (of_row.scale == 1)
-    for (int64_t d = 0; d < width; d++) to[d] = x[d] * of_row.inverse;
+  const InverseNorm<T> norm(x, width);
+  if (norm.scale == 1)
+    for (int64_t d = 0; d < width; d++) to[d] = x[d] * norm.inverse;
   else
-    for (int64_t d = 0; d < width; d++) to[d] = x[d] * of_row.scale * of_row.inverse;
+    for (int64_t d = 0; d < width; d++) to[d] = x[d] * norm.scale * norm.inverse;
 }
 
-// unit_a_i = a_i / |a_i| and unit_b_i alike, cosine_i = <unit_a_i, unit_b_i>; without b the first alone.
+// unit_a_i = a_i / |a_i|, unit_b_i = b_i / |b_i| and cosine_i = <unit_a_i, unit_b_i>; without b only unit_a.
 template <class T>
 void unit_rows(const Views<T>& views, int64_t begin, int64_t end, T* unit_a, T* unit_b, T* cosine) {
   const int64_t width = views.width;
@@ -51,7 +51,7 @@ void unit_rows(const Views<T>& views, int64_t begin, int64_t end, T* unit_a, T* 
   }
 }
 
-// <x, y> of rows times their factors, which are 1 unless SCALED.
+// <x, y> of rows multiplied by their scales, which are 1 unless SCALED.
 template <bool SCALED, class T>
 T scaled_dot(const T* x, T x_scale, const T* y, T y_scale, int64_t width) {
   if (!SCALED) return dot(x, y, width);
@@ -60,21 +60,22 @@ T scaled_dot(const T* x, T x_scale, const T* y, T y_scale, int64_t width) {
   return sum;
 }
 
-// With y = x / |x|, its partner p in the cosine and incoming gradients g and w: (h - y <y, h>) / |x|, h = g + w p.
+// The gradient of a row x that is paired with another view: (h - y <y, h>) / |x| with y = x / |x| and h = g + w p. The
+// unit row p is the partner of y in the cosine; g and w are the incoming gradients of y and of the cosine.
 template <bool SCALED, class T>
-void project_row(const T* x, const InverseNorm<T>& of_x, const T* partner, const InverseNorm<T>& of_partner, T product,
-                 T w, const T* g, int64_t width, T* to) {
-  const T scale = SCALED ? of_x.scale : T(1), partner_scale = SCALED ? of_partner.scale : T(1);
-  const T inverse = of_x.inverse, weight = w * of_partner.inverse;
+void project_row(const T* x, const InverseNorm<T>& x_norm, const T* partner, const InverseNorm<T>& partner_norm,
+                 T product, T w, const T* g, int64_t width, T* to) {
+  const T scale = SCALED ? x_norm.scale : T(1), partner_scale = SCALED ? partner_norm.scale : T(1);
+  const T inverse = x_norm.inverse, weight = w * partner_norm.inverse;
   const T along = (scaled_dot<SCALED>(x, scale, g, T(1), width) + weight * product) * inverse * inverse;
   for (int64_t d = 0; d < width; d++)
     to[d] = (g[d] + weight * (partner[d] * partner_scale) - along * (x[d] * scale)) * inverse * scale;
 }
 
-// The gradients of a row of one view.
+// The gradient of a row without a second view: (g - y <y, g>) / |x|.
 template <bool SCALED, class T>
-void project_alone(const T* x, const InverseNorm<T>& of_x, const T* g, int64_t width, T* to) {
-  const T scale = SCALED ? of_x.scale : T(1), inverse = of_x.inverse;
+void project_alone(const T* x, const InverseNorm<T>& x_norm, const T* g, int64_t width, T* to) {
+  const T scale = SCALED ? x_norm.scale : T(1), inverse = x_norm.inverse;
   const T along = scaled_dot<SCALED>(x, scale, g, T(1), width) * inverse * inverse;
   for (int64_t d = 0; d < width; d++) to[d] = (g[d] - along * (x[d] * scale)) * inverse * scale;
 }
@@ -85,21 +86,21 @@ void unit_rows_backward(const Views<T>& views, int64_t begin, int64_t end, const
   const int64_t width = views.width;
   for (int64_t i = begin; i < end; i++) {
     const T *a = views.a + i * views.a_stride, *g_a = grad_unit_a + i * width;
-    const InverseNorm<T> of_a(a, width);
+    const InverseNorm<T> a_norm(a, width);
     T* to_a = grad_a + i * width;
     if (!views.b) {
-      const auto project = of_a.scale == 1 ? project_alone<false, T> : project_alone<true, T>;
-      project(a, of_a, g_a, width, to_a);
+      const auto project = a_norm.scale == 1 ? project_alone<false, T> : project_alone<true, T>;
+      project(a, a_norm, g_a, width, to_a);
       continue;
     }
     const T *b = views.b + i * views.b_stride, *g_b = grad_unit_b + i * width;
     const T w = grad_cosine[i];
-    const InverseNorm<T> of_b(b, width);
-    const bool scaled = of_a.scale != 1 || of_b.scale != 1;
-    const T product = scaled ? scaled_dot<true>(a, of_a.scale, b, of_b.scale, width) : dot(a, b, width);
+    const InverseNorm<T> b_norm(b, width);
+    const bool scaled = a_norm.scale != 1 || b_norm.scale != 1;
+    const T product = scaled ? scaled_dot<true>(a, a_norm.scale, b, b_norm.scale, width) : dot(a, b, width);
     const auto project = scaled ? project_row<true, T> : project_row<false, T>;
-    project(a, of_a, b, of_b, product, w, g_a, width, to_a);
-    project(b, of_b, a, of_a, product, w, g_b, width, grad_b + i * width);
+    project(a, a_norm, b, b_norm, product, w, g_a, width, to_a);
+    project(b, b_norm, a, a_norm, product, w, g_b, width, grad_b + i * width);
   }
 }
 

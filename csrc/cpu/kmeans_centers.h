@@ -1,23 +1,24 @@
-// Centres as a pass of k-means needs them; a row and its centre.
+// Packs centres for a pass of k-means, and computes the distance of a row to a centre.
 #pragma once
 
 #include "arena.h"
+#include "kmeans_problem.h"
 #include "packing.h"
-#include "unit_rows.h"
 
 namespace mcl::MCL_INSTRUCTION_SET {
 
-constexpr int64_t FEW_AT_ONCE = MCL_PANEL_VECTORS == 4 ? 5 : 4;  // centres of few_centers.h
+constexpr int64_t FEW_AT_ONCE = MCL_PANEL_VECTORS == 4 ? 5 : 4;  // centres that kmeans_few.h multiplies at a time
 
-// The centres relative to `offset`, as rows and as columns of a product: an offset of the data costs no digits.
+// The centres relative to `offset`, as rows and as columns of a product. Without the offset of the data, products lose
+// no digits to it.
 template <class T>
 struct PackedCenters {
-  int64_t stride, columns;  // columns: the centres in whole vectors
+  int64_t stride, columns;  // columns: number of centres, padded to full vectors
   T *offset, *zeros;        // [stride]
-  T *rows, *panels;         // rows: zeros behind the last
-  T* half_norms;            // |c|^2 / 2, 0 where cosine; infinity behind the last centre: it is never the nearest
+  T *rows, *panels;         // rows: zeros after the last centre
+  T* half_norms;            // [columns], |c|^2 / 2, or 0 for cosine; infinite after the last centre: never the nearest
   T* largest_norm;          // [1], the largest |c|
-  double* inverse_norms;    // [columns], 1 / |c| where cosine
+  double* inverse_norms;    // [columns], 1 / |c|
 
   PackedCenters(Arena& arena, int64_t width, int64_t centers)
       : stride(padded_width<T>(width)),
@@ -64,17 +65,18 @@ void pack_centers(const Clusters<T>& clusters, const T* centers, const T* offset
   pack_panels(packed.rows, packed.columns, width, packed.stride, packed.panels);
 }
 
-// The type of the rows is that of the products, and they are neither divided by their norms.
+// Returns whether rows are multiplied as they are stored: in the type of the products, and not divided by their norms.
 template <class T>
 bool rows_are_plain(const Clusters<T>& clusters) {
   return !clusters.cosine && clusters.rows.dtype == (sizeof(T) == 8 ? Dtype::float64 : Dtype::float32);
 }
 
-// Divides a row by its norm, of any size: only that of a zero row has no direction. Returns the square of its length.
+// Divides a row by its norm, which may be outside the range of T; a row of zeros stays. Returns the squared norm of the
+// result.
 template <class T>
 T to_unit_length(T* x, int64_t width) {
   T squares = dot(x, x, width);
-  if (!(squares > T(1e-30) && squares < T(1e30))) {  // it may have left the range of T
+  if (!(squares > T(1e-30) && squares < T(1e30))) {  // near the limits of fp32: scale the row first
     T largest = 0;
     for (int64_t d = 0; d < width; d++) largest = larger(largest, T(__builtin_fabs(x[d])));
     for (int64_t d = 0; largest > 0 && d < width; d++) x[d] /= largest;
@@ -85,7 +87,7 @@ T to_unit_length(T* x, int64_t width) {
   return factor * factor * squares;
 }
 
-// Relative to the offset, or of length 1; zeros behind. Returns |x|^2.
+// Loads a row relative to the offset, or for cosine divided by its norm, with zeros after D. Returns |x|^2.
 template <class T>
 T load_cluster_row(const Clusters<T>& clusters, int64_t row, const PackedCenters<T>& centers, T* to) {
   const int64_t width = clusters.width;
@@ -111,17 +113,17 @@ T load_cluster_row(const Clusters<T>& clusters, int64_t row, const PackedCenters
   return squares;
 }
 
-// Bounds the errors of scores s = |c|^2 / 2 - <x, c> of a row in each lane: |c| (|c| / 2 + |x|) times the error of a
-// product. |c| is at most the largest norm of a centre, and at most |x| + |x - c|, where |x - c|^2 = |x|^2 + 2 s: one far
-// centre takes no digits from the others.
+// Bounds the errors of scores s = |c|^2 / 2 - <x, c>, a row in each lane: |c| (|c| / 2 + |x|) times the relative error
+// of a product. |c| is at most the largest norm of a centre, and at most |x| + |x - c|, where |x - c|^2 = |x|^2 + 2 s.
+// The second bound keeps one far centre from widening the bounds of the others.
 template <class T>
 struct ScoreErrors {
-  Vector<T> of_largest, squares;
-  T unit, least;
+  Vector<T> largest_bound, squares;
+  T relative, minimum;
 
   Vector<T> operator()(Vector<T> score) const {
-    const Vector<T> of_score = 4 * squares + 3 * score;
-    return unit * (of_largest < of_score ? of_largest : of_score) + least;
+    const Vector<T> score_bound = 4 * squares + 3 * score;
+    return relative * (largest_bound < score_bound ? largest_bound : score_bound) + minimum;
   }
 };
 
@@ -129,8 +131,8 @@ template <class T>
 constexpr T ROUNDING = T(sizeof(T) == 8 ? 0x1p-53 : 0x1p-24);
 
 // `squares` are |x|^2. A micro-kernel rounds at most DEPTH times, and a lane of the sums of few centres at most width /
-// LANES times; rows and centres relative to the offset are rounded, too. Twice all that, since |x| and s are rounded; and
-// what is lost below the normal numbers.
+// LANES times; rows and centres relative to the offset are rounded, too. The bound is doubled, since |x| and s are
+// themselves rounded. `minimum` covers losses below the normal numbers.
 template <class T>
 ScoreErrors<T> score_errors(const PackedCenters<T>& centers, int64_t width, Vector<T> squares) {
   T norms[LANES<T>];
@@ -138,19 +140,19 @@ ScoreErrors<T> score_errors(const PackedCenters<T>& centers, int64_t width, Vect
   for (int64_t i = 0; i < LANES<T>; i++)
     norms[i] = T(sizeof(T) == 8 ? __builtin_sqrt(norms[i]) : __builtin_sqrtf(norms[i]));
   const T largest = *centers.largest_norm;
-  const T unit = T(2 * (smaller(width, DEPTH) + width / LANES<T> + 8)) * ROUNDING<T>;
-  const T least = T(width * (sizeof(T) == 8 ? 0x1p-1020 : 0x1p-124));
-  return {largest * load<Vector<T>>(norms) + largest * largest / 2, squares, unit, least};
+  const T relative = T(2 * (smaller(width, DEPTH) + width / LANES<T> + 8)) * ROUNDING<T>;
+  const T minimum = T(width * (sizeof(T) == 8 ? 0x1p-1020 : 0x1p-124));
+  return {largest * load<Vector<T>>(norms) + largest * largest / 2, squares, relative, minimum};
 }
 
-// A row as it lies in memory, from which distances are taken as differences in fp64.
+// A row as stored, for distances computed from differences in fp64.
 template <class T>
 struct ExactRow {
   const T* x;
-  double inverse_norm;  // 1 where not cosine; 0 without a direction
+  double inverse_norm;  // 1 unless cosine; 0 for a row of zeros
 };
 
-// `memory` holds a row where that is a copy.
+// `memory`, [D], is written if the row has to be copied.
 template <class T>
 ExactRow<T> exact_row(const Clusters<T>& clusters, int64_t row, T* memory) {
   if (rows_are_plain(clusters)) return {reinterpret_cast<const T*>(address_of(clusters.rows, row)), 1};
@@ -165,12 +167,12 @@ ExactRow<T> exact_row(const Clusters<T>& clusters, int64_t row, T* memory) {
   return {memory, norm == 0 ? 0 : 1 / __builtin_sqrt(norm)};
 }
 
-// The squared distance of a row to a centre, for cosine half that of their directions.
+// The squared distance of a row to a centre; for cosine half the squared distance of their directions.
 template <class T>
 double exact_distance(const Clusters<T>& clusters, const PackedCenters<T>& centers, const ExactRow<T>& row,
                       int64_t center) {
   const double factor = clusters.cosine ? centers.inverse_norms[center] : 1;
-  if (row.inverse_norm == 0 || factor == 0) return 1;  // there is no direction
+  if (row.inverse_norm == 0 || factor == 0) return 1;  // one of them has no direction
   const int64_t width = clusters.width;
   const T *x = row.x, *c = clusters.points + center * width;
   constexpr int64_t WIDE = LANES<double>;
@@ -188,12 +190,12 @@ double exact_distance(const Clusters<T>& clusters, const PackedCenters<T>& cente
   return clusters.cosine ? sum / 2 : sum;
 }
 
-// Rounding shows in a distance whose square is less than this part of the row's, both relative to the offset: in one
-// that comes from a product, and in one that comes from differences of rows that are rounded themselves.
+// A squared distance below |x|^2 divided by this, both relative to the offset, has lost digits to rounding: if computed
+// from a product, and if computed from differences of rounded rows.
 constexpr int NEAR_BY_PRODUCT = 16, NEAR_BY_DIFFERENCES = 4096;
 
-// The squared distance of a loaded row to a centre, for cosine half that, by differences: rounded relative to itself, but
-// for what row and centre were rounded by, relative to the offset.
+// The squared distance of a loaded row to a centre, for cosine half of it, by differences. Its rounding error is
+// relative to the distance itself, plus the rounding of row and centre relative to the offset.
 template <class T>
 T distance_by_differences(const Clusters<T>& clusters, const PackedCenters<T>& centers, const T* x, int64_t center) {
   const T* c = centers.rows + center * centers.stride;
@@ -205,7 +207,7 @@ T distance_by_differences(const Clusters<T>& clusters, const PackedCenters<T>& c
   return clusters.cosine ? sum_lanes<T>(total) / 2 : sum_lanes<T>(total);
 }
 
-// The distance of a loaded row to the centre of its label; `memory` holds a row.
+// The distance of a loaded row to the centre of its label; `memory` is as for `exact_row`.
 template <class T>
 T distance_to_center(const Clusters<T>& clusters, const PackedCenters<T>& centers, int64_t row, const T* x, T squares,
                      int64_t label, T* memory) {
@@ -215,7 +217,7 @@ T distance_to_center(const Clusters<T>& clusters, const PackedCenters<T>& center
   return T(exact_distance(clusters, centers, exact_row(clusters, row, memory), label));
 }
 
-// The nearest so far of the centres that a row, whose label rounding could decide, is compared with in ascending order.
+// Finds the nearest centre of a row whose label depends on rounding. Centres are compared in ascending order.
 template <class T>
 struct Nearest {
   ExactRow<T> exact;
@@ -224,20 +226,19 @@ struct Nearest {
   double lowest = __builtin_inf();
   int64_t label = 0;
 
-  // In fp64 where differences in T do not tell that it is farther.
+  // Compares in fp64 unless differences in T prove that the centre is farther.
   void compare(const Clusters<T>& clusters, const PackedCenters<T>& centers, int64_t center) {
     const double in_t = distance_by_differences(clusters, centers, x, center);
     const double roundings = (clusters.width / LANES<T> + 8) * double(ROUNDING<T>);
-    const double moved = roundings * (__builtin_sqrt(squares) + double(*centers.largest_norm));  // row and centre
-    const double error = 4 * roundings * in_t +
-                         (2 * __builtin_sqrt(2 * in_t) + moved) * moved;
+    const double operand_error = roundings * (__builtin_sqrt(squares) + double(*centers.largest_norm));
+    const double error = 4 * roundings * in_t + (2 * __builtin_sqrt(2 * in_t) + operand_error) * operand_error;
     if (in_t - error > lowest && (!clusters.cosine || centers.inverse_norms[center] != 0)) return;
     const double distance = exact_distance(clusters, centers, exact, center);
     if (distance < lowest) lowest = distance, label = center;
   }
 };
 
-// The two lowest scores of those seen, with another one.
+// Updates the two lowest scores with another score.
 template <class V>
 inline void take_lowest(V s, V& lowest, V& second) {
   const V higher = s < lowest ? lowest : s;
@@ -245,15 +246,15 @@ inline void take_lowest(V s, V& lowest, V& second) {
   second = higher < second ? higher : second;
 }
 
-// Rounded to a multiple of one number, such that all sums are exact: any order of rows has the same bits. It is the
-// column's own, since columns may differ by powers of ten.
+// x rounded to a multiple of a power of two, so that sums are exact and any order of rows gives the same bits. Each
+// column has its own `rounding`, since columns may differ by powers of ten.
 template <class T>
 inline double rounded(T x, double rounding) {
   return (double(x) + rounding) - rounding;
 }
 
-// Adds a loaded row to the sum of its label, and takes it from the one that it was in before: few rows move. Where sums
-// have several levels, [levels, K, D], each takes what rounding left of the one before.
+// Adds a loaded row to the sum of its label, and subtracts it from the sum of its previous label. A row that keeps its
+// label is skipped. With several levels, [levels, K, D], each level sums what rounding left over from the one before.
 template <class T>
 void follow_row(const Clusters<T>& clusters, int64_t row, int64_t label, const T* __restrict x,
                 double* __restrict sums, int64_t* counts) {

@@ -1,17 +1,17 @@
-// Types of numbers: how they are read, rounded and multiplied.
+// Scalar types: reading, rounding and multiplication.
 #pragma once
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-#include "problem.h"
+#include "matrix.h"
 
 namespace mcl {
 
 constexpr int WARP = 32;
 
-// The type of sums of products of an operand type.
+// The accumulator type of products of an operand type.
 template <class Operand>
 struct SumOf {
   using Type = float;
@@ -45,7 +45,7 @@ __device__ __forceinline__ __nv_bfloat16 rounded<__nv_bfloat16>(float x) {
   return __float2bfloat16(x);
 }
 
-// N neighbours, moved at once where they are 16 bytes.
+// N adjacent scalars, loaded and stored at once if they are at most 16 bytes.
 template <class T, int N>
 struct alignas(sizeof(T) * N <= 16 ? sizeof(T) * N : 16) Vector {
   T lanes[N];
@@ -79,12 +79,12 @@ __device__ __forceinline__ void write(void* to, Dtype dtype, int64_t at, T value
   }
 }
 
-// A product that no sum is fused with: a logit has to be the same number forward, where it is summed, and backward,
-// where its LSE is taken from it. Of logits of 1e4 the difference would be 5e-4.
+// A product that is never fused with a sum: a logit must have the same bits in the forward pass and in the backward pass,
+// where the LSE is subtracted from it. For logits of 1e4 a fused product would differ by 5e-4.
 __device__ __forceinline__ float multiply_rounded(float x, float y) { return __fmul_rn(x, y); }
 __device__ __forceinline__ double multiply_rounded(double x, double y) { return __dmul_rn(x, y); }
 
-// An infinite maximum is not subtracted: -inf has to stay -inf, and inf to stay inf.
+// Replaces an infinite maximum by 0: -inf has to stay -inf, and inf to stay inf.
 template <class T>
 __device__ __forceinline__ T finite_or_zero(T maximum) {
   return fabs(maximum) == static_cast<T>(INFINITY) ? T(0) : maximum;

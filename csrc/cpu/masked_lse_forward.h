@@ -1,18 +1,18 @@
-// Forward: row and column sums of exp(s_ij - reference) of each tile, merged into the running ones.
+// Forward: row and column sums of exp(s_ij - reference) of each tile, merged into the running sums.
 #pragma once
 
-#include "walk.h"
+#include "task_walk.h"
 
 namespace mcl::MCL_INSTRUCTION_SET {
 
-// With s_ij at most this above its reference, no sum of exponentials overflows fp32.
+// If s_ij exceeds its reference by at most this, no sum of exponentials overflows fp32.
 constexpr double BOUNDED_LOGIT = 60;
-// Below this, what exp flushes to zero, 1e-38, could matter to a sum.
+// To a sum below this, the terms that exp flushes to zero (below 1e-38) could matter.
 constexpr double SMALLEST_SUM = 1e-26;
 
 template <class T>
 inline void merge(T& shift, T& total, T new_shift, T new_total) {
-  if (new_total == 0) return;  // nothing kept; its reference says nothing
+  if (new_total == 0) return;  // no pair is kept, and the reference is arbitrary
   if (shift == new_shift) {
     total += new_total;
   } else {
@@ -22,14 +22,14 @@ inline void merge(T& shift, T& total, T new_shift, T new_total) {
   }
 }
 
-// An infinite maximum is not subtracted: inf has to stay inf.
+// Replaces an infinite maximum by 0: inf - inf would be NaN, and inf has to stay inf.
 template <class T>
 inline T finite_or_zero(T maximum) {
   return maximum - maximum == 0 ? maximum : T(0);
 }
 
-// One reference for all pairs, log2_reference (a whole number) in units of ln 2: no maximum has to be found first.
-// False, with nothing merged, where it is too far above the logits of some row or column to tell their sum.
+// Uses one reference for all pairs, log2_reference (an integer) times ln 2, so that no maximum has to be found first.
+// Returns false, with nothing merged, if the reference is too far above the logits of some row or column.
 template <bool BOTH_SIDES, bool ZERO, class Walk>
 bool sum_bounded(const Walk& walk, const Tile& tile, typename Walk::T log2_reference) {
   using T = typename Walk::T;
@@ -55,20 +55,21 @@ bool sum_bounded(const Walk& walk, const Tile& tile, typename Walk::T log2_refer
     for (int64_t j = 0; j < tile.columns && BOTH_SIDES; j++) smallest = smaller(smallest, column_sums[j]);
     if (smallest < SMALLEST_SUM) return false;
   }
-  // The sums are in units of 2^log2_reference; exp(shift) is near it, and shift is no rounded number.
-  const T shift = __builtin_rint(log2_reference / LOG2_E), unit = __builtin_exp(log2_reference / LOG2_E - shift);
+  // The sums are multiples of 2^log2_reference. An integer shift, exact in T, replaces its logarithm; `factor` corrects
+  // for the difference.
+  const T shift = __builtin_rint(log2_reference / LOG2_E), factor = __builtin_exp(log2_reference / LOG2_E - shift);
   for (int64_t i = 0; i < tile.rows; i++) {
     const int64_t row = walk.task.row_begin + tile.row + i;
-    merge(p.row_shift[row], p.row_total[row], shift, row_sums[i] * unit);
+    merge(p.row_shift[row], p.row_total[row], shift, row_sums[i] * factor);
   }
   for (int64_t j = 0; j < tile.columns && BOTH_SIDES; j++) {
     const int64_t column = walk.task.column_begin + tile.column + j;
-    merge(p.column_shift[column], p.column_total[column], shift, column_sums[j] * unit);
+    merge(p.column_shift[column], p.column_total[column], shift, column_sums[j] * factor);
   }
   return true;
 }
 
-// Any logits: exp(s_ij - maximum), with the maximum of the row and with that of the column.
+// For any logits: sums of exp(s_ij - maximum), once with the maximum of the row and once with that of the column.
 template <class Walk>
 void sum_shifted(const Walk& walk, const Tile& tile, bool both_sides) {
   using T = typename Walk::T;
@@ -130,7 +131,7 @@ void forward_task(const Problem<typename Blocks::Value>& problem, const Task& ta
   Arena arena(workspace);
   Walk<Blocks> walk(problem, task, arena);
   const bool both_sides = problem.column_total;
-  // The reference is 0 for all but large logits, as those of CLIP, whose scale is up to 100.
+  // The reference is 0 unless logits are large, as in CLIP, whose scale is up to 100.
   const T bound = largest_scale(walk) * walk.largest_product;
   const bool bounded = bound <= 4 * BOUNDED_LOGIT;
   const T log2_reference = bound <= BOUNDED_LOGIT ? T(0) : T(__builtin_ceil((bound - BOUNDED_LOGIT) * LOG2_E));

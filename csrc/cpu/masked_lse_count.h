@@ -1,7 +1,7 @@
-// How many kept pairs of each row have not <q_i, k_j> <= threshold_i.
+// Number of kept pairs of each row with not (<q_i, k_j> <= threshold_i), so that NaN counts as above.
 #pragma once
 
-#include "walk.h"
+#include "task_walk.h"
 
 namespace mcl::MCL_INSTRUCTION_SET {
 

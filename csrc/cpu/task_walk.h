@@ -1,7 +1,7 @@
-// One task: a block of sorted queries against a block of sorted keys, walked in tiles that stay in the cache.
+// Walks one task, a block of sorted queries against a block of sorted keys, in tiles that stay in the cache.
 //
-// A block is packed once a task, its rows in sorted order; the keys of a tile also as columns. The order in which a
-// task adds is fixed, so a sum depends on the order of the tasks that share a block only.
+// A task packs its blocks once, with rows in sorted order, and the keys of a tile also as columns. A task adds in a
+// fixed order, so a sum depends only on the order of the tasks that share its block.
 #pragma once
 
 #include "arena.h"
@@ -9,7 +9,7 @@
 
 namespace mcl::MCL_INSTRUCTION_SET {
 
-// Blocks, the packed rows and their products, is VectorBlocks or MatrixBlocks.
+// Blocks is VectorBlocks or MatrixBlocks: the packed rows and their products.
 template <class Blocks>
 class Walk {
  public:
@@ -17,7 +17,7 @@ class Walk {
   const Problem<T>& problem;
   const Task& task;
   T* tile_memory;
-  T largest_product;  // |<q_i, k_j>| is at most this; NaN where an input is
+  T largest_product;  // upper bound of |<q_i, k_j>|; NaN if an input is NaN
 
   Walk(const Problem<T>& problem, const Task& task, Arena& arena)
       : problem(problem),
@@ -37,14 +37,14 @@ class Walk {
   T* tile_row(int64_t i) const { return tile_memory + i * TILE_STRIDE<T>; }
 
   KeptColumns<T> kept_columns(const Tile& tile, int64_t i) const {
-    if (tile.whole) return {0, tile.columns, 0, 0, nullptr, 0};
+    if (tile.complete) return {0, tile.columns, 0, 0, nullptr, 0};
     const int64_t begin = task.column_begin + tile.column, row = task.row_begin + tile.row + i;
     KeptColumns<T> kept{0, tile.columns, problem.drop_begin[row] - begin, problem.drop_end[row] - begin, nullptr, 0};
-    // Beyond the tile they may not fit the lanes.
+    // Clamped to the tile: larger positions may not fit the integers of a mask.
     kept.drop_begin = larger<int64_t>(0, smaller(kept.drop_begin, tile.columns));
     kept.drop_end = larger<int64_t>(0, smaller(kept.drop_end, tile.columns));
     if (task.diagonal) {
-      // The row's own range holds the row itself; what is left of it was met as a column.
+      // The row's own range includes the row itself. Pairs to its left are visited as columns of earlier rows.
       kept.drop_begin = 0;
       kept.start = kept.drop_end / LANES<T> * LANES<T>;
     }
@@ -55,7 +55,7 @@ class Walk {
     return kept;
   }
 
-  // visit(tile) for each tile that may hold a kept pair, with its products computed.
+  // Computes the products of each tile that may hold a kept pair, and calls visit(tile).
   template <class Visit>
   void for_each_tile(Visit visit) {
     for (int64_t column = 0; column < task.columns; column += TILE) {
@@ -64,8 +64,8 @@ class Walk {
       blocks_.pack_columns(column, columns);
       for (int64_t row = 0; row < last_row; row += TILE) {
         Tile tile{row, smaller(TILE, last_row - row), column, columns, task.diagonal && row == column, false};
-        tile.whole = none_dropped(tile);
-        if (!tile.whole && all_dropped(tile)) continue;
+        tile.complete = none_dropped(tile);
+        if (!tile.complete && all_dropped(tile)) continue;
         blocks_.multiply(tile, tile_memory);
         visit(tile);
       }
@@ -78,9 +78,9 @@ class Walk {
 
  private:
   Blocks blocks_;
-  Factor<T> one_factor_;  // where all rows have one scale
+  Factor<T> one_factor_;  // if all rows have the same scale
 
-  // The dropped ranges of a segment begin and end later from row to row.
+  // Within a segment, dropped ranges begin and end at ascending columns from row to row.
   bool none_dropped(const Tile& tile) const {
     const int64_t first = task.row_begin + tile.row, begin = task.column_begin + tile.column;
     return !problem.query.code && !tile.triangle &&

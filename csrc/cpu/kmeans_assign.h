@@ -1,20 +1,22 @@
-// One pass of k-means: the nearest centre of each row, and the sum of each centre's rows, while a row is in the cache.
+// One pass of k-means: finds the nearest centre of each row, and adds the row to the centre's sum while it is in the
+// cache.
 #pragma once
 
-#include "few_centers.h"
+#include "kmeans_few.h"
 
 namespace mcl::MCL_INSTRUCTION_SET {
 
-constexpr int64_t CLUSTER_ROWS = 96;  // of a block: whole groups that stay in the cache, beside a tile of centres
+constexpr int64_t CLUSTER_ROWS = 96;  // of a block: a multiple of GROUP that fits the cache with a tile of centres
 
-// A block of rows, their products with a tile of centres, and the nearest so far. Rows are padded to whole vectors.
+// A block of rows, their products with a tile of centres, and the nearest centres so far. The number of rows is padded
+// to full vectors.
 template <class T>
 struct ClusterBlock {
-  T *rows, *exact;     // [rows, stride]; [GROUP, stride]: copies of rows whose label rounding could decide
+  T *rows, *exact;     // [rows, stride]; [GROUP, stride]: copies of rows whose label depends on rounding
   T* products;
-  T *score, *second;   // [rows, LANES]: the two lowest scores of each lane,
-  Index<T>* center;    // [rows, LANES]: and the centre of the lowest; a lane has seen its centres in ascending order
-  T *squares, *limit;  // [rows]: |x|^2; a score above it is not the lowest, whatever was rounded
+  T *score, *second;   // [rows, LANES]: the two lowest scores of each lane, which visits its centres in ascending order
+  Index<T>* center;    // [rows, LANES]: the centre of the lowest score
+  T *squares, *limit;  // [rows]: |x|^2; upper bound of the lowest score, rounding included
   int64_t* labels;     // [rows]
 
   ClusterBlock(Arena& arena, int64_t stride)
@@ -37,10 +39,10 @@ int64_t cluster_workspace_bytes(int64_t width) {
   return larger(few.bytes(), many.bytes());
 }
 
-constexpr int64_t UNDECIDED = -1;  // the label of a row that rounding could give another one
+constexpr int64_t UNDECIDED = -1;  // the label of a row if another one is possible within rounding
 
-// Rows first .. first + rows - 1 of the block times a tile of centres, into the first rows of its products. A row is
-// computed in one order, whatever the rows next to it.
+// Multiplies rows first .. first + rows - 1 of the block by a tile of centres, into the first rows of its products. A
+// row is summed in the same order whatever its position.
 template <class T>
 void multiply_tile(const Clusters<T>& clusters, const PackedCenters<T>& centers, const ClusterBlock<T>& block,
                    int64_t first, int64_t rows, int64_t center, int64_t columns) {
@@ -49,8 +51,8 @@ void multiply_tile(const Clusters<T>& clusters, const PackedCenters<T>& centers,
                           block.products, TILE_STRIDE<T>, false});
 }
 
-// The labels of LANES rows: the centre of the lowest score of all lanes, of equal ones the first; UNDECIDED where
-// rounding could have decided.
+// Finds the labels of LANES rows: the centre of the lowest score of all lanes, the first one of equal scores; UNDECIDED
+// if it depends on rounding.
 template <class T>
 void find_labels(const Clusters<T>& clusters, const PackedCenters<T>& centers, const ClusterBlock<T>& block,
                  int64_t first) {
@@ -76,7 +78,7 @@ void find_labels(const Clusters<T>& clusters, const PackedCenters<T>& centers, c
   for (int64_t i = 0; i < LANES<T>; i++) block.labels[first + i] = decided[i] ? int64_t(label[i]) : UNDECIDED;
 }
 
-// The centres with the lowest |c|^2 / 2 - <x, c>.
+// Finds the centres with the lowest score |c|^2 / 2 - <x, c>.
 template <class T>
 void find_nearest(const Clusters<T>& clusters, const PackedCenters<T>& centers, const ClusterBlock<T>& block,
                   int64_t rows) {
@@ -107,8 +109,8 @@ void find_nearest(const Clusters<T>& clusters, const PackedCenters<T>& centers, 
   for (int64_t i = 0; i < rows; i += LANES<T>) find_labels(clusters, centers, block, i);
 }
 
-// Labels of the undecided ones of the rows first .. first + GROUP - 1 of the block, whose row 0 is row `begin` of the
-// data: the nearest, by differences, of the centres whose scores come near the lowest.
+// Finds the labels of the undecided rows among rows first .. first + rows - 1 of the block, whose row 0 is row `begin`
+// of the data: the nearest, by differences, of the centres whose scores may be the lowest.
 template <class T>
 void decide(const Clusters<T>& clusters, const PackedCenters<T>& centers, const ClusterBlock<T>& block, int64_t begin,
             int64_t first, int64_t rows) {
@@ -139,29 +141,28 @@ void decide(const Clusters<T>& clusters, const PackedCenters<T>& centers, const 
   for (int64_t u = 0; u < count; u++) block.labels[undecided[u]] = nearest[u].label;
 }
 
-// Rows begin .. end - 1. Adds to sums [K, D] and counts [K] of the caller's thread, where these are wanted.
+// Assigns rows begin .. end - 1, and adds to the sums [levels, K, D] and counts [K] of the caller's thread unless null.
 template <class T>
 void cluster_rows(const Clusters<T>& clusters, char* packed, int64_t begin, int64_t end, double* sums, int64_t* counts,
                   char* workspace) {
-  Arena of_centers(packed), of_block(workspace);
-  const PackedCenters<T> centers(of_centers, clusters.width, clusters.centers);
+  Arena center_arena(packed), block_arena(workspace);
+  const PackedCenters<T> centers(center_arena, clusters.width, clusters.centers);
   if (clusters.centers <= FEW) {
-    cluster_rows_to_few(clusters, centers, FewBlock<T>(of_block, centers.stride), begin, end, sums, counts);
+    cluster_rows_to_few(clusters, centers, FewBlock<T>(block_arena, centers.stride), begin, end, sums, counts);
     return;
   }
-  const ClusterBlock<T> block(of_block, centers.stride);
+  const ClusterBlock<T> block(block_arena, centers.stride);
   for (int64_t first = begin; first < end; first += CLUSTER_ROWS) {
     const int64_t rows = smaller(CLUSTER_ROWS, end - first);
-    for (int64_t i = 0; i < rows; i++) {
+    for (int64_t i = 0; i < rows; i++)
       block.squares[i] = load_cluster_row(clusters, first + i, centers, block.rows + i * centers.stride);
-    }
     for (int64_t i = rows; i < round_up(rows, LANES<T>); i++) block.squares[i] = 0;
-    for (int64_t at = rows * centers.stride; at < round_up(rows, GROUP) * centers.stride; at++) block.rows[at] = 0;
+    for (int64_t d = rows * centers.stride; d < round_up(rows, GROUP) * centers.stride; d++) block.rows[d] = 0;
     find_nearest(clusters, centers, block, rows);
     for (int64_t i = 0; i < rows; i += GROUP)
       decide(clusters, centers, block, first, i, smaller(GROUP, rows - i));
     for (int64_t i = 0; i < rows; i++) {
-      // The next block comes while this one is computed: memory is what a pass waits for.
+      // A pass is memory-bound: prefetch the next block while this one is computed.
       if (first + CLUSTER_ROWS + i < end) prefetch_row(clusters.rows, first + CLUSTER_ROWS + i, clusters.width);
       const int64_t label = block.labels[i];
       clusters.distances[first + i] = distance_to_center(

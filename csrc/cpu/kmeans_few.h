@@ -1,28 +1,30 @@
-// One pass of k-means to few centres, which memory bounds: a row is touched once, in registers.
+// One pass of k-means with few centres, which is memory-bound: each row is read once, into registers.
 //
-// The features are summed in the lanes of vectors, where a product of blocks would fill its lanes with centres that are
-// not there. The sums of LANES rows are then added up together, and these rows find their nearest centre side by side.
+// Lanes of vectors sum over features: a blocked product has a centre in each lane, and with few centres most lanes
+// would be empty. The lanes of LANES rows are then added up together, and these rows find their nearest centres side by
+// side.
 #pragma once
 
-#include "centers.h"
+#include "kmeans_centers.h"
 
 namespace mcl::MCL_INSTRUCTION_SET {
 
-constexpr int64_t FEW = 16;
-constexpr int64_t MOVED_ROWS = 64;  // are added to the sums at a time, so that these are in the cache
+constexpr int64_t FEW = 16;         // at most this many centres
+constexpr int64_t MOVED_ROWS = 64;  // rows that are added to the sums at a time, so that the sums are in the cache
 
-// Rows that need no change are read where they are, as RUNS runs side by side. The runs lie in different pages of
-// memory, so the processor's own prefetching follows each of them, faster than instructions could fetch them.
+// Rows that need no conversion are read in place, as RUNS runs side by side. The runs lie in different pages of memory,
+// so the hardware prefetcher follows each of them, which is faster than prefetch instructions.
 constexpr int64_t RUNS = MCL_PANEL_VECTORS == 4 ? 4 : 2;  // RUNS * FEW_AT_ONCE sums are held in registers
 template <class T>
-constexpr int64_t OF_A_RUN = LANES<T> / RUNS;  // rows of a block
+constexpr int64_t RUN_ROWS = LANES<T> / RUNS;  // rows of a block in each run
 
-// Copies of LANES rows that need some change, and of a single row, changed and as it is; for |x|^2 and each centre a vector of sums per row;
-// and which rows move to another centre, and to which.
+// Working memory for a block of LANES rows.
 template <class T>
 struct FewBlock {
-  T *rows, *row, *exact, *norms, *products;
-  int64_t *moved, *moved_to;
+  T* rows;                    // [LANES, stride]: rows that had to be converted
+  T *row, *exact;             // [stride]: a single row, converted, and a copy as stored
+  T *norms, *products;        // a vector of partial sums per row: of |x|^2, and of the product with each centre
+  int64_t *moved, *moved_to;  // [MOVED_ROWS]: rows whose label changes, and their new labels
 
   FewBlock(Arena& arena, int64_t stride)
       : rows(arena.take<T>(LANES<T> * stride)),
@@ -34,32 +36,33 @@ struct FewBlock {
         moved_to(arena.take<int64_t>(MOVED_ROWS)) {}
 };
 
-// Lane r of the result is the sum of vector r of COUNT, which lie `step` apart: each step joins the halves of two.
+// Lane r of the result is the sum of vector r of COUNT, `step` elements apart. Each step of the recursion adds the
+// halves of two vectors.
 template <class T, int64_t COUNT = LANES<T>>
-inline Vector<T> sums_of_vectors(const T* vectors, int64_t step = LANES<T>) {
+inline Vector<T> sum_vectors(const T* vectors, int64_t step = LANES<T>) {
   if constexpr (COUNT == 1) {
     return load<Vector<T>>(vectors);
   } else {
-    const Vector<T> even = sums_of_vectors<T, COUNT / 2>(vectors, 2 * step);
-    const Vector<T> odd = sums_of_vectors<T, COUNT / 2>(vectors + step, 2 * step);
+    const Vector<T> even = sum_vectors<T, COUNT / 2>(vectors, 2 * step);
+    const Vector<T> odd = sum_vectors<T, COUNT / 2>(vectors + step, 2 * step);
     return interleave<T, 0>(even, odd) + interleave<T, 1>(even, odd);
   }
 }
 
-// Rows as they lie in memory, and what they are relative to.
+// Rows as stored, and the offset that is subtracted from them.
 template <class T>
 struct FewRows {
   const T *rows, *offset;
-  int64_t stride, run;  // in rows, from one run to the next
+  int64_t stride, run;  // run: rows from one run to the next
 };
 
-// Rows that come next, to be fetched into the second-level cache; in bytes.
+// The next rows, to be prefetched into the second-level cache. Sizes in bytes.
 struct NextRows {
   const char* rows;
   int64_t stride, element;
 };
 
-// Row i of each run times FEW_AT_ONCE centres, with the first of which comes |x|^2. Meanwhile FETCHED rows are fetched.
+// Multiplies row i of each run by FEW_AT_ONCE centres, and by itself with the FIRST ones. Prefetches FETCHED rows.
 template <class T, bool FIRST, int64_t FETCHED>
 inline void multiply_few(const FewRows<T>& x, int64_t i, int64_t width, const T* centers, int64_t stride,
                          const NextRows& next, T* norms, T* products) {
@@ -83,20 +86,20 @@ inline void multiply_few(const FewRows<T>& x, int64_t i, int64_t width, const T*
   }
 #pragma GCC unroll 4
   for (int64_t r = 0; r < RUNS; r++) {
-    T* to = products + (i + r * OF_A_RUN<T>) * LANES<T>;
-    if (FIRST) store(norms + (i + r * OF_A_RUN<T>) * LANES<T>, squares[r]);
+    T* to = products + (i + r * RUN_ROWS<T>) * LANES<T>;
+    if (FIRST) store(norms + (i + r * RUN_ROWS<T>) * LANES<T>, squares[r]);
 #pragma GCC unroll 5
     for (int64_t j = 0; j < FEW_AT_ONCE; j++) store(to + j * LANES<T> * LANES<T>, sums[r][j]);
   }
 }
 
-// A block of rows times all centres.
+// Multiplies a block of rows by all centres.
 template <class T, int64_t FETCHED>
 void multiply_block(const Clusters<T>& clusters, const PackedCenters<T>& centers, const FewRows<T>& x, int64_t next,
                     const FewBlock<T>& block) {
   const int64_t width = round_up(clusters.width, LANES<T>), stride = centers.stride;
   const int64_t element = element_bytes(clusters.rows), next_stride = clusters.rows.row_stride * element;
-  for (int64_t i = 0; i < OF_A_RUN<T>; i++) {
+  for (int64_t i = 0; i < RUN_ROWS<T>; i++) {
     NextRows fetched = {address_of(clusters.rows, next) + i * RUNS * next_stride, next_stride, element};
     multiply_few<T, true, FETCHED>(x, i, width, centers.rows, stride, fetched, block.norms, block.products);
     fetched.rows += FETCHED % RUNS * next_stride;
@@ -106,14 +109,14 @@ void multiply_block(const Clusters<T>& clusters, const PackedCenters<T>& centers
   }
 }
 
-// As cluster_rows.
+// As cluster_rows, for at most FEW centres.
 template <class T>
 void cluster_rows_to_few(const Clusters<T>& clusters, const PackedCenters<T>& centers, const FewBlock<T>& block,
                          int64_t begin, int64_t end, double* sums, int64_t* counts) {
   using V = Vector<T>;
   const int64_t stride = centers.stride;
   const bool plain = rows_are_plain(clusters) && clusters.width % LANES<T> == 0;
-  const int64_t in_place = plain ? (end - begin) / LANES<T> : 0;  // blocks; rows of the others are copied
+  const int64_t in_place = plain ? (end - begin) / LANES<T> : 0;  // number of blocks read in place; others are copied
   int64_t moved = 0;
   const auto follow_moved = [&] {
     for (int64_t i = 0; i < moved; i++) {
@@ -124,13 +127,13 @@ void cluster_rows_to_few(const Clusters<T>& clusters, const PackedCenters<T>& ce
   };
   for (int64_t b = 0; begin + b * LANES<T> < end; b++) {
     const bool copied = b >= in_place;
-    const int64_t first = begin + b * (copied ? LANES<T> : OF_A_RUN<T>);
+    const int64_t first = begin + b * (copied ? LANES<T> : RUN_ROWS<T>);
     const int64_t rows = copied ? smaller(LANES<T>, end - first) : LANES<T>;
-    const int64_t run = OF_A_RUN<T> * (copied ? 1 : in_place);
+    const int64_t run = RUN_ROWS<T> * (copied ? 1 : in_place);
     if (copied) {
       for (int64_t i = 0; i < rows; i++) load_cluster_row(clusters, first + i, centers, block.rows + i * stride);
-      for (int64_t at = rows * stride; at < LANES<T> * stride; at++) block.rows[at] = 0;
-      // The next ones are fetched at one rate: all of them beside a single group of centres, half beside each of two.
+      for (int64_t d = rows * stride; d < LANES<T> * stride; d++) block.rows[d] = 0;
+      // Each pass over centres prefetches a fixed number of rows: all of them with one group of centres, else half.
       const int64_t next = first + 2 * LANES<T> <= end ? first + LANES<T> : first;
       const FewRows<T> x = {block.rows, centers.zeros, stride, run};
       if (clusters.centers <= FEW_AT_ONCE)
@@ -138,27 +141,27 @@ void cluster_rows_to_few(const Clusters<T>& clusters, const PackedCenters<T>& ce
       else
         multiply_block<T, RUNS / 2>(clusters, centers, x, next, block);
     } else {
-      const T* here = reinterpret_cast<const T*>(address_of(clusters.rows, first));
-      multiply_block<T, 0>(clusters, centers, {here, centers.offset, clusters.rows.row_stride, run}, first, block);
+      const T* stored = reinterpret_cast<const T*>(address_of(clusters.rows, first));
+      multiply_block<T, 0>(clusters, centers, {stored, centers.offset, clusters.rows.row_stride, run}, first, block);
     }
-    // Of equal scores the lowest index.
+    // Equal scores go to the lowest index.
     V score = broadcast(T(__builtin_inf())), second = score, center{};
     for (int64_t j = 0; j < clusters.centers; j++) {
-      const V s = centers.half_norms[j] - sums_of_vectors<T>(block.products + j * LANES<T> * LANES<T>);
+      const V s = centers.half_norms[j] - sum_vectors<T>(block.products + j * LANES<T> * LANES<T>);
       center = s < score ? broadcast(T(j)) : center;
       take_lowest(s, score, second);
     }
-    const V norms = sums_of_vectors<T>(block.norms);
+    const V norms = sum_vectors<T>(block.norms);
     const V distances = clusters.cosine ? 1 + score : norms + 2 * score;
     const ScoreErrors<T> error = score_errors(centers, clusters.width, norms);
     const Mask<T> decided = second - score > error(score) + error(second);
-    const Mask<T> right = decided & (distances >= norms / NEAR_BY_PRODUCT);
+    const Mask<T> accurate = decided & (distances >= norms / NEAR_BY_PRODUCT);
     T distance[LANES<T>], label[LANES<T>];
     store(distance, distances);
     store(label, center);
-    for (int64_t i = 0; !every_lane<T>(right) && i < rows; i++) {
-      if (right[i]) continue;
-      const int64_t row = first + i % OF_A_RUN<T> + i / OF_A_RUN<T> * run;
+    for (int64_t i = 0; !every_lane<T>(accurate) && i < rows; i++) {
+      if (accurate[i]) continue;
+      const int64_t row = first + i % RUN_ROWS<T> + i / RUN_ROWS<T> * run;
       const T* x = copied ? block.rows + i * stride : block.row;
       const T squares = copied ? norms[i] : load_cluster_row(clusters, row, centers, block.row);
       if (!decided[i]) {
@@ -169,12 +172,12 @@ void cluster_rows_to_few(const Clusters<T>& clusters, const PackedCenters<T>& ce
       distance[i] = distance_to_center(clusters, centers, row, x, squares, int64_t(label[i]), block.exact);
     }
     for (int64_t i = 0; i < rows; i++) {
-      const int64_t label_of_row = int64_t(label[i]), row = first + i % OF_A_RUN<T> + i / OF_A_RUN<T> * run;
+      const int64_t row_label = int64_t(label[i]), row = first + i % RUN_ROWS<T> + i / RUN_ROWS<T> * run;
       clusters.distances[row] = distance[i];
-      if (clusters.labels) clusters.labels[row] = label_of_row;
-      if (!sums || (clusters.followed && clusters.followed[row] == label_of_row)) continue;
+      if (clusters.labels) clusters.labels[row] = row_label;
+      if (!sums || (clusters.followed && clusters.followed[row] == row_label)) continue;
       block.moved[moved] = row;
-      block.moved_to[moved++] = label_of_row;
+      block.moved_to[moved++] = row_label;
       if (moved == MOVED_ROWS) follow_moved();
     }
   }
