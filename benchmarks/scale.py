@@ -26,8 +26,8 @@ import torch.distributed as dist
 from benchmarks.conditions import conditions
 from benchmarks.measure import Row, write_rows
 from benchmarks.scale_model import LABELS, SAMPLES_PER_RANK, VIEWS, D, imbalance, model_rows
+from benchmarks.traffic import count_traffic
 from mcl_kernels import nt_xent, plan_exchange
-from tests.traffic import count_traffic
 
 HERE = Path(__file__).parent
 MEASURED_WORLDS = (1, 2, 4)

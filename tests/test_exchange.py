@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from benchmarks.traffic import count_traffic
 from mcl_kernels import ExchangePlan, nt_xent, plan_exchange
 from mcl_kernels.distributed.cost_model import all_reduce_bytes
 from mcl_kernels.distributed.placement import bucket_count
@@ -15,7 +16,6 @@ from mcl_kernels.distributed.routes import Route
 from mcl_kernels.distributed.transport import sum_copies
 from tests.process_pool import RankPool
 from tests.sharded_losses import LOSSES, D, make_batch, shard_of
-from tests.traffic import count_traffic
 
 
 def histogram_by_rank(labels: torch.Tensor, n_labels: int) -> torch.Tensor:
