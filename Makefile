@@ -8,7 +8,7 @@ INTEGRATIONS := .venv-integrations
 DEMO_FLAGS ?=
 CASES ?=
 RUNS ?=
-GPU_TESTS := $(addprefix tests/test_,device_plan.py gpu.py kmeans.py kmeans_passes.py logsumexp.py losses.py ranks.py triton.py)
+GPU_TESTS := $(addprefix tests/test_,device_plan.py gpu.py kmeans.py kmeans_passes.py logsumexp.py losses.py loss_edge_cases.py loss_dtypes.py positive_ranks.py triton.py)
 SANITIZED := $(addprefix tests/test_,device_plan.py logsumexp.py kmeans.py kmeans_passes.py)
 SANITIZE = PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1
 
