@@ -1,7 +1,7 @@
-"""The GPU kernels of this library and of its peers, specialised as their launchers do it: what gpu_static compiles.
+"""GPU kernels of this library and of its peers, specialised like their launchers do it, for `gpu_static` to compile.
 
-For contiguous rows of D numbers, D and the numbers of rows divisible by 16. Cost in units of products (D x pairs,
-forward and backward of a whole loss), of the pairs that the kernels visit.
+Rows are contiguous; D and the numbers of rows are divisible by 16. The cost of a loss, forward and backward, is in
+units: one unit is a product of D elements for every pair that the kernels visit.
 """
 
 from __future__ import annotations
@@ -13,79 +13,82 @@ from unittest.mock import patch
 import torch
 
 from mcl_kernels.kmeans.triton import launch as kmeans
-from mcl_kernels.logsumexp.triton.launch import choose_tiles, tile_constants
+from mcl_kernels.logsumexp.triton.tile_table import choose_tiles, tile_constants
 
 DTYPES = {"bf16": torch.bfloat16, "tf32": torch.float32, "tf32x3": torch.float32}
 POINTERS = {"bf16": "*bf16", "tf32": "*fp32", "tf32x3": "*fp32"}
 
 
 class Launch(NamedTuple):
-    """A kernel with all that it is compiled for."""
+    """A kernel with its specialisation."""
 
     library: str
     kernel: str
     function: Any
-    types: dict[str, str]  # of the arguments that are not constants
-    constants: dict[str, Any]
-    undivided: tuple[str, ...]  # integers that it does not assume divisible by 16
-    tiles: dict[str, int]  # rows, columns, features, gradients, chunk: what there is of it
+    arguments: dict[str, Any]  # a type; None or an integer that is compiled in; or a tuple of these
+    constants: dict[str, Any]  # tl.constexpr arguments
+    undivided: tuple[str, ...]  # integers that are not assumed to be divisible by 16
+    tiles: dict[str, int]  # rows, columns, features, gradients, chunk, as far as the kernel has them
     warps: int
     stages: int
 
 
 class Units(NamedTuple):
-    """Products of a whole loss; None where a library does not have that loss."""
+    """Units of a loss by its form; None if a library does not have that form."""
 
     self_form: int | None
     one_direction: int | None
     both_directions: int | None
-    pairs: str  # "kept": rounded up to tiles; or "all"
+    pairs: str  # that are visited: "kept", rounded up to tiles, or "all"
 
 
-SAME = {"HAS_DROPPED": True, "COMPARES_IDS": False, "SKIPS_TILES": False}
-DIFFERENT = {"HAS_DROPPED": True, "COMPARES_IDS": True, "SKIPS_TILES": True}
-ONE_SIDE = {
-    "ROW_TERM": True, "COLUMN_TERM": True, "SCALES_COLUMNS": False, "NEEDS_X": True, "NEEDS_SCALE": False,
-}  # fmt: skip
-# What most calls need comes first: the self form with a fixed temperature, negatives of the same cluster.
-FORWARD = {"forward": {**SAME, "COUNT": False}, "forward, different": {**DIFFERENT, "COUNT": False}}
-BACKWARD = {
-    "backward": {**SAME, **ONE_SIDE},
-    "backward, different": {**DIFFERENT, **ONE_SIDE},
-    "backward, scale too": {**SAME, **ONE_SIDE, "NEEDS_SCALE": True},
-    "backward, keys, scale of each query": {**SAME, **ONE_SIDE, "ROW_TERM": False, "SCALES_COLUMNS": True},
-}
+# The most frequent calls first: the self form with a fixed temperature and negatives of the same cluster.
+FORWARD = ("forward", "forward, different")
+SCALE_TOO, KEYS = "backward, scale too", "backward, keys, scale of each query"
+BACKWARD = ("backward", "backward, different", SCALE_TOO, KEYS)
 OWN = (*FORWARD, *BACKWARD)
 
 
 def own_kernel(kernel: str, architecture: int, precision: str, width: int) -> Launch:
+    from mcl_kernels.logsumexp.triton.arguments import ColumnArguments, RowArguments, TermArguments
     from mcl_kernels.logsumexp.triton.backward import backward_kernel
     from mcl_kernels.logsumexp.triton.forward import forward_kernel
 
     function = forward_kernel if kernel in FORWARD else backward_kernel
-    name, of_launcher = kernel.split(",")[0], _of_launcher(precision)
-    tiles = choose_tiles(name, of_launcher, width, (architecture // 10, 0))
-    constants = {
-        **tile_constants(name, of_launcher, DTYPES[precision], width, tiles), **(FORWARD | BACKWARD)[kernel],
-        "x_step": 1, "y_step": 1, "scale_stride": 0,
+    name, launched = kernel.split(",")[0], _launched_precision(precision)
+    tiles = choose_tiles(name, launched, width, (architecture // 10, 0))
+    different, features = kernel.endswith("different"), POINTERS[precision]
+    ids = "*i64" if different else None
+    row_term = None if kernel == KEYS else "*fp32"
+    arguments = {
+        "rows": RowArguments(features, "i32", 1, "*i64", "*i64", "*i64", "*i32", "*i32", ids, "*fp32"),
+        "columns": ColumnArguments(features, "i32", 1, "*i64", ids),
+        "terms": TermArguments(row_term, row_term, "*fp32", "*fp32", "*fp32" if kernel == KEYS else None, None),
+        "threshold": None, "result": "*fp32",
+        "grad_x": features, "grad_scale": "*fp32" if kernel == SCALE_TOO else None,
+        "n": "i32", "width": "i32",
     }  # fmt: skip
-    types = {argument: _type(argument, precision) for argument in function.arg_names if argument not in constants}
+    constants = {
+        **tile_constants(name, launched, DTYPES[precision], width, tiles),
+        "SCALE_STRIDE": 0, "SKIPS_TILES": different,
+    }  # fmt: skip
+    arguments = {argument: types for argument, types in arguments.items() if argument in function.arg_names}
     sizes = tiles._asdict()
     warps, stages = sizes.pop("warps"), sizes.pop("stages")
     return Launch(
-        f"mcl_kernels {version('mcl_kernels')}", kernel, function, types, constants, ("n",), sizes, warps, stages
+        f"mcl_kernels {version('mcl_kernels')}", kernel, function, arguments, constants, ("n",), sizes, warps, stages
     )
 
 
 class Pass(NamedTuple):
-    """A kernel of a pass of k-means."""
+    """Specialisation of the assignment kernel of k-means."""
 
     clusters: int
     cosine: bool
     with_sums: bool
 
 
-# 10 is what a stage of MCL has; of 32 centres the sums are a product with one-hot labels too, of 1000 they are not.
+# A stage of MCL has about 10 centres. Sums are products with one-hot labels for 10 and 32 centres, but not for 1000.
 ASSIGN = {
     f"k-means: {name}, {clusters} centres{', cosine' if cosine else ''}": Pass(clusters, cosine, name != "assign")
     for name, clusters, cosine in (
@@ -98,18 +101,18 @@ KMEANS = (*ASSIGN, *SUMS)
 
 
 def kmeans_kernel(kernel: str, architecture: int, precision: str, width: int) -> Launch | None:
-    """None where rows are summed by other kernels or multiplied otherwise, and where it was compiled already."""
+    """Returns None if k-means has no such kernel in this precision, or the same one in another precision."""
     from mcl_kernels.kmeans.triton import steps as triton_steps
 
-    library, of_launcher = f"mcl_kernels {version('mcl_kernels')}", _of_launcher(precision)
+    library, launched = f"mcl_kernels {version('mcl_kernels')}", _launched_precision(precision)
     if kernel in ASSIGN:
-        if precision == "tf32":  # its products are three of them
+        if precision == "tf32":  # k-means multiplies fp32 as tf32x3
             return None
         clusters, cosine, with_sums = ASSIGN[kernel]
-        if with_sums and not kmeans.sums_few(of_launcher, width, clusters):
+        if with_sums and not kmeans.sums_few(launched, width, clusters):
             return None
-        tiles = kmeans.choose_tiles(of_launcher, width, clusters, (architecture // 10, 0))
-        constants = kmeans.tile_constants(of_launcher, DTYPES[precision], width, clusters, cosine, with_sums, tiles)
+        tiles = kmeans.choose_tiles(launched, width, clusters, (architecture // 10, 0))
+        constants = kmeans.tile_constants(launched, DTYPES[precision], width, clusters, cosine, with_sums, tiles)
         function, sizes = triton_steps.assign_kernel, tiles._asdict()
         warps, stages = sizes.pop("warps"), sizes.pop("stages")
     else:
@@ -122,7 +125,7 @@ def kmeans_kernel(kernel: str, architecture: int, precision: str, width: int) ->
         sizes, warps, stages = {"rows": constants["ROWS"], "chunk": constants["CHUNK"]}, 4, 3
         function = triton_steps.piece_kernel if pieces else triton_steps.join_kernel
         if pieces:
-            constants |= {"COSINE": False, "WIDE": tl.float32}
+            constants |= {"COSINE": False, "ACCUMULATOR": tl.float32}
     constants["x_step"] = 1
     constants = {name: value for name, value in constants.items() if name in function.arg_names}
     types = {name: _kmeans_type(name, precision) for name in function.arg_names if name not in constants}
@@ -142,24 +145,17 @@ def _kmeans_type(argument: str, precision: str) -> str:
 
 
 def own_units(architecture: int, precision: str, width: int) -> Units:
-    """Forward 1 of a side; backward of a side 1 for the sum, and 1 for the logits of each part of the features."""
-    tiles = choose_tiles("backward", _of_launcher(precision), width, (architecture // 10, 0))
+    """Units of our kernels. A side has one forward, and backward one for the sum and one for the logits of each part.
+
+    A part is the block of features whose gradients a program accumulates.
+    """
+    tiles = choose_tiles("backward", _launched_precision(precision), width, (architecture // 10, 0))
     side = 1 - (-width // tiles.gradients)
     return Units(1 + side, 1 + 2 * side, 2 + 2 * side, "kept")
 
 
-def _of_launcher(precision: str) -> str:
+def _launched_precision(precision: str) -> str:
     return "half" if precision == "bf16" else precision
-
-
-def _type(argument: str, precision: str) -> str:
-    if argument in ("x", "y", "grad_x"):
-        return POINTERS[precision]
-    if argument in ("drop_begin", "drop_end"):
-        return "*i32"
-    if argument in ("row_order", "row_begin", "row_end", "row_ids", "column_order", "column_ids"):
-        return "*i64"
-    return "i32" if argument in ("x_stride", "y_stride", "n", "width") else "*fp32"
 
 
 INF_CL = ("inf-cl: forward", "inf-cl: backward, queries", "inf-cl: backward, keys")
@@ -167,16 +163,16 @@ MEMEFF = ("memeff: forward", "memeff: backward")
 
 
 def peer_kernel(kernel: str, architecture: int, precision: str, width: int) -> Launch | None:
-    """None where the library does not multiply in that precision."""
+    """Returns None if the library does not multiply in this precision."""
     if kernel in INF_CL:
         return _inf_cl_kernel(kernel, width) if precision == "tf32" else None
     return _memeff_kernel(kernel, architecture, precision, width) if precision != "tf32x3" else None
 
 
 def peer_units(kernel: str, architecture: int, width: int) -> Units:
-    """Inf-CL computes the logits again for each side of each direction; memeff those of both directions once.
+    """Units of a peer. Inf-CL recomputes logits for each side of each direction, memeff once for both directions.
 
-    Where memeff's rows are too wide for its row-owner kernels, its backward pass is 3, with atomic sums.
+    For rows that are too wide for its row-owner kernels, memeff has a backward pass of three units with atomic sums.
     """
     if kernel in INF_CL:
         return Units(None, 5, 10, "all")
@@ -188,7 +184,7 @@ def _inf_cl_kernel(kernel: str, width: int) -> Launch:
 
     names = ("_prob_fwd_kernel", "_dq_prob_bwd_kernel", "_dk_prob_bwd_kernel")
     function = getattr(flash, names[INF_CL.index(kernel)])
-    head = min(width, 256)  # its launcher's default; rows are heads of so many numbers, in fp32 always
+    head = min(width, 256)  # its launcher's default; rows are split into heads of this width, always in fp32
     constants = {"BLOCK_HEADDIM": head, "BLOCK_M": 64, "BLOCK_N": 64}
     heads = width // head
     if heads == 1:
@@ -245,5 +241,5 @@ def _memeff_type(argument: str, precision: str) -> str:
 
 
 def _capability(architecture: int) -> Any:
-    """memeff asks the device for its tiles."""
+    """Replaces the device capability, by which memeff chooses its tiles."""
     return patch("torch.cuda.get_device_capability", return_value=divmod(architecture, 10))

@@ -1,6 +1,6 @@
-"""The CUDA kernels on the CPU: `csrc/cuda` compiled by g++ with `cuda_on_cpu` in the place of the toolkit.
+"""Runs the CUDA kernels on the CPU: compiles `csrc/cuda` by g++, with the headers of `cuda_on_cpu` as the toolkit.
 
-The same operators as those of the real library, on CPU tensors: the common tests run on them.
+Its operators are those of the real library, on CPU tensors, so that the common tests run on them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from mcl_kernels.backends import cuda, native_build, native_cache, table
 
 NAMESPACE = "mcl_kernels_cuda_emulated"
 HEADERS = Path(__file__).with_name("cuda_on_cpu")
-# Fused multiply-adds as nvcc makes them; arrays of one type are read as vectors.
+# Products and sums are fused, as nvcc does; arrays of scalars are read as vectors.
 FLAGS = ["-std=gnu++20", "-O2", "-g0", "-fPIC", "-march=native", "-fno-strict-aliasing", "-Wno-unknown-pragmas"]
 
 
@@ -56,15 +56,15 @@ def install() -> None:
 
 
 def compile_kernels(output: Path, flags: list[str], more: dict[Path, list[str]], link: list[str]) -> None:
-    """The kernels' sources and `more`, each of those with flags of its own, into a program or a library."""
+    """Compiles the kernels and the sources `more`, each with its own flags, into a program or a library."""
     sources = cuda.source_directory()
-    every = {path: ["-x", "c++"] for path in sorted(sources.glob("*.cu"))} | more
-    native_build.compile_and_link(every, [*flags, f"-I{HEADERS}", f"-I{sources}"], link, output)
+    kernels = {path: ["-x", "c++"] for path in sorted(sources.glob("*.cu"))}
+    native_build.compile_and_link(kernels | more, [*flags, f"-I{HEADERS}", f"-I{sources}"], link, output)
 
 
 @cache
 def emulated_ops() -> Any:
-    """Operators of the emulation, which is built first where that is still to be done."""
+    """Operators of the emulation. Builds the library unless it is cached."""
     with native_cache.opened(native_cache.cache_directory()) as cache, cache.only_builder():
         library = cache.path / f"{NAMESPACE}-{_digest()}.so"
         if not library.exists():
@@ -76,7 +76,8 @@ def emulated_ops() -> Any:
 def _digest() -> str:
     digest = hashlib.sha256(repr((torch.__version__, FLAGS)).encode())
     for directory in (cuda.source_directory(), HEADERS):
-        for path in sorted(path for path in directory.rglob("*") if path.is_file()):
+        files = [*directory.parent.glob("*.h"), *(path for path in directory.rglob("*") if path.is_file())]
+        for path in sorted(files):
             digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -87,4 +88,5 @@ def _build(library: Path) -> None:
     binding += [f"-DMCL_NAMESPACE={NAMESPACE}", "-DMCL_ARCHITECTURES=emulated"]
     flags = [*FLAGS, f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"]
     libraries = [f"-L{directory / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
-    compile_kernels(library, flags, {cuda.source_directory() / "operators.cpp": binding}, ["-shared", *libraries])
+    operators = dict.fromkeys(sorted(cuda.source_directory().glob("*.cpp")), binding)
+    compile_kernels(library, flags, operators, ["-shared", *libraries])

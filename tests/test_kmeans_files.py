@@ -1,4 +1,4 @@
-"""A saved k-means: it predicts the same labels, and a file that is no such thing is refused by name."""
+"""A saved k-means predicts the same labels; other files are refused by name."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ PATH = Path("kmeans.safetensors")
 
 
 @pytest.fixture(autouse=True)
-def _in_an_empty_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _empty_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
 def rows(dtype: torch.dtype = torch.float32, n: int = 500) -> Tensor:
-    """Rows without much of a structure, with ties: a label depends on each bit of the centres."""
+    """Rows with many ties, so that a label depends on each bit of the centres."""
     x = torch.randn(n, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     return (4 * x).round().div(4).to(dtype)
 
@@ -43,14 +43,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-# Where the squares of fp32 leave its range, products are fp64.
+# Products are in fp64 if the squares of fp32 rows leave its range.
 @pytest.mark.parametrize(
     ("dtype", "scale"),
     [(torch.float16, 1.0), (torch.float32, 1.0), (torch.float32, 1e-25), (torch.float32, 1e25), (torch.float64, 1.0)],
     ids=str,
 )
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-def test_loaded_it_predicts_the_same_labels(settings: dict[str, Any], dtype: torch.dtype, scale: float) -> None:
+def test_a_loaded_k_means_predicts_the_same_labels(settings: dict[str, Any], dtype: torch.dtype, scale: float) -> None:
     x = rows(dtype) * scale
     if isinstance(settings.get("init"), Tensor):
         settings = {"init": x[:6]}
@@ -68,7 +68,7 @@ def test_loaded_it_predicts_the_same_labels(settings: dict[str, Any], dtype: tor
     assert torch.equal(again.cluster_centers_, kmeans.cluster_centers_)
 
 
-def test_fewer_clusters_than_asked_for_are_saved_too() -> None:
+def test_fewer_clusters_than_n_clusters_are_saved() -> None:
     with pytest.warns(UserWarning, match="only 2 clusters hold a row"):
         kmeans = KMeans(3).fit(torch.tensor([[0.0], [1.0], [1.0]]))
     kmeans.save(PATH)
@@ -104,24 +104,24 @@ def test_a_save_that_fails_leaves_the_file(monkeypatch: pytest.MonkeyPatch) -> N
     assert [path.name for path in Path().iterdir()] == [PATH.name]
 
 
-def changed(fields: dict[str, Any] | None = None, **tensors: Tensor) -> None:
-    """A file with other settings or tensors and the checksum of these."""
+def rewrite(fields: dict[str, Any] | None = None, **tensors: Tensor) -> None:
+    """Rewrites the file with other settings or tensors, and their checksum."""
     with safe_open(PATH, "pt") as file:
-        metadata, kept = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        metadata, stored = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     text = json.dumps({**json.loads(metadata["kmeans"]), **(fields or {})})
-    kept.update(tensors)
-    save_file(kept, PATH, {**metadata, "kmeans": text, "sha256": files._digest(text, kept)})
+    stored.update(tensors)
+    save_file(stored, PATH, {**metadata, "kmeans": text, "sha256": files._digest(text, stored)})
 
 
-def flipped(position: int) -> None:
+def flip_bit(position: int) -> None:
     content = bytearray(PATH.read_bytes())
     content[position] ^= 1
     PATH.write_bytes(content)
 
 
 CHANGES: dict[str, tuple[Callable[[], object], str]] = {
-    "a bit of a centre": (lambda: flipped(-3), "is damaged: its SHA-256 is not the one that it holds"),
-    "a bit of the settings": (lambda: flipped(120), "is (damaged|not a k-means)"),
+    "a bit of a centre": (lambda: flip_bit(-3), "is damaged: its SHA-256 is not the one that it holds"),
+    "a bit of the settings": (lambda: flip_bit(120), "is (damaged|not a k-means)"),
     "cut": (lambda: PATH.write_bytes(PATH.read_bytes()[:-8]), "is not a k-means that save wrote: "),
     "empty": (lambda: PATH.write_bytes(b""), "is not a k-means that save wrote: "),
     "text": (lambda: PATH.write_text("1,2\n" * 100), "is not a k-means that save wrote: "),
@@ -131,15 +131,15 @@ CHANGES: dict[str, tuple[Callable[[], object], str]] = {
         "its format is 'mcl_kernels.KMeans 2'",
     ),
     "no settings": (lambda: save_file({"a": torch.eye(3)}, PATH, {"format": files.FORMAT}), "save wrote: no 'kmeans'"),
-    "more centres than clusters": (lambda: changed(cluster_centers=torch.eye(9)), r"centres of shape \[9, 9\] for 3"),
-    "centres of one dimension": (lambda: changed(cluster_centers=torch.ones(3)), r"centres of shape \[3\] for 3"),
-    "integer centres": (lambda: changed(cluster_centers=torch.eye(3).long()), "or of torch.int64"),
-    "NaN": (lambda: changed(cluster_centers=torch.full((3, 3), torch.nan)), "centres that are not finite"),
-    "an unknown metric": (lambda: changed({"metric": "cityblock"}), "metric must be one of"),
-    "no clusters": (lambda: changed({"n_clusters": 0}), "n_clusters must be at least 1"),
-    "an unknown dtype": (lambda: changed({"product_dtype": "int8"}), "no 'int8'"),
-    "missing centres": (lambda: changed({"init": None}), "no 'init'"),
-    "a number for a word": (lambda: changed({"impl": 3}), "impl must be one of"),
+    "more centres than clusters": (lambda: rewrite(cluster_centers=torch.eye(9)), r"centres of shape \[9, 9\] for 3"),
+    "centres of one dimension": (lambda: rewrite(cluster_centers=torch.ones(3)), r"centres of shape \[3\] for 3"),
+    "integer centres": (lambda: rewrite(cluster_centers=torch.eye(3).long()), "or of torch.int64"),
+    "NaN": (lambda: rewrite(cluster_centers=torch.full((3, 3), torch.nan)), "centres that are not finite"),
+    "an unknown metric": (lambda: rewrite({"metric": "cityblock"}), "metric must be one of"),
+    "no clusters": (lambda: rewrite({"n_clusters": 0}), "n_clusters must be at least 1"),
+    "an unknown dtype": (lambda: rewrite({"product_dtype": "int8"}), "no 'int8'"),
+    "missing centres": (lambda: rewrite({"init": None}), "no 'init'"),
+    "a number for a word": (lambda: rewrite({"impl": 3}), "impl must be one of"),
 }
 
 
@@ -152,7 +152,7 @@ def test_a_file_that_save_did_not_write_is_refused_by_name(change: str) -> None:
         KMeans.load(PATH)
 
 
-def test_what_is_no_regular_file_is_refused_at_once() -> None:
+def test_a_missing_or_special_file_is_refused() -> None:
     with pytest.raises(FileNotFoundError):
         KMeans.load(PATH)
     os.mkfifo(PATH)
@@ -176,9 +176,9 @@ def test_copies_and_pickles_predict_the_same_labels() -> None:
         assert torch.equal(one.labels_, kmeans.labels_)
 
 
-def test_with_a_group_it_is_saved_and_not_pickled() -> None:
+def test_with_a_group_it_is_saved_but_not_pickled() -> None:
     kmeans = KMeans(4).fit(rows())
-    kmeans.ranks = object()  # type: ignore[assignment]  # stands for the ranks of a group
+    kmeans.ranks = object()  # type: ignore[assignment]  # in place of the ranks of a group
     kmeans.save(PATH)
     assert KMeans.load(PATH).ranks is None
     for copied in (pickle.dumps, copy.deepcopy):

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mcl_kernels.backends import cuda as _cuda
 from mcl_kernels.backends import library as _library
 from mcl_kernels.backends import native, native_cache
 from mcl_kernels.backends import native_build as _native_build
@@ -198,6 +199,15 @@ def test_another_source_is_another_library(tmp_path: Path) -> None:
     assert first == _native_build.library_stem(tmp_path)
     (tmp_path / "operators.cpp").write_text("two")
     assert first != _native_build.library_stem(tmp_path)
+
+
+def test_another_common_header_is_another_library(tmp_path: Path) -> None:
+    (tmp_path / "cpu").mkdir()
+    stems = set()
+    for content in ("one", "two"):
+        (tmp_path / "common.h").write_text(content)
+        stems |= {_native_build.library_stem(tmp_path / "cpu"), _cuda.library_stem(tmp_path / "cpu")}
+    assert len(stems) == 4
 
 
 def test_another_c_library_is_another_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,12 +16,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mcl_kernels import masked_logsumexp
 from mcl_kernels.logsumexp import device_plan
 from mcl_kernels.logsumexp.pairs import Pairs, kept_pairs, make_plan
-from mcl_kernels.logsumexp.triton import launch as triton
 from tests.accuracy import assert_accurate
 from tests.cases import Case, make_case
 from tests.test_logsumexp import as_float64, run
 
 pytest.importorskip("triton.knobs", reason="the test extra brings it, where there is one")
+
+from mcl_kernels.logsumexp.triton import launch as triton
+from mcl_kernels.logsumexp.triton.tile_table import choose_tiles
 
 FORMS = [("self", None, False), ("rows", 40, False), ("both", 40, True)]
 
@@ -39,14 +41,10 @@ class Launches:
 
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
-    from mcl_kernels.logsumexp.triton import backward as triton_backward
-    from mcl_kernels.logsumexp.triton import forward as triton_forward
-    from mcl_kernels.logsumexp.triton import tiles as triton_tiles
-
     launches = Launches()
-    monkeypatch.setattr(triton_forward, "forward_kernel", launches)
-    monkeypatch.setattr(triton_backward, "backward_kernel", launches)
-    monkeypatch.setattr(triton_tiles, "drop_kernel", launches)
+    monkeypatch.setattr("mcl_kernels.logsumexp.triton.forward.forward_kernel", launches)
+    monkeypatch.setattr("mcl_kernels.logsumexp.triton.backward.backward_kernel", launches)
+    monkeypatch.setattr("mcl_kernels.logsumexp.triton.dropped.find_dropped_kernel", launches)
     monkeypatch.setattr(device_plan, "_is_built", lambda device: False)
     return launches
 
@@ -106,7 +104,7 @@ def test_tiles_that_are_visited(negatives: str, monkeypatch: pytest.MonkeyPatch)
     """A tile of rows that holds negative labels, three tiny clusters and the head of a huge one."""
     from triton.runtime.interpreter import InterpreterBuilder
 
-    tiles = triton.choose_tiles("forward", "tf32x3", 16, None)
+    tiles = choose_tiles("forward", "tf32x3", 16, None)
     sizes = [20, 3, 4, 5, 4 * tiles.columns]  # of the labels -1 to 3
     labels = torch.arange(-1, 4).repeat_interleave(torch.tensor(sizes))
     n = len(labels)
@@ -251,7 +249,7 @@ def test_without_triton() -> None:
 def test_either_switch_of_torch_asks_for_tf32() -> None:
     """Once the newer one was used, torch refuses to answer through the older one."""
     result = run_python(
-        "import torch; from mcl_kernels.logsumexp.triton import launch as triton\n"
+        "import torch; from mcl_kernels.backends import triton\n"
         "x = torch.eye(3)\n"
         "print(triton.product_precision(x, x, torch.ones(())))\n"
         "torch.backends.cuda.matmul.fp32_precision = 'tf32'\n"

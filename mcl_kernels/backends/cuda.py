@@ -48,7 +48,7 @@ def install_command(**environment: str) -> str:
 def library_stem(sources: Path) -> str:
     """Name of the library of these sources and this torch, without the digest of its content."""
     digest = hashlib.sha256(repr((torch.__version__, FLAGS)).encode())
-    for path in sorted(sources.iterdir()):
+    for path in sorted([*sources.iterdir(), *sources.parent.glob("*.h")]):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return f"{NAMESPACE}-{digest.hexdigest()[:16]}"
 
@@ -79,7 +79,7 @@ def build(sources: Path, directory: Path) -> Path:
         try:
             cpp_extension.load(
                 stem,
-                [str(path) for path in sorted([*sources.glob("*.cu"), sources / "operators.cpp"])],
+                [str(path) for path in sorted([*sources.glob("*.cu"), *sources.glob("*.cpp")])],
                 extra_cflags=[f"-DMCL_NAMESPACE={NAMESPACE}", f"-DMCL_ARCHITECTURES={','.join(architectures)}"],
                 extra_cuda_cflags=[*FLAGS, *_code_flags(architectures)],
                 build_directory=scratch,

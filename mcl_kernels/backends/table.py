@@ -1,4 +1,4 @@
-"""What runs where: one row for each backend, which is what `impl=` names.
+"""The table of backends: where each runs, and why it does not. `impl=` names one.
 
 A backend computes one or more operations, each in a module of its own that is imported when it is first called. Rows
 stand in the order in which "auto" prefers them. To add a backend: write its modules, and add a row.
@@ -150,9 +150,9 @@ for _function in _CONSTANT:
 
 
 def capabilities() -> dict[str, dict[str, object]]:
-    """What can compute here: for each `impl`, whether it is available, for which devices, and why or why not.
+    """Returns for each `impl` whether it is available here, for which devices, and why or why not.
 
-    The native kernels are loaded for it, and built first where a loss would build them.
+    This loads the native kernels, and builds them first if a loss would.
 
     Returns:
         A dictionary from the name of each implementation, and "auto", to `available` (bool), `devices`

@@ -1,16 +1,24 @@
-"""Where Triton kernels run. Imports triton on first use."""
+"""Policy of the Triton kernels of every operation: availability, precision of products, launch device, tile edges.
+
+Triton itself is imported by the functions that need it, so that this module can be imported without it.
+"""
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from mcl_kernels.backends import cuda
 
-MIN_MAJOR = 8  # compute capability that Triton itself supports
+MIN_MAJOR_CAPABILITY = 8  # the oldest architecture that Triton supports
+MIN_EDGE = 16  # of the tiles that `tl.dot` multiplies
 
 
 def unavailable_reason(device: torch.device) -> str | None:
-    """Returns why Triton kernels do not compute on a device, or None."""
+    """Returns why Triton kernels cannot run on a device, None if they can."""
     try:
         import triton
     except ImportError as error:
@@ -28,8 +36,8 @@ def unavailable_reason(device: torch.device) -> str | None:
     if torch.version.hip:
         return "is for NVIDIA's GPUs: torch is built for ROCm"
     major, minor = torch.cuda.get_device_capability(device)
-    if major < MIN_MAJOR:
-        return f"needs compute capability {MIN_MAJOR}.0 or later: got {major}.{minor}"
+    if major < MIN_MAJOR_CAPABILITY:
+        return f"needs compute capability {MIN_MAJOR_CAPABILITY}.0 or later: got {major}.{minor}"
     return None
 
 
@@ -40,3 +48,47 @@ def describe() -> tuple[list[str], str]:
     available = [name for name, reason in reasons.items() if reason is None]
     reason = "Triton kernels for GPUs" if available else cuda.no_device() or reasons[types[-1]]
     return available, str(reason)
+
+
+def product_precision(x: Tensor, y: Tensor, accumulated: Tensor) -> str:
+    """Returns the precision in which rows of x and y are multiplied, for sums in the dtype of `accumulated`.
+
+    "half" for two operands of one 16-bit dtype, "ieee" for sums in fp64 (used by checks), else "tf32x3" (as exact as
+    fp32) or "tf32" by torch's setting for fp32 products.
+    """
+    if accumulated.dtype == torch.float64:
+        return "ieee"
+    if x.dtype == y.dtype and x.dtype.itemsize == 2:
+        return "half"
+    try:
+        highest = torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # torch refuses to answer after its newer setting was used
+        highest = torch.backends.cuda.matmul.fp32_precision != "tf32"  # type: ignore[attr-defined]
+    return "tf32x3" if highest else "tf32"
+
+
+def product_constants(precision: str, dtype: torch.dtype) -> dict[str, Any]:
+    """Returns the constants of kernels that multiply rows of `dtype`: operand and accumulator types, precision."""
+    import triton.language as tl
+
+    accumulator = tl.float64 if precision == "ieee" else tl.float32
+    if precision == "half":
+        operand = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[dtype]
+        return {"OPERAND": operand, "ACCUMULATOR": accumulator, "PRECISION": "tf32"}
+    return {"OPERAND": accumulator, "ACCUMULATOR": accumulator, "PRECISION": precision}
+
+
+def compute_capability(device: torch.device) -> tuple[int, int] | None:
+    """Returns the compute capability of a GPU, None for a CPU, on which kernels are interpreted."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+
+
+def padded_edge(size: int) -> int:
+    """Returns the edge of the smallest tile that holds `size` elements: a power of 2, as Triton's tiles are."""
+    return max(MIN_EDGE, 1 << (size - 1).bit_length())
+
+
+def current_device(x: Tensor) -> AbstractContextManager[object]:
+    """Makes the device of x current: kernels launch there. Does nothing on a CPU."""
+    device: AbstractContextManager[object] = torch.cuda.device_of(x)  # type: ignore[no-untyped-call]
+    return device

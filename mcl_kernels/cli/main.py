@@ -19,7 +19,7 @@ from mcl_kernels.cli.output_files import identity
 from mcl_kernels.cli.progress import logged_progress
 from mcl_kernels.cli.signals import Terminated, raising_terminated
 from mcl_kernels.cli.streams import one_line, safe_streams
-from mcl_kernels.kmeans.api import METRICS
+from mcl_kernels.kmeans.assign import METRICS
 
 DEMO_RESUMES = "the same command resumes after the last finished stage"
 SIGPIPE = 13  # not defined by `signal` on Windows

@@ -1,36 +1,31 @@
-"""k-means in scikit-learn's words."""
+"""`KMeans`: its arguments, checks and results, in scikit-learn's words."""
 
 from __future__ import annotations
 
 import hashlib
 import math
 import warnings
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from mcl_kernels._validate import as_integer, as_number, check_choice, check_same_width
-from mcl_kernels.backends.table import IMPLS, load, resolve
+from mcl_kernels.backends.table import IMPLS
 from mcl_kernels.distributed.group import ranks_of
-from mcl_kernels.kmeans import lloyd
-from mcl_kernels.kmeans.centers import middle_and_scale, prepare, summarize
+from mcl_kernels.kmeans.assign import METRICS, check_range, find_nearest, finite_rows, implementation
+from mcl_kernels.kmeans.centers import middle_and_scale, summarize
+from mcl_kernels.kmeans.dataset import Dataset
 from mcl_kernels.kmeans.files import Saved
-from mcl_kernels.kmeans.lloyd import Clustering, Problem
+from mcl_kernels.kmeans.initial import draw_sample, initial_centers
+from mcl_kernels.kmeans.lloyd import Clustering, lloyd, mini_batches
+from mcl_kernels.kmeans.passes import Problem, mean_variance
 from mcl_kernels.kmeans.rows import Array, ChunkedRows, Rows, RowsLike, open_rows
-from mcl_kernels.kmeans.team import open_shard
+from mcl_kernels.kmeans.team import Team, open_with_group
 from mcl_kernels.normalize import compute_dtype
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-METRICS = ("euclidean", "cosine")
-
-# Rows that k-means++ sees: fewer of many features, but enough of each cluster.
-INIT_ROWS = 1 << 16
-INIT_NUMBERS = 1 << 25
-INIT_ROWS_PER_CLUSTER = 16
 
 
 class KMeans(Saved):
@@ -39,59 +34,59 @@ class KMeans(Saved):
         inertia = sum_i min_k |x_i - c_k|^2                             metric="euclidean"
         inertia = sum_i min_k (1 - <x_i, c_k> / (|x_i| |c_k|))          metric="cosine" (spherical k-means)
 
-    Labels are right for any data, in units from 1e-30 to 1e30, far from 0, with rows or centres far from the others: a
-    distance that rounding could decide is taken from differences in fp64, and all are computed in fp64 where squares
-    would leave the range of fp32.
+    Labels are right for any data: in units from 1e-30 to 1e30, far from 0, with rows or centres far from the others. A
+    distance that rounding could decide is computed from differences in fp64. All distances are computed in fp64 if
+    their squares would leave the range of fp32.
 
-    Every row is read once in every iteration; no iteration samples. Sums over the data are fp64, the same in any order,
-    for any number of threads and any chunks, and random numbers come from a generator of its own: the same seed gives
-    the same clusters, and PyTorch's global random state is not touched. Memory beyond the data: N labels twice, of 4
-    and 8 bytes; of the rows that k-means++ sees two copies, and two chunks of 64 MiB where the data is no tensor or
-    array; where a cluster is empty, N labels and distances more.
+    Every iteration reads every row once. Sums over the data are fp64 and exact: the same for any number of threads and
+    any chunks. Random numbers come from a separate generator, so that the same seed gives the same clusters and
+    PyTorch's global random state does not change. Memory beyond the data: N labels twice, of 4 and 8 bytes; two copies
+    of the sample for the initialisation; two chunks of 64 MiB if the data is not a tensor or an array; N labels and
+    distances more if a cluster is empty.
 
-    With a `group` each rank passes its shard of the rows, and all fit together: the clusters are those of one process
-    that is given the shards one after the other, with the same seed, bit for bit where the ranks run the same build on
-    the same kind of processor; objectives and inertia to rounding. An iteration is one all-reduce (of a mini-batch
-    each) of K D + K + 2 fp64 numbers, and a broadcast of one. Of the memory above, N is then the rows of the shard, and
-    every rank holds the rows that k-means++ sees, which the first one alone computes with.
+    With a `group`, each rank passes its shard of the rows, and all ranks fit together. The clusters are those of one
+    process with the shards one after the other and the same seed, bit for bit if the ranks run the same build on the
+    same kind of CPU or GPU; objectives and inertia are equal to rounding. An iteration is one all-reduce of
+    K D + K + 2 fp64 elements (one for each mini-batch) and a broadcast of one. In the memory above, N is then the rows
+    of the shard. Every rank holds the sample, but only the first one computes with it.
 
     Args:
-        n_clusters: K, from 1 to the number of rows. Fewer are found, with a warning, where fewer rows differ.
+        n_clusters: K, from 1 to the number of rows. If fewer rows differ, fewer clusters are found, with a warning.
         metric: "euclidean" or "cosine"; the latter needs no normalised input.
-        init: "k-means++" (greedy, as scikit-learn's), "random" rows, or centres [K, D] (a tensor or an array). Of a
-            large data set the first two see rows drawn at random, `init_rows_` of them: at most 65,536, fewer where D
-            is above 512, but 16 K at least.
-        n_init: restarts, of which the one with the lowest inertia is kept.
-        max_iter: iterations of one restart.
-        tol: it has converged when the summed squared shift of the centres is at most tol times the mean
+        init: "k-means++" (greedy, as in scikit-learn), "random" rows, or centres [K, D] (a tensor or an array). For a
+            large data set the first two use a sample of `init_rows_` rows drawn at random: at most 65,536, fewer if D
+            is above 512, but at least 16 K.
+        n_init: number of restarts; the one with the lowest inertia is kept.
+        max_iter: maximum number of iterations of one restart.
+        tol: a restart has converged when the summed squared shift of the centres is at most tol times the mean
             variance of the columns (of the normalised rows for cosine).
-        batch_size: None, or the rows of a mini-batch, each of which moves the centres to the mean of the rows they
-            were ever given. An iteration is then as many batches as make up the data, drawn with replacement (of
-            iterables: in their order).
+        batch_size: None, or the number of rows of a mini-batch. Each batch moves a centre to the mean of all rows that
+            batches have assigned to it so far. An iteration is a number of batches of N rows in all, drawn with
+            replacement (chunks of an iterable: in their order).
         empty: "split": an empty cluster takes the farthest row of the largest one. Counted in `history_`.
-        seed: of the initialisation.
-        impl: "native" (C++ kernels, on a CPU), "triton" (kernels for CUDA), "cuda" (CUDA C++ kernels, where the
+        seed: seed of the random numbers.
+        impl: "native" (C++ kernels, on a CPU), "triton" (kernels for CUDA), "cuda" (CUDA C++ kernels, if the
             installation built them), "reference" (PyTorch by tiles) or "auto": the first of them that runs on the
-            device of the data. `capabilities()` says what is missing.
-            "faiss" finds the nearest centres with that library, on its GPUs where it has some.
-        group: None, or a `torch.distributed` process group, on each of whose ranks `fit` is called.
+            device of the data. `capabilities()` lists what is unavailable, and why.
+            "faiss" finds the nearest centres with that library, on the GPUs that it supports.
+        group: None, or a `torch.distributed` process group; every rank of it calls `fit`.
 
     Attributes:
         cluster_centers_: [K, D] fp32 (fp64 for fp64 data), of unit length for cosine, on the device of the data.
-        labels_: int64 [N], equal to `predict` of the same rows; with a group of the rows of this rank. All else is of
-            the rows of all ranks.
-        inertia_: float, of `labels_` and `cluster_centers_`.
-        n_iter_: iterations of the best restart.
-        init_rows_: rows that the initialisation saw; 0 where centres were given.
-        history_: of the best restart, a dictionary per iteration: objective, shift, seconds, imbalance (largest
-            cluster over the mean one), splits.
+        labels_: int64 [N], equal to `predict` of the same rows. With a group these are the rows of this rank; all
+            other attributes are of the rows of all ranks.
+        inertia_: float, the inertia of `labels_` and `cluster_centers_`.
+        n_iter_: number of iterations of the best restart.
+        init_rows_: number of rows of the sample for the initialisation; 0 if centres were given.
+        history_: a dictionary for each iteration of the best restart: objective, shift, seconds, imbalance (size of the
+            largest cluster over the mean size), splits.
 
     Raises:
-        TypeError, ValueError: arguments that do not fit; rows that hold NaN or infinity, the first one named, or
-            entries whose squares fp64 does not hold; a file that ends early; an iterable of empty or differing chunks,
-            or of other rows in a later pass. With a group also arguments that differ between ranks, and a batch_size
-            where x is an iterable; where one rank cannot read its rows it raises why, and the others a ValueError that
-            names it.
+        TypeError, ValueError: invalid arguments; rows with NaN or infinity (the error names the first one), or with
+            entries whose squares overflow fp64; a truncated file; an iterable of empty or differing chunks, or of
+            other rows in a later pass. With a group also arguments that differ between ranks, and a batch_size if x is
+            an iterable. If one rank cannot read its rows it raises the cause, and the others a ValueError that names
+            the rank.
 
     Source: Lloyd 1982; Arthur and Vassilvitskii 2007 for the initialisation; Sculley 2010 for mini-batches.
 
@@ -107,7 +102,7 @@ class KMeans(Saved):
     n_iter_: int
     init_rows_: int
     history_: list[dict[str, Any]]
-    _dtype: torch.dtype  # of products: `predict` takes the same, so that even labels of ties are the same
+    _dtype: torch.dtype  # of products; `predict` uses the same, so that even labels of ties are the same
 
     def __init__(
         self,
@@ -154,31 +149,27 @@ class KMeans(Saved):
         """Clusters the rows of x, [N, D], and sets the attributes.
 
         Args:
-            x: a tensor of any floating dtype; an array; a memory map, whose file is read in chunks, the next one while
-                one is computed, and never held as a whole; or an iterable of chunks of rows (a DataLoader, say), which
-                is iterated once for each pass and has to yield the same rows in the same order every time. With a
-                group the shard of this rank, of any number of rows, [0, D] too.
+            x: a tensor of any floating dtype; an array; a memory map, whose file is read in chunks and never held in
+                memory as a whole; or an iterable of chunks of rows (a DataLoader, say), which is iterated once for each
+                pass and has to yield the same rows in the same order every time. With a group, the shard of this rank,
+                which may have no rows: [0, D].
         """
-        rows = self._open(x)
+        rows, team = self._open(x)
         if isinstance(self.init, Tensor):
             check_same_width("init", self.init, rows.name, rows.like)
-            _check_range("init", self.init.to(compute_dtype(rows.like)))
+            check_range("init", self.init.to(compute_dtype(rows.like)))
         with torch.autocast(rows.device.type, enabled=False):
-            n = rows.count()  # before a survey, whose memory grows with the width, where the rows tell it
-            if n < self.n_clusters:
-                raise ValueError(f"n_clusters must be at most the number of rows: got {self.n_clusters} for {n} rows")
-            _, low, high = rows.survey()
-            _check_range(rows.name, torch.stack((low, high)))
+            data = Dataset(rows, team)
+            # Before the survey, whose memory grows with the width.
+            if data.n < self.n_clusters:
+                message = f"got {self.n_clusters} for {data.n} rows"
+                raise ValueError(f"n_clusters must be at most the number of rows: {message}")
             generator = torch.Generator().manual_seed(self.seed)
-            sample = self._sample(rows, n, generator)
-            spread = high.double() - low.double()
-            surveyed = rows.from_first(lambda: middle_and_scale(sample, self.metric, spread).to(compute_dtype(sample)))
-            summary = summarize(n, low, high, surveyed, self.metric, self.init)
-            problem = Problem(rows, summary, self.metric, _steps(self.impl, rows.device))
-            tol = self.tol * lloyd.mean_variance(problem) if self.tol else 0.0
-            runs = (self._run(problem, sample, tol, generator) for _ in range(self.n_init))
-            # Of 24 bits: the order of a sum, which depends on chunks and shards, must not decide between equal runs.
-            best = min(runs, key=lambda run: _rounded(run.inertia))
+            problem, sample = self._prepare(data, generator)
+            tol = self.tol * mean_variance(problem) if self.tol else 0.0
+            restarts = (self._run(problem, sample, tol, generator) for _ in range(self.n_init))
+            # Inertia to 24 bits: the order of its sum, which depends on chunks and shards, must not decide a tie.
+            best = min(restarts, key=lambda restart: _rounded(restart.inertia))
         if len(best.centers) < self.n_clusters:
             warnings.warn(
                 f"n_clusters={self.n_clusters} but only {len(best.centers)} clusters hold a row: too few rows differ",
@@ -186,145 +177,77 @@ class KMeans(Saved):
             )
         self.cluster_centers_, self.labels_, self.inertia_, self.history_ = best
         self.n_iter_ = len(self.history_)
-        self._dtype = summary.dtype
+        self._dtype = problem.summary.dtype
         self.init_rows_ = 0 if isinstance(self.init, Tensor) else len(sample)
         return self
 
     def predict(self, x: RowsLike) -> Tensor:
-        """The nearest centre of each row of x (anything that `fit` takes), int64 [N]: each rank of a group alone."""
+        """Returns the nearest centre of each row of x (anything that `fit` takes), int64 [N].
+
+        Ranks of a group call it independently.
+        """
         if not hasattr(self, "cluster_centers_"):
             raise RuntimeError("this KMeans has no clusters yet: call fit(x) first")
-        return _assign(x, self.cluster_centers_, self.metric, self.impl, self._dtype)[0]
+        return find_nearest(x, self.cluster_centers_, self.metric, self.impl, self._dtype)[0]
 
     def fit_predict(self, x: RowsLike) -> Tensor:
-        """`fit(x).labels_`."""
+        """Returns `fit(x).labels_`."""
         return self.fit(x).labels_
 
-    def _open(self, x: RowsLike) -> Rows:
-        """The rows of x; with a group those of all ranks, of which x is a shard."""
+    def _open(self, x: RowsLike) -> tuple[Rows, Team]:
+        """Opens the rows of this process, for a fit alone or by all ranks of the group."""
         if self.ranks is None:
-            return open_rows("x", x)
+            return open_rows("x", x), Team()
 
         def open_local() -> Rows:
             rows = open_rows("x", x)
-            _steps(self.impl, rows.device)  # raises where this rank cannot compute
+            implementation(self.impl, rows.device)  # raises if it does not run on this rank
             if self.batch_size is not None and isinstance(rows, ChunkedRows):
                 raise ValueError("batch_size with a group draws rows of x: got an iterable, which is read in order")
             return rows
 
         names = ("n_clusters", "metric", "n_init", "max_iter", "tol", "batch_size", "empty", "seed")
-        arguments = {"init": _digest(self.init), **{name: getattr(self, name) for name in names}}
-        return open_shard(open_local, self.ranks, arguments)
+        arguments = {"init": _described_init(self.init), **{name: getattr(self, name) for name in names}}
+        return open_with_group(open_local, self.ranks, arguments)
 
-    def _sample(self, rows: Rows, n: int, generator: torch.Generator) -> Tensor:
-        """What the initialisation sees: all rows of a small data set, in order."""
-        most = max(INIT_ROWS_PER_CLUSTER * self.n_clusters, min(INIT_ROWS, INIT_NUMBERS // rows.width))
-        if n <= most:
-            return rows.load()
-        drawn = torch.empty(0, dtype=torch.int64, device="cpu")
-        while len(drawn) < most:  # distinct ones
-            more = torch.randint(n, (most - len(drawn),), generator=generator, device="cpu")
-            drawn = torch.unique(torch.cat((drawn, more)))
-        return rows.take(drawn)
+    def _prepare(self, data: Dataset, generator: torch.Generator) -> tuple[Problem, Tensor]:
+        """Surveys the data; returns the problem that restarts solve, and the sample that initialisations draw from."""
+        low, high = data.survey()
+        check_range(data.name, torch.stack((low, high)))
+        sample = draw_sample(data, self.n_clusters, generator)
+        spread = high.double() - low.double()
+        surveyed = data.compute_on_first(
+            lambda: middle_and_scale(sample, self.metric, spread).to(compute_dtype(sample))
+        )
+        summary = summarize(data.n, low, high, surveyed, self.metric, self.init)
+        return Problem(data, summary, self.metric, implementation(self.impl, data.device)), sample
 
     def _run(self, problem: Problem, sample: Tensor, tol: float, generator: torch.Generator) -> Clustering:
-        public = compute_dtype(sample)
+        """Runs one restart."""
+        public_dtype = compute_dtype(sample)
 
-        def initial_centers() -> Tensor:
+        def start() -> Tensor:
             if isinstance(self.init, Tensor):
-                return problem.points(self.init).to(public)
-            return lloyd.initial_centers(problem, sample, self.n_clusters, self.init, generator).to(public)
+                return problem.as_points(self.init).to(public_dtype)
+            return initial_centers(problem, sample, self.n_clusters, self.init, generator).to(public_dtype)
 
-        points = problem.rows.from_first(initial_centers).to(problem.summary.dtype)
+        points = problem.data.compute_on_first(start).to(problem.summary.dtype)
         if self.batch_size is None:
-            return lloyd.lloyd(problem, points, self.max_iter, tol)
-        return lloyd.mini_batches(problem, points, self.max_iter, tol, self.batch_size, generator)
-
-
-def assign_clusters(x: RowsLike, centers: Tensor | Array, *, metric: str = "euclidean") -> tuple[Tensor, Tensor]:
-    """The nearest centre of each row and the distance to it.
-
-        euclidean   argmin_k |x_i - c_k|^2                         squared Euclidean distance, >= 0
-        cosine      argmin_k 1 - <x_i, c_k> / (|x_i| |c_k|)        1 - cosine
-
-    Ties go to the lowest index. A row gets the same label whatever the rows around it.
-
-    Args:
-        x: [N, D], anything that `KMeans.fit` takes.
-        centers: [K, D] with K >= 1, on the device of x.
-        metric: "euclidean" or "cosine".
-
-    Returns:
-        labels, int64 [N], and distances, fp32 [N], which may round to 0 or to infinity.
-
-    Raises:
-        TypeError, ValueError: as `KMeans`.
-
-    Example:
-        >>> assign_clusters(torch.tensor([[1.0], [4.0]]), torch.tensor([[0.0], [5.0]]))
-        (tensor([0, 1]), tensor([1., 1.]))
-    """
-    check_choice("metric", metric, METRICS)
-    return _assign(x, centers, metric, "auto")
-
-
-def _assign(
-    x: RowsLike, centers: Tensor | Array, metric: str, impl: str, dtype: torch.dtype | None = None
-) -> tuple[Tensor, Tensor]:
-    rows, centers = open_rows("x", x), finite_rows("centers", centers)
-    check_same_width("centers", centers, rows.name, rows.like)
-    if len(centers) == 0:
-        raise ValueError("centers must have at least one row: got 0")
-    steps = _steps(impl, rows.device)
-    labels, distances, begin = [], [], 0
-    with torch.autocast(rows.device.type, enabled=False):
-        wide = compute_dtype(rows.like, centers)
-        prepared = prepare(centers.to(wide), metric, dtype=torch.float64 if wide == torch.float64 else dtype)
-        for chunk in rows.chunks():
-            of_chunk = steps.assign(chunk, prepared)
-            # What is not finite shows in its distance: x need not be read twice.
-            if not math.isfinite(float(of_chunk[1].sum())):
-                rows.refuse_not_finite(chunk, begin)
-                _check_range(rows.name, chunk)
-                _check_range("centers", centers)
-            labels.append(of_chunk[0])
-            distances.append(of_chunk[1].float())
-            begin += len(chunk)
-    if begin == len(labels[0]):  # one chunk, which need not be copied
-        return labels[0], distances[0]
-    return torch.cat(labels), torch.cat(distances)
-
-
-def _steps(impl: str, device: torch.device) -> ModuleType:
-    """Module that computes the passes."""
-    return load("kmeans", resolve("kmeans", impl, device))
-
-
-def _check_range(name: str, x: Tensor) -> None:
-    """Raises where squared distances would overflow fp64, which takes the place of other dtypes where theirs would."""
-    largest, most = float(x.abs().max()), math.sqrt(torch.finfo(torch.float64).max / (8 * x.shape[1]))
-    if largest > most:
-        raise ValueError(f"{name} must be at most {most:.3g} by magnitude for {x.shape[1]} features: got {largest:.3g}")
+            return lloyd(problem, points, self.max_iter, tol)
+        return mini_batches(problem, points, self.max_iter, tol, self.batch_size, generator)
 
 
 def _rounded(x: float) -> float:
-    """Rounds to the 24 bits of fp32, in any range."""
+    """Rounds to the 24 bits of fp32, in the range of fp64."""
     if not math.isfinite(x):
         return x
     fraction, exponent = math.frexp(x)
     return math.ldexp(round(fraction * 2**24), exponent - 24)
 
 
-def _digest(init: str | Tensor) -> str:
-    """What tells whether ranks were given the same."""
+def _described_init(init: str | Tensor) -> str:
+    """Text that differs between ranks if their `init` does."""
     if isinstance(init, str):
         return init
     digest = hashlib.sha256(init.cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
     return f"centres {list(init.shape)} of {init.dtype}, sha256 {digest[:16]}"
-
-
-def finite_rows(name: str, x: object) -> Tensor:
-    """Rows in memory as a tensor without a graph; the first one that is not finite is named."""
-    rows = open_rows(name, x)
-    rows.survey()
-    return rows.load()

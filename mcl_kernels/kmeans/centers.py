@@ -1,16 +1,16 @@
-"""What a pass over the data has to know of the centres; implementations of a pass share this, and nothing else.
+"""Centres for a pass over the data, and the contract and the arithmetic that all implementations of a pass share.
 
     assign(x, centers)           labels int64 [N], distances [N] in the dtype of the centres
     assign_and_sum(x, centers)   the same, and for each centre the sum of its rows relative to the offset, fp64 [K, D],
-                                 and their number, int64 [K]
-    follow(x, centers, labels)   where it is there, what iterations use: labels int32 [N] of an earlier pass with the
-                                 same offset, -1 for none, become those of this one; returned are distances, and the
-                                 changes of sums and numbers since
+                                 and their count, int64 [K]
+    follow(x, centers, labels)   optional, for iterations: distances, and the changes of sums and counts since an
+                                 earlier pass with the same offset. The labels of that pass, int32 [N], -1 for none,
+                                 are updated in place
 
-Since sums are exact, adding up their changes gives the bits of a sum of all rows.
+Sums are exact, so that adding up their changes gives the bits of a sum of all rows.
 
-The nearest centre is found by a product, the lowest score |c|^2 / 2 - <x, c> relative to the offset. Where the two
-lowest are so close that rounding could have decided, distances are taken from differences in fp64.
+The nearest centre is found by a product: it has the lowest score |c|^2 / 2 - <x, c> relative to the offset. If the two
+lowest scores are so close that rounding could decide, distances are computed from differences in fp64.
 """
 
 from __future__ import annotations
@@ -27,47 +27,48 @@ from mcl_kernels.normalize import normalize_rows
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
-SUMMED_ROWS = 1024  # that are copied at a time
-COMPARED_ENTRIES = 1 << 22  # distances in fp64 at a time
-SERIAL = 1 << 14  # numbers that PyTorch sums by one thread
-SURVEYED_ROWS = 256  # enough to tell the offset and the scale of each column
+SUMMED_ROWS = 1024  # rows copied at a time
+COMPARED_ENTRIES = 1 << 22  # fp64 distances at a time
+SERIAL_ELEMENTS = 1 << 14  # PyTorch sums this many elements in one thread
+SURVEYED_ROWS = 256  # enough for the offset and the scale of each column
 SURVEYED_CENTERS = 64
-SCALE_BITS = 24  # of a column's scale, as many as fp32 has, are kept in sums
-MIN_FAR, MAX_FAR = 2.0**8, 2.0**11  # entry over scale that one level always takes, of many rows, and that GPUs resolve
-UNSEEN_BITS = 64  # below the largest entry, where the scale of a column is not known
+SCALE_BITS = 24  # bits of a column's scale that sums keep, as many as fp32 has
+# Ratios of a column's largest entry to its scale. Up to MIN_FAR one level of sums is enough for any number of rows. For
+# few rows it is enough up to MAX_FAR, above which the fixed point of GPUs would lose bits of the scale.
+MIN_FAR, MAX_FAR = 2.0**8, 2.0**11
+UNKNOWN_SCALE_BITS = 64  # an unknown scale of a column is taken as its largest entry times 2^-64
 MIN_EXPONENT = -960
-SMALLEST_FP32 = 2.0**-40  # differences whose squares fp32 still resolves
-NEAR = 2.0**-12  # a squared distance between rows of length 1 in which rounding of the rows shows
+MIN_FP32_DIFFERENCE = 2.0**-40  # fp32 still resolves the squares of such differences
+NEAR = 2.0**-12  # squared distances of unit rows below it are affected by the rounding of the rows
 
 
 class Summary(NamedTuple):
-    """Statistics of a whole data set, so that sums over it are exact whatever the chunks it comes in."""
+    """Statistics of the data set that make sums exact, however it is chunked."""
 
-    rows: int
-    dtype: torch.dtype  # of products and distances: fp64 where squares leave the range of fp32
-    offset: Tensor  # [D] in that dtype, about the middle of the data; 0 where cosine
-    largest: Tensor  # fp64 [D], entry relative to the offset by magnitude, or above it
+    dtype: torch.dtype  # of products and distances; fp64 for fp32 rows whose squares leave the range of fp32
+    offset: Tensor  # [D] in that dtype, about the middle of the data; 0 for cosine
+    largest: Tensor  # fp64 [D], a bound of the magnitude of entries relative to the offset
     rounding: Tensor  # fp64 [levels, D], see `Centers`
 
 
 class Centers(NamedTuple):
-    """Centres, and what rows are computed relative to: an offset of the data costs no digits.
+    """Centres, and the offset to which rows are relative: data far from 0 lose no digits.
 
-    Before they are summed, entries relative to the offset are rounded to multiples of 2^-52 times a bound of their
-    column's sums, so that fp64 sums of these are exact: the same bits in any order of rows, so for any number of
-    threads and any chunks of the data. Where a column has entries far beyond its scale one level would lose the others:
-    what rounding left is then summed by itself, on as many further levels as the scale asks for.
+    Before entries relative to the offset are summed, they are rounded to multiples of 2^-52 times a bound of their
+    column's sums. fp64 sums of these are exact: they have the same bits in any order of rows, and so for any number of
+    threads and any chunks. If a column has entries far above its scale, this rounding would lose the digits of the
+    others. The remainders of the rounding are then summed separately, on as many further levels as the scale needs.
     """
 
-    points: Tensor  # [K, D] fp32 or fp64, of unit length where cosine
-    offset: Tensor  # [D], 0 where cosine
+    points: Tensor  # [K, D] fp32 or fp64, of unit length for cosine
+    offset: Tensor  # [D], 0 for cosine
     cosine: bool
-    largest: Tensor  # fp64 [D] as those of the summary; 0 where nothing is summed
-    rounding: Tensor  # fp64 [levels, D], 1.5 * 2^e, where no sum of a level's entries is above 2^e
+    largest: Tensor  # fp64 [D], as in `Summary`; 0 if nothing is summed
+    rounding: Tensor  # fp64 [levels, D], 1.5 * 2^e, where 2^e is a bound of the sums of a level's entries
 
     def rounded(self, x: Tensor) -> Tensor:
-        """Rows as they are summed, fp64 [levels, N, D]."""
-        x = x.to(self.points.dtype)  # as kernels round them
+        """Returns rows as they are summed, fp64 [levels, N, D]."""
+        x = x.to(self.points.dtype)  # as in the kernels
         left = (unit_rows(x) if self.cosine else x - self.offset).double()
         levels = []
         for rounding in self.rounding:
@@ -76,7 +77,7 @@ class Centers(NamedTuple):
         return torch.stack(levels)
 
     def sum_rows(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Sums [levels, K, D] and numbers of rows whose labels are known; exact sums may be added up in any order."""
+        """Returns the sums [levels, K, D] and the counts [K] of rows with known labels."""
         sums = self.offset.new_zeros(len(self.rounding), *self.points.shape, dtype=torch.float64)
         for start in range(0, len(x), SUMMED_ROWS):
             rows = slice(start, start + SUMMED_ROWS)
@@ -84,36 +85,44 @@ class Centers(NamedTuple):
         return sums, torch.bincount(labels, minlength=len(self.points))
 
     def means(self, sums: Tensor, counts: Tensor) -> Tensor:
-        """[K, D], of unit length where cosine; a centre without rows stays where it is."""
+        """Returns the new centres [K, D], of unit length for cosine; a centre without rows does not move."""
         means = self.offset.double() + sums.sum(0) / counts.clamp(min=1).unsqueeze(1)
         means = torch.where(counts.unsqueeze(1) > 0, means, self.points.double())
         return (normalize_rows(means) if self.cosine else means).to(self.points.dtype)
 
 
 def undecided_rows(gap: Tensor, bound: Tensor, width: int) -> Tensor:
-    """Where rounding could give a row another label, bool [N]: by how far its second lowest score is above the lowest.
+    """Returns whether rounding could give a row another label, bool [N].
 
-    `bound` times the error of a product is the error of a score. A product of `width` numbers, each of them rounded,
-    with as much again to spare; and what it loses below the normal numbers.
+    Args:
+        gap: [N], the second lowest score of each row less the lowest.
+        bound: [N], see `score_bound`; times the relative error of a product it is the error of a score.
+        width: D. The error is that of a product of `width` rounded elements, doubled for safety, and the underflow of
+            each of them.
     """
     limits = torch.finfo(gap.dtype)
     return ~(gap > 2 * ((width + 8) * limits.eps * bound + 4 * width * limits.tiny))
 
 
 def score_bound(squares: Tensor, second: Tensor, largest: Tensor) -> Tensor:
-    """|c| (|c| / 2 + |x|), [N], or above it, of rows with these |x|^2 and the two centres of the lowest scores.
+    """Bound of |c| (|c| / 2 + |x|), [N], for the two centres c with the lowest scores of each row x.
 
-    The norm of a centre is at most the largest one, and at most |x| + |x - c|, where |x - c|^2 = |x|^2 + 2 s for its
-    score s: one far centre takes no digits from the others.
+    The norm of a centre is at most the largest one. It is also at most |x| + |x - c|, where |x - c|^2 = |x|^2 + 2 s for
+    its score s, so that one far centre does not raise the bound of rows near others.
+
+    Args:
+        squares: |x|^2, [N].
+        second: the second lowest score of each row, [N].
+        largest: the largest norm of a centre, [].
     """
     return torch.minimum(largest.square() / 2 + largest * squares.sqrt(), 4 * squares + 3 * second)
 
 
 def multiply(a: Tensor, b: Tensor) -> Tensor:
-    """Product a @ b.T in the dtype of both, exact as fp32 is, whatever PyTorch's setting for fp32 products."""
+    """Returns a @ b.T in the dtype of both, with the precision of fp32 whatever PyTorch's setting for fp32 products."""
     try:
         is_exact = torch.get_float32_matmul_precision() == "highest"
-    except RuntimeError:  # torch does not answer once its newer switch was used
+    except RuntimeError:  # raised after torch's newer setting (fp32_precision) was used
         is_exact = False
     if a.dtype == torch.float32 and not is_exact:
         return (a.double() @ b.double().T).float()
@@ -121,10 +130,10 @@ def multiply(a: Tensor, b: Tensor) -> Tensor:
 
 
 def settle(x: Tensor, centers: Centers, labels: Tensor, distances: Tensor, undecided: Tensor) -> Tensor:
-    """Gives the undecided rows, bool [N], their nearest centre, in place: from differences in fp64, of equally near
-    ones the first. Cosine distances next to 0, in which rounding shows, are taken from differences, too.
+    """Sets labels and distances of the undecided rows, bool [N], in place; returns their indices.
 
-    Returns the indices of the undecided rows.
+    Distances are computed from differences in fp64; of equally near centres the first is taken. Cosine distances close
+    to 0, which rounding affects, are recomputed from differences.
     """
     index = undecided.nonzero().squeeze(1)
     points = centers.points.double()
@@ -133,11 +142,12 @@ def settle(x: Tensor, centers: Centers, labels: Tensor, distances: Tensor, undec
     for part in _parts(index, points):
         rows = x[part].double()
         rows = unit_rows(rows) if centers.cosine else rows
-        every = torch.cdist(rows, points, compute_mode="donot_use_mm_for_euclid_dist").square()
+        all_distances = torch.cdist(rows, points, compute_mode="donot_use_mm_for_euclid_dist").square()
         if centers.cosine:
-            every = torch.where((rows == 0).all(1, keepdim=True) | without_direction, 1.0, every / 2)
-        labels[part] = every.argmin(1)
-        distances[part] = every.gather(1, labels[part].unsqueeze(1)).squeeze(1).to(distances.dtype)
+            has_no_direction = (rows == 0).all(1, keepdim=True) | without_direction
+            all_distances = torch.where(has_no_direction, 1.0, all_distances / 2)
+        labels[part] = all_distances.argmin(1)
+        distances[part] = all_distances.gather(1, labels[part].unsqueeze(1)).squeeze(1).to(distances.dtype)
     if centers.cosine:
         distances[without_direction[labels]] = 1.0
         for part in _parts(((distances < NEAR) & ~undecided).nonzero().squeeze(1), points):
@@ -147,14 +157,14 @@ def settle(x: Tensor, centers: Centers, labels: Tensor, distances: Tensor, undec
 
 
 def _parts(index: Tensor, points: Tensor) -> Iterator[Tensor]:
-    """An index of rows in parts that take little memory in fp64, compared with all points."""
+    """Yields an index of rows in parts that need little memory for fp64 distances to all points."""
     size = max(COMPARED_ENTRIES // max(points.shape), 1)
     for start in range(0, len(index), size):
         yield index[start : start + size]
 
 
 def unit_rows(x: Tensor) -> Tensor:
-    """x_i / |x_i| for norms of any size; 0 for a zero row, and a row as it is whose length is 1 to rounding."""
+    """Returns x_i / |x_i| for norms of any size; zero rows and rows of length 1 within rounding are unchanged."""
     largest = x.abs().amax(1, keepdim=True)
     scaled = x / torch.where(largest > 0, largest, 1.0)
     norm = torch.linalg.vector_norm(scaled, dim=1, keepdim=True)
@@ -163,30 +173,31 @@ def unit_rows(x: Tensor) -> Tensor:
 
 
 def middle_and_scale(x: Tensor, metric: str, spread: Tensor) -> Tensor:
-    """Median of each column, and of its distances to it that are not 0, [2, D]: some far rows change neither.
+    """Median of each column, and its scale: the median of the nonzero distances to that median. [2, D].
 
-    For cosine 0 and the scale of entries. Scale 0 is that of a column in which no entries differ, such as those whose
-    `spread` [D], largest entry less the least, is 0.
+    A few far rows change neither. For cosine the median is replaced by 0. The scale is 0 if all entries of the column
+    are equal. `spread` [D] is the largest entry less the smallest one.
     """
     drawn = torch.randint(len(x), (SURVEYED_ROWS,), generator=torch.Generator().manual_seed(0), device="cpu")
     rows = x[drawn.to(x.device)].double().cpu().numpy()
     middle = np.partition(rows, len(rows) // 2, axis=0)[len(rows) // 2]
     if metric == "cosine":
         middle = np.zeros_like(middle)
-    away = np.sort(np.ascontiguousarray(np.abs(rows - middle).T), axis=1)
-    zeros = (away == 0).sum(1)
-    scale = np.take_along_axis(away, (zeros + len(rows) - 1)[:, None] // 2, axis=1).squeeze(1)
-    rare = (scale == 0) & (spread.cpu().numpy() > 0)  # entries: all rows are searched
-    for column in np.flatnonzero(rare).tolist():
-        others = np.abs(x[:, column].double().cpu().numpy() - middle[column])
-        scale[column] = np.median(others[others > 0]) if others.any() else 0.0
+    distances = np.sort(np.ascontiguousarray(np.abs(rows - middle).T), axis=1)
+    zeros = (distances == 0).sum(1)
+    scale = np.take_along_axis(distances, (zeros + len(rows) - 1)[:, None] // 2, axis=1).squeeze(1)
+    # Other entries are so rare that the drawn rows have none: search all rows.
+    is_rare = (scale == 0) & (spread.cpu().numpy() > 0)
+    for column in np.flatnonzero(is_rare).tolist():
+        column_distances = np.abs(x[:, column].double().cpu().numpy() - middle[column])
+        scale[column] = np.median(column_distances[column_distances > 0]) if column_distances.any() else 0.0
     return torch.from_numpy(np.stack((middle, scale))).to(x.device)
 
 
 def summarize(
     rows: int, low: Tensor, high: Tensor, middle_and_scale: Tensor, metric: str, init: Tensor | str = ""
 ) -> Summary:
-    """Summary of so many rows between `low` and `high`, [D] each, and of given centres [K, D]."""
+    """Returns the summary of `rows` rows between `low` and `high`, [D] each; with given centres, of these too."""
     middle, scale = middle_and_scale
     largest = torch.maximum(high.double() - middle.double(), middle.double() - low.double())
     farthest, dtype = float(largest.max()), middle.dtype
@@ -197,55 +208,61 @@ def summarize(
     if metric == "cosine":
         largest, scale = torch.ones_like(largest), torch.ones_like(largest)
     rounding = _levels(rows, largest.cpu().numpy(), scale.double().cpu().numpy())
-    return Summary(rows, dtype, middle.to(dtype), largest, torch.from_numpy(rounding).to(middle.device))
+    return Summary(dtype, middle.to(dtype), largest, torch.from_numpy(rounding).to(middle.device))
 
 
 def _fits(largest: float, scale: float, width: int, dtype: torch.dtype) -> bool:
-    """Returns whether sums of `width` squares, and squares of usual differences, are in the range of a dtype."""
+    """Returns whether sums of `width` squares, and squares of differences of the scale, are in the range of a dtype."""
     if dtype == torch.float64:
         return True
-    return largest <= math.sqrt(torch.finfo(dtype).max / (8 * width)) and (scale or largest or 1.0) >= SMALLEST_FP32
+    return (
+        largest <= math.sqrt(torch.finfo(dtype).max / (8 * width)) and (scale or largest or 1.0) >= MIN_FP32_DIFFERENCE
+    )
 
 
 def _levels(rows: int, largest: Array, scale: Array) -> Array:
-    """Numbers that round the entries of each level of sums, fp64 [levels, D]: see `Centers.rounding`."""
-    scale = np.where(scale > 0, scale, np.ldexp(largest, -UNSEEN_BITS))
-    far = largest > scale * min(max(2.0 ** (52 - SCALE_BITS) / rows, MIN_FAR), MAX_FAR)
+    """Constants that round the entries of each level of sums, fp64 [levels, D]: see `Centers.rounding`."""
+    scale = np.where(scale > 0, scale, np.ldexp(largest, -UNKNOWN_SCALE_BITS))
+    is_far = largest > scale * min(max(2.0 ** (52 - SCALE_BITS) / rows, MIN_FAR), MAX_FAR)
     levels, bound = [], largest
     while True:
         exponents = np.maximum(np.frexp(bound * rows)[1], MIN_EXPONENT)
         levels.append(np.ldexp(1.5, exponents))
-        unit = np.ldexp(1.0, exponents - 52)
-        if not (far & (unit > np.ldexp(scale, -SCALE_BITS)) & (exponents > MIN_EXPONENT)).any():
+        step = np.ldexp(1.0, exponents - 52)  # entries of this level are rounded to multiples of it
+        if not (is_far & (step > np.ldexp(scale, -SCALE_BITS)) & (exponents > MIN_EXPONENT)).any():
             return np.stack(levels)
-        bound = unit / 2
+        bound = step / 2
 
 
 def prepare(points: Tensor, metric: str, summary: Summary | None = None, dtype: torch.dtype | None = None) -> Centers:
-    """Centres for passes over data of that summary. Without one there are no sums, and the dtype is that of products:
-    by default that of the points, or fp64 where their squares would leave its range."""
+    """Returns centres for passes over data of that summary.
+
+    Without a summary the passes have no sums, and products are in `dtype`: by default the dtype of the points, or fp64
+    if their squares would leave its range.
+    """
     cosine = metric == "cosine"
     if summary is not None:
         points = points.to(summary.dtype)
         points = unit_rows(points) if cosine else points
         return Centers(points, summary.offset, cosine, summary.largest, summary.rounding)
-    middle = _spread(points, SURVEYED_CENTERS).median(0).values
+    middle = _evenly_spaced(points, SURVEYED_CENTERS).median(0).values
     offset = torch.zeros_like(middle) if cosine else middle
     if dtype is None:
         dtype, largest = points.dtype, float((points.double() - offset.double()).abs().max())
         dtype = dtype if cosine or largest == 0 or _fits(largest, largest, len(middle), dtype) else torch.float64
     points, offset = points.to(dtype), offset.to(dtype)
-    nothing = torch.zeros_like(offset, dtype=torch.float64)
-    return Centers(unit_rows(points) if cosine else points, offset, cosine, nothing, nothing.unsqueeze(0))
+    zeros = torch.zeros_like(offset, dtype=torch.float64)
+    return Centers(unit_rows(points) if cosine else points, offset, cosine, zeros, zeros.unsqueeze(0))
 
 
-def _spread(x: Tensor, most: int) -> Tensor:
-    """At most so many rows, evenly spaced."""
-    return x[:: -(-len(x) // most)] if len(x) > most else x
+def _evenly_spaced(x: Tensor, limit: int) -> Tensor:
+    """Returns at most `limit` rows, evenly spaced."""
+    return x[:: -(-len(x) // limit)] if len(x) > limit else x
 
 
 def serial_sum(x: Tensor) -> float:
-    """Sum of a vector in fp64, in one order whatever the number of threads."""
+    """Sum of a vector in fp64, in the same order for any number of threads."""
     if x.device.type != "cpu":
         return float(x.sum(dtype=torch.float64))
-    return math.fsum(float(x[start : start + SERIAL].sum(dtype=torch.float64)) for start in range(0, len(x), SERIAL))
+    starts = range(0, len(x), SERIAL_ELEMENTS)
+    return math.fsum(float(x[start : start + SERIAL_ELEMENTS].sum(dtype=torch.float64)) for start in starts)

@@ -1,16 +1,16 @@
-"""One pass over the data in CUDA C++: `csrc/cuda/kmeans_*.cuh`, for GPUs and systems that Triton is not for.
+"""One pass over the data in CUDA C++ (`csrc/cuda/kmeans_*.cuh`), where Triton is unavailable.
 
     euclidean   label_i = argmin_k |x_i - c_k|^2,   distance_i = |x_i - c_label|^2
     cosine      label_i = argmax_k <x_i, c_k>,      distance_i = |x_i - c_label|^2 / 2, x_i divided by its norm
 
-A block finds the argmin of |c|^2 / 2 - <x, c> for a tile of rows against tiles of centres: no N x K scores. fp16 and
-bf16 rows are multiplied as they are, on tensor cores (bf16 before compute capability 8.0 is not), with centres as the
-sum of two numbers of their dtype; fp32 rows relative to the offset, in fp32. Few centres: a block adds the rows of a
-tile to its sums while the cache has them. Many: rows are sorted by label, and read once more. Sums are exact: fp32
-entries are added as integers. No add is atomic.
+A block finds the argmin of |c|^2 / 2 - <x, c> for a tile of rows against tiles of centres: no N x K scores. Products
+of fp16 and bf16 rows are in their dtype, on tensor cores (bf16 before compute capability 8.0 on CUDA cores), with
+centres as the sum of two parts of that dtype. Products of fp32 rows, relative to the offset, are in fp32. With few
+centres, a block adds the rows of a tile to its sums while they are in the cache. With many, rows are sorted by label
+and read once more. Sums are exact: fp32 entries are added as integers. No add is atomic.
 
-Memory beyond inputs and outputs. Few centres: their fp64 sums for each block that runs at a time. Many: the order and
-the norms of the rows, and fp64 sums of every 256 rows.
+Memory beyond inputs and outputs: with few centres, fp64 sums for each block that runs at a time; with many, the order
+and the norms of the rows, and fp64 sums of every 256 rows.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from torch import Tensor
 from mcl_kernels.backends import cuda
 from mcl_kernels.kmeans.centers import Centers, settle
 from mcl_kernels.kmeans.gpu_common import (
-    MOST_NUMBERS,
-    MOST_SUMMED,
+    MAX_SUMMED_CENTERS,
+    MAX_SUMMED_ELEMENTS,
     cut_into_pieces,
     fixed_point,
     make_factors,
@@ -30,24 +30,25 @@ from mcl_kernels.kmeans.gpu_common import (
     score_limits,
 )
 
-TILE_ROWS = 64  # of a block; of fp64, which is for checks, half as many
-HIGH_BITS = 22  # of the first of an fp32 entry's two integers
+TILE_ROWS = 64  # rows of a block's tile; half as many for fp64, which is for checks
+HIGH_BITS = 22  # bits of the first of an fp32 entry's two integers
 
-# How entries are rounded, by column: what rounds the last integer, the factor of the first, the unit of the last.
+# Fixed-point format of entries (see `fixed_point`): rounding of the last integer, scale of the first, value of 1 in the
+# last. For fp64 the first of the three is `Centers.rounding`, and the others are None.
 _Rounding = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 def assign(x: Tensor, centers: Centers) -> tuple[Tensor, Tensor]:
-    """The nearest centre of each row, int64 [N], and the distance to it, [N] in the dtype of the centres."""
+    """Finds the nearest centre of each row, int64 [N], and the distance to it, [N] in the dtype of the centres."""
     labels, distances, _, _ = _assign(x, centers)
     return labels, distances
 
 
 def assign_and_sum(x: Tensor, centers: Centers) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`assign`, and in the same pass the sum of each centre's rows relative to the offset, and their number."""
+    """`assign`, and in the same pass the sum of each centre's rows relative to the offset, and their count."""
     k, width = centers.points.shape
     rounding = _rounding_of(centers)
-    if k > MOST_SUMMED or k * width > MOST_NUMBERS:
+    if k > MAX_SUMMED_CENTERS or k * width > MAX_SUMMED_ELEMENTS:
         labels, distances, index, inverse_norms = _assign(x, centers)
         sums, counts = _sum_by_label(x, centers, rounding, labels, inverse_norms)
         if centers.cosine:
@@ -57,8 +58,8 @@ def assign_and_sum(x: Tensor, centers: Centers) -> tuple[Tensor, Tensor, Tensor,
     sums = torch.zeros(blocks, k, width, dtype=torch.float64, device=x.device)
     counts = torch.empty(blocks, k, dtype=torch.int64, device=x.device)
     labels, distances, index, _ = _assign(x, centers, rounding, sums, counts)
-    added, number = centers.sum_rows(x[index], labels[index])
-    return labels, distances, sums.sum(0) + added[0], counts.sum(0) + number
+    settled_sums, settled_counts = centers.sum_rows(x[index], labels[index])
+    return labels, distances, sums.sum(0) + settled_sums[0], counts.sum(0) + settled_counts
 
 
 def _assign(
@@ -68,8 +69,10 @@ def _assign(
     sums: Tensor | None = None,
     counts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Labels, distances, the rows that were undecided, and for cosine 1 / |x_i| of the others; fills the sums and
-    counts of each block, of the others alone."""
+    """Labels, distances, the index of the rows that were undecided, and for cosine 1 / |x_i| of the other rows.
+
+    Fills `sums` and `counts` of each block, if given, from the decided rows.
+    """
     points, n = centers.points, len(x)
     half = x.dtype.itemsize == 2 and points.dtype == torch.float32
     factors = make_factors(x, centers, half)
@@ -77,9 +80,10 @@ def _assign(
     labels, distances = torch.empty(n, dtype=torch.int64, device=x.device), points.new_empty(n)
     undecided = torch.empty(n, dtype=torch.bool, device=x.device)
     inverse_norms = points.new_empty(n) if centers.cosine else None
-    cuda.ops().assign(
-        x, centers.offset, inverse_norms, *rounding, points.contiguous(), factors.high, factors.low,
-        factors.half_norms, limits, labels, distances, undecided, sums, counts,
+    cuda.ops().assign_clusters(
+        [x, centers.offset, *rounding], inverse_norms,
+        [points.contiguous(), factors.high, factors.low, factors.half_norms, limits],
+        labels, distances, undecided, sums, counts,
     )  # fmt: skip
     return labels, distances, settle(x, centers, labels, distances, undecided), inverse_norms
 
@@ -87,18 +91,19 @@ def _assign(
 def _rounding_of(centers: Centers) -> _Rounding:
     if centers.points.dtype == torch.float64:
         return centers.rounding[0], None, None
-    scale, last_integer, unit = fixed_point(centers, HIGH_BITS)
-    return last_integer, scale, unit
+    first_scale, last_rounding, last_value = fixed_point(centers, HIGH_BITS)
+    return last_rounding, first_scale, last_value
 
 
 def _sum_by_label(
     x: Tensor, centers: Centers, rounding: _Rounding, labels: Tensor, inverse_norms: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Sums and counts of many centres."""
+    """Sums and counts for many centres."""
     ops, k = cuda.ops(), len(centers.points)
     pieces = cut_into_pieces(labels, k)
     of_pieces = torch.empty(len(pieces.begin), x.shape[1], dtype=torch.float64, device=x.device)
     sums = torch.empty(k, x.shape[1], dtype=torch.float64, device=x.device)
-    ops.sum_pieces(x, centers.offset, inverse_norms, *rounding, pieces.order, pieces.begin, pieces.end, of_pieces)
+    order = [pieces.order, pieces.begin, pieces.end]
+    ops.sum_pieces([x, centers.offset, *rounding], inverse_norms, order, of_pieces)
     ops.join_pieces(of_pieces, pieces.first, pieces.last, sums)
     return sums, pieces.counts

@@ -1,7 +1,7 @@
-"""One pass over the data by a flat index of faiss, on its GPUs where it has some: another engine, for comparisons.
+"""One pass over the data by a flat index of faiss, on the GPUs that it supports; for comparisons with another engine.
 
-The algorithm around it is the same, and so is what it promises: faiss computes in fp32, in an order that depends on the
-rows of a chunk, but where that could decide which of two centres is nearer differences do.
+The results are as right as those of the other implementations. faiss computes in fp32, in an order that depends on the
+rows of a chunk; where that could decide which of two centres is nearer, distances are computed from differences.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from torch import Tensor
 
 from mcl_kernels.kmeans.centers import Centers, score_bound, settle, undecided_rows, unit_rows
 
-SLAB = 1 << 14  # rows that are copied at a time
+SLAB = 1 << 14  # rows copied at a time
 
 
 def assign(x: Tensor, centers: Centers) -> tuple[Tensor, Tensor]:
-    """The nearest centre of each row, int64 [N], and the distance to it, [N] in the dtype of the centres."""
+    """Finds the nearest centre of each row, int64 [N], and the distance to it, [N] in the dtype of the centres."""
     import faiss
 
     points, width = centers.points - centers.offset, centers.points.shape[1]
-    # By a power of 2 next to 1: faiss computes in fp32.
-    unit = 2.0 ** -math.frexp(float(points.abs().max()))[1]
-    scaled = (points * unit).float().cpu()
+    # faiss computes in fp32: a power of 2 scales the largest element to about 1.
+    scale = 2.0 ** -math.frexp(float(points.abs().max()))[1]
+    scaled = (points * scale).float().cpu()
     largest = scaled.square().sum(1).max().sqrt()
     index: Any = faiss.IndexFlatIP(width) if centers.cosine else faiss.IndexFlatL2(width)
     if faiss.get_num_gpus():
@@ -37,14 +37,14 @@ def assign(x: Tensor, centers: Centers) -> tuple[Tensor, Tensor]:
         rows = slice(start, min(start + SLAB, len(x)))
         raw = x[rows].to(points.dtype)
         relative = unit_rows(raw) if centers.cosine else raw - centers.offset
-        slab = (relative * unit).float().cpu()
+        slab = (relative * scale).float().cpu()
         values, nearest = map(torch.from_numpy, index.search(slab.numpy(), min(2, len(points))))
         labels[rows] = nearest[:, 0].clamp(min=0).to(x.device)  # -1 where a row is not finite
         if len(points) > 1:
             undecided[rows] = _undecided(values, slab, largest, centers.cosine).to(x.device)
-        # From differences: its own lose digits next to a centre.
+        # From differences: those of faiss lose digits near a centre.
         if centers.cosine:
-            undecided[rows] |= (relative == 0).all(1)  # a row without a direction has a distance of its own
+            undecided[rows] |= (relative == 0).all(1)  # `settle` sets the distance of a row without a direction
             distances[rows] = (relative - points[labels[rows]]).square().sum(1) / 2
         else:
             distances[rows] = (raw - centers.points[labels[rows]]).square().sum(1)
@@ -53,17 +53,20 @@ def assign(x: Tensor, centers: Centers) -> tuple[Tensor, Tensor]:
 
 
 def assign_and_sum(x: Tensor, centers: Centers) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`assign`, and the sum of each centre's rows relative to the offset, and their number."""
+    """`assign`, and the sum of each centre's rows relative to the offset, and their count."""
     labels, distances = assign(x, centers)
     sums, counts = centers.sum_rows(x, labels)
     return labels, distances, sums[0], counts
 
 
 def _undecided(values: Tensor, slab: Tensor, largest: Tensor, cosine: bool) -> Tensor:
-    """Where rounding could give a row another label, bool [N], by what faiss finds of its two nearest centres."""
+    """Returns whether rounding could give a row another label, bool [N].
+
+    `values` are those of faiss for the two nearest centres, products for cosine and else squared distances.
+    """
     squares, width = slab.square().sum(1), slab.shape[1]
     if cosine:
         return undecided_rows(values[:, 0] - values[:, 1], largest * squares.sqrt(), width)
-    # Half of |x|^2 + |c|^2 - 2 <x, c>, which rounds |x|^2, too.
+    # Scores are half of |x|^2 + |c|^2 - 2 <x, c>, whose rounding grows with |x|^2 too.
     gap, second = (values[:, 1] - values[:, 0]) / 2, (values[:, 1] - squares) / 2
     return undecided_rows(gap, squares + score_bound(squares, second, largest), width)

@@ -1,4 +1,4 @@
-"""A fitted k-means in a safetensors file: centres, settings and results, without anything that is unpickled."""
+"""A fitted k-means in a safetensors file: centres, settings and results. Loading unpickles nothing."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
 class Saved:
-    """Base of `KMeans`: it is written to a file and read from one."""
+    """Base of `KMeans` that writes it to a file and reads it."""
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Saves the centres, the settings and the results of `fit`, in the safetensors format.
 
-        `labels_`, of the size of the data, are not kept, nor is a `group`. The file is replaced in one step.
+        `labels_`, which are as many as the rows, and a `group` are not saved. The file is replaced in one step.
 
         Args:
             path: the file to write, in a directory that exists.
 
         Raises:
             RuntimeError: `fit` was not called.
-            OSError: the file cannot be written; it is as it was.
+            OSError: the file cannot be written; an earlier one is unchanged.
 
         Example:
             >>> import tempfile
@@ -52,20 +52,20 @@ class Saved:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> Self:
-        """Loads what `save` wrote. `predict` gives the labels that it gave before; `labels_` is missing.
+        """Loads a file that `save` wrote. `predict` returns the same labels as before; `labels_` is not set.
 
-        Nothing is unpickled. The content is compared with the checksum that `save` put into the file.
+        Nothing is unpickled. The content is compared with the checksum in the file.
 
         Args:
             path: the file that `save` wrote.
-            device: of the centres, and so of the rows that `predict` takes.
+            device: device of the centres, and so of the rows that `predict` takes.
 
         Returns:
             A fitted `KMeans` without a `group`.
 
         Raises:
-            OSError: the file cannot be opened, or is no regular file.
-            ValueError: it is not what `save` wrote: of another format or version, damaged, or inconsistent.
+            OSError: the file cannot be opened, or is not a regular file.
+            ValueError: the file was not written by `save`: another format or version, damaged, or inconsistent.
 
         Example:
             See `save`.
@@ -78,9 +78,9 @@ class Saved:
             n_clusters, centers = settings.pop("n_clusters"), tensors["cluster_centers"]
             kmeans = cls(n_clusters, **settings)  # type: ignore[call-arg]
             results = {name: fields[name] for name in RESULTS}
-            numbers = [("inertia_", float), ("n_iter_", int), ("init_rows_", int), ("history_", list)]
-            for name, kind in numbers:
-                if type(results[name]) is not kind or (kind is int and results[name] < 0):
+            types = {"inertia_": float, "n_iter_": int, "init_rows_": int, "history_": list}
+            for name, expected in types.items():
+                if type(results[name]) is not expected or (expected is int and results[name] < 0):
                     raise ValueError(f"{name} = {results[name]!r}")
             if centers.ndim != 2 or not 1 <= len(centers) <= n_clusters or not centers.shape[1]:
                 raise ValueError(f"centres of shape {list(centers.shape)} for {n_clusters} clusters")
@@ -101,7 +101,7 @@ class Saved:
 
 
 def dump(kmeans: Any) -> bytes:
-    """Content of the file of a fitted k-means."""
+    """Returns the content of the file of a fitted k-means."""
     from safetensors.torch import save
 
     if not hasattr(kmeans, "cluster_centers_"):
@@ -116,7 +116,7 @@ def dump(kmeans: Any) -> bytes:
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors, and settings with results, of a file that is as it was written."""
+    """Tensors, and settings with results, of a file whose checksum is right."""
     from safetensors import SafetensorError, safe_open
 
     open_regular(path).close()
@@ -140,6 +140,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _digest(text: str, tensors: dict[str, Tensor]) -> str:
+    """SHA-256 of the settings, and of the tensors with their names, shapes and dtypes."""
     digest = hashlib.sha256(text.encode())
     for name in sorted(tensors):
         x = tensors[name]

@@ -3,9 +3,9 @@
     euclidean   label_i = argmin_k |x_i - c_k|^2,   distance_i = |x_i - c_label|^2
     cosine      label_i = argmax_k <x_i, c_k>,      distance_i = |x_i - c_label|^2 / 2, x_i divided by its norm
 
-Ties go to the lowest index. Every product has the same shape, the last tile being padded, so that a row gets
-the same label whatever the rows around it. The argmin is taken of |c|^2 / 2 - <x, c> relative to the offset, and of
-differences where rounding could decide.
+Ties go to the lowest index. Every product has the same shape (the last tile is padded), so that a row gets the same
+label whatever the rows around it. The label is the argmin of |c|^2 / 2 - <x, c> relative to the offset. Where rounding
+could decide, it is the argmin of distances computed from differences.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ TILE = 1024
 
 
 def assign(x: Tensor, centers: Centers) -> tuple[Tensor, Tensor]:
-    """The nearest centre of each row, int64 [N], and the distance to it, [N] in the dtype of the centres."""
+    """Finds the nearest centre of each row, int64 [N], and the distance to it, [N] in the dtype of the centres."""
     labels = torch.empty(len(x), dtype=torch.int64, device=x.device)
     distances = centers.points.new_empty(len(x))
     undecided = torch.empty(len(x), dtype=torch.bool, device=x.device)
@@ -32,14 +32,14 @@ def assign(x: Tensor, centers: Centers) -> tuple[Tensor, Tensor]:
 
 
 def assign_and_sum(x: Tensor, centers: Centers) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`assign`, and the sum of each centre's rows relative to the offset, and their number."""
+    """`assign`, and the sum of each centre's rows relative to the offset, and their count."""
     labels, distances = assign(x, centers)
     sums, counts = centers.sum_rows(x, labels)
     return labels, distances, sums[0], counts
 
 
 def _assign_tile(tile: Tensor, centers: Centers) -> tuple[Tensor, Tensor, Tensor]:
-    """Labels, distances, and where another label may be right."""
+    """Labels, distances, and which rows are undecided: rounding could give them another label."""
     rows = unit_rows(tile) if centers.cosine else tile - centers.offset
     points = centers.points - centers.offset
     half_norms = points.square().sum(1) / 2
@@ -51,11 +51,11 @@ def _assign_tile(tile: Tensor, centers: Centers) -> tuple[Tensor, Tensor, Tensor
     squares, largest = rows.square().sum(1), (2 * half_norms.max()).sqrt()
     bound = largest * squares.sqrt() if centers.cosine else score_bound(squares, second, largest)
     undecided = undecided_rows(second - lowest, bound, tile.shape[1])
-    if centers.cosine:  # a row without a direction has a distance of its own
+    if centers.cosine:  # `settle` sets the distance of a row without a direction
         return labels, (rows - points[labels]).square().sum(1) / 2, undecided | (squares == 0)
     return labels, (tile - centers.points[labels]).square().sum(1), undecided
 
 
 def _fixed_shape_product(tile: Tensor, centers: Tensor) -> Tensor:
-    """tile @ centers.T, computed as if the tile were full: the rounding of a row must not depend on the others."""
+    """Computes tile @ centers.T with the tile padded to TILE rows, so that a row is rounded the same in any tile."""
     return multiply(F.pad(tile, (0, 0, 0, TILE - len(tile))), centers)[: len(tile)]

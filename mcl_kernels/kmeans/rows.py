@@ -1,7 +1,8 @@
-"""Rows to cluster: a tensor or an array in memory, the file behind a memory map, or chunks that can be iterated again.
+"""Sources of rows: a tensor or an array in memory, the file behind a memory map, or an iterable of chunks.
 
-A pass reads them in order, in chunks whose sizes nothing depends on. A file is read, not mapped, since
-touched pages of a map count as resident: into one of two buffers, while the other is computed with.
+A pass reads the rows in order, in chunks; results are the same for any sizes of chunks. A file is read, not mapped,
+because touched pages of a map count as resident memory. There are two buffers: one is filled while the caller computes
+with the other.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import math
 import mmap
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from numbers import Real
 from typing import Any
@@ -24,7 +25,7 @@ from torch import Tensor
 from mcl_kernels._validate import check_embeddings
 
 CHUNK_BYTES = 1 << 26
-CHUNK_MULTIPLE = 1024  # rows: whole tiles of any implementation
+CHUNK_MULTIPLE = 1024  # rows; chunks of a multiple of it are complete tiles for every implementation
 
 Array = np.ndarray[Any, Any]
 
@@ -32,14 +33,13 @@ _log = logging.getLogger(__name__)
 
 
 class Rows:
-    """Rows [N, width] under the name of the argument they came as, like the row of `like`.
+    """Rows [N, width] of one dtype and device, named after the argument that they came as.
 
-    The N of an iterable is not known before it was iterated. They may be one shard of several (`ShardedRows`): what
-    their processes do together, from `held` to `decide`, is nothing for one process.
+    `like` is an empty tensor of the same width, dtype and device. `rows` is N, or None for an iterable that was not
+    read yet.
     """
 
     rows: int | None = None
-    shard, shards = 0, 1
     _surveyed: tuple[int, Tensor, Tensor] | None = None
 
     def __init__(self, name: str, like: Tensor) -> None:
@@ -48,11 +48,11 @@ class Rows:
         self.width, self.dtype, self.device = like.shape[1], like.dtype, like.device
 
     def chunks(self) -> Iterator[Tensor]:
-        """All rows in order; a chunk holds until the next one is asked for."""
+        """Yields all rows in order; a chunk is valid until the next one is requested."""
         raise NotImplementedError
 
     def take(self, index: Tensor) -> Tensor:
-        """The rows at ascending positions."""
+        """Returns the rows at ascending positions."""
         taken, begin, index = [], 0, index.to(self.device)
         for chunk in self.chunks():
             here = index[(index >= begin) & (index < begin + len(chunk))]
@@ -61,42 +61,18 @@ class Rows:
         return torch.cat(taken)
 
     def load(self) -> Tensor:
-        """All rows, in memory."""
+        """Returns all rows in memory."""
         return torch.cat([self.like, *(chunk.clone() for chunk in self.chunks())])
-
-    def batches(self, size: int, rows: int, generator: torch.Generator) -> Iterator[Tensor]:
-        """As many rows as there are, `size` at a time, each batch drawn at random with replacement."""
-        for begin in range(0, rows, size):
-            index = torch.randint(rows, (min(size, rows - begin),), generator=generator, device="cpu")
-            yield self.take_held(index.sort().values)
-
-    @property
-    def held(self) -> range:
-        """The positions in the data set of the rows that this process has, which it reads in a pass."""
-        return range(self.count())
-
-    def take_held(self, index: Tensor) -> Tensor:
-        """Rows at the given ascending positions that are stored in this process."""
-        return self.take(index)
-
-    def total(self, objective: float, *of_held: Tensor) -> tuple[float, tuple[Tensor, ...]]:
-        """The sums over all shards of what a process found in its own."""
-        return objective, of_held
-
-    def from_first(self, compute: Callable[[], Tensor]) -> Tensor:
-        """Rows that the process of the first shard computes, in the dtype of centres."""
-        return compute()
-
-    def decide(self, decision: bool) -> bool:
-        """The decision of the process of the first shard, since others may round otherwise."""
-        return decision
 
     def count(self) -> int:
         """Number of rows; read from the data if it is not known."""
         return self.survey()[0] if self.rows is None else self.rows
 
     def survey(self) -> tuple[int, Tensor, Tensor]:
-        """Number of rows, and least and largest entry of each column; names the first row that is not finite."""
+        """Returns the number of rows, and the smallest and the largest entry of each column.
+
+        Raises a ValueError that names the first row that is not finite.
+        """
         if self._surveyed is None:
             self._surveyed = self._survey()
         return self._surveyed
@@ -106,17 +82,15 @@ class Rows:
         high = -low
         for chunk in self.chunks():
             if len(chunk):
-                low, high = (
-                    torch.minimum(low, chunk.amin(0)),
-                    torch.maximum(high, chunk.amax(0)),
-                )  # NaN where there is one
+                # Both propagate NaN.
+                low, high = torch.minimum(low, chunk.amin(0)), torch.maximum(high, chunk.amax(0))
                 if not bool((high - low).isfinite().all()):
                     self.refuse_not_finite(chunk, rows)
             rows += len(chunk)
         return rows, low, high
 
     def refuse_not_finite(self, chunk: Tensor, first: int) -> None:
-        """Names the first row of a chunk, whose rows begin at `first`, that is not finite, if there is one."""
+        """Raises if a row of the chunk is not finite; the error names it. `first` is the position of the chunk."""
         for begin in range(0, len(chunk), CHUNK_MULTIPLE):
             bad = ~chunk[begin : begin + CHUNK_MULTIPLE].isfinite().all(1)
             if bool(bad.any()):
@@ -125,13 +99,13 @@ class Rows:
 
 
 class TensorRows(Rows):
-    """Rows in memory: one chunk."""
+    """Rows in memory, read as one chunk."""
 
     def __init__(self, name: str, x: Tensor) -> None:
         super().__init__(name, x)
         if x.is_meta:
             raise ValueError(f"{name} must hold values: got a tensor on the device meta")
-        # Of other strides every pass would make a copy.
+        # Implementations need contiguous rows: one copy here instead of one in every pass.
         self.x = x.detach().contiguous() if x.stride(1) != 1 else x.detach()
         self.rows = len(x)
 
@@ -146,37 +120,40 @@ class TensorRows(Rows):
 
 
 class FileRows(Rows):
-    """Rows of a file: `rows` of them, `row_bytes` apart, the first at `position`."""
+    """Rows of a file: the first one begins at byte `position`, the others follow every `row_bytes`."""
 
     rows: int
 
     def __init__(
-        self, name: str, path: str | os.PathLike[str], position: int, shape: tuple[int, int], dtype: torch.dtype,
+        self,
+        name: str,
+        path: str | os.PathLike[str],
+        position: int,
+        shape: tuple[int, int],
+        dtype: torch.dtype,
         row_bytes: int | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(name, torch.empty(0, shape[1], dtype=dtype, device="cpu"))
         self.path, self.position, self.rows = path, position, shape[0]
         self.width_bytes = self.width * dtype.itemsize
         self.row_bytes = self.width_bytes if row_bytes is None else row_bytes
-        held = max(os.stat(path).st_size - position, 0)
-        if held < self._bytes_of(self.rows):
-            raise self._ends_in(held // self.row_bytes)
+        available = max(os.stat(path).st_size - position, 0)
+        if available < self._extent(self.rows):
+            raise self._truncated(available // self.row_bytes)
 
     def chunks(self) -> Iterator[Tensor]:
         size = _chunk_rows(self.row_bytes)
-        buffer_bytes = self._bytes_of(min(size, self.rows))
-        buffers = [
-            torch.empty(buffer_bytes, dtype=torch.uint8, device="cpu") for _ in range(2 if self.rows > size else 1)
-        ]
+        n_buffers, buffer_bytes = 2 if self.rows > size else 1, self._extent(min(size, self.rows))
+        buffers = [torch.empty(buffer_bytes, dtype=torch.uint8, device="cpu") for _ in range(n_buffers)]
         with open(self.path, "rb", buffering=0) as file, ThreadPoolExecutor(1) as reader:
 
             def read(begin: int) -> Tensor:
                 rows, buffer = min(size, self.rows - begin), buffers[begin // size % 2]
-                self._read(file, begin, buffer.numpy().data[: self._bytes_of(rows)])
+                self._read(file, begin, buffer.numpy().data[: self._extent(rows)])
                 return buffer.as_strided((rows, self.width_bytes), (self.row_bytes, 1)).view(self.dtype)
 
             ahead = reader.submit(read, 0)
-            for begin in range(0, max(self.rows, 1), size):  # of no rows one chunk
+            for begin in range(0, max(self.rows, 1), size):  # a file without rows has one empty chunk
                 chunk = ahead.result()
                 _log.info("%s: row %s of %s", self.name, f"{begin:,}", f"{self.rows:,}")
                 if begin + size < self.rows:
@@ -192,31 +169,31 @@ class FileRows(Rows):
 
     def _read(self, file: io.FileIO, first: int, into: memoryview) -> None:
         """Fills the buffer with the bytes of the file from row `first` on."""
-        got, position = 0, self.position + first * self.row_bytes
-        while got < len(into):
-            read = _read_at(file, position + got, into[got:])
-            if not read:
-                raise self._ends_in(first + got // self.row_bytes)
-            got += read
+        filled, position = 0, self.position + first * self.row_bytes
+        while filled < len(into):
+            n_read = _read_at(file, position + filled, into[filled:])
+            if not n_read:
+                raise self._truncated(first + filled // self.row_bytes)
+            filled += n_read
 
-    def _bytes_of(self, rows: int) -> int:
-        """Bytes from the first to the last entry of that many rows."""
+    def _extent(self, rows: int) -> int:
+        """Number of bytes from the first to the last entry of that many rows."""
         return (rows - 1) * self.row_bytes + self.width_bytes if rows else 0
 
-    def _ends_in(self, row: int) -> ValueError:
+    def _truncated(self, row: int) -> ValueError:
         return ValueError(f"{self.name} ends in row {row} of {self.rows}: {os.fspath(self.path)} is truncated")
 
 
 def _read_at(file: io.FileIO, position: int, into: memoryview) -> int:
     """Reads into the buffer from a position of the file; returns the number of bytes."""
-    if hasattr(os, "preadv"):  # one call of the system in place of two
+    if hasattr(os, "preadv"):  # one system call instead of two; missing on Windows
         return os.preadv(file.fileno(), [into], position)
     file.seek(position)
     return file.readinto(into) or 0
 
 
 class ChunkedRows(Rows):
-    """Rows of an iterable of chunks, such as a DataLoader, which yields the same rows in every pass."""
+    """Rows of an iterable of chunks, such as a DataLoader, that yields the same rows in every pass."""
 
     def __init__(self, name: str, x: Iterable[Any]) -> None:
         if iter(x) is x:
@@ -229,14 +206,10 @@ class ChunkedRows(Rows):
         self.first_row = first[0].clone()
 
     def chunks(self) -> Iterator[Tensor]:
-        return self._collected(_chunk_rows(self.width * self.dtype.itemsize))
+        return self.chunks_of(_chunk_rows(self.width * self.dtype.itemsize))
 
-    def batches(self, size: int, rows: int, generator: torch.Generator) -> Iterator[Tensor]:
-        """All rows in their order, since they cannot be drawn."""
-        return self._collected(min(size, rows))
-
-    def _collected(self, size: int) -> Iterator[Tensor]:
-        """Chunks of `size` rows: those of the iterable do not matter."""
+    def chunks_of(self, size: int) -> Iterator[Tensor]:
+        """Yields all rows in order in chunks of `size` rows, however the iterable is chunked."""
         buffer = torch.empty(size, self.width, dtype=self.dtype, device=self.device)
         filled = rows = 0
         for chunk in _checked_chunks(self.name, self.iterable, self.like):
@@ -259,6 +232,7 @@ class ChunkedRows(Rows):
 
 
 def _checked_chunks(name: str, iterable: Iterable[Any], like: Tensor | None = None) -> Iterator[Tensor]:
+    """Yields the chunks of an iterable as tensors; raises if one differs from `like` in width, dtype or device."""
     for number, chunk in enumerate(iterable):
         chunk_name = f"chunk {number} of {name}"
         if isinstance(chunk, (tuple, list)) and len(chunk) == 1:  # a DataLoader of a TensorDataset
@@ -281,16 +255,16 @@ RowsLike = Tensor | Array | Iterable[Any] | Rows
 
 
 def open_rows(name: str, x: object) -> Rows:
-    """The rows of an argument."""
+    """Opens an argument as a source of rows."""
     if isinstance(x, Rows):
         return x
     if isinstance(x, np.memmap) and x.mode != "c":
-        mapped = getattr(x, "_mmap", None)  # results of arithmetic have none
+        mapped = getattr(x, "_mmap", None)  # None for the result of arithmetic, which is in memory
         if mapped is not None and x.filename is not None:
-            return _rows_behind(name, x, x.filename, mapped)
+            return _open_map(name, x, x.filename, mapped)
     if isinstance(x, (Tensor, np.ndarray)):
         return TensorRows(name, as_tensor(name, x))
-    # A data frame or another library's array would be iterated over its columns, or row by row.
+    # Iterating over a data frame yields its columns, over another library's array single rows: both are refused.
     conversions = {
         "to_numpy": f"{name}.to_numpy()",
         "toarray": f"{name}.toarray()",
@@ -303,7 +277,7 @@ def open_rows(name: str, x: object) -> Rows:
 
 
 def _described_chunk(name: str, chunk: object) -> str:
-    """Text for an error: the kind of what came in place of rows, and the remedy."""
+    """Text for an error: the type of a chunk that is no tensor, and the remedy."""
     kind = type(chunk).__name__
     if isinstance(chunk, Mapping):
         return f"{kind} with the keys {list(chunk)}; give the rows alone"
@@ -315,22 +289,23 @@ def _described_chunk(name: str, chunk: object) -> str:
 
 
 def _chunk_rows(row_bytes: int) -> int:
+    """Number of rows of a chunk."""
     rows = max(CHUNK_BYTES // row_bytes, 1)
     return rows if rows < CHUNK_MULTIPLE else rows // CHUNK_MULTIPLE * CHUNK_MULTIPLE
 
 
-def _rows_behind(name: str, x: np.memmap[Any, Any], path: str, mapped: mmap.mmap) -> FileRows:
-    """The file of a memory map, or of a part of one whose rows lie in order."""
+def _open_map(name: str, x: np.memmap[Any, Any], path: str, mapped: mmap.mmap) -> FileRows:
+    """Opens the file of a memory map, or of a slice of one whose rows are in ascending order."""
     like = as_tensor(name, np.empty((0, *x.shape[1:]), x.dtype))
     check_embeddings(name, torch.empty(x.shape, dtype=like.dtype, device="meta"))
-    row_bytes, number_bytes = x.strides
+    row_bytes, entry_bytes = x.strides
     width_bytes = x.shape[1] * x.itemsize
-    if (number_bytes != x.itemsize and x.shape[1] > 1) or (row_bytes < width_bytes and len(x) > 1):
+    if (entry_bytes != x.itemsize and x.shape[1] > 1) or (row_bytes < width_bytes and len(x) > 1):
         raise ValueError(
             f"{name} must be a memory map whose rows are contiguous: got strides {x.strides} in bytes; save the array "
             "in C order: np.save(path, np.ascontiguousarray(x))"
         )
-    # A part of a map keeps the offset of the whole: where it begins shows in its address.
+    # A slice of a map keeps the `offset` of the map; the beginning of the slice follows from its address.
     mapped_from = x.offset - x.offset % mmap.ALLOCATIONGRANULARITY
     begin = x.__array_interface__["data"][0] - np.frombuffer(mapped, np.uint8).__array_interface__["data"][0]
     rows = FileRows(name, path, mapped_from + begin, x.shape, like.dtype, max(row_bytes, width_bytes))
@@ -340,13 +315,13 @@ def _rows_behind(name: str, x: np.memmap[Any, Any], path: str, mapped: mmap.mmap
 
 
 def as_tensor(name: str, x: Any) -> Any:
-    """An array as the tensor of its memory, which is only read; anything else as it is."""
+    """Returns an array as a tensor that shares its memory; anything else unchanged."""
     if not isinstance(x, np.ndarray):
         return x
     if not x.dtype.isnative:
         raise TypeError(f"{name} must have the byte order of this machine: got {x.dtype.str}")
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # it is only read
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # the tensor is only read
         try:
             return torch.from_numpy(np.ascontiguousarray(x))
         except TypeError:

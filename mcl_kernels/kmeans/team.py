@@ -1,8 +1,10 @@
-"""Rows that are spread over the ranks of a process group: a shard on each, in the order of the ranks the data set.
+"""The processes that cluster a data set together: this process alone, or the ranks of a process group.
 
-A pass reads the shard of this rank, and one all-reduce adds up what it found, so that every rank goes on with the same
-numbers. They are exact, but for the objective, so the bits of one process. A rank that cannot read its rows says so
-there, instead of leaving the others waiting: then all raise.
+Each process reads its own rows. One all-reduce per pass adds up the results, so that all processes continue with the
+same values. Except for the objective, whose rounding depends on the order, they have the bits of one process.
+
+A process that cannot read its rows keeps the error until the next reduction, where every process raises it. Otherwise
+the other processes would wait for this one forever.
 """
 
 from __future__ import annotations
@@ -16,126 +18,115 @@ from torch import Tensor
 
 from mcl_kernels.distributed.group import (
     Ranks,
-    check_alike,
     check_none_failed,
-    meeting_device,
-    work_of_each,
-    work_of_first,
+    check_same_on_all_ranks,
+    collective_device,
+    run_on_each,
+    run_on_first,
 )
 from mcl_kernels.kmeans.rows import Rows
-from mcl_kernels.normalize import compute_dtype
 
 
-def open_shard(open_rows: Callable[[], Rows], ranks: Ranks, arguments: Mapping[str, object]) -> ShardedRows:
-    """The rows that this rank opens, of all ranks' data. Where one cannot, or where they differ, every rank raises."""
-    device = meeting_device(ranks)
-    rows = work_of_each(open_rows, ranks, device)
-    check_alike(ranks, device, {**arguments, rows.name: rows.like, f"device of {rows.name}": rows.device.type})
-    return ShardedRows(rows, ranks)
+class Team:
+    """This process alone. A subclass for several processes overrides all methods but `decide`.
 
+    All processes call each method together, except `keeping_errors`.
+    """
 
-class ShardedRows(Rows):
-    """`local` on this rank. Where all ranks have to call a method together, it says so."""
+    rank, size = 0, 1
 
-    def __init__(self, local: Rows, ranks: Ranks) -> None:
-        super().__init__(local.name, local.like)
-        self.local, self.ranks = local, ranks
-        self.shard, self.shards = ranks.rank, ranks.world_size
-        self.meeting = meeting_device(ranks) if self.device.type == "cpu" else self.device
-        self.error: Exception | None = None
+    def total(self, *parts: Tensor) -> tuple[Tensor, ...]:
+        """Returns the sum over the processes of each tensor, in its dtype and on its device."""
+        return parts
 
-    @property
-    def held(self) -> range:
-        self.survey()
-        return self._held
-
-    def chunks(self) -> Iterator[Tensor]:
-        """Those of the shard that can be read; `total` raises if not all could be."""
-        with self._noting_errors():
-            for chunk in self.local.chunks():
-                if len(chunk):
-                    yield chunk
-
-    def take(self, index: Tensor) -> Tensor:
-        """The rows at ascending positions of the data set. Together: each comes from the rank that has it."""
-        row_bytes = self.width * self.dtype.itemsize
-        held = self.take_held(index).contiguous().view(torch.uint8)
-        taken = torch.zeros(len(index) * row_bytes + 1, dtype=torch.uint8, device=self.device)
-        rows = taken[:-1].view(len(index), row_bytes)
-        if self.error is None:
-            rows[self._is_held(index).to(self.device)] = held
-        taken[-1] = self.error is not None
-        # Of each byte there is one that may not be 0, so that the largest is the row, bit for bit.
-        taken = taken.to(self.meeting)
-        dist.all_reduce(taken, dist.ReduceOp.MAX, group=self.ranks.group)
-        taken = taken.to(self.device)
-        if int(taken[-1]):
-            self._raise()
-        return taken[:-1].view(self.dtype).view(len(index), self.width)
-
-    def take_held(self, index: Tensor) -> Tensor:
-        with self._noting_errors():
-            return self.local.take(index[self._is_held(index)] - self.held.start)
-        return self.like
-
-    def load(self) -> Tensor:
-        """All rows of all ranks, on each of them. Together."""
-        return self.take(torch.arange(self.count(), device="cpu"))
-
-    def batches(self, size: int, rows: int, generator: torch.Generator) -> Iterator[Tensor]:
-        """The part of each batch that this rank has. Together: all draw with the generator of the first rank."""
-        generator.set_state(self._of_first(generator.get_state()).cpu())
-        yield from super().batches(size, rows, generator)
-
-    def total(self, objective: float, *of_held: Tensor) -> tuple[float, tuple[Tensor, ...]]:
-        """Together: in one all-reduce, as fp64."""
-        numbers = torch.tensor([objective, self.error is not None], dtype=torch.float64, device="cpu")
-        packed = torch.cat([x.to(self.meeting, torch.float64).flatten() for x in (*of_held, numbers)])
-        dist.all_reduce(packed, group=self.ranks.group)
-        *totals, numbers = packed.to(self.device).split_with_sizes([x.numel() for x in (*of_held, numbers)])
-        objective, failed = numbers.tolist()
-        if failed:
-            self._raise()
-        return objective, tuple(total.view(x.shape).to(x.dtype) for total, x in zip(totals, of_held, strict=True))
-
-    def from_first(self, compute: Callable[[], Tensor]) -> Tensor:
-        """Together; the other ranks wait."""
-        rows = work_of_first(compute, self.ranks, self.meeting)
-        n = int(self._of_first(torch.tensor([0 if rows is None else len(rows)], device=self.meeting)))
-        if rows is None:
-            rows = torch.empty(n, self.width, dtype=compute_dtype(self.like), device=self.device)
-        return self._of_first(rows).to(self.device)
-
-    def decide(self, decision: bool) -> bool:
-        """Together: one number is broadcast."""
-        return bool(self._of_first(torch.tensor([int(decision)], device=self.meeting)))
-
-    def _survey(self) -> tuple[int, Tensor, Tensor]:
-        sizes = torch.zeros(self.shards, dtype=torch.int64, device="cpu")
-        bounds = torch.zeros(self.shards, 2, self.width, dtype=self.dtype, device=self.device)
-        with self._noting_errors():
-            n, *local_bounds = self.local.survey()
-            sizes[self.shard], bounds[self.shard] = n, torch.stack(local_bounds)
-        _, (sizes, bounds) = self.total(0.0, sizes, bounds)
-        ends = sizes.cumsum(0).tolist()
-        self._held = range(ends[self.shard] - int(sizes[self.shard]), ends[self.shard])
-        return ends[-1], bounds[:, 0].amin(0), bounds[:, 1].amax(0)
-
-    def _is_held(self, index: Tensor) -> Tensor:
-        return (index >= self.held.start) & (index < self.held.stop)
-
-    def _of_first(self, x: Tensor) -> Tensor:
-        x = x.to(self.meeting).contiguous()
-        dist.broadcast(x, dist.get_global_rank(self.ranks.group, 0), group=self.ranks.group)
+    def broadcast(self, x: Tensor) -> Tensor:
+        """Returns the tensor of the first process."""
         return x
 
+    def decide(self, decision: bool) -> bool:
+        """Returns the decision of the first process: on other machines rounding may lead to another one."""
+        return bool(self.broadcast(torch.tensor([int(decision)], device="cpu")))
+
+    def compute_on_first(self, compute: Callable[[], Tensor], like: Tensor) -> Tensor:
+        """Returns the rows that the first process computes, of the width, dtype and device of `like`."""
+        return compute()
+
+    def join(self, rows: Tensor, is_own: Tensor) -> Tensor:
+        """Returns rows that the processes have in parts: `rows` are those of this process, in the order of `is_own`.
+
+        Args:
+            rows: [own rows, D]; anything after an error.
+            is_own: bool [N], true for the rows of this process; each row is of exactly one process.
+        """
+        return rows
+
     @contextmanager
-    def _noting_errors(self) -> Iterator[None]:
-        """Keeps an error until the next time that the ranks meet."""
+    def keeping_errors(self) -> Iterator[None]:
+        """Context for reading rows: an error of one process is raised on every process by the next reduction."""
+        yield
+
+
+class GroupTeam(Team):
+    """The ranks of a process group, whose rows are on `device`."""
+
+    def __init__(self, ranks: Ranks, device: torch.device) -> None:
+        self.ranks = ranks
+        self.rank, self.size = ranks.rank, ranks.world_size
+        self.collective_device = collective_device(ranks) if device.type == "cpu" else device
+        self.error: Exception | None = None
+
+    def total(self, *parts: Tensor) -> tuple[Tensor, ...]:
+        """Adds up in fp64, in one all-reduce that also counts the processes with an error."""
+        failed = torch.tensor(self.error is not None, device="cpu")
+        packed = torch.cat([x.to(self.collective_device, torch.float64).flatten() for x in (*parts, failed)])
+        dist.all_reduce(packed, group=self.ranks.group)
+        *totals, n_failed = packed.split_with_sizes([x.numel() for x in (*parts, failed)])
+        if int(n_failed):
+            self._raise()
+        return tuple(total.view(x.shape).to(x.device, x.dtype) for total, x in zip(totals, parts, strict=True))
+
+    def broadcast(self, x: Tensor) -> Tensor:
+        on_device = x.to(self.collective_device).contiguous()
+        dist.broadcast(on_device, dist.get_global_rank(self.ranks.group, 0), group=self.ranks.group)
+        return on_device.to(x.device)
+
+    def compute_on_first(self, compute: Callable[[], Tensor], like: Tensor) -> Tensor:
+        rows = run_on_first(compute, self.ranks, self.collective_device)
+        n = int(self.broadcast(torch.tensor([0 if rows is None else len(rows)], device="cpu")))
+        return self.broadcast(like.new_empty(n, like.shape[1]) if rows is None else rows)
+
+    def join(self, rows: Tensor, is_own: Tensor) -> Tensor:
+        row_bytes = rows.shape[1] * rows.dtype.itemsize
+        packed = torch.zeros(len(is_own) * row_bytes + 1, dtype=torch.uint8, device=rows.device)
+        if self.error is None:
+            packed[:-1].view(len(is_own), row_bytes)[is_own.to(rows.device)] = rows.contiguous().view(torch.uint8)
+        packed[-1] = self.error is not None
+        # Only the owner of a row has bytes other than 0 for it, so that the maximum is the row, bit for bit.
+        packed = packed.to(self.collective_device)
+        dist.all_reduce(packed, dist.ReduceOp.MAX, group=self.ranks.group)
+        packed = packed.to(rows.device)
+        if int(packed[-1]):
+            self._raise()
+        return packed[:-1].view(rows.dtype).view(len(is_own), rows.shape[1])
+
+    @contextmanager
+    def keeping_errors(self) -> Iterator[None]:
         try:
             yield
         except Exception as error:
             self.error = error
 
     def _raise(self) -> None:
-        check_none_failed(self.ranks, self.meeting, self.error)
+        check_none_failed(self.ranks, self.collective_device, self.error)
+
+
+def open_with_group(
+    open_rows: Callable[[], Rows], ranks: Ranks, arguments: Mapping[str, object]
+) -> tuple[Rows, GroupTeam]:
+    """Opens the rows of this rank. Every rank raises if one cannot open its rows, or if the arguments differ."""
+    device = collective_device(ranks)
+    rows = run_on_each(open_rows, ranks, device)
+    check_same_on_all_ranks(
+        ranks, device, {**arguments, rows.name: rows.like, f"device of {rows.name}": rows.device.type}
+    )
+    return rows, GroupTeam(ranks, rows.device)

@@ -34,19 +34,21 @@ def _pairs(ops: Any, rows: Rows, columns: Side, scale: Tensor, negatives: str) -
     dropped: tuple[Tensor | None, ...] = (None, None)
     if values is not None:
         dropped = torch.empty(2, len(side.order), dtype=torch.int32, device=side.order.device).unbind()
-        ops.dropped(side.order, rows.begin, rows.end, values, columns.order, column_values, *dropped)
+        ops.find_dropped([side.order, rows.begin, rows.end, values], [columns.order, column_values], *dropped)
     compares_ids = gpu_common.compares_ids(side, negatives)
     return (
-        side.x, side.order, rows.begin, rows.end, *dropped, side.ids if compares_ids else None,
-        columns.x, columns.order, columns.ids if compares_ids else None, negatives == "different", scale,
-    )  # fmt: skip
+        [side.x, side.order, rows.begin, rows.end, *dropped, side.ids if compares_ids else None],
+        [columns.x, columns.order, columns.ids if compares_ids else None],
+        negatives == "different",
+        scale,
+    )
 
 
 def _run_forward(
     rows: Rows, columns: Side, scale: Tensor, negatives: str, result: Tensor, threshold: Tensor | None
 ) -> None:
     ops = cuda.ops()
-    ops.forward(*_pairs(ops, rows, columns, scale, negatives), threshold, result)
+    ops.masked_lse_forward(*_pairs(ops, rows, columns, scale, negatives), threshold, result)
 
 
 def _run_backward(
@@ -60,10 +62,13 @@ def _run_backward(
 ) -> None:
     ops = cuda.ops()
     absent = None, None
-    ops.backward(
-        *_pairs(ops, rows, columns, scale, negatives), *(terms.row or absent), *(terms.column or absent),
-        terms.column_scale, terms.fp16_scale if _multiplies_float16(rows.side, columns) else None, grad_x, grad_scale,
-    )  # fmt: skip
+    fp16_scale = terms.fp16_scale if _multiplies_float16(rows.side, columns) else None
+    ops.masked_lse_backward(
+        *_pairs(ops, rows, columns, scale, negatives),
+        [*(terms.row or absent), *(terms.column or absent), terms.column_scale, fp16_scale],
+        grad_x,
+        grad_scale,
+    )
 
 
 def _multiplies_float16(rows: Side, columns: Side) -> bool:

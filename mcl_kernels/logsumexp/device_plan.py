@@ -28,8 +28,8 @@ def make_plan(query: Tensor, key: Tensor | None, pairs: Pairs) -> Plan:
     labels, key_labels, ids, key_ids = _contiguous(pairs)
     order = torch.empty(n, dtype=torch.int64, device=query.device)
     begin, end, key_order = order.new_empty(n), order.new_empty(n), order.new_empty(m)
-    cuda.ops().plan(
-        order, labels, ids, n, key_labels, key_ids, m, key is None, NEGATIVES.index(pairs.negatives),
+    cuda.ops().make_plan(
+        order, [labels, ids, key_labels, key_ids], n, m, key is None, NEGATIVES.index(pairs.negatives),
         order, begin, end, None if key is None else key_order, _workspace(order, n, m),
     )  # fmt: skip
     return Plan(order, key_order, begin, end)
@@ -42,8 +42,8 @@ def query_ranges(pairs: Pairs, made: Plan) -> tuple[Tensor, Tensor]:
     if not _runs_on_kernels(made.key_order.device, n, m):
         return torch_plan.key_ranges(made.key_order, key_labels, made.query_order, labels, pairs.negatives)
     begin, end = torch.empty_like(made.key_order), torch.empty_like(made.key_order)
-    cuda.ops().plan(
-        begin, key_labels, key_ids, m, labels, ids, n, False, NEGATIVES.index(pairs.negatives),
+    cuda.ops().make_plan(
+        begin, [key_labels, key_ids, labels, ids], m, n, False, NEGATIVES.index(pairs.negatives),
         None, begin, end, None, _workspace(begin, n, m),
     )  # fmt: skip
     return begin, end

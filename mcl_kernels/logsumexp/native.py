@@ -22,19 +22,20 @@ from mcl_kernels.logsumexp.inputs import Inputs, LseGradients, Saved, Wanted
 
 def forward(inputs: Inputs) -> Saved:
     """Log-sum-exps and the plan."""
-    return Saved.unflatten(ops().forward(*inputs.flatten()))
+    results = ops().masked_lse_forward(inputs.tensors(), inputs.pairs.negatives, inputs.bidirectional)
+    return Saved.unflatten(results)
 
 
 def backward(inputs: Inputs, saved: Saved, grads: LseGradients, wanted: Wanted) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and scale; [0] for one that is not wanted (and for the key of the self form)."""
-    query, key, scale, pairs, bidirectional = inputs
-    gradients: tuple[Tensor, Tensor, Tensor] = ops().backward(
-        *grads, query, key, scale, *pairs[:4], *saved.flatten(), pairs.negatives, bidirectional, list(wanted)
+    gradients: tuple[Tensor, Tensor, Tensor] = ops().masked_lse_backward(
+        inputs.tensors(), saved.flatten(), grads, inputs.pairs.negatives, inputs.bidirectional, wanted
     )
     return gradients
 
 
 def count_above(inputs: Inputs, threshold: Tensor) -> Tensor:
     """Number of kept keys of each query with not (<q_i, k_j> <= threshold_i): NaN counts as above; int64 [N]."""
-    count: Tensor = ops().count_above(inputs.query, inputs.keys, threshold, *inputs.pairs)
+    tensors = [inputs.query, inputs.keys, inputs.scale, *inputs.pairs[:4]]
+    count: Tensor = ops().count_above(tensors, threshold, inputs.pairs.negatives)
     return count

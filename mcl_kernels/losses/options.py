@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mcl_kernels._validate import check_choice, check_flag, check_objective, check_positive
 from mcl_kernels.backends.table import IMPLS
 from mcl_kernels.distributed.cost_model import EXCHANGES
-from mcl_kernels.distributed.group import Ranks, agreement, meeting_device, ranks_of
+from mcl_kernels.distributed.group import Ranks, agreement, collective_device, ranks_of
 from mcl_kernels.logsumexp.api import check_scale
 from mcl_kernels.logsumexp.pairs import NEGATIVES
 from mcl_kernels.objectives import ObjectiveLike, needs_of
@@ -64,7 +64,7 @@ class Options(NamedTuple):
         accelerator = next((device for device in devices if device.type not in ("cpu", "meta")), None)
         shared = ("normalize", "exchange", "negatives", "objective", "reduction")
         arguments = {"loss": loss, **arguments, **{name: getattr(self, name) for name in shared}}
-        return agreement(ranks, accelerator or meeting_device(ranks), arguments)
+        return agreement(ranks, accelerator or collective_device(ranks), arguments)
 
     def reduce(self, loss: Tensor, ranks: Ranks | None = None, anchors: int | None = None) -> Tensor:
         """Reduced losses of the anchors.

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mcl_kernels.distributed.exchange import Side, gather_vectors, share_queries, share_samples
+from mcl_kernels.distributed.exchange import LabelledRows, gather_vectors, share_queries, share_samples
 from mcl_kernels.distributed.group import Ranks
 from mcl_kernels.logsumexp.inputs import Inputs
 from mcl_kernels.logsumexp.pairs import Pairs
@@ -33,7 +33,10 @@ def query_to_key(inputs: Inputs, positive: Tensor, call: Call, *, is_queue: bool
     """The loss of each query that this rank computes, and the number of queries of all ranks."""
     query, keys, scale, pairs, _ = inputs
     columns = (query, positive, scale) if scale.ndim else (query, positive)
-    queries, key_side = Side(columns, pairs.labels, pairs.ids), Side((inputs.keys,), pairs.key_labels, pairs.key_ids)
+    queries, key_side = (
+        LabelledRows(columns, pairs.labels, pairs.ids),
+        LabelledRows((inputs.keys,), pairs.key_labels, pairs.key_ids),
+    )
     blocks, total = share_queries(queries, key_side, call.exchange, call.ranks)
     query, positive, *scales = blocks.anchors.columns
     (keys,) = blocks.keys.columns
@@ -44,14 +47,14 @@ def query_to_key(inputs: Inputs, positive: Tensor, call: Call, *, is_queue: bool
 def views(view_a: Tensor, view_b: Tensor, scale: Tensor, sample_pairs: Pairs, call: Call) -> tuple[Tensor, int]:
     """The loss of each view that this rank computes, and the number of samples of all ranks."""
     columns = (view_a, view_b, *scale.chunk(2)) if scale.ndim else (view_a, view_b)
-    samples, negatives = Side(columns, sample_pairs.labels, sample_pairs.ids), sample_pairs.negatives
+    samples, negatives = LabelledRows(columns, sample_pairs.labels, sample_pairs.ids), sample_pairs.negatives
     share = share_samples(samples, "nt_xent", call.exchange, call.ranks)
     losses = []
-    if share.whole is not None:
-        view_a, view_b, *scales = share.whole.columns
+    if share.complete is not None:
+        view_a, view_b, *scales = share.complete.columns
         rows, cosine = joined_views(view_a, view_b)
         row_scale = torch.cat(scales) if scales else scale
-        inputs = Inputs.of_self(rows, row_scale, share.whole.pairs(negatives).repeated(2))
+        inputs = Inputs.of_self(rows, row_scale, share.complete.pairs(negatives).repeated(2))
         losses.append(per_anchor.views(inputs, cosine, call.objective, call.impl))
     if share.blocks is not None:
         view_a, view_b, *scales = share.blocks.anchors.columns
@@ -65,13 +68,13 @@ def views(view_a: Tensor, view_b: Tensor, scale: Tensor, sample_pairs: Pairs, ca
 def bidirectional(inputs: Inputs, call: Call) -> tuple[Tensor, int]:
     """The loss of each pair that this rank computes, and the number of pairs of all ranks."""
     image, _, scale, pairs, _ = inputs
-    samples = Side((image, inputs.keys), pairs.labels, pairs.ids)
+    samples = LabelledRows((image, inputs.keys), pairs.labels, pairs.ids)
     share = share_samples(samples, "clip_loss", call.exchange, call.ranks)
     losses = []
-    if share.whole is not None:
-        image, text = share.whole.columns
-        whole = Inputs(image, text, scale, share.whole.pairs(pairs.negatives), bidirectional=True)
-        losses.append(per_anchor.bidirectional(whole, call.objective, call.impl))
+    if share.complete is not None:
+        image, text = share.complete.columns
+        complete = Inputs(image, text, scale, share.complete.pairs(pairs.negatives), bidirectional=True)
+        losses.append(per_anchor.bidirectional(complete, call.objective, call.impl))
     if share.blocks is not None:
         (image, text), (all_images, all_texts) = share.blocks.anchors.columns, share.blocks.keys.columns
         block_pairs = share.blocks.pairs(pairs.negatives)

@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING, TypeVar
 from torch import Tensor
 
 from mcl_kernels.distributed.exchange import gather_vectors
-from mcl_kernels.distributed.group import check_alike, meeting_device, ranks_of, work_of_each, work_of_first
+from mcl_kernels.distributed.group import (
+    check_same_on_all_ranks,
+    collective_device,
+    ranks_of,
+    run_on_each,
+    run_on_first,
+)
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -41,19 +47,19 @@ class RunRanks:
 
     def run_on_each(self, work: Callable[[], T]) -> T:
         """Returns the result of `work()` on this rank; an error on one rank is raised on every rank."""
-        return work() if self._ranks is None else work_of_each(work, self._ranks, meeting_device(self._ranks))
+        return work() if self._ranks is None else run_on_each(work, self._ranks, collective_device(self._ranks))
 
     def run_on_first(self, work: Callable[[], T]) -> T | None:
         """Returns the result of `work()` on the first rank, None on the others; its error is raised on every rank."""
-        return work() if self._ranks is None else work_of_first(work, self._ranks, meeting_device(self._ranks))
+        return work() if self._ranks is None else run_on_first(work, self._ranks, collective_device(self._ranks))
 
     def check_same(self, arguments: Mapping[str, object]) -> None:
         """Raises a ValueError on every rank if `arguments` differ between the ranks."""
         if self._ranks is not None:
-            check_alike(self._ranks, meeting_device(self._ranks), arguments)
+            check_same_on_all_ranks(self._ranks, collective_device(self._ranks), arguments)
 
     def concatenate(self, clusters: Tensor) -> Tensor:
         """Returns the cluster ids of all ranks, in the order of the ranks, on the CPU."""
         if self._ranks is not None:
-            (clusters,), _ = gather_vectors([clusters.int().to(meeting_device(self._ranks))], self._ranks)
+            (clusters,), _ = gather_vectors([clusters.int().to(collective_device(self._ranks))], self._ranks)
         return clusters.cpu()

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from mcl_kernels._durable import check_writable
 from mcl_kernels._validate import as_integer, check_choice
-from mcl_kernels.kmeans.api import METRICS
+from mcl_kernels.kmeans.assign import METRICS
 from mcl_kernels.stages.finished_stage import FinishedStage
 from mcl_kernels.stages.run_directory import read_new_stages
 from mcl_kernels.stages.run_lock import only_process

@@ -20,7 +20,7 @@ from mcl_kernels.backends import cuda as _cuda
 assert "site" in mcl_kernels.__file__, mcl_kernels.__file__
 operators = _cuda._compiled()
 print(operators.architectures())
-assert operators.forward and operators.backward and operators.dropped
+assert operators.masked_lse_forward and operators.assign_clusters and operators.make_plan
 print(mcl_kernels.capabilities()["cuda"]["reason"])
 mcl_kernels.masked_logsumexp(torch.eye(3), impl="cuda")
 """

@@ -19,10 +19,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mcl_kernels.backends.triton import (
+    compute_capability,
+    current_device,
+    padded_edge,
+    product_constants,
+    product_precision,
+)
 from mcl_kernels.kmeans import gpu_common as gpu_pass
 from mcl_kernels.kmeans.centers import Centers, settle
-from mcl_kernels.kmeans.gpu_common import MOST_NUMBERS, MOST_SUMMED
-from mcl_kernels.logsumexp.triton.launch import on_device_of, product_precision
+from mcl_kernels.kmeans.gpu_common import MAX_SUMMED_CENTERS, MAX_SUMMED_ELEMENTS
 
 PIECE_TILE = {"ROWS": 16, "CHUNK": 128}
 JOIN_TILE = {"ROWS": 16, "CHUNK": 64}
@@ -46,9 +52,9 @@ class Tiles(NamedTuple):
 #   cache until they are read again, and what they need of the registers leaves room for another program.
 # - Many: products are what counts. 128 x 128 of them, less where operands split in registers would spill.
 _MOST = 1 << 62
-_FEW, _FEW_HALF = (MOST_SUMMED, Tiles(64, 32, 32, 64, 8, 2)), (MOST_SUMMED, Tiles(64, 32, 64, 64, 8, 2))
+_FEW, _FEW_HALF = (MAX_SUMMED_CENTERS, Tiles(64, 32, 32, 64, 8, 2)), (MAX_SUMMED_CENTERS, Tiles(64, 32, 64, 64, 8, 2))
 TABLE: dict[tuple[str, int], tuple[tuple[int, Tiles], ...]] = {
-    ("half", 80): ((MOST_SUMMED, Tiles(64, 32, 64, 32, 8, 2)), (_MOST, Tiles(128, 128, 32, 32, 8, 2))),
+    ("half", 80): ((MAX_SUMMED_CENTERS, Tiles(64, 32, 64, 32, 8, 2)), (_MOST, Tiles(128, 128, 32, 32, 8, 2))),
     ("half", 90): (_FEW_HALF, (_MOST, Tiles(128, 128, 64, 32, 8, 3))),
     ("tf32x3", 80): (_FEW, (_MOST, Tiles(128, 64, 16, 32, 8, 2))),
     ("tf32x3", 90): (_FEW, (_MOST, Tiles(128, 128, 32, 32, 8, 2))),
@@ -66,9 +72,9 @@ def choose_tiles(precision: str, width: int, clusters: int, capability: tuple[in
         architecture = 10 * capability[0]
         newest = max(each for of, each in TABLE if of == precision and each <= architecture)
         tiles = next(tiles for most, tiles in TABLE[precision, newest] if clusters <= most)
-    whole = _whole(width)
+    whole = padded_edge(width)
     return tiles._replace(
-        columns=min(tiles.columns, _whole(clusters)),
+        columns=min(tiles.columns, padded_edge(clusters)),
         features=min(tiles.features, whole),
         chunk=min(tiles.chunk, whole),
     )
@@ -78,23 +84,18 @@ def tile_constants(
     precision: str, dtype: torch.dtype, width: int, clusters: int, cosine: bool, with_sums: bool, tiles: Tiles
 ) -> dict[str, Any]:
     """What the kernel is compiled for, beside its options."""
-    import triton.language as tl
-
-    wide = tl.float64 if precision == "ieee" else tl.float32
-    half = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
     few = with_sums and sums_few(precision, width, clusters)
     return {
-        "COSINE": cosine, "HALF": precision == "half", "DTYPE": half[dtype] if precision == "half" else wide,
-        "WIDE": wide, "PRECISION": "tf32" if precision == "half" else precision,
+        "COSINE": cosine, "HALF": precision == "half", **product_constants(precision, dtype),
         "ROWS": tiles.rows, "COLUMNS": tiles.columns, "FEATURES": tiles.features, "CHUNK": tiles.chunk,
-        "CLUSTERS": _whole(clusters) if few else 0,
+        "CLUSTERS": padded_edge(clusters) if few else 0,
     }  # fmt: skip
 
 
 def sums_few(precision: str, width: int, clusters: int) -> bool:
     """Whether sums are a product with the one-hot labels, which is of fp32 entries; else rows are sorted by label."""
-    clusters = _whole(clusters)
-    return precision != "ieee" and clusters <= MOST_SUMMED and clusters * width <= MOST_NUMBERS
+    clusters = padded_edge(clusters)
+    return precision != "ieee" and clusters <= MAX_SUMMED_CENTERS and clusters * width <= MAX_SUMMED_ELEMENTS
 
 
 def assign(x: Tensor, centers: Centers) -> tuple[Tensor, Tensor]:
@@ -125,7 +126,7 @@ def _assign(
     precision = product_precision(x, x, points)
     # Three products: by a single one of tf32 every fourth row would stay undecided (counted on normal data).
     precision = "tf32x3" if precision == "tf32" else precision
-    capability = torch.cuda.get_device_capability(x.device) if x.is_cuda else None
+    capability = compute_capability(x.device)
     # fp64 is for checks, and for rows in the range of none other: it takes the tiles of what is nearest in size.
     tiles = choose_tiles("tf32x3" if precision == "ieee" else precision, width, len(points), capability)
     constants = tile_constants(precision, x.dtype, width, len(points), centers.cosine, with_sums, tiles)
@@ -141,7 +142,7 @@ def _assign(
     if n:
         factors = gpu_pass.make_factors(x, centers, precision == "half", tiles.columns)
         limits = gpu_pass.score_limits(x, centers, factors, precision)
-        with on_device_of(x):
+        with current_device(x):
             assign_kernel[(programs,)](
                 x, centers.offset, points, factors.high, factors.low, factors.half_norms, limits,
                 labels, distances, inverse_norms, undecided, sums, counts, scale, last_integer,
@@ -166,19 +167,14 @@ def _sum_by_label(x: Tensor, centers: Centers, labels: Tensor, inverse_norms: Te
     of_pieces = torch.empty(len(pieces.begin), width, dtype=torch.float64, device=x.device)
     sums = torch.empty(k, width, dtype=torch.float64, device=x.device)
     wide = tl.float64 if centers.points.dtype == torch.float64 else tl.float32
-    interpreted = {"ROWS": 32, "CHUNK": min(1024, _whole(width))}
+    interpreted = {"ROWS": 32, "CHUNK": min(1024, padded_edge(width))}
     piece_tile, join_tile = (PIECE_TILE, JOIN_TILE) if x.is_cuda else (interpreted, interpreted)
-    with on_device_of(x):
+    with current_device(x):
         piece_kernel[(len(pieces.begin), -(-width // piece_tile["CHUNK"]))](
             x, pieces.order, inverse_norms, centers.offset, centers.rounding[0], pieces.begin, pieces.end, of_pieces,
-            x.stride(0), x.stride(1), width, COSINE=centers.cosine, WIDE=wide, **piece_tile,
+            x.stride(0), x.stride(1), width, COSINE=centers.cosine, ACCUMULATOR=wide, **piece_tile,
         )  # fmt: skip
         join_kernel[(k, -(-width // join_tile["CHUNK"]))](
             of_pieces, pieces.first, pieces.last, sums, width, **join_tile
         )
     return sums, pieces.counts
-
-
-def _whole(n: int) -> int:
-    """The power of 2 that holds n, at least the side of a product."""
-    return max(16, 1 << (n - 1).bit_length())

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mcl_kernels.logsumexp.triton.tiles import load_features, multiply
+from mcl_kernels.backends.triton_device import load_features, multiply
 
 # v + TO_INTEGER - TO_INTEGER is v as a whole number, for |v| up to 2^22.
 TO_INTEGER = tl.constexpr(1.5 * 2.0**23)
@@ -29,7 +29,7 @@ def relative_to(rows, offset, width, first, FEATURES: tl.constexpr):
 @triton.jit
 def nearest_centers(
     x, row_at, valid, x_step, offset, high, low, half_norms, limits, clusters, width,
-    COSINE: tl.constexpr, HALF: tl.constexpr, DTYPE: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    COSINE: tl.constexpr, HALF: tl.constexpr, OPERAND: tl.constexpr, ACCUMULATOR: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, FEATURES: tl.constexpr,
 ):  # fmt: skip
     """For each row the centre of the lowest |c|^2 / 2 - <x, c>; where rounding could not give it another one; and for
@@ -37,25 +37,25 @@ def nearest_centers(
 
     Of equal scores the first. Never one behind the last, whose score is infinite, nor where all are NaN: then it is 0.
     """
-    lowest = tl.full((ROWS,), float("inf"), WIDE)
-    second = tl.full((ROWS,), float("inf"), WIDE)
+    lowest = tl.full((ROWS,), float("inf"), ACCUMULATOR)
+    second = tl.full((ROWS,), float("inf"), ACCUMULATOR)
     label = tl.zeros((ROWS,), tl.int32)
-    squares = tl.zeros((ROWS,), WIDE)
+    squares = tl.zeros((ROWS,), ACCUMULATOR)
     for start in range(0, clusters, COLUMNS):
         center = start + tl.arange(0, COLUMNS)
         center_at, center_valid = center.to(tl.int64) * width, center < clusters
-        products = tl.zeros((ROWS, COLUMNS), WIDE)
-        squares = tl.zeros((ROWS,), WIDE)
+        products = tl.zeros((ROWS, COLUMNS), ACCUMULATOR)
+        squares = tl.zeros((ROWS,), ACCUMULATOR)
         for first in range(0, width, FEATURES):
-            part = load_features(x, row_at, valid, x_step, width, first, FEATURES, DTYPE)
+            part = load_features(x, row_at, valid, x_step, width, first, FEATURES, OPERAND)
             if not HALF:
                 part = relative_to(part, offset, width, first, FEATURES)
-            columns = load_features(high, center_at, center_valid, 1, width, first, FEATURES, DTYPE)
+            columns = load_features(high, center_at, center_valid, 1, width, first, FEATURES, OPERAND)
             products = multiply(part, tl.trans(columns), products, PRECISION)
             if HALF:
-                columns = load_features(low, center_at, center_valid, 1, width, first, FEATURES, DTYPE)
+                columns = load_features(low, center_at, center_valid, 1, width, first, FEATURES, OPERAND)
                 products = multiply(part, tl.trans(columns), products, PRECISION)
-            wide = part.to(WIDE)
+            wide = part.to(ACCUMULATOR)
             squares += tl.sum(wide * wide, 1)
         scores = tl.load(half_norms + center)[None, :] - products
         of_tile = tl.min(scores, 1)
@@ -106,7 +106,7 @@ def assign_kernel(
     sums, counts,  # of each program fp64 [D, CLUSTERS] in units of the last integer, int64 [CLUSTERS]
     scale, last_integer,  # fp32 [D]
     x_stride, x_step, n, clusters, width,
-    COSINE: tl.constexpr, HALF: tl.constexpr, DTYPE: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    COSINE: tl.constexpr, HALF: tl.constexpr, OPERAND: tl.constexpr, ACCUMULATOR: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, FEATURES: tl.constexpr, CHUNK: tl.constexpr, CLUSTERS: tl.constexpr,
 ):  # fmt: skip
     """Tiles of ROWS rows: the nearest centre of each, the distance to it, and with CLUSTERS sums of a program's rows
@@ -124,7 +124,7 @@ def assign_kernel(
         row_at = row * x_stride
         label, decided, inverse_norm = nearest_centers(
             x, row_at, valid, x_step, offset, high, low, half_norms, limits, clusters, width,
-            COSINE, HALF, DTYPE, WIDE, PRECISION, ROWS, COLUMNS, FEATURES,
+            COSINE, HALF, OPERAND, ACCUMULATOR, PRECISION, ROWS, COLUMNS, FEATURES,
         )  # fmt: skip
         one_hot = label
         if CLUSTERS:
@@ -132,12 +132,12 @@ def assign_kernel(
             one_hot = of_cluster.to(tl.float16)
             tl.store(counts_at, tl.load(counts_at) + tl.sum(of_cluster.to(tl.int32), 0))
         center_at = label.to(tl.int64) * width
-        distance = tl.zeros((ROWS,), WIDE)
+        distance = tl.zeros((ROWS,), ACCUMULATOR)
         for first in range(0, width, CHUNK):
-            rows = load_features(x, row_at, valid, x_step, width, first, CHUNK, WIDE)
+            rows = load_features(x, row_at, valid, x_step, width, first, CHUNK, ACCUMULATOR)
             if COSINE:
                 rows = rows * inverse_norm[:, None]
-            center = load_features(points, center_at, valid, 1, width, first, CHUNK, WIDE)
+            center = load_features(points, center_at, valid, 1, width, first, CHUNK, ACCUMULATOR)
             distance += tl.sum((rows - center) * (rows - center), 1)
             if CLUSTERS:
                 if not COSINE:
@@ -163,7 +163,7 @@ def piece_kernel(
     begin, end,  # int64 [pieces], in sorted order
     sums,  # fp64 [pieces, D]
     x_stride, x_step, width,
-    COSINE: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
+    COSINE: tl.constexpr, ACCUMULATOR: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """The sum of a piece's rows, all of one cluster: ROWS at a time, CHUNK of their features."""
     piece = tl.program_id(0).to(tl.int64)
@@ -175,7 +175,7 @@ def piece_kernel(
         sorted_row = first + tl.arange(0, ROWS)
         valid = sorted_row < last
         row = tl.load(order + sorted_row, mask=valid, other=0)
-        rows = load_features(x, row * x_stride, valid, x_step, width, tl.program_id(1) * CHUNK, CHUNK, WIDE)
+        rows = load_features(x, row * x_stride, valid, x_step, width, tl.program_id(1) * CHUNK, CHUNK, ACCUMULATOR)
         if COSINE:
             rows = rows * tl.load(inverse_norms + row, mask=valid, other=0.0)[:, None]
         rows = relative_to(rows, offset, width, tl.program_id(1) * CHUNK, CHUNK).to(tl.float64)

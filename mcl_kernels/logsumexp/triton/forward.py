@@ -1,73 +1,74 @@
-"""The forward kernel, and the one that counts."""
+"""The forward kernel, which also counts, and its launcher."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from mcl_kernels.backends.triton import current_device, product_precision
+from mcl_kernels.logsumexp.gpu_common import Rows, Side
+from mcl_kernels.logsumexp.triton.arguments import common_arguments
 from mcl_kernels.logsumexp.triton.tiles import (
+    add_to_logsumexp,
+    column_range,
     finite_or_zero,
-    hole_in,
-    load_features,
+    load_columns,
     load_rows,
-    multiply_tile,
-    span,
+    multiply_tiles,
+    skip_hole,
     where_kept,
 )
 
 
 @triton.jit(do_not_specialize=["n"])
 def forward_kernel(
-    x, x_stride, x_step, row_order, row_begin, row_end, drop_begin, drop_end, row_ids,
-    y, y_stride, y_step, column_order, column_ids,
-    scale, threshold, result, n, width,
-    scale_stride: tl.constexpr, COUNT: tl.constexpr, HAS_DROPPED: tl.constexpr, COMPARES_IDS: tl.constexpr,
-    SKIPS_TILES: tl.constexpr, DTYPE: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr,
+    rows,  # RowArguments of N rows
+    columns,  # ColumnArguments
+    threshold,  # [N]; None: the logsumexp is computed
+    result,  # [N]
+    n, width,
+    SCALE_STRIDE: tl.constexpr, SKIPS_TILES: tl.constexpr,
+    OPERAND: tl.constexpr, ACCUMULATOR: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, FEATURES: tl.constexpr, ONE_PART: tl.constexpr,
 ):  # fmt: skip
     """result_i = log sum_j exp(s_ij) of ROWS sorted rows, by a running maximum and sum: 1 unit of products.
 
-    With COUNT how many kept columns have not <x_i, y_j> <= threshold_i.
+    With a threshold, the number of kept columns with not (<x_i, y_j> <= threshold_i), so that NaN counts as above.
     """
-    row, row_valid, begin, end, dropped_from, dropped_to = load_rows(
-        tl.program_id(0), row_order, row_begin, row_end, drop_begin, drop_end, n, HAS_DROPPED, ROWS
-    )
-    row_id = tl.load(row_ids + row) if COMPARES_IDS else row
-    row_scale = tl.load(scale + row * scale_stride)
-    row_at = row * x_stride
-    row_part = load_features(x, row_at, row_valid, x_step, width, 0, FEATURES, DTYPE) if ONE_PART else row
-    row_threshold = tl.load(threshold + row) if COUNT else row_scale
+    tile = load_rows(rows, tl.program_id(0), n, width, SCALE_STRIDE, ROWS, FEATURES, ONE_PART, OPERAND)
+    limit = tl.load(threshold + tile.row)[:, None] if threshold is not None else None
 
-    maximum = tl.full((ROWS,), float("-inf"), SUM)
-    total = tl.zeros((ROWS,), tl.int64 if COUNT else SUM)
-    first, last = span(begin, end)
-    end_of_tiles = last
-    if SKIPS_TILES:
-        hole_first, hole = hole_in(first, last, begin, end, dropped_from, dropped_to, COLUMNS)
-        end_of_tiles = last - hole
-    for start in range(first, end_of_tiles, COLUMNS):
-        if SKIPS_TILES:
-            start = tl.where(start < hole_first, start, start + hole)
-        column, column_valid, _, products = multiply_tile(
-            x, row_at, row_valid, x_step, row_part, y, y_stride, y_step, column_order, start, last, width,
-            ROWS, COLUMNS, FEATURES, ONE_PART, DTYPE, SUM, PRECISION,
-        )  # fmt: skip
-        if COUNT:
-            above = where_kept(
-                tl.where(products <= row_threshold[:, None], 0, 1), 0, start, column, column_valid,
-                begin, end, dropped_from, dropped_to, row_id, column_ids, HAS_DROPPED, COMPARES_IDS, COLUMNS,
-            )  # fmt: skip
-            total += tl.sum(above, 1).to(tl.int64)
+    maximum = tl.full((ROWS,), float("-inf"), ACCUMULATOR)
+    total = tl.zeros((ROWS,), ACCUMULATOR if threshold is None else tl.int64)
+    compared = column_range(tile, SKIPS_TILES, COLUMNS)
+    for start in range(compared.begin, compared.stop, COLUMNS):
+        others = load_columns(
+            columns, skip_hole(start, compared), compared.end, width, COLUMNS, FEATURES, ONE_PART, OPERAND
+        )
+        products = multiply_tiles(
+            rows, tile, columns, others, width, ROWS, COLUMNS, FEATURES, OPERAND, ACCUMULATOR, PRECISION
+        )
+        if threshold is None:
+            logits = where_kept(products * tile.scale[:, None], float("-inf"), tile, columns, others, COLUMNS)
+            maximum, total = add_to_logsumexp(maximum, total, logits)
         else:
-            logits = where_kept(
-                products * row_scale[:, None], float("-inf"), start, column, column_valid,
-                begin, end, dropped_from, dropped_to, row_id, column_ids, HAS_DROPPED, COMPARES_IDS, COLUMNS,
-            )  # fmt: skip
-            larger = tl.maximum(maximum, tl.max(logits, 1))
-            shift = finite_or_zero(larger)
-            total = total * tl.exp(maximum - shift) + tl.sum(tl.exp(logits - shift[:, None]), 1)
-            maximum = larger
-    if COUNT:
-        tl.store(result + row, total, mask=row_valid)
-    else:
-        tl.store(result + row, finite_or_zero(maximum) + tl.log(total), mask=row_valid)
+            above = tl.where(products <= limit, 0, 1)
+            total += tl.sum(where_kept(above, 0, tile, columns, others, COLUMNS), 1).to(tl.int64)
+    if threshold is None:
+        total = finite_or_zero(maximum) + tl.log(total)
+    tl.store(result + tile.row, total, mask=tile.valid)
+
+
+def run_forward(
+    rows: Rows, columns: Side, scale: Tensor, negatives: str, result: Tensor, threshold: Tensor | None
+) -> None:
+    """Writes the logsumexp of each row to `result`; with a threshold the number of its kept columns above that."""
+    if len(result) == 0:
+        return
+    precision = product_precision(rows.side.x, columns.x, scale)
+    if threshold is not None and precision == "tf32":
+        precision = "tf32x3"  # thresholds are products that torch computed in fp32
+    arguments = common_arguments("forward", rows, columns, scale, negatives, precision)
+    with current_device(result):
+        forward_kernel[(-(-len(result) // arguments["ROWS"]),)](**arguments, threshold=threshold, result=result)

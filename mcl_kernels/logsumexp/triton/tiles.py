@@ -1,169 +1,191 @@
-"""What the Triton kernels share: rows of a tile, products, and which pairs are kept.
+"""Steps of the forward and the backward kernel on one tile.
 
-A tile is ROWS sorted rows against COLUMNS sorted columns. Tiles do not align with clusters: a tile of rows meets the
-columns from the first of its first row's cluster to the last of its last row's, so the grid depends on N alone.
+A tile is ROWS sorted rows against COLUMNS sorted columns. Tiles do not align with clusters: a tile of rows is compared
+with the columns from the first of its first row's cluster to the last of its last row's, so the grid depends on N
+alone.
 """
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
-INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))
+from mcl_kernels.backends.triton_device import load_features, multiply
 
 
-@triton.jit
-def multiply(a, b, sums, PRECISION: tl.constexpr):
-    """sums + a b. Every product goes through here: the interpreter multiplies bfloat16 wrongly, so it gets fp32.
+class RowTile(NamedTuple):
+    """Sorted rows of a program."""
 
-    The three products of tf32x3 have sums of their own, which are then added: tensor cores truncate theirs.
-    """
-    if INTERPRET:
-        return tl.dot(a.to(sums.dtype), b.to(sums.dtype), sums, out_dtype=sums.dtype)
-    return tl.dot(a, b, sums, input_precision=PRECISION, out_dtype=sums.dtype)
-
-
-@triton.jit
-def rounded(x, DTYPE: tl.constexpr):
-    """x in DTYPE, to the nearest, ties to even: the interpreter rounds fp32 to bfloat16 toward zero."""
-    if INTERPRET and tl.bfloat16 == DTYPE:
-        bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
-        to_nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-        return tl.where(x == x, to_nearest, bits | 0x00400000).to(tl.float32, bitcast=True).to(DTYPE)
-    return x.to(DTYPE)
+    row: Any  # [ROWS], original row indices
+    valid: Any  # [ROWS], false past the last row
+    begin: Any  # [ROWS], the sorted columns that each row attends to
+    end: Any
+    drop_begin: Any  # [ROWS], those among them that it drops, or None
+    drop_end: Any
+    ids: Any  # [ROWS] or None
+    scale: Any  # [ROWS]
+    offsets: Any  # [ROWS], of their features
+    features: Any  # [ROWS, FEATURES] if all features are one part, else None
 
 
-@triton.jit
-def finite_or_zero(maximum):
-    """An infinite maximum is not subtracted: -inf has to stay -inf, and inf to stay inf."""
-    return tl.where(tl.abs(maximum) == float("inf"), 0.0, maximum)
+class ColumnTile(NamedTuple):
+    """Sorted columns that a tile of rows is compared with."""
+
+    start: Any  # sorted position of the first
+    column: Any  # [COLUMNS], original row indices
+    valid: Any  # [COLUMNS], false past the last column
+    offsets: Any  # [COLUMNS], of their features
+    features: Any  # [COLUMNS, FEATURES] if all features are one part, else None
 
 
-@triton.jit
-def load_features(x, offsets, valid, step, width, first, FEATURES: tl.constexpr, DTYPE: tl.constexpr):
-    """Features first .. first + FEATURES - 1 of the rows at `offsets`; zeros behind the last, and where not valid."""
-    feature = first + tl.arange(0, FEATURES)
-    at = x + offsets[:, None] + feature.to(tl.int64)[None, :] * step
-    return tl.load(at, mask=valid[:, None] & (feature < width)[None, :], other=0.0).to(DTYPE)
+class ColumnRange(NamedTuple):
+    """Sorted columns that a tile of rows is compared with: begin to end without `hole` ones from hole_begin on."""
+
+    begin: Any
+    end: Any
+    stop: Any  # end less the length of the hole: where a loop over the remaining columns stops
+    hole_begin: Any  # None: there is no hole
+    hole: Any
 
 
 @triton.jit
 def load_rows(
-    tile, row_order, row_begin, row_end, drop_begin, drop_end, n, HAS_DROPPED: tl.constexpr, ROWS: tl.constexpr
+    rows, tile, n, width, SCALE_STRIDE: tl.constexpr, ROWS: tl.constexpr, FEATURES: tl.constexpr,
+    ONE_PART: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
-    """The rows of a tile, which of them there are, the sorted columns each meets, and those among them it drops."""
-    rows = tile * ROWS + tl.arange(0, ROWS)
-    valid = rows < n
-    row = tl.load(row_order + rows, mask=valid, other=0)
-    begin = tl.load(row_begin + rows, mask=valid, other=0).to(tl.int32)
-    end = tl.load(row_end + rows, mask=valid, other=0).to(tl.int32)
-    dropped_from, dropped_to = end, end
-    if HAS_DROPPED:
-        dropped_from = tl.load(drop_begin + rows, mask=valid, other=0)
-        dropped_to = tl.load(drop_end + rows, mask=valid, other=0)
-    return row, valid, begin, end, dropped_from, dropped_to
+    """Returns the RowTile number `tile` of RowArguments."""
+    sorted_row = tile * ROWS + tl.arange(0, ROWS)
+    valid = sorted_row < n
+    row = tl.load(rows.order + sorted_row, mask=valid, other=0)
+    begin = tl.load(rows.begin + sorted_row, mask=valid, other=0).to(tl.int32)
+    end = tl.load(rows.end + sorted_row, mask=valid, other=0).to(tl.int32)
+    drop_begin, drop_end, ids, features = None, None, None, None
+    if rows.drop_begin is not None:
+        drop_begin = tl.load(rows.drop_begin + sorted_row, mask=valid, other=0)
+        drop_end = tl.load(rows.drop_end + sorted_row, mask=valid, other=0)
+    if rows.ids is not None:
+        ids = tl.load(rows.ids + row)
+    scale = tl.load(rows.scale + row * SCALE_STRIDE)
+    offsets = row * rows.stride
+    if ONE_PART:
+        features = load_features(rows.x, offsets, valid, rows.step, width, 0, FEATURES, OPERAND)
+    return RowTile(row, valid, begin, end, drop_begin, drop_end, ids, scale, offsets, features)
 
 
 @triton.jit
-def multiply_tile(
-    x, row_at, row_valid, x_step, row_part, y, y_stride, y_step, column_order, start, last, width,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, FEATURES: tl.constexpr, ONE_PART: tl.constexpr,
-    DTYPE: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr,
+def load_columns(
+    columns, start, end, width, COLUMNS: tl.constexpr, FEATURES: tl.constexpr, ONE_PART: tl.constexpr,
+    OPERAND: tl.constexpr,
 ):  # fmt: skip
-    """The columns of a tile, which of them there are, their features and the products <x_i, y_j>.
-
-    Where all features are one part, they stay for the gradient, and `row_part` are the rows'; else both are unused.
-    """
-    columns = start + tl.arange(0, COLUMNS)
-    valid = columns < last
-    column = tl.load(column_order + columns, mask=valid, other=0)
-    column_at = column * y_stride
-    products = tl.zeros((ROWS, COLUMNS), SUM)
-    part = column
+    """Returns the ColumnTile of the sorted columns from `start` on, before `end`."""
+    sorted_column = start + tl.arange(0, COLUMNS)
+    valid = sorted_column < end
+    column = tl.load(columns.order + sorted_column, mask=valid, other=0)
+    offsets = column * columns.stride
+    features = None
     if ONE_PART:
-        part = load_features(y, column_at, valid, y_step, width, 0, FEATURES, DTYPE)
-        products = multiply(row_part, tl.trans(part), products, PRECISION)
+        features = load_features(columns.x, offsets, valid, columns.step, width, 0, FEATURES, OPERAND)
+    return ColumnTile(start, column, valid, offsets, features)
+
+
+@triton.jit
+def multiply_tiles(
+    rows, row_tile, columns, column_tile, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr, FEATURES: tl.constexpr,
+    OPERAND: tl.constexpr, ACCUMULATOR: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Returns the products <x_i, y_j> of a tile [ROWS, COLUMNS]."""
+    products = tl.zeros((ROWS, COLUMNS), ACCUMULATOR)
+    if row_tile.features is not None:
+        products = multiply(row_tile.features, tl.trans(column_tile.features), products, PRECISION)
     else:
         for first in range(0, width, FEATURES):
-            a = load_features(x, row_at, row_valid, x_step, width, first, FEATURES, DTYPE)
-            b = load_features(y, column_at, valid, y_step, width, first, FEATURES, DTYPE)
+            a = load_features(rows.x, row_tile.offsets, row_tile.valid, rows.step, width, first, FEATURES, OPERAND)
+            b = load_features(
+                columns.x, column_tile.offsets, column_tile.valid, columns.step, width, first, FEATURES, OPERAND
+            )
             products = multiply(a, tl.trans(b), products, PRECISION)
-    return column, valid, part, products
+    return products
 
 
 @triton.jit
-def span(begin, end):
-    """From the first begin to the last end of the ranges that are not empty; 0 to 0 where all are."""
+def column_range(row_tile, SKIPS_TILES: tl.constexpr, COLUMNS: tl.constexpr):
+    """Returns the ColumnRange of a tile of rows, with SKIPS_TILES without the tiles of columns that every row drops."""
+    begin, end = union(row_tile.begin, row_tile.end)
+    stop, hole_begin, hole = end, None, None
+    if SKIPS_TILES:
+        hole_begin, hole = dropped_tiles(row_tile, begin, end, COLUMNS)
+        stop = end - hole
+    return ColumnRange(begin, end, stop, hole_begin, hole)
+
+
+@triton.jit
+def skip_hole(start, columns):
+    """Returns the sorted column at `start` in a ColumnRange without its hole."""
+    if columns.hole is not None:
+        start = tl.where(start < columns.hole_begin, start, start + columns.hole)
+    return start
+
+
+@triton.jit
+def union(begin, end):
+    """Returns the first begin and the last end of the ranges that are not empty; 0 and 0 if all are."""
     last = tl.max(tl.where(begin < end, end, 0), 0)
-    # Not above the last: what the compiler adds to an empty loop's first column must not wrap around.
+    # Not above the last: the compiler adds to the begin of an empty loop, which must not overflow.
     return tl.minimum(tl.min(tl.where(begin < end, begin, 0x7FFFFFFF), 0), last), last
 
 
 @triton.jit
-def hole_in(first, last, begin, end, dropped_from, dropped_to, COLUMNS: tl.constexpr):
-    """Begin and length of the whole tiles of columns, counted from the first one, that every row drops: no work."""
-    meets = begin < end
-    drop_first = tl.max(tl.where(meets, dropped_from, 0), 0)
-    drop_last = tl.min(tl.where(meets, dropped_to, 0x7FFFFFFF), 0)
-    # The last tile counts as whole too.
-    drop_last = tl.where(drop_last < last, drop_last, last + COLUMNS - 1)
-    hole_first = first + (drop_first - first + COLUMNS - 1) // COLUMNS * COLUMNS
-    hole = first + (drop_last - first) // COLUMNS * COLUMNS - hole_first
-    return hole_first, tl.where((first < last) & (hole > 0), hole, 0)
+def dropped_tiles(row_tile, begin, end, COLUMNS: tl.constexpr):
+    """Returns begin and length of the tiles of columns, counted from `begin`, that every row drops completely."""
+    attends = row_tile.begin < row_tile.end
+    drop_begin = tl.max(tl.where(attends, row_tile.drop_begin, 0), 0)
+    drop_end = tl.min(tl.where(attends, row_tile.drop_end, 0x7FFFFFFF), 0)
+    # The last tile is dropped completely too if all its columns are: its rest lies past the end.
+    drop_end = tl.where(drop_end < end, drop_end, end + COLUMNS - 1)
+    hole_begin = begin + (drop_begin - begin + COLUMNS - 1) // COLUMNS * COLUMNS
+    hole = begin + (drop_end - begin) // COLUMNS * COLUMNS - hole_begin
+    return hole_begin, tl.where((begin < end) & (hole > 0), hole, 0)
 
 
 @triton.jit
-def where_kept(
-    values, otherwise, start, column, column_valid, begin, end, dropped_from, dropped_to, row_id, column_ids,
-    HAS_DROPPED: tl.constexpr, COMPARES_IDS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """The values of a tile, `otherwise` where a pair is not kept. Pairs are looked at only where some may not be."""
-    stop = start + COLUMNS
-    mixed = (tl.max(begin, 0) > start) | (tl.min(end, 0) < stop)
-    if HAS_DROPPED:
-        first_dropped, last_dropped = span(dropped_from, dropped_to)
-        mixed = mixed | ((first_dropped < stop) & (last_dropped > start))
-    if COMPARES_IDS:
+def where_kept(values, otherwise, row_tile, columns, column_tile, COLUMNS: tl.constexpr):
+    """Returns the values of a tile, `otherwise` for pairs that are not kept.
+
+    Masks are computed only for tiles in which a pair may not be kept.
+    """
+    start, stop = column_tile.start, column_tile.start + COLUMNS
+    mixed = (tl.max(row_tile.begin, 0) > start) | (tl.min(row_tile.end, 0) < stop)
+    if row_tile.drop_begin is not None:
+        drop_begin, drop_end = union(row_tile.drop_begin, row_tile.drop_end)
+        mixed = mixed | ((drop_begin < stop) & (drop_end > start))
+    if row_tile.ids is not None:
         mixed = True
     if mixed:
-        columns = (start + tl.arange(0, COLUMNS))[None, :]
-        keep = (columns >= begin[:, None]) & (columns < end[:, None])
-        if HAS_DROPPED:
-            keep = keep & ((columns < dropped_from[:, None]) | (columns >= dropped_to[:, None]))
-        if COMPARES_IDS:
-            column_id = tl.load(column_ids + column, mask=column_valid, other=0)
-            keep = keep & (row_id[:, None] != column_id[None, :])
+        sorted_column = (start + tl.arange(0, COLUMNS))[None, :]
+        keep = (sorted_column >= row_tile.begin[:, None]) & (sorted_column < row_tile.end[:, None])
+        if row_tile.drop_begin is not None:
+            keep = keep & (
+                (sorted_column < row_tile.drop_begin[:, None]) | (sorted_column >= row_tile.drop_end[:, None])
+            )
+        if row_tile.ids is not None:
+            column_ids = tl.load(columns.ids + column_tile.column, mask=column_tile.valid, other=0)
+            keep = keep & (row_tile.ids[:, None] != column_ids[None, :])
         values = tl.where(keep, values, otherwise)
     return values
 
 
-@triton.jit(do_not_specialize=["n", "steps"])
-def drop_kernel(
-    row_order, row_begin, row_end, row_values, column_order, column_values,
-    drop_begin, drop_end,  # int32 [n], sorted
-    n, steps, ROWS: tl.constexpr,
-):  # fmt: skip
-    """The columns a row meets but drops, since they have its value: neighbours, found by bisection in `steps` steps."""
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    row_valid = rows < n
-    value = tl.load(row_values + tl.load(row_order + rows, mask=row_valid, other=0))
-    begin = tl.load(row_begin + rows, mask=row_valid, other=0)
-    end = tl.load(row_end + rows, mask=row_valid, other=0)
-    # The first column whose value is not below the row's, and the first whose value is above it.
-    first_low, first_high, last_low, last_high = begin, end, begin, end
-    for _ in range(0, steps):
-        middle = (first_low + first_high) // 2
-        searching = first_low < first_high
-        at = tl.load(column_values + tl.load(column_order + middle, mask=searching, other=0))
-        below = searching & (at < value)
-        first_low = tl.where(below, middle + 1, first_low)
-        first_high = tl.where(searching & (at >= value), middle, first_high)
+@triton.jit
+def add_to_logsumexp(maximum, total, logits):
+    """Returns the running maximum of each row and the sum of exp(logit - maximum), with a tile of logits added."""
+    larger = tl.maximum(maximum, tl.max(logits, 1))
+    shift = finite_or_zero(larger)
+    total = total * tl.exp(maximum - shift) + tl.sum(tl.exp(logits - shift[:, None]), 1)
+    return larger, total
 
-        middle = (last_low + last_high) // 2
-        searching = last_low < last_high
-        at = tl.load(column_values + tl.load(column_order + middle, mask=searching, other=0))
-        below = searching & (at <= value)
-        last_low = tl.where(below, middle + 1, last_low)
-        last_high = tl.where(searching & (at > value), middle, last_high)
-    tl.store(drop_begin + rows, first_low.to(tl.int32), mask=row_valid)
-    tl.store(drop_end + rows, last_low.to(tl.int32), mask=row_valid)
+
+@triton.jit
+def finite_or_zero(maximum):
+    """Returns what is subtracted from logits: 0 for an infinite maximum, so that -inf stays -inf, and inf stays inf."""
+    return tl.where(tl.abs(maximum) == float("inf"), 0.0, maximum)

@@ -1,0 +1,89 @@
+"""The data set of a fit: the rows of all processes of a team, one process after the other in the order of their ranks.
+
+Positions are those in the data set. `held` are the positions of the rows of this process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from mcl_kernels.kmeans.rows import ChunkedRows, Rows
+from mcl_kernels.kmeans.team import Team
+from mcl_kernels.normalize import compute_dtype
+
+
+class Dataset:
+    """Rows [N, width]. All processes call each method together, `chunks` excepted."""
+
+    def __init__(self, rows: Rows, team: Team) -> None:
+        self.rows, self.team = rows, team
+        self.name, self.width, self.device = rows.name, rows.width, rows.device
+        self.centers_like = rows.like.to(compute_dtype(rows.like))  # [0, width], in the dtype of public centres
+        counts = torch.zeros(team.size, dtype=torch.int64, device="cpu")
+        with team.keeping_errors():
+            counts[team.rank] = rows.count()
+        (counts,) = team.total(counts)
+        ends = counts.cumsum(0).tolist()
+        self.n = ends[-1]
+        self.held = range(ends[team.rank] - int(counts[team.rank]), ends[team.rank])
+
+    def survey(self) -> tuple[Tensor, Tensor]:
+        """Returns the smallest and the largest entry of each column, [width] each.
+
+        Raises a ValueError that names the first row that is not finite.
+        """
+        bounds = torch.zeros(self.team.size, 2, self.width, dtype=self.rows.dtype, device=self.device)
+        with self.team.keeping_errors():
+            _, low, high = self.rows.survey()
+            bounds[self.team.rank] = torch.stack((low, high))
+        (bounds,) = self.team.total(bounds)
+        return bounds[:, 0].amin(0), bounds[:, 1].amax(0)
+
+    def chunks(self) -> Iterator[tuple[slice, Tensor]]:
+        """Yields the rows of this process in chunks, each with its slice of them."""
+        begin = 0
+        with self.team.keeping_errors():
+            for chunk in self.rows.chunks():
+                if len(chunk):
+                    yield slice(begin, begin + len(chunk)), chunk
+                begin += len(chunk)
+
+    def take(self, index: Tensor) -> Tensor:
+        """Returns the rows at ascending positions, on every process."""
+        return self.team.join(self._take_held(index), self._is_held(index))
+
+    def load(self) -> Tensor:
+        """Returns all rows, on every process."""
+        rows = self.rows.like
+        with self.team.keeping_errors():
+            rows = self.rows.load()
+        return self.team.join(rows, self._is_held(torch.arange(self.n, device="cpu")))
+
+    def batches(self, size: int, generator: torch.Generator) -> Iterator[Tensor]:
+        """Yields batches of `size` rows, N rows in all; of each batch the rows that this process holds.
+
+        Rows are drawn at random with replacement, by the generator of the first process. Chunks of an iterable come in
+        their order instead.
+        """
+        if isinstance(self.rows, ChunkedRows):
+            yield from self.rows.chunks_of(min(size, self.n))
+            return
+        generator.set_state(self.team.broadcast(generator.get_state()))
+        for begin in range(0, self.n, size):
+            index = torch.randint(self.n, (min(size, self.n - begin),), generator=generator, device="cpu")
+            yield self._take_held(index.sort().values)
+
+    def compute_on_first(self, compute: Callable[[], Tensor]) -> Tensor:
+        """Returns rows like centres that the first process computes, on every process: others may round otherwise."""
+        return self.team.compute_on_first(compute, self.centers_like)
+
+    def _take_held(self, index: Tensor) -> Tensor:
+        with self.team.keeping_errors():
+            return self.rows.take(index[self._is_held(index)] - self.held.start)
+        return self.rows.like
+
+    def _is_held(self, index: Tensor) -> Tensor:
+        return (index >= self.held.start) & (index < self.held.stop)

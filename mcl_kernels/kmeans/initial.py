@@ -1,0 +1,85 @@
+"""Initial centres: rows of a sample, by greedy k-means++ or at random."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from mcl_kernels.kmeans.centers import multiply
+from mcl_kernels.kmeans.dataset import Dataset
+from mcl_kernels.kmeans.passes import Problem
+
+# The sample has at most SAMPLE_ROWS rows and SAMPLE_ELEMENTS elements, but enough rows for each cluster.
+SAMPLE_ROWS = 1 << 16
+SAMPLE_ELEMENTS = 1 << 25
+SAMPLE_ROWS_PER_CLUSTER = 16
+
+_log = logging.getLogger(__name__)
+
+
+def draw_sample(data: Dataset, n_clusters: int, generator: torch.Generator) -> Tensor:
+    """Returns distinct rows drawn at random, in order; all rows of a small data set."""
+    size = max(SAMPLE_ROWS_PER_CLUSTER * n_clusters, min(SAMPLE_ROWS, SAMPLE_ELEMENTS // data.width))
+    if data.n <= size:
+        return data.load()
+    drawn = torch.empty(0, dtype=torch.int64, device="cpu")
+    while len(drawn) < size:
+        more = torch.randint(data.n, (size - len(drawn),), generator=generator, device="cpu")
+        drawn = torch.unique(torch.cat((drawn, more)))
+    return data.take(drawn)
+
+
+def initial_centers(problem: Problem, sample: Tensor, n_clusters: int, init: str, generator: torch.Generator) -> Tensor:
+    """Returns rows of the sample as centres: random ones for "random", else those of greedy k-means++.
+
+    k-means++ draws each next centre with probability proportional to the squared distance to the nearest centre so
+    far. The greedy form draws 2 + log K candidates and keeps the best, as scikit-learn does. If fewer than `n_clusters`
+    rows differ, it returns fewer centres.
+    """
+    if init == "random":
+        chosen = torch.randperm(len(sample), generator=generator, device="cpu")[:n_clusters]
+        return problem.as_points(sample[chosen.to(sample.device)])
+    x = problem.as_points(sample)
+    squared_distances = _squared_distances_among(x, problem.summary.offset)
+    n_candidates = 2 + int(math.log(n_clusters))
+    centers = torch.randint(len(x), (1,), generator=generator, device="cpu").to(x.device)
+    nearest = squared_distances(centers)[0]
+    while len(centers) < n_clusters:
+        _log.info("k-means++: %d of %d centres", len(centers), n_clusters)
+        cumulative = nearest.cumsum(0).cpu()
+        if cumulative[-1] == 0:
+            break
+        # side="right" never draws a row of distance 0, which is a centre already.
+        drawn = torch.rand(n_candidates, dtype=torch.float64, generator=generator, device="cpu") * cumulative[-1]
+        candidates = torch.searchsorted(cumulative, drawn, right=True).clamp(max=len(x) - 1).to(x.device)
+        reachable = torch.minimum(nearest, squared_distances(candidates))
+        best = int(reachable.sum(1).argmin())
+        nearest = reachable[best]
+        centers = torch.cat((centers, candidates[best : best + 1]))
+    return x[centers]
+
+
+def _squared_distances_among(x: Tensor, offset: Tensor) -> Callable[[Tensor], Tensor]:
+    """Returns a function: for an index of rows, |x_i - x_j|^2 of its rows i and all rows j, fp64 [rows, N].
+
+    Equal rows have distance 0 exactly.
+    """
+    relative = x - offset
+    squares, tiny = relative.square().sum(1), torch.finfo(x.dtype).tiny
+
+    def squared_distances(index: Tensor) -> Tensor:
+        scale = squares[index].unsqueeze(1) + squares
+        squared = scale - 2 * multiply(relative[index], relative)
+        # Where the rounding of the product would matter, distances are computed from differences.
+        close = squared <= 1e-3 * scale + tiny
+        squared = squared.double()
+        for i, row in enumerate(index.tolist()):
+            near = close[i].nonzero().squeeze(1)
+            squared[i, near] = (x[near].double() - x[row].double()).square().sum(1)
+        return squared
+
+    return squared_distances
