@@ -9,16 +9,27 @@ DEMO_FLAGS ?=
 CASES ?=
 RUNS ?=
 GPU_TESTS := $(addprefix tests/test_,device_plan.py gpu.py kmeans.py kmeans_passes.py logsumexp.py losses.py loss_edge_cases.py loss_dtypes.py positive_ranks.py triton.py)
+QUICK_TESTS := $(addprefix tests/test_,backends.py errors.py kmeans.py kmeans_files.py kmeans_passes.py kmeans_rows.py labelled_queue.py logsumexp.py loss_*.py losses.py objectives.py ops.py positive_ranks.py representation.py sampler.py stages.py stored_labels.py)
+QUICK := not (triton or cuda or blockwise or faiss or avx512 or avx2 or portable or ranks or compiled or peak)
 SANITIZED := $(addprefix tests/test_,device_plan.py logsumexp.py kmeans.py kmeans_passes.py)
 SANITIZE = PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1
 
-.PHONY: demo test sanitize test-oldest test-integrations lint types bench suppression gpu clean
+.PHONY: demo quick fix test sanitize test-oldest test-integrations lint types bench suppression gpu clean
 
 demo: $(VENV)/installed-demo
 	$(VENV)/bin/mcl-kernels demo $(DEMO_FLAGS)
 
 test: $(VENV)/installed-test
 	$(VENV)/bin/python -m pytest -n logical --ignore tests/integrations
+
+# While you work: native and reference kernels, one instruction set, nothing slow; under 90 s on two cores.
+quick: $(VENV)/installed-test
+	$(VENV)/bin/python -m pytest -q -n logical -m 'not slow' -k '$(QUICK)' $(QUICK_TESTS)
+
+# Formatter and lint, with fixes.
+fix: $(VENV)/installed-test
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/ruff check --fix .
 
 # The kernels without torch, under AddressSanitizer with UndefinedBehaviorSanitizer and under ThreadSanitizer; those for
 # CUDA, whose barriers are what may be missing, under the latter.
