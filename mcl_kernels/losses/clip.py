@@ -101,7 +101,7 @@ def clip_loss(
 def _check_logit_scale(logit_scale: float | Tensor, image_features: Tensor, dtype: torch.dtype) -> Tensor:
     """Scale of the logits, []."""
     if not isinstance(logit_scale, Tensor):
-        check_positive("logit_scale", logit_scale)
+        check_positive("logit_scale", logit_scale, "a number or a tensor")
     elif logit_scale.numel() != 1:
         raise ValueError(f"logit_scale must be one number: got shape {list(logit_scale.shape)}")
     else:

@@ -88,7 +88,7 @@ def inverse_temperature(temperature: float | Tensor, query: Tensor, dtype: torch
     """Checked scale of the logits, [] or [N]."""
     if isinstance(temperature, Tensor):
         return check_scale("temperature", temperature, query, dtype).reciprocal()
-    check_positive("temperature", temperature)
+    check_positive("temperature", temperature, "a number or a tensor")
     inverse = 1.0 / temperature
     if inverse > torch.finfo(dtype).max:
         raise ValueError(f"temperature is too small for logits of {dtype}: got {temperature}")
@@ -134,7 +134,7 @@ class LossModule(nn.Module):
 def check_module_temperature(temperature: object) -> None:
     """Raises for a temperature that no batch accepts; the length of a vector is checked with the batch."""
     if not isinstance(temperature, Tensor):
-        check_positive("temperature", temperature)
+        check_positive("temperature", temperature, "a number or a tensor")
     elif not temperature.dtype.is_floating_point:
         raise TypeError(f"temperature must be a float or a floating point tensor: got {temperature.dtype}")
     elif temperature.ndim > 1:
