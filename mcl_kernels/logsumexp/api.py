@@ -165,6 +165,7 @@ def masked_logsumexp(
     Raises:
         TypeError: an argument of the wrong type or dtype.
         ValueError: shapes, lengths, devices or options that do not fit; each message names the argument.
+        RuntimeError: an implementation that is not available.
 
     Source: the denominator of the loss of "Learning the Unlearned: Mitigating Feature Suppression in
     Contrastive Learning" (ECCV 2024, arXiv 2402.11816).

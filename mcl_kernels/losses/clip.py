@@ -94,7 +94,8 @@ def clip_loss(
     if ranks is None:
         return options.reduce(per_anchor.bidirectional(inputs, objective, impl))
     bidirectional = sharded.bidirectional if labels is None or text_labels is None else sharded.bidirectional_split
-    loss, samples = bidirectional(inputs, sharded.Call(objective, impl, ranks, options.needed_exchange()))
+    call = sharded.Call(objective, impl, ranks, options.needed_exchange())
+    loss, samples = bidirectional(inputs, call)
     return options.reduce(loss, ranks, samples)
 
 
