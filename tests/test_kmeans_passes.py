@@ -9,7 +9,7 @@ from torch import Tensor
 from mcl_kernels import KMeans, assign_clusters
 from mcl_kernels.kmeans import gpu_common, reference
 from mcl_kernels.kmeans.assign import find_nearest, implementation
-from mcl_kernels.kmeans.centers import Summary, middle_and_scale, prepare, summarize
+from mcl_kernels.kmeans.centers import Summary, prepare, summarize, survey_columns
 from mcl_kernels.kmeans.triton import tile_table
 from tests import kmeans_cases
 from tests.conftest import Backend, is_slow, unavailable_reason
@@ -21,7 +21,7 @@ backend, device, impl = kmeans_cases.backend, kmeans_cases.device, kmeans_cases.
 def summary_of(x: Tensor, metric: str, n: int | None = None) -> Summary:
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     low, high = x.amin(0), x.amax(0)
-    return summarize(n or len(x), low, high, middle_and_scale(x, metric, high.double() - low.double()).to(wide), metric)
+    return summarize(n or len(x), low, high, survey_columns(x, metric, high.double() - low.double()).to(wide), metric)
 
 
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])

@@ -330,7 +330,7 @@ def test_checking_an_iterable_needs_no_further_pass() -> None:
     fit_passes, passes = passes, 0
     next(iter(MultistageRunner(N, n_clusters=4))).finish(Counted(x))
     assert passes == fit_passes
-    with pytest.raises(TypeError, match="embeddings must be iterable again and again: got generator"):
+    with pytest.raises(TypeError, match="embeddings must be iterable more than once: got generator"):
         next(iter(MultistageRunner(N, n_clusters=4))).finish(part for part in x.split(7))
 
 

@@ -22,13 +22,13 @@ RESULTS = ("inertia_", "n_iter_", "init_rows_", "history_")
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
-class Saved:
-    """Base of `KMeans` that writes it to a file and reads it."""
+class Saveable:
+    """Base class of `KMeans` with `save` and `load`."""
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Saves the centres, the settings and the results of `fit`, in the safetensors format.
 
-        `labels_`, which are as many as the rows, and a `group` are not saved. The file is replaced in one step.
+        `labels_`, one for each row, and a `group` are not saved. The file is replaced in one step.
 
         Args:
             path: the file to write, in a directory that exists.
