@@ -1,4 +1,4 @@
-"""Tables of the results: claims and whether they hold, the overview of all methods, the sweep, the README's table."""
+"""Tables of the results: verdicts on the claims, the overview of all methods, the sweep, and the README's table."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Claim(NamedTuple):
 
 
 def claims(groups: Groups) -> list[Claim]:
-    """Expected results, and whether they hold."""
+    """Expected results, each with its verdict."""
     return [*threshold_claims(groups), *ordering_claims(groups)]
 
 
