@@ -3,7 +3,7 @@
 The time of an iteration is (time of 21 iterations - time of one) / 20, from the same centres. Assignment is timed
 separately. The contenders' OpenMP runtimes conflict within one process: each contender has its own process, they take
 turns, and the median over the turns is reported. faiss samples the data by default: here it reads all rows. With
-`--device cuda` a GPU clusters 16 times as many rows, with plain PyTorch as a contender; gpu_clustering.csv.
+`--device cuda` a GPU clusters 16 times as many rows, with plain PyTorch as a contender, into gpu_clustering.csv.
 """
 
 from __future__ import annotations

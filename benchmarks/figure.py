@@ -16,7 +16,7 @@ STYLES = {
 
 
 def draw(results: Path, figure_path: Path) -> None:
-    """Time and peak memory against batch size, log-log, each with its limit."""
+    """Draws time and peak memory against batch size, log-log, each with its limit."""
     from matplotlib.figure import Figure
 
     with results.open(newline="") as file:

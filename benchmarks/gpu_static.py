@@ -1,7 +1,7 @@
 """Resources of the compiled GPU kernels, ours and the peers': `python -m benchmarks.gpu_static` writes gpu_static.csv.
 
 No GPU is needed: Triton's compiler and disassembler, and nvcc, build for any architecture. A row is one kernel for one
-architecture, precision and D, specialised like its launcher does it. Columns: registers of a thread, bytes of its
+architecture, precision and D, specialised as by its launcher. Columns: registers of a thread, bytes of its
 stack, local stores and loads (spilled registers), shared memory and its limit, columns of tensor memory, instructions
 of the tensor cores, loads, special-function instructions, warps that are resident on a multiprocessor, and the units of
 a loss by its form, forward and backward. A unit is a product of D elements for every visited pair. Kernels of k-means
@@ -53,11 +53,12 @@ CUDA_ARCHITECTURES = (75, *ARCHITECTURES)
 CUDA_PRECISIONS = {"__half": "fp16", "__nv_bfloat16": "bf16", "float": "fp32", "double": "fp64"}  # by operand type
 SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes of a program
 CUDA_SHARED_LIMIT = 49_152  # bytes of a launch without an opt-in for more
-SHARED_OF_PROCESSOR = {75: 65_536, 80: 167_936, 90: 233_472, 100: 233_472}
-SHARED_OF_SYSTEM = {75: 0, 80: 1024, 90: 1024, 100: 1024}  # bytes reserved for each block
-COUNTED_OF_SYSTEM = {75: 0, 80: 0, 90: 1024, 100: 1024}  # part of them that a cubin counts as the kernel's
-REGISTERS_OF_PROCESSOR = 65_536
-WARPS_OF_PROCESSOR = {75: 32, 80: 64, 90: 64, 100: 64}
+# Per multiprocessor: bytes of shared memory, registers, warps, columns of tensor memory.
+MULTIPROCESSOR_SHARED = {75: 65_536, 80: 167_936, 90: 233_472, 100: 233_472}
+RESERVED_SHARED = {75: 0, 80: 1024, 90: 1024, 100: 1024}  # bytes that the system takes of each block
+RESERVED_IN_CUBIN = {75: 0, 80: 0, 90: 1024, 100: 1024}  # part of them that a cubin counts as the kernel's
+MULTIPROCESSOR_REGISTERS = 65_536
+MULTIPROCESSOR_WARPS = {75: 32, 80: 64, 90: 64, 100: 64}
 TENSOR_MEMORY = 512  # columns of a multiprocessor, from sm_100 on
 TENSOR_CORES = {80: r"\bHMMA", 90: r"\bHGMMA", 100: r"\bUTC\w*MMA"}  # the fast path of each
 WMMA = r"\bHMMA"
@@ -170,7 +171,7 @@ def _compile_source(source: Path, architecture: int) -> list[Row]:
         assert bounds, f"{name} has no __launch_bounds__, from which its number of threads is read"
         warps = int(bounds[1]) // 32
         dynamic = re.findall(r"dynamic shared memory: (\d+)", text)  # a comment of shared_memory() in tiles.cuh
-        shared = code.shared - COUNTED_OF_SYSTEM[architecture] + max(map(int, dynamic), default=0)
+        shared = code.shared - RESERVED_IN_CUBIN[architecture] + max(map(int, dynamic), default=0)
         rows.append({
             "library": f"mcl_kernels {version('mcl_kernels')}", "kernel": f"{CUDA}: {name}",
             "architecture": f"sm_{architecture}", "precision": precision, "d": "", "warps": warps,
@@ -204,10 +205,10 @@ def _run(*command: str) -> str:
 
 def _resources(code: Code, architecture: int, warps: int, shared: int, tensor_memory: int) -> Row:
     blocks = min(
-        REGISTERS_OF_PROCESSOR // (-(-code.registers // 8) * 8 * 32 * warps),
-        SHARED_OF_PROCESSOR[architecture] // max(shared + SHARED_OF_SYSTEM[architecture], 1),
+        MULTIPROCESSOR_REGISTERS // (-(-code.registers // 8) * 8 * 32 * warps),
+        MULTIPROCESSOR_SHARED[architecture] // max(shared + RESERVED_SHARED[architecture], 1),
         TENSOR_MEMORY // max(tensor_memory, 1),
-        WARPS_OF_PROCESSOR[architecture] // warps,
+        MULTIPROCESSOR_WARPS[architecture] // warps,
     )
     return {
         "registers": code.registers, "stack": code.stack, "spills": code.count(r"\b(?:STL|LDL)"),

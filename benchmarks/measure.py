@@ -81,7 +81,7 @@ def time_case(name: str, n: int, device: torch.device) -> tuple[list[Row], dict[
             check_agreement(case, contender, n, device)
         except AssertionError:
             raise
-        except Exception as error:  # too large for this GPU, say: the other contenders are still measured
+        except Exception as error:  # for example too large for this GPU: the other contenders are still measured
             if device.type == "cpu":
                 raise
             skipped[contender.name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"

@@ -1,4 +1,4 @@
-"""NT-Xent over many ranks by a model, and measured over a few: `python -m benchmarks.scale` writes scale.csv.
+"""NT-Xent over many ranks, modelled, and over a few ranks, measured: `python -m benchmarks.scale` writes scale.csv.
 
 The model is that of `scale_model`. The measurements use processes of one thread that communicate over gloo on this
 machine. The bytes that each sends and receives are counted and must equal those of `plan_exchange`. Seconds are those
