@@ -14,7 +14,6 @@ core instructions are those of nvcuda::wmma, which sm_90 and sm_100 have in addi
 from __future__ import annotations
 
 import argparse
-import csv
 import importlib.util
 import multiprocessing
 import os
@@ -40,7 +39,7 @@ from benchmarks.gpu_kernels import (
     peer_kernel,
     peer_units,
 )
-from benchmarks.measure import Row, write_rows
+from benchmarks.measure import Row, read_rows, write_rows
 from mcl_kernels.backends import cuda
 
 HERE = Path(__file__).parent
@@ -65,7 +64,7 @@ WMMA = r"\bHMMA"
 COLUMNS = (
     "library", "kernel", "architecture", "precision", "d", "rows", "columns", "features", "gradients", "chunk", "warps",
     "stages", "units_self", "units_one_direction", "units_both_directions", "pairs", "registers", "stack", "spills",
-    "shared", "shared_limit", "tensor_memory", "tensor_core", "loads", "special_function", "warps_of_processor",
+    "shared", "shared_limit", "tensor_memory", "tensor_core", "loads", "special_function", "resident_warps",
     "compiler",
 )  # fmt: skip
 
@@ -213,7 +212,7 @@ def _resources(code: Code, architecture: int, warps: int, shared: int, tensor_me
     return {
         "registers": code.registers, "stack": code.stack, "spills": code.count(r"\b(?:STL|LDL)"),
         "shared": shared, "tensor_memory": tensor_memory, "loads": code.count(r"\b(?:LDG|LDGSTS)\b"),
-        "special_function": code.count(r"\bMUFU"), "warps_of_processor": blocks * warps,
+        "special_function": code.count(r"\bMUFU"), "resident_warps": blocks * warps,
     }  # fmt: skip
 
 
@@ -244,16 +243,12 @@ def _is_wanted(kernel: str, width: int, every_width_of: tuple[str, ...] | None) 
 
 def save(path: Path, kernels: tuple[str, ...], rows: list[Row]) -> None:
     """Replaces the rows of these kernels, in the order of all kernels."""
-    before: list[Row] = []
-    if path.exists():
-        with path.open(newline="") as file:
-            before = list(csv.DictReader(file))
     order = (*OWN, *KMEANS, CUDA, *INF_CL, *MEMEFF)
 
     def name_of(row: Row) -> str:
         return CUDA if row["kernel"].startswith(f"{CUDA}: ") else row["kernel"]
 
-    kept = [row for row in before if name_of(row) in set(order) - set(kernels)]
+    kept = [row for row in read_rows(path) if name_of(row) in set(order) - set(kernels)]
     write_rows(path, COLUMNS, sorted(kept + rows, key=lambda row: order.index(name_of(row))))
 
 
@@ -282,7 +277,7 @@ def main() -> None:
         print(
             f"{row['kernel']:<43} {row['architecture']:<6} {row['precision']:<6} D {row['d'] or 'any':>4}"
             f"  {row['registers']:>3} registers  {row['stack']:>4} B stack  {row['spills']:>3} spills"
-            f"  {row['shared']:>6} B shared  {row['tensor_core']:>3} tensor core  {row['warps_of_processor']:>2} warps"
+            f"  {row['shared']:>6} B shared  {row['tensor_core']:>3} tensor core  {row['resident_warps']:>2} warps"
         )
     save(options.csv, kernels, rows)
 

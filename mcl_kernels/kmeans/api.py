@@ -13,7 +13,7 @@ from torch import Tensor
 from mcl_kernels._validate import as_integer, as_number, check_choice, check_same_width
 from mcl_kernels.backends.table import IMPLS
 from mcl_kernels.distributed.group import ranks_of
-from mcl_kernels.kmeans.assign import METRICS, check_range, find_nearest, finite_rows, implementation
+from mcl_kernels.kmeans.assign import METRICS, check_range, find_nearest, finite_rows, load_implementation
 from mcl_kernels.kmeans.centers import summarize, survey_columns
 from mcl_kernels.kmeans.dataset import Dataset
 from mcl_kernels.kmeans.files import Saveable
@@ -201,7 +201,7 @@ class KMeans(Saveable):
 
         def open_local() -> Rows:
             rows = open_rows("x", x)
-            implementation(self.impl, rows.device)  # raises if it does not run on this rank
+            load_implementation(self.impl, rows.device)  # raises if it does not run on this rank
             if self.batch_size is not None and isinstance(rows, ChunkedRows):
                 raise ValueError("batch_size with a group draws rows of x: got an iterable, which is read in order")
             return rows
@@ -218,7 +218,7 @@ class KMeans(Saveable):
         spread = high.double() - low.double()
         surveyed = data.compute_on_first(lambda: survey_columns(sample, self.metric, spread).to(compute_dtype(sample)))
         summary = summarize(data.n, low, high, surveyed, self.metric, self.init)
-        return Problem(data, summary, self.metric, implementation(self.impl, data.device)), sample
+        return Problem(data, summary, self.metric, load_implementation(self.impl, data.device)), sample
 
     def _run(self, problem: Problem, sample: Tensor, tol: float, generator: torch.Generator) -> Restart:
         """Runs one restart."""

@@ -52,7 +52,7 @@ def find_nearest(
     check_same_width("centers", centers, rows.name, rows.like)
     if len(centers) == 0:
         raise ValueError("centers must have at least one row: got 0")
-    module = implementation(impl, rows.device)
+    module = load_implementation(impl, rows.device)
     labels, distances, begin = [], [], 0
     with torch.autocast(rows.device.type, enabled=False):
         wide = compute_dtype(rows.like, centers)
@@ -72,7 +72,7 @@ def find_nearest(
     return torch.cat(labels), torch.cat(distances)
 
 
-def implementation(impl: str, device: torch.device) -> ModuleType:
+def load_implementation(impl: str, device: torch.device) -> ModuleType:
     """Returns the module that computes passes; raises if `impl` does not run on the device."""
     return load("kmeans", resolve("kmeans", impl, device))
 
