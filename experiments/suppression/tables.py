@@ -43,7 +43,7 @@ def threshold_claims(groups: Groups) -> Iterator[Claim]:
         yield Claim("randbits-8: MCL reads it at 0.90 or more", str(digit), _verdict(digit.mean >= 0.90))
         if "ensemble+simclr" in by_name:
             gain = digit.mean - by_name["ensemble+simclr"].probe("digit").mean
-            text = "randbits-8: MCL is above as many SimCLRs concatenated by 0.5 or more"
+            text = "randbits-8: MCL is above an ensemble of as many SimCLRs by 0.5 or more"
             yield Claim(text, f"{gain:.3f}", _verdict(gain >= 0.5))
 
 

@@ -116,7 +116,7 @@ def dump(kmeans: Any) -> bytes:
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors, and settings with results, of a file whose checksum is right."""
+    """Reads a file and checks it by its checksum; returns its tensors, and its settings and results."""
     from safetensors import SafetensorError, safe_open
 
     open_regular(path).close()
@@ -135,7 +135,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except (SafetensorError, RecursionError) as error:
         raise ValueError(f"{path} is not a k-means that save wrote: {error}") from None
     if not isinstance(fields, dict):
-        raise ValueError(f"{path} is not a k-means that save wrote: its settings are no dictionary")
+        raise ValueError(f"{path} is not a k-means that save wrote: its settings are not a dictionary")
     return tensors, fields
 
 

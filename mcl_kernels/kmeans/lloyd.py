@@ -85,7 +85,7 @@ def _with_bar(max_iter: int, team: Team) -> Iterator[int]:
     """Yields iteration numbers. The first process logs them, and after 2 s shows a progress bar on a terminal."""
     from tqdm import tqdm
 
-    disable = None if team.rank == 0 else True  # None: only if the output is no terminal
+    disable = None if team.rank == 0 else True  # None: only if the output is not a terminal
     for number in tqdm(range(max_iter), desc="k-means", unit="iteration", delay=2, leave=False, disable=disable):
         if team.rank == 0:
             _log.info("k-means: iteration %d of at most %d", number + 1, max_iter)

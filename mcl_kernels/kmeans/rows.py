@@ -279,7 +279,7 @@ def open_rows(name: str, x: object) -> Rows:
 
 
 def _described_chunk(name: str, chunk: object) -> str:
-    """Text for an error: the type of a chunk that is no tensor, and the remedy."""
+    """Text for an error: the type of a chunk that is not a tensor, and the remedy."""
     kind = type(chunk).__name__
     if isinstance(chunk, Mapping):
         return f"{kind} with the keys {list(chunk)}; give the rows alone"

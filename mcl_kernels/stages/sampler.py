@@ -157,7 +157,9 @@ class ClusterBatchSampler(Sampler[list[int]]):
             raise ValueError(f"state must have the keys 'epoch' and 'batches': got {list(state)}")
         batches = as_integer("state['batches']", state["batches"], least=0)
         if batches > len(self):
-            raise ValueError(f"state must be of a sampler with as many batches: got batch {batches} of {len(self)}")
+            raise ValueError(
+                f"state must have at most as many batches as this sampler: got batch {batches} of {len(self)}"
+            )
         self._begin_at(as_integer("state['epoch']", state["epoch"], least=0), batches)
         self._is_chosen = False
 

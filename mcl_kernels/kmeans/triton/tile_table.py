@@ -13,7 +13,7 @@ from mcl_kernels.kmeans.gpu_common import MAX_SUMMED_CENTERS, MAX_SUMMED_ELEMENT
 class Tiles(NamedTuple):
     """Sizes of a kernel's tile, and the options of its launch."""
 
-    rows: int  # at most 8192: sums of so many integers of 2^11 are exact
+    rows: int  # at most 8192: fp32 sums of that many integers up to 2^11 are exact
     columns: int
     features: int  # of rows and centres that one product multiplies
     chunk: int  # features whose sums are one product
