@@ -96,7 +96,7 @@ def test_when_torch_sorts(monkeypatch: pytest.MonkeyPatch, max_rows: int, built:
     called = []
 
     class Library:
-        def plan(self, *arguments: Any) -> None:
+        def make_plan(self, *arguments: Any) -> None:
             called.append(arguments)
 
     monkeypatch.setattr(device_plan, "MAX_ROWS", max_rows)

@@ -361,8 +361,8 @@ def test_what_a_killed_build_left_is_removed_by_the_next(place: Place) -> None:
     started = place.root / "started"
     slow = place.compiler(command=f"touch {started}; sleep 60")
     code = (
-        "import sys; from pathlib import Path; from mcl_kernels import _native\n"
-        "_native.source_directory = lambda: Path(sys.argv[1]); native._find_or_build()"
+        "import sys; from pathlib import Path; from mcl_kernels.backends import native\n"
+        "native.source_directory = lambda: Path(sys.argv[1]); native._find_or_build()"
     )
     environment = {**os.environ, "CXX": str(slow)}
     process = subprocess.Popen([sys.executable, "-c", code, str(place.sources)], env=environment)

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mcl_kernels import masked_logsumexp
 from mcl_kernels.logsumexp import device_plan
+from mcl_kernels.logsumexp.inputs import Inputs, LseGradients, Wanted
 from mcl_kernels.logsumexp.pairs import Pairs, kept_pairs, make_plan
 from tests.accuracy import assert_accurate
 from tests.cases import Case, make_case
@@ -59,11 +60,10 @@ def test_nothing_waits_for_the_device(
     case = make_case(30, m, 8, dtype=dtype)
     with FakeTensorMode(allow_non_fake_inputs=False) as mode:
         query, key, *identities = (None if x is None else mode.from_tensor(x) for x in case)
-        scale, pairs = torch.ones(()), Pairs(*identities, negatives)
-        row_lse, column_lse, plan = triton.forward(query, key, scale, pairs, bidirectional)
-        gradients = torch.ones_like(row_lse), torch.ones_like(column_lse)
-        saved = query, key, scale, pairs, row_lse, column_lse, plan
-        shapes = [x.shape for x in triton.backward(*gradients, *saved, bidirectional, (True, True, True))]
+        inputs = Inputs(query, key, torch.ones(()), Pairs(*identities, negatives), bidirectional)
+        saved = triton.forward(inputs)
+        gradients = LseGradients(torch.ones_like(saved.row_lse), torch.ones_like(saved.column_lse))
+        shapes = [x.shape for x in triton.backward(inputs, saved, gradients, Wanted(True, True, True))]
     assert shapes == [case.query.shape, (0,) if case.key is None else case.key.shape, ()]
     # One to drop columns before each kernel; 1 forward and 1 backward, or one of each side.
     sides = 1 if form == "self" else 2
@@ -93,7 +93,7 @@ def test_the_grid_depends_on_the_rows_alone(launches: Launches) -> None:
     for labels in (torch.zeros(300), torch.arange(300), torch.full((300,), -1)):
         launches.grids.clear()
         pairs = Pairs(labels.long(), None, torch.arange(300), None, "same")
-        triton.forward(torch.randn(300, 8), None, torch.ones(()), pairs, False)
+        triton.forward(Inputs(torch.randn(300, 8), None, torch.ones(()), pairs))
         grids.append(list(launches.grids))
     assert grids[0] == grids[1] == grids[2]
 
