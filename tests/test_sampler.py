@@ -23,7 +23,7 @@ def zipf_labels(n: int = 3000, k: int = 40) -> Tensor:
     return torch.from_numpy(np.random.default_rng(0).choice(k, n, p=sizes / sizes.sum()))
 
 
-# As after two stages of K = 16 on 5,000 samples: no cluster fills a group of 64.
+# Labels as after two stages of K = 16 on 5,000 samples: no cluster fills a group of 64.
 MANY_SMALL = torch.arange(250).repeat_interleave(20)
 LABELS = {"zipf": zipf_labels(), "many small": MANY_SMALL, "one": torch.zeros(1000, dtype=torch.long)}
 
@@ -176,7 +176,7 @@ def test_any_sequence_of_iterations_is_resumed(
         if action == "resume":
             fresh = copy.deepcopy(reference)
             fresh.load_state_dict(sampler.state_dict())
-            # As Lightning does after it loads the state.
+            # Lightning calls this after it loads the state.
             fresh.set_epoch(fresh.epoch)
             sampler = pickle.loads(pickle.dumps(fresh))
             if number <= len(order):
