@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mcl_kernels.backends import native
-from mcl_kernels.backends.table import IMPLS, TABLE
+from mcl_kernels.backends.table import IMPLS, TABLE, device_types
 from mcl_kernels.logsumexp import device_plan
 from tests import emulated_cuda
 from tests.process_pool import RankPool
@@ -31,12 +31,13 @@ class Backend(NamedTuple):
 
 
 INSTRUCTION_SETS = ["amx", "avx512", "avx2", "portable"]
-DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+DEVICES = device_types()
 BACKENDS = [Backend("cpu", "native", name) for name in INSTRUCTION_SETS]
 BACKENDS += [Backend(DEVICES[-1], "triton")]
 BACKENDS += [Backend(device, "cuda") for device in DEVICES]  # on a CPU emulated
 BACKENDS += [Backend(device, impl) for device in DEVICES for impl in ("blockwise", "reference")]
-assert {backend.impl for backend in BACKENDS} == set(IMPLS["logsumexp"]) - {"auto"}
+listed = {backend.impl for backend in BACKENDS}
+assert listed == set(IMPLS["logsumexp"]) - {"auto"}, "BACKENDS must list every backend of the operation in the table"
 
 
 if emulated_cuda.unavailable_reason() is None:
@@ -63,7 +64,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     backend: Backend = request.param
     if backend.impl == "native":
         use_instruction_set(backend.instruction_set, monkeypatch)
-    if backend.impl in ("triton", "cuda") and (reason := unavailable_reason(backend.impl, backend.device)):
+    elif reason := unavailable_reason(backend.impl, backend.device):
         pytest.skip(reason)
     if backend.impl == "triton":
         monkeypatch.setattr(device_plan, "_is_built", lambda device: False)  # as most installations are

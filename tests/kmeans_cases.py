@@ -16,7 +16,8 @@ BACKENDS = [
     *(Backend(device, "reference") for device in DEVICES),
     Backend("cpu", "faiss"),
 ]
-assert {backend.impl for backend in BACKENDS} == set(IMPLS["kmeans"]) - {"auto"}
+listed = {backend.impl for backend in BACKENDS}
+assert listed == set(IMPLS["kmeans"]) - {"auto"}, "BACKENDS must list every backend of k-means in the table"
 
 
 @pytest.fixture(params=BACKENDS, ids=str)
@@ -24,7 +25,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     backend: Backend = request.param
     if backend.impl == "native":
         use_instruction_set(backend.instruction_set, monkeypatch)
-    if backend.impl != "native" and (reason := unavailable_reason(backend.impl, backend.device)):
+    elif reason := unavailable_reason(backend.impl, backend.device):
         pytest.skip(reason)
     return backend
 

@@ -20,7 +20,9 @@ every_operation = pytest.mark.parametrize("operation", OPERATIONS)
 def test_every_backend_has_a_module_for_each_of_its_operations(operation: str, impl: str) -> None:
     if impl == "triton":
         pytest.importorskip("triton")
-    passes = {"logsumexp": ["count_above"], "kmeans": ["assign"]}
+    passes = {"logsumexp": ["forward", "backward", "count_above"], "kmeans": ["assign", "assign_and_sum"]}
+    if (operation, impl) == ("logsumexp", "reference"):  # plain PyTorch, which autograd differentiates
+        passes = {"logsumexp": ["logsumexp", "count_above"]}
     assert load(operation, impl) is import_module(TABLE[impl].modules[operation])
     assert all(hasattr(load(operation, impl), name) for name in passes[operation])
 
@@ -73,5 +75,11 @@ def test_auto_on_another_device_is_the_fallback_without_a_warning(operation: str
     assert resolve(operation, "auto", torch.device("meta")) == FALLBACKS[operation]
 
 
-def test_capabilities_name_every_backend() -> None:
-    assert set(capabilities()) == {"auto", *TABLE}
+def test_capabilities_name_every_backend_and_give_a_reason() -> None:
+    every = capabilities()
+    assert set(every) == {"auto", *TABLE}
+    for name, entry in every.items():
+        assert entry["reason"], name
+        assert entry["available"] is bool(entry["devices"]), name
+    for name in ("auto", "native", "reference", "blockwise"):
+        assert "cpu" in every[name]["devices"], name  # type: ignore[operator]

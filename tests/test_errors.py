@@ -19,7 +19,6 @@ from mcl_kernels import (
     NTXentLoss,
     assign_clusters,
     cached_backward,
-    capabilities,
     clip_loss,
     compose_labels,
     count_negatives,
@@ -227,13 +226,3 @@ def test_error(call: Callable[[], object], error: type[Exception], message: str)
 def test_a_bad_tensor_temperature_gives_nan_not_an_error() -> None:
     """Checking its value would break the graph and synchronise."""
     assert nt_xent(X, Y, temperature=torch.tensor(float("nan"))).isnan()
-
-
-def test_capabilities_name_every_implementation() -> None:
-    every = capabilities()
-    assert set(every) == {"auto", "native", "triton", "cuda", "faiss", "blockwise", "reference"}
-    assert all(every.pop(name)["reason"] for name in ("triton", "cuda", "faiss"))
-    for entry in every.values():
-        assert entry["available"] is True
-        assert entry["reason"]
-        assert "cpu" in entry["devices"]  # type: ignore[operator]

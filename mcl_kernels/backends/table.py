@@ -39,14 +39,19 @@ def _faiss_reason(device: torch.device) -> str | None:
 
 def _describe_faiss() -> tuple[list[str], str]:
     reason = _faiss_reason(torch.device("cpu"))
-    return ([], reason) if reason else (_devices(), "k-means alone: a flat index of faiss finds the nearest centres")
+    if reason:
+        return [], reason
+    return device_types(), "k-means alone: a flat index of faiss finds the nearest centres"
+        ([], reason) if reason else (device_types(), "k-means alone: a flat index of faiss finds the nearest centres")
+    )
 
 
 def _no_reason(device: torch.device) -> None:
     """Reason why a backend that runs on every device is unavailable: none."""
 
 
-def _devices() -> list[str]:
+def device_types() -> list[str]:
+    """Types of the devices of this machine that backends are looked for on."""
     return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
 
@@ -78,12 +83,12 @@ TABLE = {
     "reference": Backend(
         {"logsumexp": "mcl_kernels.logsumexp.reference", "kmeans": "mcl_kernels.kmeans.reference"},
         _no_reason,
-        lambda: (_devices(), "dense PyTorch, differentiable to any order: the definition, stores the N x M matrix"),
+        lambda: (device_types(), "dense PyTorch, differentiable to any order: the definition, stores the N x M matrix"),
     ),
     "blockwise": Backend(
         {"logsumexp": "mcl_kernels.logsumexp.blockwise"},
         _no_reason,
-        lambda: (_devices(), "PyTorch by tiles, in memory that grows with N + M; runs wherever torch does"),
+        lambda: (device_types(), "PyTorch by tiles, in memory that grows with N + M; runs wherever torch does"),
     ),
 }
 FALLBACKS = {"logsumexp": "blockwise", "kmeans": "reference"}
@@ -171,10 +176,10 @@ def capabilities() -> dict[str, dict[str, object]]:
         name: {"available": bool(devices), "devices": devices, "reason": reason}
         for name, (devices, reason) in found.items()
     }
-    choices = {device: _first_of(device, found) for device in _devices()}
+    choices = {device: _first_of(device, found) for device in device_types()}
     picks = [f"{name} for {device.upper()} tensors, " for device, name in choices.items() if name] + ["else blockwise"]
     reason = f"picks {''.join(picks)} (k-means: reference)"
-    return {**entries, "auto": {"available": True, "devices": _devices(), "reason": reason}}
+    return {**entries, "auto": {"available": True, "devices": device_types(), "reason": reason}}
 
 
 def _first_of(device: str, found: dict[str, tuple[list[str], str]]) -> str | None:
