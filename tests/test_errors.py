@@ -37,7 +37,7 @@ META = torch.empty(256, 8, device="meta")
 
 
 class DataFrame:
-    """As of pandas: iterated over its columns."""
+    """Like pandas: iterated over its columns."""
 
     def to_numpy(self) -> np.ndarray:
         return X.numpy()
@@ -50,7 +50,7 @@ class DataFrame:
 
 
 class SparseMatrix:
-    """As of scipy: iterated over sparse rows."""
+    """Like scipy: iterated over sparse rows."""
 
     def toarray(self) -> np.ndarray:
         return X.numpy()
@@ -60,7 +60,7 @@ class SparseMatrix:
 
 
 class ForeignArray:
-    """As of JAX."""
+    """Like an array of JAX."""
 
     def __array__(self) -> np.ndarray:
         return X.numpy()

@@ -1,10 +1,8 @@
-"""What only the Triton implementation promises; its numbers are in the tests that every implementation runs."""
+"""Promises of the Triton implementation alone; its numbers are in the tests that every implementation runs."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,9 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mcl_kernels import masked_logsumexp
 from mcl_kernels.logsumexp import device_plan
+from mcl_kernels.logsumexp.inputs import Inputs, LseGradients, Wanted
 from mcl_kernels.logsumexp.pairs import Pairs, kept_pairs, make_plan
 from tests.accuracy import assert_accurate
 from tests.cases import Case, make_case
+from tests.new_process import run_python
 from tests.test_logsumexp import as_float64, run
 
 pytest.importorskip("triton.knobs", reason="the test extra brings it, where there is one")
@@ -29,7 +29,7 @@ FORMS = [("self", None, False), ("rows", 40, False), ("both", 40, True)]
 
 
 class Launches:
-    """Stands where a kernel does, and keeps the grids it was launched with."""
+    """Replaces a kernel, and records the grids of its launches."""
 
     def __init__(self) -> None:
         self.grids: list[tuple[int, ...]] = []
@@ -55,23 +55,22 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
 def test_nothing_waits_for_the_device(
     launches: Launches, form: str, m: int | None, bidirectional: bool, negatives: str, dtype: torch.dtype
 ) -> None:
-    """Tensors without data raise where a value is read: by planning and launching none is."""
+    """Fake tensors raise if a value is read: planning and launching read none."""
     case = make_case(30, m, 8, dtype=dtype)
     with FakeTensorMode(allow_non_fake_inputs=False) as mode:
         query, key, *identities = (None if x is None else mode.from_tensor(x) for x in case)
-        scale, pairs = torch.ones(()), Pairs(*identities, negatives)
-        row_lse, column_lse, plan = triton.forward(query, key, scale, pairs, bidirectional)
-        gradients = torch.ones_like(row_lse), torch.ones_like(column_lse)
-        saved = query, key, scale, pairs, row_lse, column_lse, plan
-        shapes = [x.shape for x in triton.backward(*gradients, *saved, bidirectional, (True, True, True))]
+        inputs = Inputs(query, key, torch.ones(()), Pairs(*identities, negatives), bidirectional)
+        saved = triton.forward(inputs)
+        gradients = LseGradients(torch.ones_like(saved.row_lse), torch.ones_like(saved.column_lse))
+        shapes = [x.shape for x in triton.backward(inputs, saved, gradients, Wanted(True, True, True))]
     assert shapes == [case.query.shape, (0,) if case.key is None else case.key.shape, ()]
-    # One to drop columns before each kernel; 1 forward and 1 backward, or one of each side.
+    # A launch finds the dropped columns before each kernel; forward and backward have one kernel for each side.
     sides = 1 if form == "self" else 2
     assert len(launches.grids) == 2 * ((2 if bidirectional else 1) + sides)
 
 
 class Operators(TorchDispatchMode):
-    """Counts them: what a GPU launches at least."""
+    """Counts operators, each of which a GPU launches at least once."""
 
     count = 0
 
@@ -93,7 +92,7 @@ def test_the_grid_depends_on_the_rows_alone(launches: Launches) -> None:
     for labels in (torch.zeros(300), torch.arange(300), torch.full((300,), -1)):
         launches.grids.clear()
         pairs = Pairs(labels.long(), None, torch.arange(300), None, "same")
-        triton.forward(torch.randn(300, 8), None, torch.ones(()), pairs, False)
+        triton.forward(Inputs(torch.randn(300, 8), None, torch.ones(()), pairs))
         grids.append(list(launches.grids))
     assert grids[0] == grids[1] == grids[2]
 
@@ -131,35 +130,35 @@ def test_tiles_that_are_visited(negatives: str, monkeypatch: pytest.MonkeyPatch)
     visited = 0
     for first in range(0, n, tiles.rows):
         rows = slice(first, first + tiles.rows)
-        meets = plan.key_begin[rows] < plan.key_end[rows]
-        if not meets.any():
+        has_keys = plan.key_begin[rows] < plan.key_end[rows]
+        if not has_keys.any():
             continue
-        begin, end = int(plan.key_begin[rows][meets].min()), int(plan.key_end[rows][meets].max())
+        begin, end = int(plan.key_begin[rows][has_keys].min()), int(plan.key_end[rows][has_keys].max())
         for start in range(begin, end, tiles.columns):
-            differ = sorted_labels[rows][meets].unsqueeze(1) != sorted_labels[start : start + tiles.columns]
+            differ = sorted_labels[rows][has_keys].unsqueeze(1) != sorted_labels[start : start + tiles.columns]
             visited += bool(negatives != "different" or differ.any())
     assert products == visited
-    # The negative labels cost no tile, and under "different" the huge cluster next to none.
+    # Negative labels cost no tile, and under "different" the huge cluster costs almost none.
     most = -(-n // tiles.rows) * -(-(n - sizes[0]) // tiles.columns)
     assert visited <= (most // 2 if negatives == "different" else most)
 
 
 def to_tf32(x: Tensor) -> Tensor:
-    """10 bits behind the point of the mantissa; what is behind them the tensor cores do not read."""
+    """Cuts the mantissa to 10 bits: tensor cores read no others."""
     return (x.view(torch.int32) & ~0x1FFF).view(torch.float32)
 
 
 def truncated(x: Tensor) -> Tensor:
-    """fp64 to fp32, toward zero: as tensor cores are taken to round their sums."""
+    """Rounds fp64 to fp32 toward zero, as tensor cores are assumed to round their sums."""
     nearest = x.float()
     return torch.where(nearest.double().abs() > x.abs(), torch.nextafter(nearest, torch.zeros(())), nearest)
 
 
 def multiply(a: Tensor, b: Tensor, precision: str) -> Tensor:
-    """As the tensor cores do: operands cut, 8 exact products added to a sum at a time, each sum truncated.
+    """Multiplies as tensor cores do: operands are cut, 8 exact products are added at a time, each sum is truncated.
 
-    tf32x3 has new sums for each part of 16, which are added to what there is to nearest. Of half precision only the
-    operands' rounding is shown: its sums are as those of every product of that dtype.
+    tf32x3 has new sums for each part of 16 terms, which are added to the earlier ones with rounding to nearest. For
+    half precision only the rounding of the operands is emulated, not that of the sums.
     """
     if precision == "half":
         return a.float() @ b.float()
@@ -183,7 +182,7 @@ def add_products(sums: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 def emulated(case: Case, scale: float, precision: str) -> dict[str, Tensor]:
-    """LSE and gradient of the self form with the roundings of the kernels, for the weights that `run` gives the LSE."""
+    """LSE and gradient of the self form with the roundings of the kernels; the LSE has the weights of `run`."""
     x, dtype = case.query, case.query.dtype
     keep = kept_pairs(Pairs(case.labels, case.labels, case.ids, case.ids, "same"))
     assert keep is not None
@@ -192,9 +191,9 @@ def emulated(case: Case, scale: float, precision: str) -> dict[str, Tensor]:
     weight = torch.linspace(-1, 2, len(x)).masked_fill(lse.isinf(), 0)
     terms = torch.where(keep, (logits - lse.unsqueeze(1)).exp(), 0) * weight.unsqueeze(1)
     weights = torch.where(keep, terms + terms.T, 0)
-    unit = 2.0**13 if dtype == torch.float16 else 1.0
-    rounded = (unit * weights).to(dtype) if precision == "half" else weights
-    return {"lse": lse, "grad_query": (scale * multiply(rounded, x, precision) / unit).to(dtype)}
+    fp16_scale = 2.0**13 if dtype == torch.float16 else 1.0
+    rounded = (fp16_scale * weights).to(dtype) if precision == "half" else weights
+    return {"lse": lse, "grad_query": (scale * multiply(rounded, x, precision) / fp16_scale).to(dtype)}
 
 
 @pytest.mark.parametrize("scale", [1.0, 10.0])
@@ -205,7 +204,7 @@ def emulated(case: Case, scale: float, precision: str) -> dict[str, Tensor]:
     ids=str,
 )
 def test_operands_as_the_tensor_cores_round_them(precision: str, dtype: torch.dtype, d: int, scale: float) -> None:
-    """As accurate as the definition; in tf32, which is asked for, to the 11 bits of its operands."""
+    """Results are as accurate as the definition; in tf32, which users choose, to the 11 bits of its operands."""
     case = make_case(300, None, d, dtype=dtype)
     got = emulated(case, scale, precision)
     exact = run(as_float64(case), scale, "reference")
@@ -219,20 +218,16 @@ def test_operands_as_the_tensor_cores_round_them(precision: str, dtype: torch.dt
             assert_accurate(value, reference[name], exact[name], name)
 
 
-def run_python(code: str) -> subprocess.CompletedProcess[str]:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120, env=environment
-    )
+run_on_cpu = partial(run_python, TRITON_INTERPRET="")  # without the interpreter
 
 
 def test_on_a_cpu_without_the_interpreter() -> None:
-    result = run_python("import torch, mcl_kernels\nmcl_kernels.masked_logsumexp(torch.eye(3), impl='triton')")
+    result = run_on_cpu("import torch, mcl_kernels\nmcl_kernels.masked_logsumexp(torch.eye(3), impl='triton')")
     assert "impl='triton': computes on CUDA tensors: got device cpu" in result.stderr
 
 
 def test_without_triton() -> None:
-    result = run_python(
+    result = run_on_cpu(
         "import sys; sys.modules['triton'] = None\n"
         "import torch, mcl_kernels\n"
         "print(mcl_kernels.capabilities()['triton'])\n"
@@ -243,9 +238,9 @@ def test_without_triton() -> None:
     assert "use impl='auto'" in result.stderr
 
 
-def test_either_switch_of_torch_asks_for_tf32() -> None:
+def test_either_switch_of_torch_selects_tf32() -> None:
     """Once the newer one was used, torch refuses to answer through the older one."""
-    result = run_python(
+    result = run_on_cpu(
         "import torch; from mcl_kernels.backends import triton\n"
         "x = torch.eye(3)\n"
         "print(triton.product_precision(x, x, torch.ones(())))\n"
@@ -256,7 +251,7 @@ def test_either_switch_of_torch_asks_for_tf32() -> None:
 
 
 def test_before_triton_3_4() -> None:
-    result = run_python(
+    result = run_on_cpu(
         "import sys, types; old = types.ModuleType('triton'); old.__version__ = '3.2.0'; sys.modules['triton'] = old\n"
         "import torch, mcl_kernels; mcl_kernels.masked_logsumexp(torch.eye(3), impl='triton')"
     )

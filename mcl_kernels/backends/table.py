@@ -103,7 +103,7 @@ def resolve(operation: str, impl: str, device: torch.device) -> str:
     """
     check_choice("impl", impl, IMPLS[operation])
     if impl == "auto":
-        return _automatic(operation, device)
+        return _choose(operation, device)
     _check_available(impl, device)
     return impl
 
@@ -134,6 +134,10 @@ def _warn_once(reasons: str) -> None:
     warnings.warn(f"mcl_kernels: PyTorch operations compute, several times slower: {reasons}", RuntimeWarning, 4)
 
 
+def _choose(operation: str, device: torch.device) -> str:
+    return _automatic(operation, device)  # Dynamo traces through a cache, but not through this function
+
+
 def _check_available(impl: str, device: torch.device) -> None:
     backend = TABLE[impl]
     if backend.check is not None:
@@ -144,7 +148,7 @@ def _check_available(impl: str, device: torch.device) -> None:
 
 # A compiled graph holds the results of these functions, without building and loading. The attribute is the one that
 # `torch.compiler.assume_constant_result` sets; the decorator itself would import the compiler with this module.
-_CONSTANT: tuple[Any, ...] = (_automatic, _check_available)
+_CONSTANT: tuple[Any, ...] = (_choose, _check_available)
 for _function in _CONSTANT:
     _function._dynamo_marked_constant = True
 

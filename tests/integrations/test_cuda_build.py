@@ -36,7 +36,7 @@ def toolkit() -> str | None:
 
 
 def unavailable_reason() -> str | None:
-    """Reason for which the kernels cannot be built here, or None."""
+    """Returns why the kernels cannot be built here, or None."""
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA"
     home = toolkit()
