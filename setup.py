@@ -1,8 +1,8 @@
 """The build steps that pyproject.toml cannot describe: kernel sources in the package, compiled if torch is installed.
 
 With `pip install --no-build-isolation .` the torch that will run them is importable here and the library is built
-into the package; otherwise `mcl_kernels.backends.native` builds it on first use. The CUDA kernels are built where
-MCL_KERNELS_CUDA=1 asks for them, and an installation that cannot build them then fails with the reason.
+into the package; otherwise `mcl_kernels.backends.native` builds it on first use. The CUDA kernels are built only with
+MCL_KERNELS_CUDA=1, and an installation that cannot build them then fails with the reason.
 """
 
 import importlib.util
@@ -39,7 +39,7 @@ def build_cuda(directory):
         return
     if not HAS_TORCH:
         raise SystemExit(
-            "MCL_KERNELS_CUDA=1 compiles against the installed torch: none is seen here; install it, and "
+            "MCL_KERNELS_CUDA=1 compiles against the installed torch: none is found; install it, and "
             "pass --no-build-isolation"
         )
     cuda = load("backends.cuda")
@@ -58,7 +58,7 @@ class BuildWithKernels(build_py):
         package = Path(self.build_lib) / "mcl_kernels"
         if package.resolve() == ROOT / "mcl_kernels":
             raise SystemExit(f"the package cannot be built into its own sources, {ROOT}: name another --build-lib")
-        shutil.rmtree(package, ignore_errors=True)  # all that is there goes into the wheel, of an earlier build too
+        shutil.rmtree(package, ignore_errors=True)  # files of an earlier build would go into the wheel, too
         super().run()
         shutil.copytree(ROOT / "csrc", package / "csrc")
         build_cuda(package / "lib")

@@ -42,8 +42,6 @@ def _describe_faiss() -> tuple[list[str], str]:
     if reason:
         return [], reason
     return device_types(), "k-means alone: a flat index of faiss finds the nearest centres"
-        ([], reason) if reason else (device_types(), "k-means alone: a flat index of faiss finds the nearest centres")
-    )
 
 
 def _no_reason(device: torch.device) -> None:
