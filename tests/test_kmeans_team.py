@@ -223,7 +223,7 @@ def fit_with_other_rounding(metric: str, batch_size: int | None) -> Fitted:
         mock.patch.object(Centers, "means", other_means),
         mock.patch.object(lloyd, "_record", other_record),
         mock.patch.object(api, "initial_centers", other_initial_centers),
-        mock.patch.object(api, "middle_and_scale", lambda x, *_: 3 + x.mean(0).expand(2, -1)),
+        mock.patch.object(api, "survey_columns", lambda x, *_: 3 + x.mean(0).expand(2, -1)),
     ):
         return fit(kmeans, x)
 

@@ -219,7 +219,7 @@ def test_epochs_of_a_data_loader(workers: int, persistent: bool) -> None:
 
 def test_a_state_of_other_batches_is_refused() -> None:
     sampler = ClusterBatchSampler(MANY_SMALL, 256)
-    with pytest.raises(ValueError, match="state must be of a sampler with as many batches: got batch 20 of 19"):
+    with pytest.raises(ValueError, match="state must have at most as many batches as this sampler: got batch 20 of 19"):
         sampler.load_state_dict({"epoch": 0, "batches": 20})
 
 
