@@ -11,7 +11,7 @@ def assert_accurate(
 ) -> None:
     """Asserts that `got` is at most twice as far from the fp64 result as the reference on the same rounded inputs.
 
-    A slack of 4 machine epsilons of the output dtype times the largest exact value is added. The whole tensor is
+    A slack of 4 machine epsilons of the output dtype times the largest exact value is added. The complete tensor is
     checked too, by its cosine with the exact one and by its signed bias, which a few outliers would hide.
 
     A scalar of the reference may be exact by chance, and is on some CPUs. `usual`, the relative error of the terms that

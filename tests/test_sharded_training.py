@@ -1,4 +1,4 @@
-"""Training over several ranks (DDP, FSDP2, a compiled encoder) against training in one process on the whole batch."""
+"""Training over several ranks (DDP, FSDP2, a compiled encoder) against training of one process on all samples."""
 
 from __future__ import annotations
 
