@@ -11,8 +11,8 @@ An implementation is a module with
     count_above(inputs, threshold) -> int64 [N]
 
 In the self form (`inputs.key` is None) column_lse is [0], c = b and gc = gb; the gradient of the query has the terms of
-both sides, that of the scale counts each pair once. A row with a negative label may hold anything, NaN too: it has LSE -inf
-and gradient 0, and changes no other row. Gradients have the dtype of their input. The plan is `pairs.make_plan`'s.
+both sides, that of the scale counts each pair once. A row with a negative label may hold anything, NaN too: it has LSE
+-inf and gradient 0, and changes no other row. Gradients have the dtype of their input. The plan is `pairs.make_plan`'s.
 """
 
 from __future__ import annotations
