@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from mcl_kernels.logsumexp.pairs import Pairs, Plan
+from mcl_kernels.logsumexp.pairs import Pairs, Plan, repeat
 
 
 class Inputs(NamedTuple):
@@ -24,13 +24,13 @@ class Inputs(NamedTuple):
     bidirectional: bool = False  # False in the self form, which is symmetric
 
     @classmethod
-    def of_self(cls, query: Tensor, scale: Tensor, pairs: Pairs) -> Inputs:
-        """Inputs of the self form; `pairs` has the ids and labels of the queries.
+    def of_self(cls, query: Tensor, scale: Tensor, pairs: Pairs, *, views: int = 1) -> Inputs:
+        """Inputs of the self form; `pairs` has the ids and labels of the samples, `query` a row of each for each view.
 
         With a scale per row the logits are not symmetric: then the queries are given as the keys, too.
         """
-        labels, _, ids, _, negatives = pairs
-        inputs = cls(query, None, scale, Pairs(labels, None, ids, None, negatives))
+        labels, ids = repeat(pairs.labels, views), repeat(pairs.ids, views)
+        inputs = cls(query, None, scale, Pairs(labels, None, ids, None, pairs.negatives))
         return inputs if scale.ndim == 0 else inputs.rectangle()
 
     @property

@@ -35,13 +35,15 @@ class Pairs(NamedTuple):
 
     def repeated(self, times: int) -> Pairs:
         """Pairs of a batch that holds every row `times` times, one copy of the batch after the other."""
+        labels, key_labels, ids, key_ids, negatives = self
+        return Pairs(
+            repeat(labels, times), repeat(key_labels, times), repeat(ids, times), repeat(key_ids, times), negatives
+        )
 
-        def repeat(values: Tensor | None) -> Tensor | None:
-            return None if values is None else torch.cat((values,) * times)
 
-        labels, ids = repeat(self.labels), repeat(self.ids)
-        key_labels = labels if self.key_labels is self.labels else repeat(self.key_labels)
-        return Pairs(labels, key_labels, ids, ids if self.key_ids is self.ids else repeat(self.key_ids), self.negatives)
+def repeat(values: Tensor | None, times: int) -> Tensor | None:
+    """Values of a batch that holds every row `times` times, one copy of the batch after the other."""
+    return values if values is None or times == 1 else torch.cat((values,) * times)
 
 
 class Plan(NamedTuple):

@@ -85,7 +85,7 @@ def nt_xent(
         rows, cosine = unit_views(view_a, view_b, impl) if normalize else joined_views(view_a, view_b)
         scale = inverse_temperature(temperature, rows, compute_dtype(rows))
     if ranks is None:
-        inputs = Inputs.of_self(rows, scale, sample_pairs.repeated(2))
+        inputs = Inputs.of_self(rows, scale, sample_pairs, views=2)
         return options.reduce(per_anchor.views(inputs, cosine, objective, impl))
     unit_a, unit_b = rows.chunk(2)
     call = sharded.Call(objective, impl, ranks, options.needed_exchange())

@@ -52,7 +52,7 @@ def views(view_a: Tensor, view_b: Tensor, scale: Tensor, sample_pairs: Pairs, ca
         view_a, view_b, *scales = share.complete.columns
         rows, cosine = joined_views(view_a, view_b)
         row_scale = torch.cat(scales) if scales else scale
-        inputs = Inputs.of_self(rows, row_scale, share.complete.pairs(negatives).repeated(2))
+        inputs = Inputs.of_self(rows, row_scale, share.complete.pairs(negatives), views=2)
         losses.append(per_anchor.views(inputs, cosine, call.objective, call.impl))
     if share.blocks is not None:
         view_a, view_b, *scales = share.blocks.anchors.columns
