@@ -1,4 +1,4 @@
-"""What only a GPU shows of the implementations for one; their numbers are in the tests that all of them run."""
+"""Properties of the implementations for GPUs that only a GPU shows; results are tested with all implementations."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ FORMS = [
     ("self", 300, None, False), ("rows", 300, 40, False), ("both", 300, 40, True),
     ("a plan of several tiles", 1500, 1100, True),
 ]  # fmt: skip
-WHY_NOT = {"triton": triton.unavailable_reason, "cuda": _cuda.why_not}
+UNAVAILABLE_REASON = {"triton": triton.unavailable_reason, "cuda": _cuda.why_not}
 
 
-@pytest.fixture(params=[Backend("cuda", impl) for impl in WHY_NOT], ids=str)
+@pytest.fixture(params=[Backend("cuda", impl) for impl in UNAVAILABLE_REASON], ids=str)
 def impl(request: pytest.FixtureRequest) -> str:
     backend: Backend = request.param
-    if reason := WHY_NOT[backend.impl](torch.device(backend.device)):
+    if reason := UNAVAILABLE_REASON[backend.impl](torch.device(backend.device)):
         pytest.skip(reason)
     return backend.impl
 
@@ -45,7 +45,7 @@ def loss_and_gradients(case: Case, bidirectional: bool, negatives: str, impl: st
 def test_no_wait_and_one_graph_for_all_labels(
     impl: str, form: str, n: int, m: int | None, bidirectional: bool, negatives: str
 ) -> None:
-    """A CUDA graph holds the launches alone: replayed with other labels it computes what they say."""
+    """A CUDA graph holds the launches alone: replayed with other labels it computes their result."""
     case = make_case(n, m, 40, device="cuda")
     loss_and_gradients(case, bidirectional, negatives, impl)  # compiles
     torch.cuda.set_sync_debug_mode("error")

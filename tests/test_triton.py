@@ -1,4 +1,4 @@
-"""What only the Triton implementation promises; its numbers are in the tests that every implementation runs."""
+"""Properties of the Triton implementation alone; its results are tested with those of every implementation."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FORMS = [("self", None, False), ("rows", 40, False), ("both", 40, True)]
 
 
 class Launches:
-    """Stands where a kernel does, and keeps the grids it was launched with."""
+    """Replaces a kernel and records the grids of its launches."""
 
     def __init__(self) -> None:
         self.grids: list[tuple[int, ...]] = []
@@ -55,7 +55,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
 def test_nothing_waits_for_the_device(
     launches: Launches, form: str, m: int | None, bidirectional: bool, negatives: str, dtype: torch.dtype
 ) -> None:
-    """Tensors without data raise where a value is read: by planning and launching none is."""
+    """Fake tensors raise if a value is read: planning and launching reads none."""
     case = make_case(30, m, 8, dtype=dtype)
     with FakeTensorMode(allow_non_fake_inputs=False) as mode:
         query, key, *identities = (None if x is None else mode.from_tensor(x) for x in case)
@@ -65,13 +65,13 @@ def test_nothing_waits_for_the_device(
         saved = query, key, scale, pairs, row_lse, column_lse, plan
         shapes = [x.shape for x in triton.backward(*gradients, *saved, bidirectional, (True, True, True))]
     assert shapes == [case.query.shape, (0,) if case.key is None else case.key.shape, ()]
-    # One to drop columns before each kernel; 1 forward and 1 backward, or one of each side.
+    # A launch that finds dropped columns before each kernel; 1 forward and 1 backward, or one for each side.
     sides = 1 if form == "self" else 2
     assert len(launches.grids) == 2 * ((2 if bidirectional else 1) + sides)
 
 
 class Operators(TorchDispatchMode):
-    """Counts them: what a GPU launches at least."""
+    """Counts operators: a lower bound of the launches on a GPU."""
 
     count = 0
 
@@ -80,12 +80,12 @@ class Operators(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(("m", "most"), [(None, 12), (40, 18)])
-def test_planning_is_a_handful_of_launches(m: int | None, most: int) -> None:
+@pytest.mark.parametrize(("m", "max_launches"), [(None, 12), (40, 18)])
+def test_planning_is_a_handful_of_launches(m: int | None, max_launches: int) -> None:
     case = make_case(30, m, 8)
     with Operators() as operators:
         make_plan(case.query, case.key, Pairs(case.labels, case.key_labels, case.ids, case.key_ids, "same"))
-    assert 0 < operators.count <= most
+    assert 0 < operators.count <= max_launches
 
 
 def test_the_grid_depends_on_the_rows_alone(launches: Launches) -> None:
@@ -131,38 +131,36 @@ def test_tiles_that_are_visited(negatives: str, monkeypatch: pytest.MonkeyPatch)
     visited = 0
     for first in range(0, n, tiles.rows):
         rows = slice(first, first + tiles.rows)
-        meets = plan.key_begin[rows] < plan.key_end[rows]
-        if not meets.any():
+        attends = plan.key_begin[rows] < plan.key_end[rows]
+        if not attends.any():
             continue
-        begin, end = int(plan.key_begin[rows][meets].min()), int(plan.key_end[rows][meets].max())
+        begin, end = int(plan.key_begin[rows][attends].min()), int(plan.key_end[rows][attends].max())
         for start in range(begin, end, tiles.columns):
-            differ = sorted_labels[rows][meets].unsqueeze(1) != sorted_labels[start : start + tiles.columns]
+            differ = sorted_labels[rows][attends].unsqueeze(1) != sorted_labels[start : start + tiles.columns]
             visited += bool(negatives != "different" or differ.any())
     assert products == visited
-    # The negative labels cost no tile, and under "different" the huge cluster next to none.
-    most = -(-n // tiles.rows) * -(-(n - sizes[0]) // tiles.columns)
-    assert visited <= (most // 2 if negatives == "different" else most)
-
-
-# --- what the interpreter does not show: how the tensor cores round their operands ------------------------------
+    # Negative labels cost no tile, and under "different" the huge cluster costs hardly any.
+    max_visited = -(-n // tiles.rows) * -(-(n - sizes[0]) // tiles.columns)
+    assert visited <= (max_visited // 2 if negatives == "different" else max_visited)
 
 
 def to_tf32(x: Tensor) -> Tensor:
-    """10 bits behind the point of the mantissa; what is behind them the tensor cores do not read."""
+    """Cuts the mantissa to 10 bits behind the point: tensor cores do not read the others."""
     return (x.view(torch.int32) & ~0x1FFF).view(torch.float32)
 
 
 def truncated(x: Tensor) -> Tensor:
-    """fp64 to fp32, toward zero: as tensor cores are taken to round their sums."""
+    """Rounds fp64 to fp32 toward zero, as tensor cores are assumed to round their sums."""
     nearest = x.float()
     return torch.where(nearest.double().abs() > x.abs(), torch.nextafter(nearest, torch.zeros(())), nearest)
 
 
 def multiply(a: Tensor, b: Tensor, precision: str) -> Tensor:
-    """As the tensor cores do: operands cut, 8 exact products added to a sum at a time, each sum truncated.
+    """Multiplies as tensor cores do and the interpreter does not: cuts operands, adds 8 exact products at a time to a
+    sum, and truncates each sum.
 
-    tf32x3 has new sums for each part of 16, which are added to what there is to nearest. Of half precision only the
-    operands' rounding is shown: its sums are as those of every product of that dtype.
+    tf32x3 starts new sums for each part of 16 features and adds them to the total, rounded to nearest. For half
+    precision only the operands are rounded: its sums are those of every product of that dtype.
     """
     if precision == "half":
         return a.float() @ b.float()
@@ -186,7 +184,7 @@ def add_products(sums: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 def emulated(case: Case, scale: float, precision: str) -> dict[str, Tensor]:
-    """LSE and gradient of the self form with the roundings of the kernels, for the weights that `run` gives the LSE."""
+    """LSE and gradient of the self form with the roundings of the kernels, for the weights of the LSE in `run`."""
     x, dtype = case.query, case.query.dtype
     keep = kept_pairs(Pairs(case.labels, case.labels, case.ids, case.ids, "same"))
     assert keep is not None
@@ -195,9 +193,9 @@ def emulated(case: Case, scale: float, precision: str) -> dict[str, Tensor]:
     weight = torch.linspace(-1, 2, len(x)).masked_fill(lse.isinf(), 0)
     terms = torch.where(keep, (logits - lse.unsqueeze(1)).exp(), 0) * weight.unsqueeze(1)
     weights = torch.where(keep, terms + terms.T, 0)
-    unit = 2.0**13 if dtype == torch.float16 else 1.0
-    rounded = (unit * weights).to(dtype) if precision == "half" else weights
-    return {"lse": lse, "grad_query": (scale * multiply(rounded, x, precision) / unit).to(dtype)}
+    fp16_scale = 2.0**13 if dtype == torch.float16 else 1.0
+    rounded = (fp16_scale * weights).to(dtype) if precision == "half" else weights
+    return {"lse": lse, "grad_query": (scale * multiply(rounded, x, precision) / fp16_scale).to(dtype)}
 
 
 @pytest.mark.parametrize("scale", [1.0, 10.0])
@@ -208,7 +206,7 @@ def emulated(case: Case, scale: float, precision: str) -> dict[str, Tensor]:
     ids=str,
 )
 def test_operands_as_the_tensor_cores_round_them(precision: str, dtype: torch.dtype, d: int, scale: float) -> None:
-    """As accurate as the definition; in tf32, which is asked for, to the 11 bits of its operands."""
+    """As accurate as the definition; in tf32, which is opt-in, to the 11 bits of its operands."""
     case = make_case(300, None, d, dtype=dtype)
     got = emulated(case, scale, precision)
     exact = run(as_float64(case), scale, "reference")
@@ -246,8 +244,8 @@ def test_without_triton() -> None:
     assert "use impl='auto'" in result.stderr
 
 
-def test_either_switch_of_torch_asks_for_tf32() -> None:
-    """Once the newer one was used, torch refuses to answer through the older one."""
+def test_both_torch_settings_select_tf32() -> None:
+    """Once the newer setting was used, torch refuses to answer through the older one."""
     result = run_python(
         "import torch; from mcl_kernels.backends import triton\n"
         "x = torch.eye(3)\n"
