@@ -8,17 +8,28 @@ INTEGRATIONS := .venv-integrations
 DEMO_FLAGS ?=
 CASES ?=
 RUNS ?=
-GPU_TESTS := $(addprefix tests/test_,device_plan.py gpu.py kmeans.py kmeans_passes.py logsumexp.py losses.py ranks.py triton.py)
+GPU_TESTS := $(addprefix tests/test_,device_plan.py gpu.py kmeans.py kmeans_passes.py logsumexp.py losses.py loss_edge_cases.py loss_dtypes.py positive_ranks.py triton.py)
+QUICK_TESTS := $(addprefix tests/test_,backends.py errors.py kmeans.py kmeans_files.py kmeans_passes.py kmeans_rows.py labelled_queue.py logsumexp.py loss_*.py losses.py objectives.py ops.py positive_ranks.py representation.py sampler.py stages.py stored_labels.py)
+QUICK := not (triton or cuda or blockwise or faiss or avx512 or avx2 or portable or ranks or compiled or peak)
 SANITIZED := $(addprefix tests/test_,device_plan.py logsumexp.py kmeans.py kmeans_passes.py)
 SANITIZE = PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1
 
-.PHONY: demo test sanitize test-oldest test-integrations lint types bench suppression gpu clean
+.PHONY: demo quick fix test sanitize test-oldest test-integrations lint types bench suppression gpu clean
 
 demo: $(VENV)/installed-demo
 	$(VENV)/bin/mcl-kernels demo $(DEMO_FLAGS)
 
 test: $(VENV)/installed-test
 	$(VENV)/bin/python -m pytest -n logical --ignore tests/integrations
+
+# While you work: native and reference kernels, one instruction set, nothing slow; under 90 s on two cores.
+quick: $(VENV)/installed-test
+	$(VENV)/bin/python -m pytest -q -n logical -m 'not slow' -k '$(QUICK)' $(QUICK_TESTS)
+
+# Formatter and lint, with fixes.
+fix: $(VENV)/installed-test
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/ruff check --fix .
 
 # The kernels without torch, under AddressSanitizer with UndefinedBehaviorSanitizer and under ThreadSanitizer; those for
 # CUDA, whose barriers are what may be missing, under the latter.
@@ -27,7 +38,7 @@ sanitize: build/sanitized-address,undefined build/sanitized-thread build/sanitiz
 	build/sanitized-thread
 	build/sanitized-cuda
 
-build/sanitized-%: $(wildcard csrc/*/* tests/cuda_on_cpu/*) tests/sanitized_kernels.cpp tests/sanitized_cuda.cpp mcl_kernels/backends/native_build.py | $(VENV)/installed-test
+build/sanitized-%: $(wildcard csrc/*.h csrc/*/* tests/cuda_on_cpu/*) tests/sanitized_kernels.cpp tests/sanitized_cuda.cpp mcl_kernels/backends/native_build.py | $(VENV)/installed-test
 	$(VENV)/bin/python -m tests.build_sanitized '$*' $@
 
 # The lower bounds of pyproject.toml: what `pip install mcl-kernels` may meet. What takes minutes, or depends on no version
@@ -54,10 +65,10 @@ bench: $(BENCH)/installed
 	test -n '$(CASES)' || $(BENCH)/bin/python -m benchmarks.clustering
 	test -n '$(CASES)' || $(BENCH)/bin/python -m benchmarks.scale
 
-# What contrastive learning suppresses and MCL recovers: all experiments, or RUNS='randbits-8 simclr mcl+simclr'. Goes on
-# where it was stopped, and ends with a report in runs/suppression.html.
+# The study of feature suppression: all runs, or RUNS='randbits-8 simclr mcl+simclr'. Runs with a row in
+# experiments/suppression/results.csv are not repeated, interrupted ones resume. Ends with a report, runs/suppression.html.
 suppression: $(VENV)/installed-demo
-	$(VENV)/bin/python -m benchmarks.suppression $(RUNS)
+	$(VENV)/bin/python -m experiments.suppression $(RUNS)
 
 # All that needs a CUDA device: the kernels in CUDA C++ are built for it; the tests, under compute-sanitizer too where there
 # is one (what Triton makes of shared memory is Triton's), and the same benchmarks with the peers' kernels, into

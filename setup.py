@@ -1,4 +1,4 @@
-"""What pyproject.toml cannot say: the kernels' sources travel in the package, and are compiled now where torch is.
+"""The build steps that pyproject.toml cannot describe: kernel sources in the package, compiled if torch is installed.
 
 With `pip install --no-build-isolation .` the torch that will run them is importable here and the library is built
 into the package; otherwise `mcl_kernels.backends.native` builds it on first use. The CUDA kernels are built where
@@ -22,7 +22,7 @@ HAS_TORCH = importlib.util.find_spec("torch") is not None
 
 
 def load(name):
-    """A module of `mcl_kernels`, without `mcl_kernels/__init__.py` and all that it imports."""
+    """Module of `mcl_kernels`, imported without `mcl_kernels/__init__.py`."""
     package = sys.modules.setdefault("mcl_kernels", types.ModuleType("mcl_kernels"))
     package.__path__ = [str(ROOT / "mcl_kernels")]
     return importlib.import_module(f"mcl_kernels.{name}")
@@ -60,8 +60,7 @@ class BuildWithKernels(build_py):
             raise SystemExit(f"the package cannot be built into its own sources, {ROOT}: name another --build-lib")
         shutil.rmtree(package, ignore_errors=True)  # all that is there goes into the wheel, of an earlier build too
         super().run()
-        shutil.copytree(SOURCES, package / "csrc" / "cpu")
-        shutil.copytree(CUDA_SOURCES, package / "csrc" / "cuda")
+        shutil.copytree(ROOT / "csrc", package / "csrc")
         build_cuda(package / "lib")
         if NATIVE:
             try:

@@ -1,27 +1,25 @@
 """Measures the named cases and draws the README's figure: `python -m benchmarks [CASE ...]`.
 
-Rows go to results.csv, those of other cases stay there. p20, p50 and p80 are seconds of forward and backward; ratio is
-a peer's p50 over ours and fraction_of_limit (least operations / rate of a large product) / p50, all from one process in
-which they took turns; peak_bytes is memory above the inputs, each in a process of its own. With `--device cuda` rows go
-to gpu_results.csv.
+Rows are written to results.csv, where those of other cases stay. p20, p50 and p80 are seconds of forward and backward.
+ratio is a peer's p50 over ours, fraction_of_limit is (minimal operations / rate of a large product) / p50; all are from
+one process in which the contenders took turns. peak_bytes is memory above the inputs, measured in a process for each
+contender. With `--device cuda` rows are written to gpu_results.csv.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-import importlib.metadata
-import platform
-import subprocess
 import sys
 from pathlib import Path
 
 import torch
 
 from benchmarks.cases import CASES, Case
+from benchmarks.conditions import conditions
 from benchmarks.figure import draw
 from benchmarks.measure import Row, in_fresh_process, measure_once, measure_peak, time_case, write_rows
-from mcl_kernels.logsumexp.api import resolve_impl
+from mcl_kernels.backends.table import resolve
 
 HERE = Path(__file__).parent
 COLUMNS = (
@@ -31,6 +29,7 @@ COLUMNS = (
 
 
 def run(case: Case, sizes: tuple[int, ...], device: torch.device) -> list[Row]:
+    """Returns the rows of a case at these sizes; without sizes at the largest that fits the memory of its peer."""
     rows: list[Row] = []
     for n in sizes or (_largest(case, device),):
         if case.once:
@@ -48,7 +47,7 @@ def run(case: Case, sizes: tuple[int, ...], device: torch.device) -> list[Row]:
 
 
 def _largest(case: Case, device: torch.device) -> int:
-    """The largest power of two that fits the cap of the case."""
+    """Largest power of two that fits the memory cap of the case."""
     n, peer = 64, case.peers[0]
     while not peer.missing() and in_fresh_process(measure_peak, case.name, 2 * n, device, peer.name, case.cap_bytes):
         n *= 2
@@ -63,32 +62,6 @@ def _line(row: Row) -> str:
         + (f"  {fraction:>6.1%} of the limit" if fraction else " " * 21)
         + (f"  {ratio:.2f}x ours" if ratio else "")
     )
-
-
-def conditions(device: torch.device) -> dict[str, str]:
-    versions = [f"python {platform.python_version()}"]
-    for package in ("torch", "triton", "lightly", "pytorch-metric-learning", "inf-cl", "memeff"):
-        try:
-            versions.append(f"{package} {importlib.metadata.version(package)}")
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    if device.type == "cuda":
-        processor = torch.cuda.get_device_name(device)
-    else:
-        models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
-        processor = models[0].split(":")[1].strip() if models else platform.processor()
-    commit = _git("rev-parse", "--short", "HEAD")
-    changed = _git("status", "--porcelain", "--", "mcl_kernels", "csrc", "setup.py")
-    return {
-        "versions": "; ".join(versions),
-        "processor": processor,
-        "commit": commit + ("+changes" if changed else ""),
-    }
-
-
-def _git(*arguments: str) -> str:
-    result = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False, cwd=HERE.parent)
-    return result.stdout.strip()
 
 
 def save(results: Path, case: Case, rows: list[Row]) -> None:
@@ -112,8 +85,8 @@ def main() -> int:
     parser.add_argument("--list", action="store_true", help="print each case with its reason and target")
     parser.add_argument("--draw", action="store_true", help="only draw the figure from the CSV")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute (default: cpu)")
-    parser.add_argument("--csv", type=Path, help="another CSV; the figure goes beside it")
-    parser.add_argument("--n", type=int, help="every case at this N: to try the suite, with another --csv")
+    parser.add_argument("--csv", type=Path, help="another CSV; the figure is written next to it")
+    parser.add_argument("--n", type=int, help="every case at this N, to try the suite with another --csv")
     options = parser.parse_args()
     if unknown := set(options.cases) - set(names):
         parser.error(f"no such case: {', '.join(sorted(unknown))}; there are {', '.join(names)}")
@@ -132,11 +105,12 @@ def main() -> int:
         parser.error(f"not on {device}: {', '.join(sorted(without))}")
     recorded = conditions(device)
     if chosen:
-        print(f"impl='auto' is {resolve_impl('auto', device)!r}", flush=True)  # builds it once, before the processes
+        impl = resolve("logsumexp", "auto", device)  # builds the library before processes start
+        print(f"impl='auto' is {impl!r}", flush=True)
     for case in chosen:
         try:
             rows = run(case, (options.n,) if options.n else case.sizes_on(device), device)
-        except RuntimeError as error:  # the other cases are worth their time all the same
+        except RuntimeError as error:  # the other cases are still measured
             print(f"{case.name:<15} FAILED: {error}", flush=True)
             failed.append(case.name)
             continue

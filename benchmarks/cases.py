@@ -1,4 +1,4 @@
-"""The named cases: what is measured, on which inputs, against whom and why."""
+"""The named cases: inputs, losses, peers, and the reason for each case."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from mcl_kernels import clip_loss, masked_info_nce, masked_logsumexp, nt_xent
 
 @dataclass(frozen=True)
 class Inputs:
-    """The arguments of a loss: first those that get a gradient; and the least operations of both passes."""
+    """Arguments of a loss: `leaves` get a gradient and come first; `operations` is the minimum of both passes."""
 
     leaves: tuple[Tensor, ...]
     fixed: tuple[Tensor, ...]
@@ -40,7 +40,7 @@ class Inputs:
     operations: float
 
     def to(self, device: torch.device) -> Inputs:
-        leaves, fixed = (tuple(x.to(device) for x in of) for of in (self.leaves, self.fixed))
+        leaves, fixed = (tuple(x.to(device) for x in inputs) for inputs in (self.leaves, self.fixed))
         return replace(self, leaves=leaves, fixed=fixed)
 
 
@@ -49,14 +49,14 @@ class Case:
     name: str
     reason: str
     target: str
-    sizes: tuple[int, ...]  # N: samples, or rows where the loss is masked_logsumexp
+    sizes: tuple[int, ...]  # N: samples, or rows of masked_logsumexp
     make: Callable[[int], Inputs]
     ours: Callable[..., Tensor]
     peers: tuple[Contender, ...] = ()
     dtype: torch.dtype = torch.float32
-    once: bool = False  # one pass, for what matters is its memory
-    cap_bytes: int | None = None  # N is doubled while the peak of the only peer stays below
-    gpu_sizes: tuple[int, ...] | None = None  # where not the same; (): not on a GPU
+    once: bool = False  # a single pass, to measure its memory
+    cap_bytes: int | None = None  # N doubles until the only peer exceeds this peak
+    gpu_sizes: tuple[int, ...] | None = None  # sizes on a GPU, if they differ; (): not measured there
 
     def sizes_on(self, device: torch.device) -> tuple[int, ...]:
         return self.sizes if device.type == "cpu" or self.gpu_sizes is None else self.gpu_sizes
@@ -65,7 +65,7 @@ class Case:
         return bool(self.sizes_on(device)) or (self.cap_bytes is not None and device.type == "cpu")
 
     def contenders_on(self, device: torch.device) -> tuple[Contender, ...]:
-        """Ours first. On a GPU that is Triton's, so that the kernels in CUDA C++ are a contender of their own."""
+        """Contenders, ours first. On a GPU "ours" is Triton, and the kernels in CUDA C++ are the second contender."""
         cuda = (own_cuda(self.ours),) if device.type == "cuda" else ()
         return (Contender("ours", self.ours), *cuda, *self.peers)
 
@@ -104,41 +104,40 @@ def clusters_of_512(n: int) -> Tensor:
 
 
 def zipf_clusters(n: int) -> Tensor:
-    """1000 clusters whose sizes fall as 1 / rank, fewer where n would leave a sample alone in the last."""
+    """1000 clusters with sizes proportional to 1, 1/2, 1/3, ...; fewer for small n, to avoid clusters of one sample."""
     share = 1 / torch.arange(1, min(1000, n // 32) + 1)
     sizes = (n * share / share.sum()).long()
     sizes[0] += n - sizes.sum()
     return torch.arange(len(sizes)).repeat_interleave(sizes)[torch.randperm(n, generator=_generator())]
 
 
-def two_views(n: int, labels_of: Callable[[int], Tensor] = one_cluster) -> Inputs:
+def two_views(n: int, make_labels: Callable[[int], Tensor] = one_cluster) -> Inputs:
     view_a, view_b = (_normal(n, 128, seed) for seed in (0, 1))
-    labels = labels_of(n)
-    # Without clusters the call has no labels, as its user's has none.
-    return Inputs((view_a, view_b), _given(labels), *_least_work(labels.repeat(2), 128))
+    labels = make_labels(n)
+    return Inputs((view_a, view_b), _label_arguments(labels), *_minimal_work(labels.repeat(2), 128))
 
 
-def unit_rows(n: int, d: int = 128, labels_of: Callable[[int], Tensor] = one_cluster) -> Inputs:
-    labels = labels_of(n)
-    return Inputs((F.normalize(_normal(n, d, 0), dim=1),), _given(labels), *_least_work(labels, d))
+def unit_rows(n: int, d: int = 128, make_labels: Callable[[int], Tensor] = one_cluster) -> Inputs:
+    labels = make_labels(n)
+    return Inputs((F.normalize(_normal(n, d, 0), dim=1),), _label_arguments(labels), *_minimal_work(labels, d))
 
 
 def moco_queue(n: int) -> Inputs:
-    """256 keys for each query. Positive and queue come from the momentum encoder: normalised and without gradient."""
+    """256 keys for each query. Positive and queue are from the momentum encoder: normalised and without gradient."""
     queue = F.normalize(_normal(256 * n, 128, 2), dim=1)
-    # Forward 1, backward 2: the logits again and the gradient of the queries.
+    # Three products: logits in the forward pass, logits and the gradient of the queries in the backward pass.
     operations = 3 * 2 * n * len(queue) * 128
     return Inputs((_normal(n, 128, 0),), (F.normalize(_normal(n, 128, 1), dim=1), queue), 1, operations)
 
 
 def image_text(n: int) -> Inputs:
     image, text = (F.normalize(_normal(n, 512, seed), dim=1) for seed in (0, 1))
-    # Bidirectional: forward 1, backward 3. CLIP learns its logit_scale.
+    # Four products: one in the forward pass, three in the backward pass. The logit scale is a leaf: CLIP learns it.
     return Inputs((image, text, torch.tensor(100.0)), (), 1, 4 * 2 * n * n * 512)
 
 
 def image_text_fixed(n: int) -> Inputs:
-    """Of a fixed logit_scale, since not every peer can learn it."""
+    """Inputs with a fixed logit scale, for peers that cannot learn it."""
     inputs = image_text(n)
     return replace(inputs, leaves=inputs.leaves[:2])
 
@@ -151,25 +150,26 @@ def _generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def _given(labels: Tensor) -> tuple[Tensor, ...]:
+def _label_arguments(labels: Tensor) -> tuple[Tensor, ...]:
+    """The labels, or no argument for a single cluster: a user without clusters passes none."""
     return (labels,) if labels.any() else ()
 
 
-def _least_work(labels: Tensor, d: int) -> tuple[int, float]:
-    """The number of clusters; operations of the self form: forward half a product of the kept pairs, backward 1.5."""
+def _minimal_work(labels: Tensor, d: int) -> tuple[int, float]:
+    """Number of clusters, and operations of the self form: half a product of the kept pairs forward, 1.5 backward."""
     sizes = labels.unique(return_counts=True)[1]
     return len(sizes), 2 * 2 * float(sizes.square().sum()) * d
 
 
-def _one_thread_here() -> str | None:
+def _only_one_thread() -> str | None:
     return None if torch.get_num_threads() > 1 else "needs a second thread: torch.get_num_threads() is 1"
 
 
 _LIMIT = "at least 0.75 of the limit"
 
 
-def _limit(name: str, d: int, labels_of: Callable[[int], Tensor], reason: str) -> Case:
-    make = partial(unit_rows, d=d, labels_of=labels_of)
+def _limit(name: str, d: int, make_labels: Callable[[int], Tensor], reason: str) -> Case:
+    make = partial(unit_rows, d=d, make_labels=make_labels)
     return Case(name, reason, _LIMIT, (8192,), make, own_logsumexp, gpu_sizes=(65536,))
 
 
@@ -181,55 +181,55 @@ def _half(case: Case, reason: str) -> Case:
 
 
 LIMITS = (
-    _limit("limit-d128-k1", 128, one_cluster, "SimCLR's and MoCo's width, plain: most exponentials per product"),
-    _limit("limit-d128-k10", 128, ten_clusters, "the same within clusters: sorting and ragged tiles cost too"),
-    _limit("limit-d512-k1", 512, one_cluster, "the width of CLIP and of a ResNet-18: the product is nearly all"),
+    _limit("limit-d128-k1", 128, one_cluster, "SimCLR's and MoCo's width, one cluster: most exponentials per product"),
+    _limit("limit-d128-k10", 128, ten_clusters, "the same within clusters: adds the cost of sorting and ragged tiles"),
+    _limit("limit-d512-k1", 512, one_cluster, "the width of CLIP and of a ResNet-18: the product dominates"),
     _limit("limit-d512-k10", 512, ten_clusters, "wide and clustered: few rows per cluster, long rows"),
 )
 
 CASES = (
     Case(
-        "clusters-10", "what MCL trains with", "60x over the dense mask, 3.5x over the loop, 30x over torch.compile",
-        (4096,), partial(two_views, labels_of=ten_clusters), own_nt_xent, (DENSE, LOOP, COMPILED), gpu_sizes=(16384,),
+        "clusters-10", "training with MCL", "60x over the dense mask, 3.5x over the loop, 30x over torch.compile",
+        (4096,), partial(two_views, make_labels=ten_clusters), own_nt_xent, (DENSE, LOOP, COMPILED), gpu_sizes=(16384,),
     ),
     Case(
-        "plain-nt-xent", "the drop-in user who has no clusters", "10x over lightly",
+        "plain-nt-xent", "a drop-in replacement without clusters", "10x over lightly",
         (2048,), two_views, own_nt_xent, (LIGHTLY, DENSE), gpu_sizes=(8192,),
     ),
     *LIMITS,
     _half(LIMITS[1], "mixed precision training, half the bytes: narrow and clustered"),
-    _half(LIMITS[2], "mixed precision training where the product is nearly all"),
+    _half(LIMITS[2], "mixed precision training where the product dominates"),
     Case(
         "growth", "a data set grows, its clusters do not: linear time", "time per row at most 1.15x from first to last",
-        (16384, 32768, 65536, 131072), partial(unit_rows, labels_of=clusters_of_512), own_logsumexp,
+        (16384, 32768, 65536, 131072), partial(unit_rows, make_labels=clusters_of_512), own_logsumexp,
     ),
     Case(
         "zipf", "real pseudo labels are uneven, and a loop pays for every small cluster", "10x over the loop",
-        (32768,), partial(unit_rows, labels_of=zipf_clusters), own_logsumexp, (LOOP_LOGSUMEXP,),
+        (32768,), partial(unit_rows, make_labels=zipf_clusters), own_logsumexp, (LOOP_LOGSUMEXP,),
     ),
     Case(
-        "threads", "one cluster must be shared by all cores, to the same bits", "1.8x over own 1 thread",
+        "threads", "all cores share one cluster, with identical bits", "1.8x over own 1 thread",
         (8192,), unit_rows, own_logsumexp,
-        (Contender("own, 1 thread", own_logsumexp, missing=_one_thread_here, threads=1, exact=True),), gpu_sizes=(),
+        (Contender("own, 1 thread", own_logsumexp, missing=_only_one_thread, threads=1, exact=True),), gpu_sizes=(),
     ),
     Case(
         "memory-1m", "a whole data set in one call", "peak at most 3 x N x D fp32 (1536 MiB), gradients included",
-        (1_048_576,), partial(unit_rows, labels_of=clusters_of_512), own_logsumexp, once=True,
+        (1_048_576,), partial(unit_rows, make_labels=clusters_of_512), own_logsumexp, once=True,
     ),
     Case(
-        "memory-nt-xent", "the same with the views, normalised inside", "peak at most 5 x 2N x D fp32 (640 MiB)",
-        (131_072,), partial(two_views, labels_of=clusters_of_512), own_nt_xent, once=True,
+        "memory-nt-xent", "the same for two views, normalised inside", "peak at most 5 x 2N x D fp32 (640 MiB)",
+        (131_072,), partial(two_views, make_labels=clusters_of_512), own_nt_xent, once=True,
     ),
-    # 256: the smallest batch anybody trains SimCLR with; 16,384: one that the dense mask makes impractical.
+    # From the smallest usual batch of SimCLR, 256, to one that is impractical with a dense mask, 16,384.
     Case(
-        "batch-size", "the figure: what a larger batch costs", "below every peer at every size",
-        (256, 512, 1024, 2048, 4096, 8192, 16384), partial(two_views, labels_of=ten_clusters), own_nt_xent,
+        "batch-size", "the figure: the cost of a larger batch", "below every peer at every size",
+        (256, 512, 1024, 2048, 4096, 8192, 16384), partial(two_views, make_labels=ten_clusters), own_nt_xent,
         (replace(DENSE, largest=8192), LOOP),  # at 16,384 a dense step takes most of a minute and 16 GiB
         gpu_sizes=(256, 1024, 4096, 16384, 65536),
     ),
     Case(
-        "cubic-memory", "pytorch-metric-learning's largest batch in 4 GiB", "none: it shows where the peer ends",
-        (), partial(two_views, labels_of=ten_clusters), own_nt_xent, (METRIC_LEARNING,), cap_bytes=4 << 30,
+        "cubic-memory", "pytorch-metric-learning's largest batch in 4 GiB", "none: it shows the limit of the peer",
+        (), partial(two_views, make_labels=ten_clusters), own_nt_xent, (METRIC_LEARNING,), cap_bytes=4 << 30,
     ),
     Case(
         "queue", "MoCo: 256 queries against 65,536 keys", "faster than the dense product",
@@ -240,7 +240,7 @@ CASES = (
         (4096,), image_text, own_clip, (CLIP,), gpu_sizes=(16384,),
     ),
     Case(
-        "clip-bf16", "CLIP's large batches, against the kernels written for them", "faster than every peer",
+        "clip-bf16", "CLIP's large batches, against kernels written for them", "faster than every peer",
         (), image_text_fixed, own_clip_fixed, (CLIP_FIXED, MEMEFF, INF_CL), torch.bfloat16, gpu_sizes=(16384, 65536),
     ),
 )  # fmt: skip

@@ -1,9 +1,9 @@
-"""Seconds of a Lloyd iteration, ours and the peers': `python -m benchmarks.clustering`, into clustering.csv.
+"""Seconds of a Lloyd iteration, ours and the peers': `python -m benchmarks.clustering` writes clustering.csv.
 
-An iteration is a twentieth of what 21 iterations take more than one, from the same centres; assignment is timed by
-itself. Contenders have different OpenMP runtimes, which do not get along in one process: each is measured in its own,
-in turns, and the median of the turns counts. faiss samples the data unless told not to: here it may not. With `--device
-cuda` 16 times the rows on a GPU, beside what PyTorch alone does there, into gpu_clustering.csv.
+The time of an iteration is (time of 21 iterations - time of one) / 20, from the same centres. Assignment is timed
+separately. The contenders' OpenMP runtimes conflict within one process: each contender has its own process, they take
+turns, and the median over the turns is reported. faiss samples the data by default: here it reads all rows. With
+`--device cuda` a GPU clusters 16 times as many rows, with plain PyTorch as a contender; gpu_clustering.csv.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from benchmarks.__main__ import conditions
+from benchmarks.conditions import conditions
 from benchmarks.measure import in_fresh_process, write_rows
 from mcl_kernels.backends import cuda
 
@@ -36,7 +36,7 @@ class Case(NamedTuple):
     n: int
     d: int
     k: int
-    targets: dict[str, float]  # how many times faster ours should be; 0: to compare with
+    targets: dict[str, float]  # factor by which ours should be faster; 0: no target
 
 
 CASES = (
@@ -47,14 +47,14 @@ CASES = (
 )
 
 
-# The kernels against PyTorch by tiles, and against reading the rows once.
+# On a GPU: PyTorch by tiles, and reading the rows once.
 GPU_ROWS = 16
 GPU_TARGETS = {"own, CUDA C++": 0.0, "reference": 1.0, "x.sum()": 0.0}
 GPU_CASES = tuple(case._replace(n=GPU_ROWS * case.n, targets=GPU_TARGETS) for case in CASES)
 
 
 def data(case: Case, device: str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows that no number of iterations clusters well, so that none converges early; and the first centres."""
+    """Rows without clusters, so that no contender converges early, and the initial centres."""
     x = torch.randn(case.n, case.d, generator=torch.Generator().manual_seed(0)).to(device)
     return x, x[: case.k].clone()
 
@@ -65,14 +65,14 @@ def _seconds(function: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def _of_an_iteration(fit: Callable[[int], object]) -> float:
-    fit(1)
+def _iteration_seconds(fit: Callable[[int], object]) -> float:
+    fit(1)  # warm-up
     one = min(_seconds(lambda: fit(1)) for _ in range(2))
     return (_seconds(lambda: fit(1 + ITERATIONS)) - one) / ITERATIONS
 
 
-def _repeated(function: Callable[[], object]) -> float:
-    function()
+def _median_seconds(function: Callable[[], object]) -> float:
+    function()  # warm-up
     return statistics.median(_seconds(function) for _ in range(10))
 
 
@@ -80,7 +80,7 @@ def ours(case: Case, device: str, impl: str = "auto") -> float:
     from mcl_kernels import KMeans
 
     x, centers = data(case, device)
-    return _of_an_iteration(lambda n: KMeans(case.k, init=centers, max_iter=n, tol=0.0, impl=impl).fit(x))
+    return _iteration_seconds(lambda n: KMeans(case.k, init=centers, max_iter=n, tol=0.0, impl=impl).fit(x))
 
 
 def reference(case: Case, device: str) -> float:
@@ -95,7 +95,7 @@ def ours_assignment(case: Case, device: str) -> float:
     from mcl_kernels import assign_clusters
 
     x, centers = data(case, device)
-    return _repeated(lambda: assign_clusters(x, centers))
+    return _median_seconds(lambda: assign_clusters(x, centers))
 
 
 def faiss(case: Case, device: str) -> float:
@@ -107,7 +107,7 @@ def faiss(case: Case, device: str) -> float:
     def fit(iterations: int) -> None:
         faiss.Kmeans(case.d, case.k, niter=iterations, max_points_per_centroid=case.n).train(x, init_centroids=centers)
 
-    return _of_an_iteration(fit)
+    return _iteration_seconds(fit)
 
 
 def faiss_assignment(case: Case, device: str) -> float:
@@ -117,7 +117,7 @@ def faiss_assignment(case: Case, device: str) -> float:
     x, centers = (z.numpy() for z in data(case))
     index = faiss.IndexFlatL2(case.d)
     index.add(centers)
-    return _repeated(lambda: index.search(x, 1))
+    return _median_seconds(lambda: index.search(x, 1))
 
 
 def scikit_learn(case: Case, device: str) -> float:
@@ -129,15 +129,15 @@ def scikit_learn(case: Case, device: str) -> float:
         import warnings
 
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that it has not converged
+            warnings.simplefilter("ignore")  # ConvergenceWarning
             KMeans(case.k, init=np.asarray(centers), n_init=1, max_iter=iterations, tol=0, algorithm="lloyd").fit(x)
 
-    return _of_an_iteration(fit)
+    return _iteration_seconds(fit)
 
 
 def read_once(case: Case, device: str) -> float:
     x, _ = data(case, device)
-    return _repeated(lambda: float(x.sum()))  # waits for it
+    return _median_seconds(lambda: float(x.sum()))  # float waits for the result
 
 
 CONTENDERS: dict[str, Any] = {
@@ -174,14 +174,14 @@ def main() -> None:
         names = ["ours", *case.targets]
         if any("assignment" in name for name in names):
             names.insert(1, "ours, assignment")
-        if gpu and (reason := cuda.why_not(torch.device("cuda"))):
+        if gpu and (reason := cuda.unavailable_reason(torch.device("cuda"))):
             names.remove("own, CUDA C++")
             print(f"own, CUDA C++: {reason}", flush=True)
         seconds: dict[str, list[float]] = {name: [] for name in names}
         for _ in range(TURNS):
             for name in names:
                 seconds[name].append(in_fresh_process(measure, name, case, options.device))
-        medians = {name: statistics.median(of) for name, of in seconds.items()}
+        medians = {name: statistics.median(times) for name, times in seconds.items()}
         for name, median in medians.items():
             own = "ours, assignment" if "assignment" in name else "ours"
             ratio = "" if name == own else median / medians[own]

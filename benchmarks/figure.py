@@ -1,4 +1,4 @@
-"""Draws the figure of the README from the CSV alone."""
+"""Draws the README's figure of batch sizes from results.csv."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import csv
 from collections.abc import Callable
 from pathlib import Path
 
-# Rows of "batch-size", and the one point of the peer that does not get further.
+# Peers of the case "batch-size", and the single point of "cubic-memory": that peer has no larger batch.
 STYLES = {
     "ours": ("mcl_kernels", "#1b6ca8", "o"),
     "eager, dense mask": ("eager, dense mask", "#c0392b", "s"),
@@ -27,8 +27,8 @@ def draw(results: Path, figure_path: Path) -> None:
     sizes = sorted({int(row["n"]) for row in swept})
     ours = [row for row in swept if row["peer"] == "ours"]
 
-    def line(axes, of: list[dict[str, str]], value: Callable[[dict[str, str]], float], **style) -> None:
-        points = sorted((int(row["n"]), value(row)) for row in of)
+    def line(axes, chosen: list[dict[str, str]], value: Callable[[dict[str, str]], float], **style) -> None:
+        points = sorted((int(row["n"]), value(row)) for row in chosen)
         if points:
             axes.plot(*zip(*points, strict=True), **style)
 
@@ -41,16 +41,17 @@ def draw(results: Path, figure_path: Path) -> None:
     def limit(row: dict[str, str]) -> float:
         return milliseconds(row) * float(row["fraction_of_limit"])
 
-    def promise(row: dict[str, str]) -> float:
+    def memory_bound(row: dict[str, str]) -> float:
         return 5 * 2 * int(row["n"]) * int(row["d"]) * 4 / 2**20
 
     figure = Figure(figsize=(9, 4.1), dpi=140, layout="constrained")
     time, memory = figure.subplots(1, 2)
     for axes, value in ((time, milliseconds), (memory, mebibytes)):
         for peer, (label, color, marker) in STYLES.items():
-            # The other case has a row of ours too, measured beside its peer.
-            of_peer = [row for row in (rows if peer == "pytorch-metric-learning" else swept) if row["peer"] == peer]
-            line(axes, of_peer, value, color=color, marker=marker, markersize=4, label=label)
+            # "cubic-memory" also has a row of ours, which is not part of the sweep.
+            source = rows if peer == "pytorch-metric-learning" else swept
+            chosen = [row for row in source if row["peer"] == peer]
+            line(axes, chosen, value, color=color, marker=marker, markersize=4, label=label)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.set_xticks(sizes, [f"{n:,}" for n in sizes], rotation=30)
@@ -60,7 +61,7 @@ def draw(results: Path, figure_path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     thin = {"color": "black", "linewidth": 1}
     line(time, ours, limit, **thin, linestyle="--", label="limit: least operations / rate of a product")
-    line(memory, ours, promise, **thin, linestyle=":", label="ours at most: 5 x 2N x D fp32")
+    line(memory, ours, memory_bound, **thin, linestyle=":", label="ours at most: 5 x 2N x D fp32")
     time.set_title("time of forward + backward, ms", fontsize=10)
     memory.set_title("peak memory above the inputs, MiB", fontsize=10)
     lines = {each.get_label(): each for axes in (time, memory) for each in axes.get_lines()}

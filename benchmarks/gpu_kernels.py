@@ -1,7 +1,7 @@
-"""The GPU kernels of this library and of its peers, specialised as their launchers do it: what gpu_static compiles.
+"""GPU kernels of this library and of its peers, specialised like their launchers do it, for `gpu_static` to compile.
 
-For contiguous rows of D numbers, D and the numbers of rows divisible by 16. Cost in units of products (D x pairs,
-forward and backward of a whole loss), of the pairs that the kernels visit.
+Rows are contiguous; D and the numbers of rows are divisible by 16. The cost of a loss, forward and backward, is in
+units: one unit is a product of D elements for every pair that the kernels visit.
 """
 
 from __future__ import annotations
@@ -20,29 +20,29 @@ POINTERS = {"bf16": "*bf16", "tf32": "*fp32", "tf32x3": "*fp32"}
 
 
 class Launch(NamedTuple):
-    """A kernel with all that it is compiled for."""
+    """A kernel with its specialisation."""
 
     library: str
     kernel: str
     function: Any
     arguments: dict[str, Any]  # a type; None or an integer that is compiled in; or a tuple of these
     constants: dict[str, Any]  # tl.constexpr arguments
-    undivided: tuple[str, ...]  # integers that it does not assume divisible by 16
-    tiles: dict[str, int]  # rows, columns, features, gradients, chunk: what there is of it
+    undivided: tuple[str, ...]  # integers that are not assumed to be divisible by 16
+    tiles: dict[str, int]  # rows, columns, features, gradients, chunk, as far as the kernel has them
     warps: int
     stages: int
 
 
 class Units(NamedTuple):
-    """Products of a whole loss; None where a library does not have that loss."""
+    """Units of a loss by its form; None if a library does not have that form."""
 
     self_form: int | None
     one_direction: int | None
     both_directions: int | None
-    pairs: str  # "kept": rounded up to tiles; or "all"
+    pairs: str  # that are visited: "kept", rounded up to tiles, or "all"
 
 
-# The first of each is what most calls need: the self form with a fixed temperature, negatives of the same cluster.
+# The most frequent call of each first: the self form with a fixed temperature and negatives of the same cluster.
 FORWARD = ("forward", "forward, different")
 SCALE_TOO, KEYS = "backward, scale too", "backward, keys, scale of each query"
 BACKWARD = ("backward", "backward, different", SCALE_TOO, KEYS)
@@ -55,8 +55,8 @@ def own_kernel(kernel: str, architecture: int, precision: str, width: int) -> La
     from mcl_kernels.logsumexp.triton.forward import forward_kernel
 
     function = forward_kernel if kernel in FORWARD else backward_kernel
-    name, of_launcher = kernel.split(",")[0], _of_launcher(precision)
-    tiles = choose_tiles(name, of_launcher, width, (architecture // 10, 0))
+    name, launcher_precision = kernel.split(",")[0], _launcher_precision(precision)
+    tiles = choose_tiles(name, launcher_precision, width, (architecture // 10, 0))
     different, features = kernel.endswith("different"), POINTERS[precision]
     ids = "*i64" if different else None
     row_term = None if kernel == KEYS else "*fp32"
@@ -69,7 +69,7 @@ def own_kernel(kernel: str, architecture: int, precision: str, width: int) -> La
         "n": "i32", "width": "i32",
     }  # fmt: skip
     constants = {
-        **tile_constants(name, of_launcher, DTYPES[precision], width, tiles),
+        **tile_constants(name, launcher_precision, DTYPES[precision], width, tiles),
         "SCALE_STRIDE": 0, "SKIPS_TILES": different,
     }  # fmt: skip
     arguments = {argument: types for argument, types in arguments.items() if argument in function.arg_names}
@@ -81,14 +81,14 @@ def own_kernel(kernel: str, architecture: int, precision: str, width: int) -> La
 
 
 class Pass(NamedTuple):
-    """A kernel of a pass of k-means."""
+    """Specialisation of the assignment kernel of k-means."""
 
     clusters: int
     cosine: bool
     with_sums: bool
 
 
-# 10 is what a stage of MCL has; of 32 centres the sums are a product with one-hot labels too, of 1000 they are not.
+# A stage of MCL has about 10 centres. Sums are products with one-hot labels for 10 and 32 centres, but not for 1000.
 ASSIGN = {
     f"k-means: {name}, {clusters} centres{', cosine' if cosine else ''}": Pass(clusters, cosine, name != "assign")
     for name, clusters, cosine in (
@@ -101,7 +101,7 @@ KMEANS = (*ASSIGN, *SUMS)
 
 
 def kmeans_kernel(kernel: str, architecture: int, precision: str, width: int) -> Launch | None:
-    """None where rows are summed by other kernels or multiplied otherwise, and where it was compiled already."""
+    """Returns None if k-means has no such kernel in this precision, or the same one in another precision."""
     if kernel in ASSIGN:
         return _assign_kernel(kernel, architecture, precision, width)
     return _label_sums_kernel(kernel, precision)
@@ -111,13 +111,13 @@ def _assign_kernel(kernel: str, architecture: int, precision: str, width: int) -
     from mcl_kernels.kmeans.triton import assign
 
     clusters, cosine, with_sums = ASSIGN[kernel]
-    of_launcher, features = _of_launcher(precision), POINTERS[precision]
-    if precision == "tf32":  # its products are three of them
+    launcher_precision, features = _launcher_precision(precision), POINTERS[precision]
+    if precision == "tf32":  # k-means multiplies fp32 as tf32x3
         return None
-    if with_sums and not kmeans.sums_few(of_launcher, width, clusters):
+    if with_sums and not kmeans.sums_few(launcher_precision, width, clusters):
         return None
-    tiles = kmeans.choose_tiles(of_launcher, width, clusters, (architecture // 10, 0))
-    low = features if of_launcher == "half" else None
+    tiles = kmeans.choose_tiles(launcher_precision, width, clusters, (architecture // 10, 0))
+    low = features if launcher_precision == "half" else None
     arguments = {
         "rows": assign.RowArguments(features, "i32", 1),
         "centers": assign.CenterArguments("*fp32", "*fp32", features, low, "*fp32", "*fp32"),
@@ -125,7 +125,7 @@ def _assign_kernel(kernel: str, architecture: int, precision: str, width: int) -
         "partial": assign.SumArguments("*fp64", "*i64", "*fp32", "*fp32") if with_sums else None,
         "n": "i32", "clusters": "i32", "width": "i32",
     }  # fmt: skip
-    constants = kmeans.tile_constants(of_launcher, DTYPES[precision], width, clusters, cosine, with_sums, tiles)
+    constants = kmeans.tile_constants(launcher_precision, DTYPES[precision], width, clusters, cosine, with_sums, tiles)
     sizes = tiles._asdict()
     warps, stages = sizes.pop("warps"), sizes.pop("stages")
     return Launch(
@@ -154,13 +154,16 @@ def _label_sums_kernel(kernel: str, precision: str) -> Launch | None:
 
 
 def own_units(architecture: int, precision: str, width: int) -> Units:
-    """Forward 1 of a side; backward of a side 1 for the sum, and 1 for the logits of each part of the features."""
-    tiles = choose_tiles("backward", _of_launcher(precision), width, (architecture // 10, 0))
+    """Units of our kernels. A side has one forward, and backward one for the sum and one for the logits of each part.
+
+    A part is the block of features whose gradients a program accumulates.
+    """
+    tiles = choose_tiles("backward", _launcher_precision(precision), width, (architecture // 10, 0))
     side = 1 - (-width // tiles.gradients)
     return Units(1 + side, 1 + 2 * side, 2 + 2 * side, "kept")
 
 
-def _of_launcher(precision: str) -> str:
+def _launcher_precision(precision: str) -> str:
     return "half" if precision == "bf16" else precision
 
 
@@ -169,16 +172,16 @@ MEMEFF = ("memeff: forward", "memeff: backward")
 
 
 def peer_kernel(kernel: str, architecture: int, precision: str, width: int) -> Launch | None:
-    """None where the library does not multiply in that precision."""
+    """Returns None if the library does not multiply in this precision."""
     if kernel in INF_CL:
         return _inf_cl_kernel(kernel, width) if precision == "tf32" else None
     return _memeff_kernel(kernel, architecture, precision, width) if precision != "tf32x3" else None
 
 
 def peer_units(kernel: str, architecture: int, width: int) -> Units:
-    """Inf-CL computes the logits again for each side of each direction; memeff those of both directions once.
+    """Units of a peer. Inf-CL recomputes logits for each side of each direction, memeff once for both directions.
 
-    Where memeff's rows are too wide for its row-owner kernels, its backward pass is 3, with atomic sums.
+    For rows that are too wide for its row-owner kernels, memeff has a backward pass of three units with atomic sums.
     """
     if kernel in INF_CL:
         return Units(None, 5, 10, "all")
@@ -190,7 +193,7 @@ def _inf_cl_kernel(kernel: str, width: int) -> Launch:
 
     names = ("_prob_fwd_kernel", "_dq_prob_bwd_kernel", "_dk_prob_bwd_kernel")
     function = getattr(flash, names[INF_CL.index(kernel)])
-    head = min(width, 256)  # its launcher's default; rows are heads of so many numbers, in fp32 always
+    head = min(width, 256)  # its launcher's default; rows are split into heads of this width, always in fp32
     constants = {"BLOCK_HEADDIM": head, "BLOCK_M": 64, "BLOCK_N": 64}
     heads = width // head
     if heads == 1:
@@ -247,5 +250,5 @@ def _memeff_type(argument: str, precision: str) -> str:
 
 
 def _capability(architecture: int) -> Any:
-    """memeff asks the device for its tiles."""
+    """Replaces the device capability, by which memeff chooses its tiles."""
     return patch("torch.cuda.get_device_capability", return_value=divmod(architecture, 10))

@@ -2,10 +2,10 @@
 
     time = max(2 D units pairs / tensor rate, bytes / bandwidth) + exponentials / special-function rate
 
-Units of products and pairs are those of gpu_static.csv's kernels: ours visit the kept pairs, rounded up to tiles, the
-peers all. Bytes are those of inputs and outputs, moved once, which favours kernels that read them again. Exponentials
-are counted as if nothing ran beside them; what else a kernel loses (latency, occupancy, launches, planning) is not in
-it. So it ranks algorithms, and times nothing.
+Units and pairs are those of the kernels in gpu_static.csv: ours visit the kept pairs, rounded up to tiles, and the
+peers all pairs. Bytes are those of inputs and outputs, moved once, which favours kernels that read them several times.
+Exponentials do not overlap with other work. Latency, occupancy, launches and planning are not modelled. The result
+ranks algorithms and is not a time.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ SIZES = tuple(1 << power for power in range(12, 21))
 
 
 class Device(NamedTuple):
-    """Of NVIDIA's data sheets: dense rates of the tensor cores, operations a second; bytes a second."""
+    """A GPU by NVIDIA's data sheets: operations per second of the dense tensor cores, bytes per second."""
 
     name: str
     architecture: int
     tensor: dict[str, float]
     bandwidth: float
-    exponentials: float  # a second: 16 a clock of each multiprocessor
+    exponentials: float  # per second: 16 per clock of each multiprocessor
 
 
 DEVICES = (
@@ -42,7 +42,7 @@ DEVICES = (
 
 
 class Work(NamedTuple):
-    """Of a loss and its gradients."""
+    """Work of a loss and its gradients."""
 
     products: float  # units x pairs
     exponentials: float
@@ -50,38 +50,43 @@ class Work(NamedTuple):
 
 
 def visited_pairs(sizes: np.ndarray, rows: int, columns: int) -> int:
-    """Of clusters of these sizes: a tile of rows meets the columns from its first row's cluster to its last row's."""
+    """Pairs visited for clusters of these sizes, rounded up to tiles.
+
+    A tile of rows is compared with the columns from the cluster of its first row to that of its last row.
+    """
     ends = np.cumsum(sizes)
     n = int(ends[-1])
     first = np.arange(0, n, rows)
     last = np.minimum(first + rows, n) - 1
     cluster_of_first, cluster_of_last = (np.searchsorted(ends, row, side="right") for row in (first, last))
-    met = ends[cluster_of_last] - (ends - sizes)[cluster_of_first]
-    return int((rows * columns * -(-met // columns)).sum())
+    compared = ends[cluster_of_last] - (ends - sizes)[cluster_of_first]
+    return int((rows * columns * -(-compared // columns)).sum())
 
 
 def own_clip(architecture: int, sizes: np.ndarray, width: int) -> Work:
-    """Both directions in bf16: each side's rows against the other's, forward and backward."""
+    """Work of both directions in bf16: the rows of each side against those of the other, forward and backward."""
     n, capability = int(sizes.sum()), (architecture // 10, 0)
     forward, backward = (choose_tiles(kernel, "half", width, capability) for kernel in ("forward", "backward"))
-    met_forward, met_backward = (visited_pairs(sizes, tiles.rows, tiles.columns) for tiles in (forward, backward))
+    forward_pairs, backward_pairs = (visited_pairs(sizes, tiles.rows, tiles.columns) for tiles in (forward, backward))
     units = own_units(architecture, "bf16", width).both_directions - 2
     parts = units // 2 - 1
-    # Backward: two terms of each pair, in each part.
     return Work(
-        2 * met_forward + units * met_backward, 2 * met_forward + 2 * 2 * parts * met_backward, _moved(n, width, 2)
+        products=2 * forward_pairs + units * backward_pairs,
+        # Backward: two terms of each pair, in each part of the features.
+        exponentials=2 * forward_pairs + 2 * 2 * parts * backward_pairs,
+        bytes=_moved_bytes(n, width, 2),
     )
 
 
 def peer_clip(kernel: str, architecture: int, n: int, width: int) -> Work:
     units = peer_units(kernel, architecture, width).both_directions
-    # Inf-CL: forward and the gradient of either side, of each direction. memeff: forward, and of either side.
+    # Inf-CL: the forward pass and the gradient of each side, in both directions. memeff: forward, and each side.
     exponentials = 6 if kernel in INF_CL else units - 2
-    return Work(units * n * n, exponentials * n * n, _moved(n, width, 4 if kernel in INF_CL else 2))
+    return Work(units * n * n, exponentials * n * n, _moved_bytes(n, width, 4 if kernel in INF_CL else 2))
 
 
-def _moved(n: int, width: int, itemsize: int) -> float:
-    """Two sides, read by both passes, and their gradients; what else there is has no width."""
+def _moved_bytes(n: int, width: int, itemsize: int) -> float:
+    """Bytes of two sides, read by both passes, and of their gradients; vectors are negligible."""
     return 2 * n * width * itemsize * 3
 
 

@@ -1,14 +1,14 @@
-"""What compilers make of the GPU kernels, ours and the peers': `python -m benchmarks.gpu_static`.
+"""Resources of the compiled GPU kernels, ours and the peers': `python -m benchmarks.gpu_static` writes gpu_static.csv.
 
-Needs no GPU: Triton's own compiler and disassembler, and nvcc, build for any architecture. A row of gpu_static.csv is
-one kernel for one architecture, precision and D, specialised as its launcher does it: registers of a thread, bytes of
-its stack, local stores and loads (what does not fit the registers), shared memory and its limit, columns of tensor
-memory, instructions of the tensor cores by name, loads and special-function instructions, warps that fit a
-multiprocessor at a time, and the units of products of a whole loss by its form (DESIGN: pairs x D, forward and
-backward). The kernels of k-means, which are not of a loss, are the same for every D from 64 on: one D stands for all.
+No GPU is needed: Triton's compiler and disassembler, and nvcc, build for any architecture. A row is one kernel for one
+architecture, precision and D, specialised like its launcher does it. Columns: registers of a thread, bytes of its
+stack, local stores and loads (spilled registers), shared memory and its limit, columns of tensor memory, instructions
+of the tensor cores, loads, special-function instructions, warps that are resident on a multiprocessor, and the units of
+a loss by its form, forward and backward. A unit is a product of D elements for every visited pair. Kernels of k-means
+have no units, and one D: they are the same for every D from 64 on.
 
-Rows "cuda: ..." are all kernels that nvcc finds in csrc/cuda, each for every D; what is known of Triton's launchers
-alone is empty. Their tensor cores are those of nvcuda::wmma, which sm_90 and sm_100 have beside their fast path.
+Rows "cuda: ..." are all kernels in csrc/cuda, each for every D; columns of Triton's launchers are empty. Their tensor
+core instructions are those of nvcuda::wmma, which sm_90 and sm_100 have in addition to their fast path.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ ARCHITECTURES = (80, 90, 100)
 PRECISIONS = ("bf16", "tf32", "tf32x3")
 WIDTHS = (64, 128, 256, 512, 768, 1024)
 KMEANS_WIDTH = 512
-CUDA = "cuda"  # stands for all kernels of csrc/cuda
+CUDA = "cuda"  # all kernels of csrc/cuda
 CUDA_ARCHITECTURES = (75, *ARCHITECTURES)
 CUDA_PRECISIONS = {"__half": "fp16", "__nv_bfloat16": "bf16", "float": "fp32", "double": "fp64"}  # by operand type
-SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes that a program may have
-CUDA_SHARED_LIMIT = 49_152  # where no launch asks for more
+SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes of a program
+CUDA_SHARED_LIMIT = 49_152  # bytes of a launch without an opt-in for more
 SHARED_OF_PROCESSOR = {75: 65_536, 80: 167_936, 90: 233_472, 100: 233_472}
-SHARED_OF_SYSTEM = {75: 0, 80: 1024, 90: 1024, 100: 1024}  # of each block
-COUNTED_OF_SYSTEM = {75: 0, 80: 0, 90: 1024, 100: 1024}  # and how much of it a cubin counts as the kernel's
+SHARED_OF_SYSTEM = {75: 0, 80: 1024, 90: 1024, 100: 1024}  # bytes reserved for each block
+COUNTED_OF_SYSTEM = {75: 0, 80: 0, 90: 1024, 100: 1024}  # part of them that a cubin counts as the kernel's
 REGISTERS_OF_PROCESSOR = 65_536
 WARPS_OF_PROCESSOR = {75: 32, 80: 64, 90: 64, 100: 64}
 TENSOR_MEMORY = 512  # columns of a multiprocessor, from sm_100 on
@@ -73,11 +73,11 @@ Position = tuple[int, ...]  # of an argument, or of a field of a tuple
 
 
 class Code(NamedTuple):
-    """Of one kernel: what it uses, and its instructions."""
+    """Resources of a compiled kernel, and its instructions."""
 
     registers: int
     stack: int
-    shared: int  # that it declares
+    shared: int  # bytes of static shared memory
     listing: str
 
     def count(self, instruction: str) -> int:
@@ -85,7 +85,7 @@ class Code(NamedTuple):
 
 
 def compile_kernel(kernel: str, architecture: int, precision: str, width: int) -> Row | None:
-    """One row of the table; None where there is no such kernel."""
+    """Row of a kernel; None if it does not exist for this precision."""
     make = kmeans_kernel if kernel in KMEANS else own_kernel if kernel in OWN else peer_kernel
     launch = make(kernel, architecture, precision, width)
     if launch is None:
@@ -147,7 +147,7 @@ def _argument_types(
 
 
 def compile_cuda() -> list[Row]:
-    """The rows of all kernels of csrc/cuda."""
+    """Rows of all kernels of csrc/cuda."""
     cases = list(product(sorted(cuda.source_directory().glob("*.cu")), CUDA_ARCHITECTURES))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         rows = [row for rows in pool.map(_compile_source, *zip(*cases, strict=True)) for row in rows]
@@ -161,16 +161,16 @@ def _compile_source(source: Path, architecture: int) -> list[Row]:
         cubin = f"{directory}/kernels.cubin"
         options = ["-cubin", f"-arch=sm_{architecture}", "--keep", "--keep-dir", directory]
         _run(nvcc, *cuda.FLAGS, *options, str(source), "-o", cubin)
-        of_function = _disassemble(cubin)
+        codes = _disassemble(cubin)
         ptx = Path(f"{directory}/{source.stem}.ptx").read_text()
     rows = []
     for function, text in re.findall(r"\.entry (\w+)\((.*?)(?=\.entry|\Z)", ptx, re.DOTALL):
-        code, (name, precision) = of_function[function], _kernel_name(function)
+        code, (name, precision) = codes[function], _kernel_name(function)
         bounds = re.search(r"\.maxntid (\d+)", text)
-        assert bounds, f"{name} has no __launch_bounds__: its launches have as many threads"
+        assert bounds, f"{name} has no __launch_bounds__, from which its number of threads is read"
         warps = int(bounds[1]) // 32
-        given = re.findall(r"dynamic shared memory: (\d+)", text)  # by shared_memory() in csrc/cuda/tiles.cuh
-        shared = code.shared - COUNTED_OF_SYSTEM[architecture] + max(map(int, given), default=0)
+        dynamic = re.findall(r"dynamic shared memory: (\d+)", text)  # a comment of shared_memory() in tiles.cuh
+        shared = code.shared - COUNTED_OF_SYSTEM[architecture] + max(map(int, dynamic), default=0)
         rows.append({
             "library": f"mcl_kernels {version('mcl_kernels')}", "kernel": f"{CUDA}: {name}",
             "architecture": f"sm_{architecture}", "precision": precision, "d": "", "warps": warps,
@@ -181,11 +181,11 @@ def _compile_source(source: Path, architecture: int) -> list[Row]:
 
 
 def _kernel_name(function: str) -> tuple[str, str]:
-    """Of mcl::sum_kernel<__half, 3>: "sum, 3" and "fp16"."""
+    """Name and precision of a mangled function: "sum, 3" and "fp16" of mcl::sum_kernel<__half, 3>."""
     name, _, arguments = re.search(r"(\w+)_kernel(<(.*?)>)?\(", _run("c++filt", function)).groups()
-    every = arguments.split(", ") if arguments else []
-    others = [argument for argument in every if argument not in CUDA_PRECISIONS]
-    return ", ".join([name, *others]), ", ".join(CUDA_PRECISIONS[x] for x in every if x in CUDA_PRECISIONS)
+    template = arguments.split(", ") if arguments else []
+    others = [argument for argument in template if argument not in CUDA_PRECISIONS]
+    return ", ".join([name, *others]), ", ".join(CUDA_PRECISIONS[x] for x in template if x in CUDA_PRECISIONS)
 
 
 def _disassemble(cubin: str) -> dict[str, Code]:
@@ -203,7 +203,7 @@ def _run(*command: str) -> str:
 
 
 def _resources(code: Code, architecture: int, warps: int, shared: int, tensor_memory: int) -> Row:
-    fit = min(
+    blocks = min(
         REGISTERS_OF_PROCESSOR // (-(-code.registers // 8) * 8 * 32 * warps),
         SHARED_OF_PROCESSOR[architecture] // max(shared + SHARED_OF_SYSTEM[architecture], 1),
         TENSOR_MEMORY // max(tensor_memory, 1),
@@ -212,14 +212,14 @@ def _resources(code: Code, architecture: int, warps: int, shared: int, tensor_me
     return {
         "registers": code.registers, "stack": code.stack, "spills": code.count(r"\b(?:STL|LDL)"),
         "shared": shared, "tensor_memory": tensor_memory, "loads": code.count(r"\b(?:LDG|LDGSTS)\b"),
-        "special_function": code.count(r"\bMUFU"), "warps_of_processor": fit * warps,
+        "special_function": code.count(r"\bMUFU"), "warps_of_processor": blocks * warps,
     }  # fmt: skip
 
 
 def compile_triton(kernels: tuple[str, ...] = OWN, every_width_of: tuple[str, ...] | None = None) -> list[Row]:
-    """The rows of these kernels, compiled side by side; of one not in `every_width_of`, if given, for two widths only.
+    """Rows of these kernels, compiled in parallel; kernels outside of `every_width_of`, if given, for two widths only.
 
-    In this process the interpreter may be on: in those that compile it is not.
+    Triton's interpreter may be on in this process. It is off in the processes that compile.
     """
     cases = [
         (kernel, architecture, precision, width)
@@ -259,18 +259,20 @@ def save(path: Path, kernels: tuple[str, ...], rows: list[Row]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--csv", type=Path, default=HERE / "gpu_static.csv")
-    parser.add_argument("kernels", nargs="*", metavar="KERNEL", help="only those whose name begins so; other rows stay")
+    parser.add_argument(
+        "kernels", nargs="*", metavar="KERNEL", help="prefix of the kernels to compile; other rows stay"
+    )
     options = parser.parse_args()
     kernels = (*OWN, *KMEANS)
     if cuda.find_nvcc():
         kernels += (CUDA,)
     else:
         print("no rows of csrc/cuda: no nvcc is on the PATH")
-    for package, of_package in (("inf_cl", INF_CL), ("memeff", MEMEFF)):
+    for package, peer_kernels in (("inf_cl", INF_CL), ("memeff", MEMEFF)):
         if importlib.util.find_spec(package):
-            kernels += of_package
+            kernels += peer_kernels
         else:
-            print(f"no rows of {package}, which comes with the bench extra")
+            print(f"no rows of {package}, which is installed with the bench extra")
     if options.kernels:
         kernels = tuple(name for name in kernels if name.startswith(tuple(options.kernels)))
     rows = compile_triton(tuple(name for name in kernels if name != CUDA))

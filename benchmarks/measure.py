@@ -1,6 +1,7 @@
-"""How a case is measured: contenders in turns in one process, each peak in a process of its own.
+"""Measurement of a case: contenders take turns in one process; each peak is measured in a process of its own.
 
-Seconds are the clock's on a CPU and between two events of the stream on a GPU; memory is the process's or the device's.
+Seconds are wall-clock time on a CPU, and the time between two events of the stream on a GPU. Memory is that of the
+process or of the device.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ from torch import Tensor
 
 from benchmarks.cases import CASES, Case, Inputs
 from benchmarks.peers import Contender
-from mcl_kernels.logsumexp.api import resolve_impl
+from mcl_kernels.backends.table import resolve
 
 BUDGET = 3.0  # seconds for the passes of one contender
 CPU = torch.device("cpu")
-PRODUCT = {"cpu": 2048, "cuda": 8192}  # rows and columns of the product whose rate is the limit's
+PRODUCT = {"cpu": 2048, "cuda": 8192}  # rows and columns of the product that defines the limit
 
 Step = Callable[[], tuple[Tensor, ...]]
 Row = dict[str, Any]
@@ -37,7 +38,7 @@ def find(name: str) -> Case:
 
 
 def step_of(case: Case, contender: Contender, inputs: Inputs) -> Step:
-    """Loss and gradients of one contender; all see the rows as rounded to the dtype of the case."""
+    """Returns a step of one contender, its loss and gradients. Inputs are rounded to the dtype of the case for all."""
     dtype = contender.dtype or case.dtype
     leaves = [leaf.detach().to(case.dtype).to(dtype).requires_grad_() for leaf in inputs.leaves]
 
@@ -57,7 +58,7 @@ def step_of(case: Case, contender: Contender, inputs: Inputs) -> Step:
 
 
 def check_agreement(case: Case, contender: Contender, n: int, device: torch.device = CPU) -> None:
-    """Raises unless the contender's loss and gradients are ours: a comparison of costs needs the same result."""
+    """Raises unless loss and gradients of the contender equal ours: only equal results have comparable costs."""
     inputs = case.make(n).to(device)
     half = torch.bfloat16 in (case.dtype, contender.dtype)
     ours, theirs = (step_of(case, each, inputs)() for each in (case.contenders_on(device)[0], contender))
@@ -70,7 +71,7 @@ def check_agreement(case: Case, contender: Contender, n: int, device: torch.devi
 
 
 def time_case(name: str, n: int, device: torch.device) -> tuple[list[Row], dict[str, str]]:
-    """A row for each contender, timed in turns with a large product, and why the others have none."""
+    """Rows of the contenders, timed in turns with a large product, and the reason for each contender without a row."""
     case = find(name)
     every = case.contenders_on(device)
     skipped = {contender.name: reason for contender in every if (reason := contender.missing())}
@@ -80,7 +81,7 @@ def time_case(name: str, n: int, device: torch.device) -> tuple[list[Row], dict[
             check_agreement(case, contender, n, device)
         except AssertionError:
             raise
-        except Exception as error:  # a GPU that is too small for it: the others are worth their time all the same
+        except Exception as error:  # too large for this GPU, say: the other contenders are still measured
             if device.type == "cpu":
                 raise
             skipped[contender.name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
@@ -97,7 +98,7 @@ def time_case(name: str, n: int, device: torch.device) -> tuple[list[Row], dict[
 
 
 def measure_peak(name: str, n: int, device: torch.device, peer: str, cap_bytes: int | None = None) -> int | None:
-    """Bytes of memory above the inputs in one pass, gradients included; None above the cap."""
+    """Peak bytes above the inputs in one pass, gradients included; None above the cap."""
     case = find(name)
     contender = next(c for c in case.contenders_on(device) if c.name == peer)
     try:
@@ -110,7 +111,7 @@ def measure_peak(name: str, n: int, device: torch.device, peer: str, cap_bytes: 
 
 
 def measure_once(name: str, n: int, device: torch.device) -> Row:
-    """The row of our only pass: its time and its peak."""
+    """Row of a case with a single pass: our time and peak."""
     case = find(name)
     inputs = case.make(n).to(device)
     ours = case.contenders_on(device)[0]
@@ -123,7 +124,7 @@ def _peak(
     case: Case, contender: Contender, inputs: Inputs, device: torch.device, cap_bytes: int | None = None
 ) -> tuple[int, float]:
     step = step_of(case, contender, inputs)
-    # Loads what is loaded on first use; the compiler works for one size only.
+    # A small step first, to load what is loaded on first use. A compiled step is compiled for its size only.
     (step if contender.compiled else step_of(case, contender, case.make(64).to(device)))()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -136,9 +137,9 @@ def _peak(
 
 
 def peak_of(step: Callable[[], object], cap_bytes: int | None = None) -> int:
-    """Bytes of memory of this process while it takes the step, above those before."""
-    ctypes.CDLL(None).malloc_trim(0)  # what was freed and kept would hide as much of the peak
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts here
+    """Peak bytes of this process during the step, above those before."""
+    ctypes.CDLL(None).malloc_trim(0)  # freed memory that the allocator keeps would hide part of the peak
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = _status("VmRSS")
     if cap_bytes is not None:
         resource.setrlimit(resource.RLIMIT_AS, (_status("VmSize") + cap_bytes, resource.RLIM_INFINITY))
@@ -147,7 +148,7 @@ def peak_of(step: Callable[[], object], cap_bytes: int | None = None) -> int:
 
 
 def _status(field: str) -> int:
-    """A line of /proc/self/status in bytes."""
+    """Value of a line of /proc/self/status, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * int(next(line.split()[1] for line in lines if line.startswith(field)))
 
@@ -158,34 +159,34 @@ def _row(case: Case, contender: Contender, n: int, inputs: Inputs, seconds: list
     p50 = statistics.median(in_order)
     return {
         "case": case.name, "peer": contender.name,
-        "impl": resolve_impl(contender.impl, device) if contender.own else "",
+        "impl": resolve("logsumexp", contender.impl, device) if contender.own else "",
         "n": n, "d": inputs.leaves[0].shape[1], "clusters": inputs.clusters,
         "dtype": str(contender.dtype or case.dtype).removeprefix("torch."),
         "threads": contender.threads or torch.get_num_threads(), "p20": p20, "p50": p50, "p80": p80,
-        # The rate is that of all threads.
+        # The limit is for all threads.
         "fraction_of_limit": None if contender.threads else inputs.operations / rate / p50,
     }  # fmt: skip
 
 
 def _product(device: torch.device) -> Callable[[], Tensor]:
-    """A CPU's is of fp32, whatever the case: what bf16 gains shows too. A GPU's is of the tensor cores."""
+    """Returns the product of the limit. On a CPU it is in fp32 for every case, so that a gain of bf16 shows."""
     size, dtype = PRODUCT[device.type], torch.float32 if device.type == "cpu" else torch.bfloat16
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     return lambda: torch.mm(a, b)
 
 
 def _rate(case: Case, seconds: list[float], device: torch.device) -> float:
-    """Operations a second. On a GPU fp32 is three products of tf32, each at half the rate of bf16."""
+    """Operations per second. On a GPU fp32 takes three products of tf32, each at half the rate of bf16."""
     slower = 6 if device.type == "cuda" and case.dtype == torch.float32 else 1
     return 2 * PRODUCT[device.type] ** 3 / statistics.median(seconds) / slower
 
 
 def _in_turns(steps: dict[str, Callable[[], object]], device: torch.device) -> dict[str, list[float]]:
-    """Seconds of each step. A slow one is called less often, but all over the same stretch of time."""
+    """Seconds of each step. Slow steps are called less often, but over the same period of time."""
     if device.type == "cuda":
         for step in steps.values():
-            step()  # compiles
-    first = {name: _seconds(step, device) for name, step in steps.items()}  # warms up, and says what a call costs
+            step()  # compiles the kernels
+    first = {name: _seconds(step, device) for name, step in steps.items()}  # warm-up, and the cost of a call
     passes = {name: max(3 if t < 5 else 2, min(20, int(BUDGET / t))) for name, t in first.items()}
     rounds = max(passes.values())
     seconds: dict[str, list[float]] = {name: [] for name in steps}
@@ -211,7 +212,7 @@ def _seconds(step: Callable[[], object], device: torch.device) -> float:
 
 
 def write_rows(path: Path, columns: tuple[str, ...], rows: list[Row]) -> None:
-    """A CSV that appears when it is complete."""
+    """Writes a CSV in one step: the file is complete or absent."""
     written = path.with_suffix(".partial")
     with written.open("w", newline="") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
@@ -221,11 +222,11 @@ def write_rows(path: Path, columns: tuple[str, ...], rows: list[Row]) -> None:
 
 
 def in_fresh_process(measure: Callable[..., Any], *arguments: object) -> Any:
-    """The result of a function of this module, in a process that has imported torch and computed nothing."""
-    # A fork of a server with torch imported saves 3 s a point; spawn would do as well.
+    """Result of a function in a process that has imported torch and computed nothing."""
+    # Forks of a server that has imported torch save 3 s per process, compared with spawn.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["benchmarks.measure"])
-    for name in ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE"):  # one machine's tuning is not what a user runs
+    for name in ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE"):  # tuning of one machine, which users do not have
         os.environ.pop(name, None)
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_answer, args=(sender, measure, arguments))

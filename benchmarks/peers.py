@@ -1,4 +1,4 @@
-"""What people write or install instead of `mcl_kernels`: each peer is the same loss, so that only cost differs."""
+"""Losses that users write or install instead of `mcl_kernels`: each peer has the same value, only its cost differs."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from torch import Tensor
 
 from mcl_kernels.backends import cuda
 
-TEMPERATURE = 0.2  # between SimCLR's 0.1 and 0.5; no cost depends on it
+TEMPERATURE = 0.2  # between SimCLR's 0.1 and 0.5; costs do not depend on it
 SCALE = 1 / TEMPERATURE
 
 
 @dataclass(frozen=True)
 class Contender:
-    """One way to compute the loss of a case, and the reason why it cannot run here, if there is one."""
+    """An implementation of the loss of a case. `missing` returns the reason why it cannot run here, or None."""
 
     name: str
     loss: Callable[..., Tensor]
     missing: Callable[[], str | None] = lambda: None
-    dtype: torch.dtype | None = None  # of its embeddings, where not the case's
-    threads: int | None = None  # where not all of them
-    largest: int | None = None  # samples; beyond, a step is too slow or too large to be measured
-    exact: bool = False  # must give our bits, not only our value
+    dtype: torch.dtype | None = None  # of its embeddings; None: that of the case
+    threads: int | None = None  # None: all
+    largest: int | None = None  # samples; a larger step is too slow or does not fit
+    exact: bool = False  # must have the same bits as ours
     compiled: bool = False
-    impl: str = "auto"  # of ours
+    impl: str = "auto"  # of our own contenders
 
     @property
     def own(self) -> bool:
@@ -38,7 +38,7 @@ class Contender:
 
 
 def dense_nt_xent(view_a: Tensor, view_b: Tensor, labels: Tensor | None = None) -> Tensor:
-    """What people write: all logits, a mask, cross entropy."""
+    """The usual code: all logits, a mask, cross entropy."""
     n = len(view_a)
     z = F.normalize(torch.cat((view_a, view_b)), dim=1)
     logits = z @ z.T / TEMPERATURE
@@ -49,7 +49,7 @@ def dense_nt_xent(view_a: Tensor, view_b: Tensor, labels: Tensor | None = None) 
 
 
 def loop_nt_xent(view_a: Tensor, view_b: Tensor, labels: Tensor) -> Tensor:
-    """The best plain PyTorch: sorted once, then the dense loss of each cluster by itself."""
+    """The fastest plain PyTorch: sorts once, then computes the dense loss of each cluster."""
     order, sizes = labels.argsort(), labels.unique(return_counts=True)[1].tolist()
     total = view_a.new_zeros(())
     for a, b in zip(view_a[order].split(sizes), view_b[order].split(sizes), strict=True):
@@ -58,7 +58,7 @@ def loop_nt_xent(view_a: Tensor, view_b: Tensor, labels: Tensor) -> Tensor:
 
 
 def loop_logsumexp(rows: Tensor, labels: Tensor) -> Tensor:
-    """The mean of `masked_logsumexp` in its self form, one cluster at a time."""
+    """Mean of `masked_logsumexp` in its self form, one cluster at a time."""
     parts = rows[labels.argsort()].split(labels.unique(return_counts=True)[1].tolist())
     logits = ((SCALE * part @ part.T).fill_diagonal_(-math.inf) for part in parts)
     return torch.cat([s.logsumexp(1) for s in logits]).mean()
@@ -66,7 +66,7 @@ def loop_logsumexp(rows: Tensor, labels: Tensor) -> Tensor:
 
 @functools.cache
 def _compiled_nt_xent() -> Callable[..., Tensor]:
-    # Static shapes: what a training loop gets, and faster than code for all sizes.
+    # Static shapes, as in a training loop: faster than code for all sizes.
     return torch.compile(dense_nt_xent, fullgraph=True, dynamic=False)
 
 
@@ -81,7 +81,7 @@ def lightly_nt_xent(view_a: Tensor, view_b: Tensor) -> Tensor:
 
 
 def metric_learning_nt_xent(view_a: Tensor, view_b: Tensor, labels: Tensor) -> Tensor:
-    """The pairs are those of the mask; the library compares every positive pair with every negative one."""
+    """The same pairs as the mask; the library compares every positive pair with every negative pair."""
     from pytorch_metric_learning.losses import NTXentLoss
 
     sample, both = torch.arange(len(view_a), device=labels.device).repeat(2), labels.repeat(2)
@@ -92,7 +92,7 @@ def metric_learning_nt_xent(view_a: Tensor, view_b: Tensor, labels: Tensor) -> T
 
 
 def dense_moco(query: Tensor, positive: Tensor, queue: Tensor) -> Tensor:
-    """MoCo's own lines; positive and queue come normalised."""
+    """MoCo's code; positive and queue are normalised already."""
     query = F.normalize(query, dim=1)
     positive_logit = (query * positive).sum(1, keepdim=True)
     logits = torch.cat((positive_logit, query @ queue.T), dim=1) / TEMPERATURE
@@ -100,7 +100,7 @@ def dense_moco(query: Tensor, positive: Tensor, queue: Tensor) -> Tensor:
 
 
 def dense_clip(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
-    """open_clip's two cross entropies of one product."""
+    """open_clip's code: two cross entropies of one product."""
     logits, target = logit_scale * image @ text.T, torch.arange(len(image), device=image.device)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
@@ -123,11 +123,11 @@ def memeff(image: Tensor, text: Tensor) -> Tensor:
 
 
 def own_cuda(loss: Callable[..., Tensor]) -> Contender:
-    """Our loss in CUDA C++, where the installation has built it."""
+    """Our loss in CUDA C++, if the installation has built it."""
     return Contender(
         "own, CUDA C++",
         functools.partial(loss, impl="cuda"),
-        missing=lambda: cuda.why_not(torch.device("cuda")),
+        missing=lambda: cuda.unavailable_reason(torch.device("cuda")),
         impl="cuda",
     )
 
@@ -147,7 +147,7 @@ def _no_compiler() -> str | None:
     view, labels = torch.randn(8, 4), torch.zeros(8, dtype=torch.long)
     try:
         compiled_nt_xent(view, view, labels)
-    except Exception as error:  # each of the many parts of a compiler has its own
+    except Exception as error:  # each part of the compiler raises its own type
         return f"torch.compile does not work here: {str(error).strip().splitlines()[0]}"
     return None
 
@@ -162,6 +162,6 @@ METRIC_LEARNING = Contender(
 LOOP_LOGSUMEXP = Contender("eager, loop over clusters", loop_logsumexp)
 MOCO = Contender("eager, dense", dense_moco)
 CLIP = Contender("eager, dense", dense_clip)
-CLIP_FIXED = Contender("eager, dense", dense_clip_fixed, largest=32_768)  # beyond, its logits do not fit
+CLIP_FIXED = Contender("eager, dense", dense_clip_fixed, largest=32_768)  # larger logits do not fit
 INF_CL = Contender("inf-cl", inf_cl, missing=_package("inf_cl"))
 MEMEFF = Contender("memeff", memeff, missing=_package("memeff"))

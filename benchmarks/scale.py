@@ -1,14 +1,9 @@
-"""NT-Xent over many ranks, a model, and over a few, measured: `python -m benchmarks.scale`, into scale.csv.
+"""NT-Xent over many ranks by a model, and measured over a few: `python -m benchmarks.scale` writes scale.csv.
 
-    time = operations / rate of the device + bytes / rate of the network, of the rank that is done last
-
-**The model** counts bytes, operations and memory; it knows no latency and overlaps nothing. Operations and bytes of
-ours are those of `plan_exchange`, which the losses decide by; those of the others follow from the formulas below.
-
-**The measurements** are processes of one thread that speak over gloo on this machine. What each sends and receives is
-counted and has to be what `plan_exchange` says; seconds are those of a step's slowest process, the median of the steps.
-One, two and four processes take turns. With more of them than cores seconds say what a step costs, not what another
-rank gains.
+The model is that of `scale_model`. The measurements use processes of one thread that communicate over gloo on this
+machine. The bytes that each sends and receives are counted and must equal those of `plan_exchange`. Seconds are those
+of the slowest process, the median over steps. One, two and four processes take turns. With more processes than cores,
+seconds are the cost of a step, not the gain of another rank.
 """
 
 from __future__ import annotations
@@ -20,41 +15,25 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
-from unittest.mock import patch
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from benchmarks.__main__ import conditions
+from benchmarks.conditions import conditions
 from benchmarks.measure import Row, write_rows
-from mcl_kernels import nt_xent
-from mcl_kernels.distributed.cost_model import ExchangePlan, all_reduced_bytes, plan_exchange
+from benchmarks.scale_model import LABELS, SAMPLES_PER_RANK, VIEWS, D, imbalance, model_rows
+from benchmarks.traffic import count_traffic
+from mcl_kernels import nt_xent, plan_exchange
 
 HERE = Path(__file__).parent
-D = 128
-WORLDS = (1, 8, 64, 512, 4096)
-OF_RANK = 16 << 10  # samples: of the figure
-BATCHES = (64 << 10, 1 << 20, 8 << 20, 64 << 20)  # the whole batch, at every number of ranks
-CLUSTERS = 1000
-DTYPE = torch.bfloat16
-
-# H100 (SXM) by its data sheet: 989e12 dense bf16 operations a second, of which kernels like these reach less than half;
-# 400 Gb/s of InfiniBand for each GPU, as in a DGX H100, of which collectives over many nodes reach most.
-OPERATIONS_PER_SECOND = 0.4 * 989e12
-BYTES_PER_SECOND = 0.8 * 400e9 / 8
-
-VIEWS, WIDE, INTEGER = 2, 4, 8  # rows of a sample; bytes of fp32, in which gradients are summed, and of an integer
-
 MEASURED_WORLDS = (1, 2, 4)
 MEASURED_N, MEASURED_CLUSTERS = 8192, 100
-WARM_UP, STEPS, TURNS = 2, 7, 3  # steps of each turn; numbers of processes in turns
-ROUNDING = 8  # bytes by which a count may differ from the plan, which rounds the shares of an all-reduce
+WARM_UP, STEPS, TURNS = 2, 7, 3  # steps of a turn
+ROUNDING = 8  # bytes: the plan rounds the shares of an all-reduce
 
 COLUMNS = (
     "kind", "contender", "labels", "clusters", "world", "batch", "features", "dtype", "sent", "received", "grad_sent",
@@ -63,214 +42,31 @@ COLUMNS = (
 )  # fmt: skip
 
 
-class Cost(NamedTuple):
-    """Of one step, for each rank: arrays [W]."""
-
-    sent: np.ndarray  # bytes of the forward pass
-    received: np.ndarray
-    grad_sent: np.ndarray  # of the backward pass
-    grad_received: np.ndarray
-    operations: np.ndarray
-    memory: np.ndarray  # bytes: rows, their gradients, log-sum-exps, logits
-
-    @property
-    def bytes(self) -> np.ndarray:
-        """The larger of both directions: a network card does both at once."""
-        return np.maximum(self.sent + self.grad_sent, self.received + self.grad_received)
-
-    @property
-    def seconds(self) -> float:
-        return float((self.operations / OPERATIONS_PER_SECOND + self.bytes / BYTES_PER_SECOND).max())
-
-
-def balanced(n: int, clusters: int) -> list[int]:
-    return np.diff(np.linspace(0, n, clusters + 1).round().astype(np.int64)).tolist()
-
-
-def zipf(n: int, clusters: int) -> list[int]:
-    """Cluster k has 1 / (k + 1) of what cluster 0 has."""
-    shares = np.cumsum(1 / np.arange(1, clusters + 1))
-    return np.diff((n * shares / shares[-1]).round().astype(np.int64), prepend=0).tolist()
-
-
-LABELS = {"balanced": balanced, "zipf": zipf}
-
-
-def _held(samples: np.ndarray, itemsize: int) -> np.ndarray:
-    """Bytes of these samples' rows in the dtype, of their gradients in fp32 and of their log-sum-exps."""
-    return VIEWS * samples * (D * (itemsize + WIDE) + WIDE)
-
-
-def _of_plan(plan: ExchangePlan, memory: np.ndarray) -> Cost:
-    sizes = (plan.sent, plan.received, plan.grad_sent, plan.grad_received, plan.operations)
-    return Cost(*(x.numpy() for x in sizes), memory)
-
-
-def ours_cluster(sizes: list[int], world: int, dtype: torch.dtype) -> Cost:
-    """A rank holds its own samples, which it sends away, and those of the clusters that it computes."""
-    plan = plan_exchange(sizes, world, features=D, dtype=dtype, exchange="cluster")
-    pieces = [(rank, n) for n, ranks in zip(sizes, plan.owners, strict=True) for rank in ranks]
-    ranks, samples = np.array(pieces, dtype=np.int64).reshape(-1, 2).T
-    here = np.bincount(ranks, weights=samples, minlength=world)
-    return _of_plan(plan, _held(sum(sizes) / world + here, dtype.itemsize))
-
-
-def ours_gather(sizes: list[int], world: int, dtype: torch.dtype) -> Cost:
-    """A rank holds its own samples and those of all; it compares its own with those of their clusters only."""
-    plan = plan_exchange(sizes, world, features=D, dtype=dtype, exchange="gather")
-    return _of_plan(plan, np.full(world, _held(np.float64(sum(sizes) * (1 + 1 / world)), dtype.itemsize)))
-
-
-def dense_gather(sizes: list[int], world: int, dtype: torch.dtype) -> Cost:
-    """open_clip's local_loss with gather_with_grad, and a mask: own rows against all, pairs of other clusters included.
-
-    Keys come by an all-gather and their gradients go back by a reduce-scatter, both in the dtype; labels that a mask
-    needs are not counted. 3 products: logits, and the gradients of either side. N / W x N pairs of samples, 4 pairs of
-    rows each. Memory: own rows, all rows, and two matrices in the dtype, logits and their gradient: the least there is.
-    """
-    n = sum(sizes)
-    own = n / world
-    moved = (n - own) * VIEWS * D * dtype.itemsize
-    pairs = VIEWS**2 * own * n
-    memory = _held(np.float64(n + own), dtype.itemsize) + 2 * pairs * dtype.itemsize
-    return _alike(world, moved, moved, 3 * 2 * D * pairs, float(memory))
-
-
-def ring(sizes: list[int], world: int, dtype: torch.dtype) -> Cost:
-    """Inf-CL: keys travel around a ring of ranks, each of which compares its own rows with whatever passes.
-
-    Forward the keys make W - 1 steps. Backward they do so again, and their gradients, in fp32, W steps: back home.
-    5 products over all pairs: the forward pass, and for each of two gradients the logits again (10 are of CLIP, in both
-    directions). Memory: own rows, keys here and on their way, gradients of own rows, of keys here and on their way, and
-    log-sum-exps; no logits. Keys travel in the dtype here and products are of the dtype: inf-cl itself has fp32.
-    """
-    n = sum(sizes)
-    own = n / world
-    rows = VIEWS * own
-    keys = (world - 1) * rows * D * dtype.itemsize
-    gradients = (world * rows * D * WIDE) if world > 1 else 0.0
-    memory = rows * (3 * D * dtype.itemsize + 3 * D * WIDE + WIDE)
-    return _alike(world, keys, keys + gradients, 5 * 2 * D * rows * VIEWS * n, memory)
-
-
-def _alike(world: int, forward: float, backward: float, operations: float, memory: float) -> Cost:
-    return Cost(*(np.full(world, x) for x in (forward, forward, backward, backward, operations, memory)))
-
-
-CONTENDERS: dict[str, Callable[[list[int], int, torch.dtype], Cost]] = {
-    "ours, cluster": ours_cluster,
-    "ours, gather": ours_gather,
-    "dense, gather": dense_gather,
-    "ring": ring,
-}
-
-
-def _imbalance(of_ranks: np.ndarray) -> float:
-    """The busiest rank's over the mean."""
-    mean = float(of_ranks.mean())
-    return float(of_ranks.max()) / mean if mean else 1.0
-
-
-def model_row(contender: str, labels: str, clusters: int, world: int, batch: int) -> Row:
-    """Figures of the busiest rank."""
-    cost = CONTENDERS[contender](LABELS[labels](batch, clusters), world, DTYPE)
-    most = {name: float(of_ranks.max()) for name, of_ranks in cost._asdict().items()}
-    return {
-        "kind": "model", "contender": contender, "labels": labels, "clusters": clusters, "world": world, "batch": batch,
-        "features": D, "dtype": str(DTYPE).removeprefix("torch."), **most, "bytes": float(cost.bytes.max()),
-        "bytes_imbalance": _imbalance(cost.bytes), "operations_imbalance": _imbalance(cost.operations),
-        "seconds": cost.seconds,
-    }  # fmt: skip
-
-
-def model_rows() -> list[Row]:
-    points = sorted({(world, n) for world in WORLDS for n in (*BATCHES, OF_RANK * world)})
-    return [
-        model_row(contender, labels, CLUSTERS, world, n)
-        for labels in LABELS
-        for world, n in points
-        for contender in CONTENDERS
-    ]
-
-
-class Counter:
-    """Bytes that this rank sends to others and receives from them, an all-reduce counted as a ring's."""
-
-    def __init__(self) -> None:
-        self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        self.bytes = np.zeros(2, dtype=np.int64)
-
-    def all_reduce(self, tensor: torch.Tensor, *rest: Any, **options: Any) -> None:
-        self.bytes += all_reduced_bytes(tensor.nbytes, self.world)
-
-    def gathered(self, output: torch.Tensor, tensor: torch.Tensor, **options: Any) -> None:
-        self.bytes += (self.world - 1) * tensor.nbytes
-
-    def scattered(self, output: torch.Tensor, tensor: torch.Tensor, **options: Any) -> None:
-        self.bytes += (self.world - 1) * output.nbytes
-
-    def all_to_all_single(
-        self, output: torch.Tensor, tensor: torch.Tensor, received: Any = None, sent: Any = None, **options: Any
-    ) -> None:
-        for i, (rows, split) in enumerate(((tensor, sent), (output, received))):
-            split = split or [len(rows) // self.world] * self.world
-            if len(rows):
-                self.bytes[i] += rows.nbytes // len(rows) * (sum(split) - split[self.rank])
-
-
-@contextmanager
-def counted() -> Iterator[Counter]:
-    """Counts in every collective that the losses call, and takes no other."""
-    counter = Counter()
-    counts = {
-        "all_reduce": counter.all_reduce, "all_to_all_single": counter.all_to_all_single,
-        "all_gather_single": counter.gathered, "all_gather_into_tensor": counter.gathered,
-        "reduce_scatter_single": counter.scattered, "reduce_scatter_tensor": counter.scattered,
-    }  # fmt: skip
-
-    def counting(name: str) -> Callable[..., Any]:
-        collective, count = getattr(dist, name), counts[name]
-
-        def call(*arguments: Any, **options: Any) -> Any:
-            count(*arguments, **options)
-            return collective(*arguments, **options)
-
-        return call
-
-    def refused(*arguments: Any, **options: Any) -> Any:
-        raise AssertionError("a collective that is not counted")
-
-    others = ("all_gather", "broadcast", "gather", "reduce", "reduce_scatter", "scatter", "send", "recv")
-    patched = {name: counting(name) for name in counts if hasattr(dist, name)} | dict.fromkeys(others, refused)
-    with patch.multiple(dist, **patched):
-        yield counter
-
-
 def _run_rank(rank: int, world: int, n: int, clusters: int, steps: int, directory: Path) -> None:
-    """Writes the seconds of each step and the bytes of one, [[sent, received], [those of backward]]."""
+    """Writes the seconds of each step, and the bytes of one: [[sent, received], [sent, received by backward]]."""
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{directory / 'store'}", rank=rank, world_size=world, timeout=timedelta(minutes=2)
     )
-    here = slice(rank * n // world, (rank + 1) * n // world)
-    views = [torch.randn(2, n, D, generator=torch.Generator().manual_seed(0))[i, here].clone() for i in range(2)]
+    shard = slice(rank * n // world, (rank + 1) * n // world)
+    views = [torch.randn(2, n, D, generator=torch.Generator().manual_seed(0))[i, shard].clone() for i in range(2)]
     views = [view.requires_grad_() for view in views]
     results: dict[str, Any] = {"seconds": {}, "bytes": {}}
     problems = [
         (labels, contender) for labels in LABELS for contender in ("cluster", "gather")[: 1 if world == 1 else 2]
     ]
-    labels_of = {labels: labels_at(labels, n, clusters)[here] for labels in LABELS}
+    shard_labels = {labels: make_labels(labels, n, clusters)[shard] for labels in LABELS}
 
     def loss(labels: str, exchange: str) -> torch.Tensor:
-        over = {} if world == 1 else {"group": dist.group.WORLD, "exchange": exchange}
-        return nt_xent(*views, labels_of[labels], **over)
+        options = {} if world == 1 else {"group": dist.group.WORLD, "exchange": exchange}
+        return nt_xent(*views, shard_labels[labels], **options)
 
     for labels, exchange in problems:
-        with counted() as counter:
+        with count_traffic() as traffic:
             value = loss(labels, exchange)
-            forward = counter.bytes.tolist()
+            forward = traffic.bytes.tolist()
             value.backward()
-            results["bytes"][f"{labels}, {exchange}"] = [forward, (counter.bytes - forward).tolist()]
+            results["bytes"][f"{labels}, {exchange}"] = [forward, (traffic.bytes - forward).tolist()]
     for step in range(WARM_UP + steps):
         for labels, exchange in problems:  # in turns
             dist.barrier()
@@ -282,14 +78,14 @@ def _run_rank(rank: int, world: int, n: int, clusters: int, steps: int, director
     dist.destroy_process_group()
 
 
-def labels_at(labels: str, n: int, clusters: int) -> torch.Tensor:
-    """Of the samples of all ranks, in no order."""
-    of_cluster = torch.arange(clusters).repeat_interleave(torch.tensor(LABELS[labels](n, clusters)))
-    return of_cluster[torch.randperm(n, generator=torch.Generator().manual_seed(1))]
+def make_labels(labels: str, n: int, clusters: int) -> torch.Tensor:
+    """Labels of the samples of all ranks, in random order."""
+    sorted_labels = torch.arange(clusters).repeat_interleave(torch.tensor(LABELS[labels](n, clusters)))
+    return sorted_labels[torch.randperm(n, generator=torch.Generator().manual_seed(1))]
 
 
 def run_ranks(world: int, n: int, clusters: int, steps: int) -> list[dict[str, Any]]:
-    """What each of `world` new processes wrote."""
+    """Results of each of `world` new processes."""
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
@@ -298,34 +94,39 @@ def run_ranks(world: int, n: int, clusters: int, steps: int) -> list[dict[str, A
 
 
 def measured_rows(worlds: tuple[int, ...], n: int, clusters: int, steps: int, turns: int) -> list[Row]:
-    """A row for each number of processes, labels and exchange."""
+    """Rows for each number of processes, distribution of labels and exchange."""
     by_turn = [[run_ranks(world, n, clusters, steps) for world in worlds] for _ in range(turns)]
-    return [row for of_turns in zip(*by_turn, strict=True) for row in _rows_of(of_turns, n, clusters)]
+    return [row for turns_of_world in zip(*by_turn, strict=True) for row in _rows_of_world(turns_of_world, n, clusters)]
 
 
-def _rows_of(turns: tuple[list[dict[str, Any]], ...], n: int, clusters: int) -> list[Row]:
-    """Of what the ranks wrote, turn by turn. Raises where what was counted is not what `plan_exchange` says."""
+def _rows_of_world(turns: tuple[list[dict[str, Any]], ...], n: int, clusters: int) -> list[Row]:
+    """Rows of one number of processes, from the results of its ranks in each turn.
+
+    Raises:
+        AssertionError: the counted bytes are not those of `plan_exchange`.
+    """
     results, world, rows = turns[0], len(turns[0]), []
     for case in results[0]["seconds"]:
         labels, exchange = case.split(", ")
-        of_rank = [labels_at(labels, n, clusters)[rank * n // world : (rank + 1) * n // world] for rank in range(world)]
-        histogram = torch.stack([x.bincount(minlength=clusters) for x in of_rank])
+        all_labels = make_labels(labels, n, clusters)
+        shards = [all_labels[rank * n // world : (rank + 1) * n // world] for rank in range(world)]
+        histogram = torch.stack([shard.bincount(minlength=clusters) for shard in shards])
         plan = plan_exchange(histogram, world, features=D, exchange=exchange)
-        counts = np.array([of_rank["bytes"][case] for of_rank in results])  # [W, passes, directions]
+        counts = np.array([result["bytes"][case] for result in results])  # [W, passes, directions]
         planned = (
             torch.stack((plan.sent, plan.received, plan.grad_sent, plan.grad_received), 1).view(world, 2, 2).numpy()
         )
         if world > 1 and abs(counts - planned).max() > ROUNDING:
             raise AssertionError(f"{case}, {world} ranks: {counts.tolist()} bytes, planned {planned.tolist()}")
         sent, received, grad_sent, grad_received = counts.reshape(world, 4).max(0).tolist()
-        both = counts.sum(1).max(1)
-        seconds = np.concatenate([np.max([of_rank["seconds"][case] for of_rank in turn], axis=0) for turn in turns])
+        larger_direction = counts.sum(1).max(1)
+        seconds = np.concatenate([np.max([result["seconds"][case] for result in turn], axis=0) for turn in turns])
         rows.append(
             {
                 "kind": "measured", "contender": f"ours, {exchange}" if world > 1 else "ours, one process",
                 "labels": labels, "clusters": clusters, "world": world, "batch": n, "features": D, "dtype": "float32",
                 "sent": sent, "received": received, "grad_sent": grad_sent, "grad_received": grad_received,
-                "bytes": int(both.max()), "bytes_imbalance": _imbalance(both), "memory": "",
+                "bytes": int(larger_direction.max()), "bytes_imbalance": imbalance(larger_direction), "memory": "",
                 "operations": float(plan.operations.max()), "operations_imbalance": plan.operations_imbalance,
                 "seconds": statistics.median(seconds.tolist()), "threads": 1,
             }
@@ -334,12 +135,12 @@ def _rows_of(turns: tuple[list[dict[str, Any]], ...], n: int, clusters: int) -> 
 
 
 def draw(results: Path, figure_path: Path) -> None:
-    """Time, bytes and memory of the busiest rank against the number of ranks, from the CSV alone."""
+    """Draws time, bytes and memory of the busiest rank against the number of ranks, from the CSV."""
     from matplotlib.figure import Figure
 
     with results.open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["kind"] == "model"]
-    rows = [row for row in rows if int(row["batch"]) == OF_RANK * int(row["world"])]
+    rows = [row for row in rows if int(row["batch"]) == SAMPLES_PER_RANK * int(row["world"])]
     styles = {
         "ours, cluster": ("mcl_kernels, exchange='cluster'", "#1b6ca8", "o", "-"),
         "ours, gather": ("mcl_kernels, exchange='gather'", "#5dade2", "D", "-"),
@@ -351,25 +152,26 @@ def draw(results: Path, figure_path: Path) -> None:
         "bytes": ("sent or received, whichever is more, MB", 1e-6),
         "memory": ("rows, their gradients, logits, GB", 1e-9),
     }
-    own_rows = VIEWS * OF_RANK * int(rows[0]["features"]) * getattr(torch, rows[0]["dtype"]).itemsize
+    own_bytes = VIEWS * SAMPLES_PER_RANK * int(rows[0]["features"]) * getattr(torch, rows[0]["dtype"]).itemsize
     limits = {
-        "bytes": (2 * own_rows, "a rank's own rows and their gradients", ":"), "memory": (80e9, "a GPU of 80 GB", "-."),
-    }  # fmt: skip
+        "bytes": (2 * own_bytes, "a rank's own rows and their gradients", ":"),
+        "memory": (80e9, "a GPU of 80 GB", "-."),
+    }
     worlds = sorted({int(row["world"]) for row in rows})
     figure = Figure(figsize=(10.5, 6.6), dpi=140, layout="constrained")
     grid = figure.subplots(len(LABELS), len(panels), sharex=True, sharey="col")
-    for line_of_axes, labels in zip(grid, LABELS, strict=True):
-        for axes, (column, (title, unit)) in zip(line_of_axes, panels.items(), strict=True):
+    for grid_row, labels in zip(grid, LABELS, strict=True):
+        for axes, (column, (title, factor)) in zip(grid_row, panels.items(), strict=True):
             for contender, (label, color, marker, dashes) in styles.items():
                 chosen = [row for row in rows if row["contender"] == contender and row["labels"] == labels]
-                points = sorted((int(row["world"]), unit * float(row[column])) for row in chosen)
-                points = [(world, y) for world, y in points if y > 0]  # one rank sends nothing
+                points = sorted((int(row["world"]), factor * float(row[column])) for row in chosen)
+                points = [(world, y) for world, y in points if y > 0]  # a single rank sends nothing
                 axes.loglog(
                     *zip(*points, strict=True), color=color, marker=marker, linestyle=dashes, markersize=4, label=label
                 )
             if column in limits:
                 height, label, dashes = limits[column]
-                axes.axhline(unit * height, color="black", linewidth=1, linestyle=dashes, label=label)
+                axes.axhline(factor * height, color="black", linewidth=1, linestyle=dashes, label=label)
             axes.set_xscale("log", base=2)
             axes.set_xticks(worlds, [f"{world:,}" for world in worlds])
             axes.minorticks_off()
@@ -381,10 +183,10 @@ def draw(results: Path, figure_path: Path) -> None:
                 axes.set_xlabel("ranks")
         clusters = int(rows[0]["clusters"])
         shape = {"balanced": "equal", "zipf": "Zipf"}[labels]
-        line_of_axes[0].set_ylabel(f"{clusters:,} {shape} clusters")
+        grid_row[0].set_ylabel(f"{clusters:,} {shape} clusters")
     figure.suptitle(
-        f"A model, not a measurement: NT-Xent and its gradients on the busiest rank, {OF_RANK:,} samples a rank, "
-        f"D = {rows[0]['features']}, {rows[0]['dtype']}",
+        "A model, not a measurement: NT-Xent and its gradients on the busiest rank, "
+        f"{SAMPLES_PER_RANK:,} samples a rank, D = {rows[0]['features']}, {rows[0]['dtype']}",
         fontsize=11,
     )
     lines = {line.get_label(): line for axes in grid[0] for line in axes.get_lines()}
@@ -402,16 +204,16 @@ def _line(row: Row) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model-only", action="store_true", help="keep what the CSV says was measured")
+    parser.add_argument("--model-only", action="store_true", help="keep the measured rows of the CSV")
     parser.add_argument("--draw", action="store_true", help="only draw the figure from the CSV")
-    parser.add_argument("--csv", type=Path, default=HERE / "scale.csv", help="another CSV; the figure goes beside it")
+    parser.add_argument("--csv", type=Path, default=HERE / "scale.csv", help="another CSV, with its figure next to it")
     options = parser.parse_args()
     if not options.draw:
         recorded = conditions(torch.device("cpu"))
         rows = [{**row, **recorded, "processor": ""} for row in model_rows()]
-        print(f"A model, not a measurement: the busiest rank, {OF_RANK:,} samples a rank, D = {D}")
+        print(f"A model, not a measurement: the busiest rank, {SAMPLES_PER_RANK:,} samples a rank, D = {D}")
         for row in rows:
-            if row["batch"] == OF_RANK * row["world"]:
+            if row["batch"] == SAMPLES_PER_RANK * row["world"]:
                 print(_line(row))
         measured: list[Row] = []
         if options.model_only and options.csv.exists():

@@ -1,7 +1,7 @@
 """The same cases under pytest-benchmark: `pytest benchmarks`, with its --benchmark-json, --benchmark-compare and so on.
 
-Each case is a group. Sweeps over N are timed at their first size; the whole of them, the peaks, ratios and limits
-from one run are `python -m benchmarks`.
+Each case is a group. Sweeps over N are timed at their first size. All sizes, peaks, ratios and limits are measured by
+`python -m benchmarks`.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ ALL = [
 PEERS = [param for param in ALL if param.values[1].name != "ours"]
 
 
-UNDER_CAP = 128  # samples, where the size is one that fits the memory of a peer
+SIZE_UNDER_CAP = 128  # samples of a case whose size is the largest that fits
 
 
 def size_of(case: Case) -> int:
-    return case.sizes[0] if case.sizes else UNDER_CAP
+    return case.sizes[0] if case.sizes else SIZE_UNDER_CAP
 
 
 def skip_if_missing(contender: Contender) -> None:

@@ -1,8 +1,8 @@
-"""Peak memory of a whole training step, encoder included: `python -m benchmarks.whole_step`, into whole_step.csv.
+"""Peak memory of a training step with its encoder: `python -m benchmarks.whole_step` writes whole_step.csv.
 
-SimCLR on images of 16 x 16 through a small convolutional encoder: with the loss in plain PyTorch, with ours, and with
-ours over batches of 512 by `cached_backward`. A smaller loss leaves the encoder's activations where they are, so what
-helps depends on which of the two is larger. Each figure is that of a fresh process, above what it held before the step.
+SimCLR on images of 16 x 16 with a small convolutional encoder: with the loss in plain PyTorch, with ours, and with ours
+over batches of 512 by `cached_backward`. A smaller loss does not reduce the encoder's activations: the larger of the
+two limits the batch. Each peak is measured in a fresh process, above its memory before the step.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.__main__ import conditions
+from benchmarks.conditions import conditions
 from benchmarks.measure import in_fresh_process, peak_of, write_rows
 from mcl_kernels import cached_backward, nt_xent
 
 RESULTS = Path(__file__).with_name("whole_step.csv")
 SIZES = (256, 1024, 4096, 16384, 32768)
 CHUNK = 512
-LARGEST = {"eager": 4096, "ours": 16384}  # what this machine holds
+LARGEST = {"eager": 4096, "ours": 16384}  # that fit this machine
 CONTENDERS = ("eager", "ours", "ours, cached")
 COLUMNS = ("contender", "n", "threads", "peak_bytes", "versions", "processor", "commit")
 

@@ -5,9 +5,10 @@ cluster; `KMeans` finds the clusters; `MultistageRunner` runs the stages.
 """
 
 from mcl_kernels import objectives
+from mcl_kernels.backends.table import capabilities
 from mcl_kernels.distributed import ExchangePlan, plan_exchange
 from mcl_kernels.kmeans import KMeans, assign_clusters
-from mcl_kernels.logsumexp import capabilities, count_negatives, masked_logsumexp
+from mcl_kernels.logsumexp import count_negatives, masked_logsumexp
 from mcl_kernels.losses import ClipLoss, MaskedInfoNCE, NTXentLoss, clip_loss, masked_info_nce, nt_xent
 from mcl_kernels.losses.gradient_cache import cached_backward
 from mcl_kernels.losses.labelled_queue import LabelledQueue

@@ -1,4 +1,4 @@
-"""`python -m mcl_kernels` is `mcl-kernels`."""
+"""Runs the command line for `python -m mcl_kernels`."""
 
 import sys
 

@@ -1,7 +1,7 @@
-"""Files that are complete or absent, on file systems that differ in what they can promise.
+"""Writes files that are either complete or absent, on file systems with different guarantees.
 
-New content goes to a temporary file of its own, is synced, and is renamed over the old one. The rename is synced too,
-where that is possible: Windows opens no directory, some file systems sync none, and a parent may be closed to us.
+New content is written to a temporary file, synced, and renamed over the old file. The directory is synced too if
+possible: Windows cannot open directories, some file systems cannot sync them, and a parent may not be readable.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ import numpy as np
 
 PREFIX, SUFFIX = ".mcl_kernels-", ".partial"
 ABANDONED_AFTER = 3600.0  # seconds without a write
-_NO_SYNC = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
-_CLOSED_DIRECTORY = {errno.EACCES, errno.EPERM, errno.EISDIR, errno.EINVAL}
+_SYNC_UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
+_CANNOT_OPEN_DIRECTORY = {errno.EACCES, errno.EPERM, errno.EISDIR, errno.EINVAL}
 
 
 @contextlib.contextmanager
 def synced_file(path: Path) -> Iterator[BinaryIO]:
-    """A new file to write, which is on disk when the block ends."""
-    with path.open("xb") as file:  # exclusive: follows no link and shares the file with no other process
+    """Opens a new file for writing, which is on disk when the block ends."""
+    with path.open("xb") as file:  # exclusive: follows no link, and no other process writes to the file
         yield file
         file.flush()
         _sync(file.fileno())
@@ -36,15 +36,15 @@ def synced_file(path: Path) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def replaced_files(*paths: Path) -> Iterator[list[BinaryIO]]:
-    """Files to write in place of `paths`: all are on disk before the first is renamed, in the order given.
+    """Yields files that replace `paths` when the block ends: all are on disk before the first is renamed, in order.
 
-    Readers see the old content of a path or the new one. A path that is a symbolic link stays one: its target is
-    replaced. What ends the block early, or keeps a file from being synced, leaves every path as it was.
+    Readers see either the old content of a path or the new one. A path that is a symbolic link stays one: its target is
+    replaced. If the block raises, or a file cannot be synced, every path is left unchanged.
 
     Warns:
         RuntimeWarning: the files are replaced, but a power failure may undo it, since their directory was not synced.
     """
-    targets = [_target(path) for path in paths]
+    targets = [_replaceable_target(path) for path in paths]
     partials: list[Path] = []
     try:
         with contextlib.ExitStack() as stack:
@@ -68,7 +68,7 @@ def replaced_files(*paths: Path) -> Iterator[list[BinaryIO]]:
 
 @contextlib.contextmanager
 def replaced_file(path: Path) -> Iterator[BinaryIO]:
-    """Replaces one file, as `replaced_files` does."""
+    """Yields a file that replaces `path` when the block ends; see `replaced_files`."""
     with replaced_files(path) as (file,):
         yield file
 
@@ -80,14 +80,15 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def write_array(file: BinaryIO, array: np.ndarray[Any, Any]) -> None:
-    """Writes what `np.save` writes of a contiguous array, without a copy; a full disk keeps its errno."""
+    """Writes a contiguous array in the format of `np.save`, without a copy; an error of the disk keeps its errno."""
     np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
     file.write(array.data)
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Opens a file to read; raises at once for a device, a pipe or a directory, from which reading may never end."""
-    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)  # a pipe would wait for a writer
+    """Opens a regular file for reading; raises an OSError for a device, a pipe or a directory, without reading it."""
+    # Non-blocking: opening a pipe would wait for a writer.
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     descriptor = os.open(path, flags)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
@@ -105,7 +106,7 @@ def sha256_of(path: Path) -> str:
 
 
 def check_writable(directory: Path) -> None:
-    """Makes the directory, and raises now what would otherwise be raised after hours of work."""
+    """Creates the directory, and raises an OSError if files cannot be written and renamed in it."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
         sync_directory(directory.parent)
@@ -122,11 +123,11 @@ def check_writable(directory: Path) -> None:
 
 
 def sync_directory(path: Path) -> None:
-    """Makes renames within a directory durable, where the system can."""
+    """Makes renames within a directory durable, if the system supports it."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except OSError as error:
-        if error.errno in _CLOSED_DIRECTORY:
+        if error.errno in _CANNOT_OPEN_DIRECTORY:
             return
         raise
     try:
@@ -136,7 +137,7 @@ def sync_directory(path: Path) -> None:
 
 
 def sync_renames(directory: Path) -> None:
-    """Makes a rename durable that has taken place; an error becomes a warning, since the content is complete."""
+    """Makes completed renames durable; an error becomes a warning, since the files themselves are complete."""
     try:
         sync_directory(directory)
     except OSError as error:
@@ -149,30 +150,36 @@ def sync_renames(directory: Path) -> None:
 
 
 def temporary_name(directory: Path) -> Path:
-    """A path in the directory that no other process uses; its length does not depend on the file to write."""
+    """Returns a path in the directory that no other process uses; its length does not depend on the final name."""
     return directory / f"{PREFIX}{uuid.uuid4().hex}{SUFFIX}"
 
 
-def _target(path: Path) -> Path:
-    """The file that a path leads to through symbolic links."""
-    target = Path(os.path.realpath(path))
+def link_target(path: Path) -> Path:
+    """Returns the file that a path refers to through symbolic links; a symbolic link only if the links form a loop."""
+    return Path(os.path.realpath(path))
+
+
+def _replaceable_target(path: Path) -> Path:
+    """Returns `link_target(path)`; raises an OSError for a loop of links."""
+    target = link_target(path)
     if target.is_symlink():
         raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
     return target
 
 
 def _sync(descriptor: int) -> None:
+    """Syncs an open file or directory, if the file system supports it."""
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in _NO_SYNC:
+        if error.errno not in _SYNC_UNSUPPORTED:
             raise
 
 
 def _clear_abandoned(directory: Path) -> None:
-    """Removes what killed processes left of files they were writing."""
+    """Removes temporary files that killed processes have left."""
     with contextlib.suppress(OSError):
-        now = directory.stat().st_mtime  # by the clock of the file server: a file was renamed just now
+        now = directory.stat().st_mtime  # a file was renamed just now, so this is the clock of the file server
         for path in directory.glob(f"{PREFIX}*{SUFFIX}"):
             with contextlib.suppress(OSError):
                 if path.lstat().st_mtime < now - ABANDONED_AFTER:

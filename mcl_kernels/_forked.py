@@ -1,7 +1,7 @@
-"""One thread in a forked process, whose parent's threads are not there.
+"""Limits a forked process to one thread, since the thread pool of its parent does not exist in it.
 
-PyTorch's own operations wait for these threads forever, where the parent has used them. A worker of a `DataLoader`,
-which is a forked process too, has one thread already.
+If the parent has used its threads, PyTorch's operations in the child wait for them forever. A worker of a `DataLoader`
+is a forked process too, but already limited to one thread.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import warnings
 
 import torch
 
-_inherited_threads: int | None = None  # in a forked process until it is set to one thread
+_inherited_threads: int | None = None  # number of threads of the parent, in a forked process not checked yet
 
 
 def _note_fork() -> None:
@@ -24,9 +24,9 @@ if hasattr(os, "register_at_fork"):
 
 
 def use_one_thread_if_forked() -> None:
-    """Sets PyTorch to one thread, once in a forked process that has not set a number itself.
+    """Sets PyTorch to one thread, once per forked process, unless the process has set a number of threads itself.
 
-    For good, and not for one call: the backward pass of a loss comes later, and has operations of PyTorch's own.
+    The limit is not lifted after the call: the backward pass of a loss runs later, and uses PyTorch's operations too.
     """
     global _inherited_threads
     if _inherited_threads is None:
@@ -43,5 +43,5 @@ def use_one_thread_if_forked() -> None:
         )
 
 
-# No part of a compiled graph, as what `logsumexp.api` marks.
+# Called while torch.compile traces, and not part of the compiled graph.
 use_one_thread_if_forked._dynamo_marked_constant = True  # type: ignore[attr-defined]

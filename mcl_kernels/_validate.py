@@ -17,11 +17,12 @@ INTEGER_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    if isinstance(value, str) and value in choices:
+        return
     expected = f"{name} must be one of " + ", ".join(repr(choice) for choice in choices)
-    if not isinstance(value, str):  # an array, say, which cannot be compared
+    if not isinstance(value, str):  # an array, for example, which cannot be compared
         raise TypeError(f"{expected}: got {type(value).__name__}")
-    if value not in choices:
-        raise ValueError(f"{expected}: got {value!r}")
+    raise ValueError(f"{expected}: got {value!r}")
 
 
 def check_objective(objective: object) -> None:
@@ -33,7 +34,7 @@ def check_objective(objective: object) -> None:
 
 
 def as_integer(name: str, value: object, *, least: int) -> int:
-    """One integer of any kind (numpy's too), as Python's."""
+    """An integer of any kind (numpy's too), as Python's."""
     use_one_thread_if_forked()  # here and below: a check comes before any computation
     try:
         integer = operator.index(value)  # type: ignore[arg-type]
@@ -47,20 +48,20 @@ def as_integer(name: str, value: object, *, least: int) -> int:
 
 
 def as_number(name: str, value: object, expected: str = "a number") -> float:
-    """One real number of any kind, as Python's."""
+    """A real number of any kind, as Python's."""
     if not isinstance(value, Real):
         raise TypeError(f"{name} must be {expected}: got {type(value).__name__}")
     return float(value)
 
 
 def check_positive(name: str, value: object) -> None:
-    """A Python number; tensors are not checked, which would synchronise and break a graph."""
+    """Raises for a Python number <= 0; tensors are not checked, which would synchronise and break a graph."""
     if not as_number(name, value, "a number or a tensor") > 0:
         raise ValueError(f"{name} must be positive: got {value}")
 
 
 def check_at_least_0(name: str, value: object) -> None:
-    """A Python number, or a tensor of one."""
+    """Raises for a number < 0: of Python, or a tensor of one element."""
     if not (isinstance(value, Tensor) and value.numel() == 1):
         as_number(name, value)
     if not value >= 0:  # type: ignore[operator]
@@ -68,12 +69,12 @@ def check_at_least_0(name: str, value: object) -> None:
 
 
 def check_flag(name: str, value: object) -> None:
-    if not isinstance(value, (bool, np.bool_)):  # of an array, or of the text "False", the truth is no answer
+    if not isinstance(value, (bool, np.bool_)):  # the truth of an array or of the text "False" is ambiguous
         raise TypeError(f"{name} must be True or False: got {type(value).__name__}")
 
 
 def check_dense(name: str, x: Tensor) -> None:
-    """A tensor with one entry for each index: not sparse, and not nested."""
+    """Raises for a sparse or nested tensor."""
     if x.is_nested:
         raise TypeError(f"{name} must be a dense tensor: got a nested one; use {name}.to_padded_tensor(0.0)")
     if x.layout != torch.strided:
@@ -81,7 +82,7 @@ def check_dense(name: str, x: Tensor) -> None:
 
 
 def check_embeddings(name: str, x: object) -> None:
-    """A 2-d floating point tensor, one row per sample, of at least one feature."""
+    """Raises unless x is a 2-d floating point tensor, one row per sample, of at least one feature."""
     use_one_thread_if_forked()
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor: got {type(x).__name__}")
@@ -95,14 +96,14 @@ def check_embeddings(name: str, x: object) -> None:
 
 
 def check_same_width(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
-    """Two sets of embeddings that are multiplied with each other."""
+    """Raises unless two sets of embeddings can be multiplied with each other."""
     if x.shape[1] != other.shape[1]:
         raise ValueError(f"{name} must have as many features as {other_name}: got {x.shape[1]} for {other.shape[1]}")
     check_same_device(name, x, other_name, other)
 
 
 def check_same_shape(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
-    """Two sets of embeddings that are paired row by row."""
+    """Raises unless two sets of embeddings can be paired row by row."""
     if x.shape != other.shape:
         raise ValueError(f"{name} must have the shape of {other_name}: got {list(x.shape)} for {list(other.shape)}")
     check_same_device(name, x, other_name, other)
@@ -114,7 +115,7 @@ def check_same_device(name: str, x: Tensor, other_name: str, other: Tensor) -> N
 
 
 def check_integer_vector(name: str, values: object) -> Tensor:
-    """Labels or ids, as they are: a memory map is not read."""
+    """Labels or ids, unchanged: a memory map is not read."""
     use_one_thread_if_forked()
     if not isinstance(values, Tensor):
         raise TypeError(f"{name} must be an integer tensor: got {type(values).__name__}")

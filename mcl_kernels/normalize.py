@@ -1,4 +1,7 @@
-"""Small pieces of arithmetic on rows of embeddings, with the precision the library promises."""
+"""Arithmetic on rows of embeddings: normalisation, with its derivatives, and products of rows.
+
+Normalisation has two implementations, PyTorch operations and `csrc/cpu/normalize.h`.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ def normalize_rows(x: Tensor, impl: str = "reference") -> Tensor:
 
 
 def shrunk_rows(x: Tensor) -> Tensor:
-    """Rows for the normalisation of another library: those whose norm overflows divided by a power of two."""
+    """Rows that another library can normalise: each row whose norm would overflow is divided by a power of two."""
     return (x * _shrinking(x.to(compute_dtype(x)))).to(x.dtype)
 
 
@@ -53,7 +56,7 @@ def joined_views(view_a: Tensor, view_b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _Normalize(torch.autograd.Function):
-    """PyTorch's own derivative passes over the rows, and writes them, once for each of the steps."""
+    """Normalisation with a derivative in one pass; PyTorch's own reads and writes the rows once for each step."""
 
     generate_vmap_rule = True
 
@@ -112,7 +115,7 @@ def _unit(x: Tensor) -> Tensor:
 def _scaled(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Rows c_i x_i, 1 / |c_i x_i|, [N, 1], and the powers of two c_i of `_shrinking`, [N, 1].
 
-    1 / |x_i| may be below the normal numbers, and stays in two factors. A row without a direction has 0 in place of
+    1 / |x_i| may be below the normal numbers, so it stays in two factors. A row without a direction has 0 in place of
     1 / |c_i x_i|.
     """
     wide = x.to(compute_dtype(x))
@@ -124,7 +127,7 @@ def _scaled(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _shrinking(wide: Tensor) -> Tensor:
-    """A power of two for each row, [N, 1], which times the row has a finite norm: 1 where that of the row itself is."""
+    """Power of two for each row, [N, 1], by which the norm of the row becomes finite: 1 if it is."""
     divisor = 2.0**80 if wide.dtype == torch.float32 else 2.0**540
     # Without a graph: the direction of a row does not depend on it.
     norm = torch.linalg.vector_norm(wide.detach(), dim=1, keepdim=True)

@@ -1,15 +1,14 @@
 """Objectives: the loss of an anchor from its positive logit a and the log-sum-exp b of its negatives.
 
-An objective is any callable `(a, b, n, scale) -> loss`, elementwise in vectors of one entry per anchor, with
+An objective is a function `(a, b, n, scale) -> loss`, or an instance of `Objective`, elementwise in vectors of one
+entry per anchor, with
 
     a      positive logits, scale * <q, p>
     b      log sum exp of the negatives' logits
-    n      how many negatives there are, in the dtype of a; None unless the objective sets `counts = True`
+    n      number of negatives, in the dtype of a; None unless the objective sets `counts = True`
     scale  inverse temperature, 0-d or one entry per anchor
 
-One that sets `scales = (f, g, ...)` gets b as a tuple, one log-sum-exp for each factor of the scale. One whose
-loss of an anchor depends on others sets `mixes_anchors = True` and gets a fifth argument, bool: which anchors have
-negatives. The result for anchors without negatives is not used: the losses set it to 0, with gradient 0.
+The losses replace the result for an anchor without negatives by 0, with gradient 0.
 
 Every formula stays in logarithms: exp(b) overflows fp32 at b = 89, well inside the range of scale 100.
 """
@@ -19,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,10 +26,52 @@ from torch import Tensor
 
 from mcl_kernels._validate import as_number, check_at_least_0, check_positive
 
-Objective = Callable[..., Tensor]
+ObjectiveLike = Callable[..., Tensor]
 
 
-def info_nce(a: Tensor, b: Tensor, n: Tensor | None, scale: Tensor) -> Tensor:
+class Objective:
+    """Base of objectives with settings. It holds what an objective may ask for; a plain function asks for nothing.
+
+    Attributes:
+        counts: n is counted, O(N log N). Else it is None.
+        scales: factors (f, g, ...) of the scale, for each of which the negatives get a log-sum-exp: b is their tuple.
+            None: b is the log-sum-exp itself, [N].
+        mixes_anchors: the loss of an anchor depends on others. `__call__` takes a fifth argument, bool [N]: which
+            anchors have negatives.
+
+    Example:
+        >>> class Margin(Objective):
+        ...     def __call__(self, a, b, n=None, scale=None):
+        ...         return torch.relu(b - a + 0.1)
+        >>> Margin()(torch.tensor([1.0]), torch.tensor([2.0]))
+        tensor([1.1000])
+    """
+
+    counts: ClassVar[bool] = False
+    scales: tuple[float, ...] | None = None
+    mixes_anchors: ClassVar[bool] = False
+
+    __call__: ObjectiveLike
+
+
+class Needs(NamedTuple):
+    """Attributes of an objective, which a function may set too."""
+
+    counts: bool
+    scales: tuple[float, ...] | None
+    mixes_anchors: bool
+
+
+def needs_of(objective: ObjectiveLike) -> Needs:
+    """Attributes of `Objective` as this objective sets them, or their defaults."""
+    return Needs(
+        getattr(objective, "counts", Objective.counts),
+        getattr(objective, "scales", Objective.scales),
+        getattr(objective, "mixes_anchors", Objective.mixes_anchors),
+    )
+
+
+def info_nce(a: Tensor, b: Tensor, n: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
     """InfoNCE, the loss of SimCLR, MoCo and CLIP.
 
         log(1 + e^(b - a)) = -log(e^a / (e^a + sum_j e^s_j))
@@ -38,14 +79,14 @@ def info_nce(a: Tensor, b: Tensor, n: Tensor | None, scale: Tensor) -> Tensor:
     Source: van den Oord et al. 2018 (arXiv 1807.03748), equation 4.
 
     Example:
-        >>> float(info_nce(torch.tensor(2.0), torch.tensor(2.0), None, torch.tensor(1.0)))
+        >>> float(info_nce(torch.tensor(2.0), torch.tensor(2.0)))
         0.6931471824645996
     """
     # Above 50 the logarithm is b - a itself, to the last bit of fp64.
     return F.softplus(b - a, threshold=50)
 
 
-def decoupled(a: Tensor, b: Tensor, n: Tensor | None, scale: Tensor) -> Tensor:
+def decoupled(a: Tensor, b: Tensor, n: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
     """Decoupled contrastive learning (DCL): the positive leaves the denominator.
 
         b - a
@@ -53,7 +94,7 @@ def decoupled(a: Tensor, b: Tensor, n: Tensor | None, scale: Tensor) -> Tensor:
     Source: Yeh et al. 2022 (arXiv 2110.06848), equation 6.
 
     Example:
-        >>> float(decoupled(torch.tensor(2.0), torch.tensor(3.0), None, torch.tensor(1.0)))
+        >>> float(decoupled(torch.tensor(2.0), torch.tensor(3.0)))
         1.0
     """
     return b - a
@@ -63,7 +104,7 @@ def decoupled(a: Tensor, b: Tensor, n: Tensor | None, scale: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class decoupled_weighted:  # noqa: N801
+class decoupled_weighted(Objective):  # noqa: N801
     """Decoupled contrastive learning with von Mises-Fisher weights of the positives (DCLW).
 
         b_i - w_i a_i,    w_i = 2 - B exp(<q_i, p_i> / sigma) / sum_k exp(<q_k, p_k> / sigma)
@@ -95,8 +136,8 @@ class decoupled_weighted:  # noqa: N801
 
 
 @dataclass(frozen=True)
-class ifm:  # noqa: N801
-    """Implicit feature modification: InfoNCE beside InfoNCE of adversarially perturbed logits.
+class ifm(Objective):  # noqa: N801
+    """Implicit feature modification: a weighted mean of InfoNCE and InfoNCE of adversarially perturbed logits.
 
         (L(b - a) + alpha L(b - a + 2 eps scale)) / (1 + alpha),    L(x) = log(1 + e^x)
 
@@ -108,7 +149,7 @@ class ifm:  # noqa: N801
 
     Example:
         >>> a, b, scale = torch.tensor([1.0]), torch.tensor([2.0]), torch.tensor(5.0)
-        >>> ifm(eps=0.0)(a, b, None, scale) == info_nce(a, b, None, scale)
+        >>> ifm(eps=0.0)(a, b, None, scale) == info_nce(a, b)
         tensor([True])
     """
 
@@ -120,18 +161,18 @@ class ifm:  # noqa: N801
         check_at_least_0("alpha", self.alpha)
 
     def __call__(self, a: Tensor, b: Tensor, n: Tensor | None, scale: Tensor) -> Tensor:
-        perturbed = info_nce(a, b + 2.0 * self.eps * scale, n, scale)
-        return (info_nce(a, b, n, scale) + self.alpha * perturbed) / (1.0 + self.alpha)
+        perturbed = info_nce(a, b + 2.0 * self.eps * scale)
+        return (info_nce(a, b) + self.alpha * perturbed) / (1.0 + self.alpha)
 
 
 @dataclass(frozen=True)
-class debiased:  # noqa: N801
+class debiased(Objective):  # noqa: N801
     """Debiased contrastive loss: corrects for the positives that hide among the negatives.
 
         log(1 + e^(g - a)),    e^g = max((e^b - n tau_plus e^a) / (1 - tau_plus), n e^-scale)
 
     Args:
-        tau_plus: prior probability that a negative is of the anchor's own class, in [0, 1).
+        tau_plus: prior probability that a negative has the anchor's own class, in [0, 1).
 
     Source: Chuang et al. 2020 (arXiv 2007.00224), equation 8.
 
@@ -150,7 +191,7 @@ class debiased:  # noqa: N801
 
     def __call__(self, a: Tensor, b: Tensor, n: Tensor, scale: Tensor) -> Tensor:
         if self.tau_plus == 0.0:
-            return info_nce(a, b, n, scale)
+            return info_nce(a, b)
         log_n = n.log()
         # e^b - n tau_plus e^a = e^b (1 - e^x); where x >= 0 nothing is left and the floor holds.
         x = math.log(self.tau_plus) + log_n + a - b
@@ -158,11 +199,11 @@ class debiased:  # noqa: N801
         remaining = torch.log(-torch.expm1(torch.where(positive_part, x, -1.0)))
         corrected = b + remaining - math.log1p(-self.tau_plus)
         floor = log_n - scale
-        return info_nce(a, torch.where(positive_part, torch.maximum(corrected, floor), floor), n, scale)
+        return info_nce(a, torch.where(positive_part, torch.maximum(corrected, floor), floor))
 
 
 @dataclass(frozen=True)
-class hard_negative:  # noqa: N801
+class hard_negative(Objective):  # noqa: N801
     """InfoNCE with negatives weighted by their hardness.
 
         log(1 + e^(g - a)),    g = log n + log sum_j e^((1 + beta) s_j) - log sum_j e^(beta s_j)
@@ -184,8 +225,8 @@ class hard_negative:  # noqa: N801
         check_at_least_0("beta", self.beta)
 
     @property
-    def scales(self) -> tuple[float, float]:
+    def scales(self) -> tuple[float, float]:  # type: ignore[override]
         return 1.0 + self.beta, self.beta
 
     def __call__(self, a: Tensor, b: tuple[Tensor, Tensor], n: Tensor, scale: Tensor) -> Tensor:
-        return info_nce(a, n.log() + b[0] - b[1], n, scale)
+        return info_nce(a, n.log() + b[0] - b[1])

@@ -1,4 +1,4 @@
-"""Builds the sanitized programs: `-m tests.build_sanitized SANITIZERS OUTPUT`, and for CUDA's kernels `cuda OUTPUT`."""
+"""Builds a sanitized program: `-m tests.build_sanitized SANITIZERS OUTPUT`, or `cuda OUTPUT` for the CUDA kernels."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def main(sanitizers: str, output: str) -> None:
 
 
 def build_native(sanitizers: str, output: str) -> None:
-    """tests/sanitized_kernels.cpp, with the flags of the library."""
+    """Builds tests/sanitized_kernels.cpp with the flags of the library."""
     kernels = native_build.source_directory()
     sources = native_build.kernel_sources(kernels)
     sources[Path(__file__).with_name("sanitized_kernels.cpp")] = [f"-I{kernels}"]
@@ -26,7 +26,7 @@ def build_native(sanitizers: str, output: str) -> None:
 
 
 def build_cuda(output: str) -> None:
-    """tests/sanitized_cuda.cpp under ThreadSanitizer: the threads of a block are threads of the system."""
+    """Builds tests/sanitized_cuda.cpp with ThreadSanitizer: the threads of a block are system threads."""
     build_cuda_program(output, ["-O1", "-g", "-fsanitize=thread", "-pthread", "-DCUDA_ON_CPU_THREADS"])
 
 

@@ -1,4 +1,4 @@
-"""Features for the tests of the commands, in files of the current directory."""
+"""Writes features for the tests of the commands into files of the current directory."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ def features(seed: int = 0) -> Tensor:
 
 
 def save_features() -> None:
-    """f0.npy, f1.npy and f2.npy."""
+    """Writes f0.npy, f1.npy and f2.npy."""
     for seed in range(3):
         np.save(f"f{seed}.npy", features(seed).numpy())
 
 
 def cluster(*arguments: object) -> int:
+    """Runs `mcl-kernels cluster`; returns its exit status."""
     return main(["cluster", *map(str, arguments)])

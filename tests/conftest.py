@@ -10,10 +10,9 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from mcl_kernels.backends import cuda as _cuda
-from mcl_kernels.backends import native, triton
+from mcl_kernels.backends import native
+from mcl_kernels.backends.table import IMPLS, TABLE
 from mcl_kernels.logsumexp import device_plan
-from mcl_kernels.logsumexp.api import IMPLS
 from tests import emulated_cuda
 from tests.process_pool import RankPool
 
@@ -37,16 +36,20 @@ BACKENDS = [Backend("cpu", "native", name) for name in INSTRUCTION_SETS]
 BACKENDS += [Backend(DEVICES[-1], "triton")]
 BACKENDS += [Backend(device, "cuda") for device in DEVICES]  # on a CPU emulated
 BACKENDS += [Backend(device, impl) for device in DEVICES for impl in ("blockwise", "reference")]
-assert {backend.impl for backend in BACKENDS} == set(IMPLS) - {"auto"}
+assert {backend.impl for backend in BACKENDS} == set(IMPLS["logsumexp"]) - {"auto"}
 
 
-if emulated_cuda.why_not() is None:
-    _cuda.LIBRARIES["cpu"] = emulated_cuda.ops
+if emulated_cuda.unavailable_reason() is None:
+    emulated_cuda.install()
 
-# What computes on a CPU tensor here, for tests that need no more than one of each.
-CPU_IMPLS = [impl for impl in IMPLS if impl not in ("auto", "triton", "cuda")]
-CPU_IMPLS += [] if triton.unavailable_reason(torch.device("cpu")) else ["triton"]
-CPU_IMPLS += [] if emulated_cuda.why_not() else ["cuda"]
+
+def unavailable_reason(impl: str, device: str) -> str | None:
+    """Returns why an implementation does not run on a device here, or None."""
+    return TABLE[impl].unavailable_reason(torch.device(device))
+
+
+# Implementations that compute CPU tensors here, for tests that need no more than one of each.
+CPU_IMPLS = [impl for impl in IMPLS["logsumexp"][1:] if impl == "native" or unavailable_reason(impl, "cpu") is None]
 
 
 def pytest_report_header() -> str:
@@ -60,18 +63,12 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     backend: Backend = request.param
     if backend.impl == "native":
         use_instruction_set(backend.instruction_set, monkeypatch)
-    if backend.impl == "triton":
-        if reason := triton.unavailable_reason(torch.device(backend.device)):
-            pytest.skip(reason)
-        monkeypatch.setattr(device_plan, "_is_built", lambda device: False)  # as most installations are
-    if backend.impl == "cuda" and (reason := missing_for_cuda(backend.device)):
+    if backend.impl in ("triton", "cuda") and (reason := unavailable_reason(backend.impl, backend.device)):
         pytest.skip(reason)
+    if backend.impl == "triton":
+        monkeypatch.setattr(device_plan, "_is_built", lambda device: False)  # as most installations are
     with torch.device(backend.device) if backend.device != "cpu" else contextlib.nullcontext():
         yield backend
-
-
-def missing_for_cuda(device: str) -> str | None:
-    return emulated_cuda.why_not() if device == "cpu" else _cuda.why_not(torch.device(device))
 
 
 def is_slow(backend: Backend) -> bool:
@@ -84,7 +81,6 @@ def use_instruction_set(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     available, reason = native.describe()
     if not available:
         pytest.skip(reason)
-    native.load()
     monkeypatch.setenv("MCL_KERNELS_CPU", name)
     try:
         assert torch.ops.mcl_kernels_native.instruction_set() == name

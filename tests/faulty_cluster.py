@@ -1,6 +1,6 @@
-"""`mcl-kernels cluster` over earlier output, killed or failing at each call of the file system below its directory.
+"""Runs `mcl-kernels cluster` over earlier output, killed or failing at each file system call below its directory.
 
-`python -m tests.faulty_cluster DIRECTORY`, see file_faults.py; prints points and outcomes.
+`python -m tests.faulty_cluster DIRECTORY`, see file_faults.py; prints the outcomes as JSON.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ import torch
 
 from mcl_kernels import KMeans
 from mcl_kernels._durable import sha256_of
-from mcl_kernels.cli.feature_files import open_labels
-from mcl_kernels.cli.main import main as cli
+from mcl_kernels.cli.input_files import open_labels
+from mcl_kernels.cli.main import main as run_command
 from tests.command_files import N, save_features
 from tests.file_faults import ERRORS, fault, killed_at_each_call
 
@@ -31,7 +31,7 @@ LABELS, SUMMARY, CENTERS = "y.npy", "y.npy.json", "c.safetensors"
 
 
 class Files(NamedTuple):
-    """Identifies the files of a run: the labels, those that the summary describes, the centres."""
+    """Digests of the files of a run: the labels, the labels that the summary describes, and the centres."""
 
     labels: str
     summary: str
@@ -44,33 +44,34 @@ def read(out: Path) -> Files:
 
 
 def cluster(features: str, out: Path) -> tuple[int, str]:
-    """Exit status and standard error."""
+    """Runs the command; returns its exit status and standard error."""
     command = ["cluster", features, "--clusters", "3", "--out", str(out / LABELS), "--centers", str(out / CENTERS)]
     with contextlib.redirect_stderr(io.StringIO()) as errors, contextlib.redirect_stdout(io.StringIO()):
-        return cli.main(command), errors.getvalue()
+        return run_command(command), errors.getvalue()
 
 
 def outcome(out: Path, old: Files, new: Files) -> str:
-    """Which files are new; whether labels next to another summary are refused, and other centres can be seen."""
+    """Classifies the files as old, new or a mixture, and checks whether a mixture is detected."""
     found = read(out)
     assert all(now in pair for now, *pair in zip(found, old, new, strict=True)), "a damaged file"
-    changed = [now == after for now, after in zip(found, new, strict=True)]
-    if changed[0] != changed[1]:
+    labels_new, summary_new, centers_new = (now == after for now, after in zip(found, new, strict=True))
+    if labels_new != summary_new:
         try:
             open_labels(out / LABELS, N)
         except ValueError as error:
             return "refused mixture" if "their SHA-256 differ" in str(error) else str(error)
         return "silent mixture"
-    if changed[1] != changed[2]:
+    if summary_new != centers_new:
         recorded = json.loads((out / SUMMARY).read_text())["centers_sha256"]
         return "silent mixture" if recorded == sha256_of(out / CENTERS) else "centres other than those of the summary"
-    return "new" if changed[0] else "old"
+    return "new" if labels_new else "old"
 
 
-def copies(of: Path, name: str) -> Iterator[Path]:
+def copies(original: Path, name: str) -> Iterator[Path]:
+    """Yields new copies of a directory."""
     for number in count():
-        directory = of.with_name(f"{name}-{number}")
-        shutil.copytree(of, directory)
+        directory = original.with_name(f"{name}-{number}")
+        shutil.copytree(original, directory)
         yield directory
 
 
@@ -83,7 +84,7 @@ def kill(old: Path, new: Path) -> str:
 
 
 def fail(old: Path, new: Path, error: int, *, lasting: bool) -> str:
-    """A disk that fails once, or from some call on."""
+    """Runs the command on a disk that fails at one call, or from that call on."""
     outcomes: Counter[str] = Counter()
     name = errno.errorcode[error] + (" from then on" if lasting else "")
     for number, out in enumerate(copies(old, name)):
@@ -96,7 +97,7 @@ def fail(old: Path, new: Path, error: int, *, lasting: bool) -> str:
         assert status == len(lines), (number, status, errors)
         assert status or found == "new", (number, found, errors)
         assert "Traceback" not in errors, errors
-        assert (f"{LABELS} was replaced before that" in errors) == (status == 1 and found != "old"), (found, errors)
+        assert (f"{LABELS} was already replaced" in errors) == (status == 1 and found != "old"), (found, errors)
         outcomes[f"{found}, exit status {status}"] += 1
     return json.dumps({"kind": name, "points": outcomes.total(), "outcomes": outcomes})
 

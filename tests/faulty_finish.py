@@ -1,6 +1,6 @@
-"""A multistage run in which each call of the file system is where it is killed, or where the call fails.
+"""Multistage runs that are killed, or fail, at each file system call.
 
-`python -m tests.faulty_finish DIRECTORY`, see file_faults.py; prints points and outcomes.
+`python -m tests.faulty_finish DIRECTORY`, see file_faults.py; prints the number of calls and the outcomes.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def runner_in(directory: Path) -> MultistageRunner:
 
 
 def run(directory: Path, runner: MultistageRunner | None = None) -> Tensor:
-    """A run of two stages; the "training" of a stage depends on its labels, so a wrong resume shows."""
+    """Runs two stages; the "training" of a stage depends on its labels, so a wrong resume changes the result."""
     runner = runner or runner_in(directory)
     for stage in runner:
         generator = torch.Generator().manual_seed(int((stage.labels * torch.arange(60)).sum()) + stage.index)
@@ -48,7 +48,7 @@ def run(directory: Path, runner: MultistageRunner | None = None) -> Tensor:
 
 
 def stages_in(directory: Path) -> int:
-    """Finished stages, each of which can be read; and nothing else but what is known to be temporary."""
+    """Number of finished stages; checks that each can be read, and that all other files are temporary."""
     for path in directory.iterdir():
         assert path.name.startswith(("stage-", ".stage-", ".mcl_kernels-")) or path.name == ".lock", path
     runner = runner_in(directory)
@@ -56,27 +56,27 @@ def stages_in(directory: Path) -> int:
     return len(runner.finished)
 
 
-def check_nothing_is_left(directory: Path) -> None:
+def check_temporary_files_are_removed(directory: Path) -> None:
     for path in directory.glob(".mcl_kernels-*"):
         os.utime(path, (0, path.stat().st_mtime - 2 * ABANDONED_AFTER))
     check_writable(directory)
-    left = {path.name for path in directory.iterdir()} - {"stage-0", "stage-1", ".lock"}
-    assert not left, left
+    remaining = {path.name for path in directory.iterdir()} - {"stage-0", "stage-1", ".lock"}
+    assert not remaining, remaining
 
 
 def kill(root: Path, features: Tensor) -> str:
     directories = [root / f"killed-{number}" for number in range(1000)]
-    kept: Counter[int] = Counter()
+    finished: Counter[int] = Counter()
     for directory in killed_at_each_call(run, iter(directories)):
-        kept[stages_in(directory) if directory.exists() else 0] += 1
+        finished[stages_in(directory) if directory.exists() else 0] += 1
         assert torch.equal(run(directory), features), directory
-        check_nothing_is_left(directory)
-    return f"killed: {kept.total()} points, finished stages left {dict(sorted(kept.items()))}"
+        check_temporary_files_are_removed(directory)
+    return f"killed: {finished.total()} points, finished stages left {dict(sorted(finished.items()))}"
 
 
 def fail(root: Path, features: Tensor, error: int, *, lasting: bool) -> str:
-    """The second stage, on a disk that fails once or from some call on."""
-    first = root / "whole" / "stage-0"
+    """Runs the second stage on a disk that fails at one call, or from that call on."""
+    first = root / "complete" / "stage-0"
     outcomes: Counter[str] = Counter()
     for number in count():
         directory = root / f"failed-{error}-{lasting}-{number}"
@@ -97,16 +97,16 @@ def fail(root: Path, features: Tensor, error: int, *, lasting: bool) -> str:
         assert stages_in(directory) == finished, (number, finished)
         assert raised or finished == 2
         outcomes[f"{'raised' if raised else 'no error'}, {finished} stages"] += 1
-        # The same runner goes on where it was.
+        # The same runner resumes.
         assert torch.equal(run(directory, runner), features), number
-        check_nothing_is_left(directory)
+        check_temporary_files_are_removed(directory)
     name = errno.errorcode[error] + (" from then on" if lasting else "")
     return f"{name}: {outcomes.total()} points, {dict(sorted(outcomes.items()))}"
 
 
 def main(root: Path) -> None:
     torch.set_num_threads(1)
-    features = run(root / "whole")
+    features = run(root / "complete")
     print(kill(root, features))
     for error in ERRORS:
         for lasting in (False, True):

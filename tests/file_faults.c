@@ -1,4 +1,4 @@
-// Preloaded into a process: ends it, or fails, at the n-th call of the file system below a directory. See file_faults.py.
+// Preloaded into a process: kills it, or fails, at the n-th file system call below a directory. See file_faults.py.
 
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -17,7 +17,7 @@ static char directory[PATH_MAX];
 static long calls, first = -1;
 static int error_number, lasting;
 
-// Counts calls below `below` from now on. The one after `at` others fails with `error` (0: SIGKILL); `last`: all later ones.
+// Starts to count calls below `below`. Call number `at`, from 0, fails with `error` (0: SIGKILL); with `last` all later too.
 void fault_arm(const char* below, long at, int error, int last) {
   strncpy(directory, below, sizeof directory - 1);
   calls = 0;
@@ -26,7 +26,7 @@ void fault_arm(const char* below, long at, int error, int last) {
   lasting = last;
 }
 
-// Returns how many calls there were.
+// Stops; returns the number of calls.
 long fault_disarm(void) {
   directory[0] = 0;
   return calls;

@@ -1,6 +1,6 @@
-"""Faults at each call of the file system: the process is killed before it, or it fails with an error.
+"""Injects a fault at any file system call: the process is killed before the call, or the call fails with an error.
 
-`file_faults.c` is preloaded into a Python process, which arms it. The file system itself is the real one.
+`file_faults.c` is preloaded into a Python process, which arms the fault. The file system itself is the real one.
 """
 
 from __future__ import annotations
@@ -21,21 +21,26 @@ ERRORS = (errno.ENOSPC, errno.EIO)
 
 
 def run_with_faults(module: str, directory: Path) -> str:
-    """Output of `python -m module directory`, with faults to arm in it."""
+    """Runs `python -m module directory` with the preloaded library; returns its output."""
     library = directory / "faults.so"
     subprocess.run(["gcc", "-O1", "-shared", "-fPIC", "-Wall", "-Werror", "-o", library, SOURCE, "-ldl"], check=True)
     (directory / "runs").mkdir()
     result = subprocess.run(
-        [sys.executable, "-m", module, str(directory / "runs")], capture_output=True, text=True, check=False,
-        timeout=600, cwd=Path(__file__).parents[1], env={**os.environ, "LD_PRELOAD": str(library)},
-    )  # fmt: skip
+        [sys.executable, "-m", module, str(directory / "runs")],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, "LD_PRELOAD": str(library)},
+    )
     assert result.returncode == 0, result.stderr
     return result.stdout
 
 
 @contextmanager
 def fault(directory: Path, at: int, error: int, *, lasting: bool = False) -> Iterator[list[int]]:
-    """In the block, the call below the directory that follows on `at` others fails; `lasting`: and all later ones.
+    """Makes call number `at` (from 0) below the directory fail in the block; with `lasting` all later calls too.
 
     Yields a list that receives the number of calls when the block ends.
     """
@@ -48,7 +53,7 @@ def fault(directory: Path, at: int, error: int, *, lasting: bool = False) -> Ite
 
 
 def killed_at_each_call(work: Callable[[Path], object], directories: Iterator[Path]) -> Iterator[Path]:
-    """The directories in which a forked process was killed at its first, second, ... call, till one is not killed."""
+    """Kills forked processes at their first, second, ... call, and yields their directories, until one survives."""
     import torch
 
     for number in count():

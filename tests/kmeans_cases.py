@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mcl_kernels.backends.triton import unavailable_reason
-from mcl_kernels.kmeans.implementations import IMPLEMENTATIONS
-from tests.conftest import DEVICES, Backend, missing_for_cuda, use_instruction_set
+from mcl_kernels.backends.table import IMPLS
+from tests.conftest import DEVICES, Backend, unavailable_reason, use_instruction_set
 
 BACKENDS = [
     *(Backend("cpu", "native", name) for name in ("avx512", "avx2", "portable")),
@@ -17,19 +16,15 @@ BACKENDS = [
     *(Backend(device, "reference") for device in DEVICES),
     Backend("cpu", "faiss"),
 ]
-assert {backend.impl for backend in BACKENDS} == set(IMPLEMENTATIONS)
+assert {backend.impl for backend in BACKENDS} == set(IMPLS["kmeans"]) - {"auto"}
 
 
 @pytest.fixture(params=BACKENDS, ids=str)
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Backend:
     backend: Backend = request.param
-    if backend.impl == "faiss":
-        pytest.importorskip("faiss")
     if backend.impl == "native":
         use_instruction_set(backend.instruction_set, monkeypatch)
-    if backend.impl == "triton" and (reason := unavailable_reason(torch.device(backend.device))):
-        pytest.skip(reason)
-    if backend.impl == "cuda" and (reason := missing_for_cuda(backend.device)):
+    if backend.impl != "native" and (reason := unavailable_reason(backend.impl, backend.device)):
         pytest.skip(reason)
     return backend
 

@@ -1,4 +1,4 @@
-"""Processes that speak over gloo, kept for all tests of a module: to start one takes seconds."""
+"""A pool of processes that communicate over gloo; since they take seconds to start, the tests of a module share one."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-ANSWER_WITHIN = 120.0  # seconds
+ANSWER_TIMEOUT = 120.0  # seconds
 
 
 class RankPool:
-    """`world_size` processes, each of which runs what `run` is given."""
+    """Processes, one for each of `world_size` ranks, that run the functions given to `run`."""
 
     def __init__(self, world_size: int, timeout: float = 60.0) -> None:
         self.world_size, self.timeout = world_size, timeout
         self.started = False
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """What `function(*arguments)` returns on each rank; a function of a module, not a lambda.
+        """Returns the result of `function(*arguments)` on each rank. The function must be picklable: no lambda.
 
-        Raises what the ranks raised, and starts new processes for the next run.
+        If a rank fails, raises AssertionError with all tracebacks; the next run then starts new processes.
         """
         self._start()
         for pipe in self.pipes:
@@ -37,7 +37,7 @@ class RankPool:
         results, failures = [], []
         for rank, pipe in enumerate(self.pipes):
             try:
-                failed, result = pipe.recv() if pipe.poll(ANSWER_WITHIN) else (True, "no answer")
+                failed, result = pipe.recv() if pipe.poll(ANSWER_TIMEOUT) else (True, "no answer")
             except EOFError:
                 failed, result = True, "the process ended"
             results.append(result)
@@ -75,7 +75,7 @@ class RankPool:
             process.start()
             theirs.close()
         for pipe in self.pipes:
-            pipe.recv()  # they have imported everything: from here on the timeout of the group holds
+            pipe.recv()  # all imports are done: they would count against the timeout of the group
         for pipe in self.pipes:
             pipe.send("begin")
         self.started = True

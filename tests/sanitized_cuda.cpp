@@ -1,6 +1,7 @@
-// The CUDA kernels without torch or a GPU, each thread of a block a thread of the system, against sums in double
-// precision. Built and run by `make sanitize` under ThreadSanitizer, which sees an access that no barrier orders.
-// With an argument, FILE:LINE, that barrier is left out: tests/test_cuda.py does so with each of them.
+// Checks the CUDA kernels without torch or a GPU: each thread of a block is a system thread, and results are compared
+// with sums in double precision. `make sanitize` builds and runs it under ThreadSanitizer, which detects accesses that
+// no barrier orders. With an argument, FILE:LINE, the barrier there is left out; tests/test_cuda.py does so with every
+// one.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -12,7 +13,7 @@
 #include <vector>
 
 #include "launch.h"
-#include "numbers.cuh"
+#include "scalars.cuh"
 
 namespace {
 
@@ -21,16 +22,17 @@ struct Case {
   mcl::Dtype dtype;
   int rows, columns;  // no columns: the self form
   int64_t width;
-  int labels, ids;    // how many of each
-  bool different;     // else pairs of one label are kept
+  int labels, ids;    // number of different ones
+  bool different;     // negatives="different", else "same"
 };
 
-// Queries or keys. Sorted by (label, id).
+// Queries or keys.
 struct Side {
   int size;
-  std::vector<double> values;  // as they are after rounding to the dtype
-  std::vector<char> bytes;
-  std::vector<int64_t> labels, ids, order;
+  std::vector<double> values;  // rounded to the dtype
+  std::vector<char> bytes;     // the same in the dtype
+  std::vector<int64_t> labels, ids;
+  std::vector<int64_t> order;  // by (label, id)
 };
 
 template <class T>
@@ -90,7 +92,7 @@ double largest_error(const char* what, const std::vector<double>& got, const std
   return error / largest;
 }
 
-// The sorted columns that each sorted row meets.
+// The range of sorted columns of each sorted row.
 struct Ranges {
   std::vector<int64_t> begin, end;
 };
@@ -101,8 +103,8 @@ Ranges find_ranges(const Case& c, const Side& x, const Side& y) {
     return std::find_if(y.order.begin(), y.order.end(), found) - y.order.begin();
   };
   for (const int64_t i : x.order) {
-    const int64_t label = x.labels[i], least = c.different ? std::min<int64_t>(label, 0) : label;
-    const int64_t begin = first([&](int64_t j) { return y.labels[j] >= least; });
+    const int64_t label = x.labels[i], first_label = c.different ? std::min<int64_t>(label, 0) : label;
+    const int64_t begin = first([&](int64_t j) { return y.labels[j] >= first_label; });
     ranges.begin.push_back(begin);
     if (label < 0)
       ranges.end.push_back(begin);
@@ -112,24 +114,24 @@ Ranges find_ranges(const Case& c, const Side& x, const Side& y) {
   return ranges;
 }
 
-bool check_plan(const Case& c, bool together) {
-  const Side x = make_side(c.rows, c, 1), of_keys = make_side(c.columns, c, 2), &y = c.columns ? of_keys : x;
-  std::vector<int64_t> order(x.size), begin(x.size), end(x.size), key_order(of_keys.size);
-  std::vector<int64_t> sorted_tiles(3 * (x.size + of_keys.size));
+bool check_plan(const Case& c, bool sorts_tiles_once) {
+  const Side x = make_side(c.rows, c, 1), keys = make_side(c.columns, c, 2), &y = c.columns ? keys : x;
+  std::vector<int64_t> order(x.size), begin(x.size), end(x.size), key_order(keys.size);
+  std::vector<int64_t> sorted_tiles(3 * (x.size + keys.size));
   mcl::make_plan({{x.labels.data(), x.ids.data(), x.size, order.data(), begin.data(), end.data()},
-                  {y.labels.data(), y.ids.data(), of_keys.size, key_order.data(), nullptr, nullptr},
+                  {y.labels.data(), y.ids.data(), keys.size, key_order.data(), nullptr, nullptr},
                   c.columns == 0, c.different ? mcl::Negatives::different : mcl::Negatives::same,
-                  together ? sorted_tiles.data() : nullptr},
+                  sorts_tiles_once ? sorted_tiles.data() : nullptr},
                  nullptr);
   const Ranges ranges = find_ranges(c, x, y);
-  const bool good = order == x.order && key_order == of_keys.order && begin == ranges.begin && end == ranges.end;
+  const bool good = order == x.order && key_order == keys.order && begin == ranges.begin && end == ranges.end;
   std::printf("%-32s %s\n", c.name, good ? "good" : "WRONG");
   return good;
 }
 
 template <class T>
 bool check(const Case& c) {
-  const Side x = make_side(c.rows, c, 1), of_keys = make_side(c.columns, c, 2), &y = c.columns ? of_keys : x;
+  const Side x = make_side(c.rows, c, 1), keys = make_side(c.columns, c, 2), &y = c.columns ? keys : x;
   const int n = x.size, m = y.size;
   const bool half = c.dtype == mcl::Dtype::float16 || c.dtype == mcl::Dtype::bfloat16;
   const T scale = 5;
@@ -155,10 +157,10 @@ bool check(const Case& c) {
   mcl::masked_lse_forward(mcl::ForwardProblem<T>{pairs, lse.data(), nullptr, nullptr}, nullptr);
   mcl::masked_lse_forward(mcl::ForwardProblem<T>{pairs, nullptr, threshold.data(), count.data()}, nullptr);
   std::vector<char> grad_bytes(x.bytes.size());
-  const T unit = c.dtype == mcl::Dtype::float16 ? 64 : 1;
+  const T fp16_scale = c.dtype == mcl::Dtype::float16 ? 64 : 1;
   mcl::masked_lse_backward(
-      mcl::BackwardProblem<T>{pairs, lse.data(), weight.data(), column_lse.data(), column_weight.data(), nullptr, &unit,
-                              grad_bytes.data(), grad_scale.data()},
+      mcl::BackwardProblem<T>{pairs, lse.data(), weight.data(), column_lse.data(), column_weight.data(), nullptr,
+                              &fp16_scale, grad_bytes.data(), grad_scale.data()},
       nullptr);
 
   std::vector<double> exact_lse(n), exact_grad(n * c.width), exact_scale(n);
@@ -195,7 +197,7 @@ bool check(const Case& c) {
   return good;
 }
 
-// Rows and columns of two tiles, the last one ragged; features of two parts and of two chunks of a gradient.
+// Rows and columns of two tiles, the last one ragged; features that need two parts and two chunks of a gradient.
 bool check_pairs() {
   const Case cases[] = {
       {"float32, self", mcl::Dtype::float32, 100, 0, 70, 2, 100, false},
@@ -207,7 +209,7 @@ bool check_pairs() {
   return good & check<double>({"float64, both sides", mcl::Dtype::float64, 40, 70, 33, 1, 30, false});
 }
 
-// Columns of two tiles of the plan, the second of which takes the whole place of the first.
+// Columns of two tiles of the plan: the second tile, padded to a power of two, overwrites all of the first.
 bool check_plans() {
   cuda_on_cpu::holds_grids = false;
   const bool without = check_plan({"plan, no grid is held", mcl::Dtype::float32, 60, 1100, 1, 5, 40, false}, true);
@@ -217,25 +219,25 @@ bool check_plans() {
          check_plan({"plan, tiles sorted once", mcl::Dtype::float32, 2100, 60, 1, 5, 40, false}, true);
 }
 
-// k-means: of up to 32 centres the sums of two blocks that share the tiles, of more those of pieces.
+// k-means: with up to 32 centres two blocks share the tiles and sum them, with more the rows are summed by pieces.
 template <class T>
 bool check_clusters(const Case& c, bool cosine) {
-  const Side x = make_side(c.rows, c, 1), of_centers = make_side(c.columns, c, 2);
+  const Side x = make_side(c.rows, c, 1), center_side = make_side(c.columns, c, 2);
   const int n = c.rows, k = c.columns;
   const int64_t d = c.width;
   const bool half = c.dtype == mcl::Dtype::float16 || c.dtype == mcl::Dtype::bfloat16;
 
   std::vector<T> offset(d, cosine ? T(0) : T(0.25)), centers(k * d), half_norms(k), distances(n), inverse_norms(n);
-  // Rows whose two lowest scores are next to each other are undecided, and not summed.
+  // Rows whose two lowest scores are close to each other are undecided, and not summed.
   const std::vector<T> limits = {1, 0, 0, 0, 0, 0, T(cosine ? 1e-3 : 0.1), 0};
   std::vector<T> points(k * d);
   const std::unique_ptr<bool[]> undecided(new bool[n]);
   std::vector<char> high, low;
   for (int j = 0; j < k; j++) {
     double norm = 0;
-    for (int64_t f = 0; f < d; f++) norm += std::pow(of_centers.values[j * d + f], 2);
+    for (int64_t f = 0; f < d; f++) norm += std::pow(center_side.values[j * d + f], 2);
     for (int64_t f = 0; f < d; f++) {
-      T& center = centers[j * d + f] = T(of_centers.values[j * d + f] / (cosine ? std::sqrt(norm) : 1) + 1e-3);
+      T& center = centers[j * d + f] = T(center_side.values[j * d + f] / (cosine ? std::sqrt(norm) : 1) + 1e-3);
       points[j * d + f] = center + offset[f];
       if (!cosine) half_norms[j] += center * center / 2 + (half ? center * offset[f] : T(0));
       const auto in_parts = [&](auto part) {
@@ -247,11 +249,11 @@ bool check_clusters(const Case& c, bool cosine) {
       else append(high, center);
     }
   }
-  // Entries are below 8.
+  // For entries below 8.
   const std::vector<T> rounding(d, T(std::is_same_v<T, double> ? 1.5 * 4096 : 1.5 * (1 << 23)));
-  const std::vector<float> scale(d, float(1 << 19));
-  const std::vector<double> unit(d, std::ldexp(1.0, -32));
-  const mcl::FixedPoint<T> entries{rounding.data(), scale.data(), unit.data()};
+  const std::vector<float> factor(d, float(1 << 19));
+  const std::vector<double> step(d, std::ldexp(1.0, -32));
+  const mcl::FixedPoint<T> entries{rounding.data(), factor.data(), step.data()};
   const auto matrix = [&](const std::vector<char>& bytes) {
     return mcl::Matrix{bytes.data(), d, 1, c.dtype, d * int64_t(half ? 2 : sizeof(T)) % 16 == 0};
   };
@@ -288,7 +290,7 @@ bool check_clusters(const Case& c, bool cosine) {
 
   std::vector<double> exact_distances(n), exact_sums(k * d);
   std::vector<int64_t> exact_counts(k);
-  const int64_t all_undecided = std::count(undecided.get(), undecided.get() + n, true);
+  const int64_t undecided_count = std::count(undecided.get(), undecided.get() + n, true);
   for (int i = 0; i < n; i++) {
     double norm = 0;
     for (int64_t f = 0; f < d; f++) norm += std::pow(x.values[i * d + f], 2);
@@ -306,7 +308,7 @@ bool check_clusters(const Case& c, bool cosine) {
     exact_counts[labels[i]]++;
     for (int64_t f = 0; f < d; f++) exact_sums[labels[i] * d + f] += entry(f);
   }
-  bool counted = all_undecided > 0 && all_undecided < n;
+  bool counted = undecided_count > 0 && undecided_count < n;
   for (int j = 0; few && j < k; j++) counted &= counts[j] + counts[k + j] == exact_counts[j];
   sums.resize(k * d);
   const std::vector<double> found(distances.begin(), distances.end());
@@ -316,7 +318,7 @@ bool check_clusters(const Case& c, bool cosine) {
   return good;
 }
 
-// Several tiles of a block; centres of two tiles.
+// Several tiles per block; centres in two tiles.
 bool check_kmeans() {
   return check_clusters<float>({"k-means, float32", mcl::Dtype::float32, 300, 20, 72, 1, 1, false}, false) &
          check_clusters<float>({"k-means, float16, cosine", mcl::Dtype::float16, 270, 5, 81, 1, 1, false}, true) &
@@ -329,7 +331,7 @@ bool check_kmeans() {
 int main(int arguments, char** argument) {
   if (arguments == 1) return check_pairs() & check_plans() & check_kmeans() ? 0 : 1;
   cuda_on_cpu::left_out = argument[1];
-  // Only what runs the kernel in question.
+  // Only the checks that run a kernel of this file.
   const std::string file(argument[1], std::strcspn(argument[1], "."));
   if (file == "plan") return check_plans() ? 0 : 1;
   if (file == "kmeans_assign" || file == "kmeans_sums") return check_kmeans() ? 0 : 1;

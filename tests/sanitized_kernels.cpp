@@ -1,7 +1,7 @@
-// The kernels without torch: forward, backward, counting and clustering against sums in double precision, and the same
-// bits for any number of threads. Built and run by `make sanitize` under AddressSanitizer and
-// UndefinedBehaviorSanitizer, and under ThreadSanitizer; threads are std::thread, since ThreadSanitizer does not know
-// those of OpenMP.
+// Checks the kernels without torch: forward, backward, counting and clustering are compared with sums in double
+// precision, and must give the same bits for any number of threads. `make sanitize` builds and runs it under
+// AddressSanitizer with UndefinedBehaviorSanitizer, and under ThreadSanitizer. Threads are std::thread, since
+// ThreadSanitizer does not support those of OpenMP.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -14,7 +14,7 @@
 #include <vector>
 
 #include "dispatch.h"
-#include "run.h"
+#include "task_runner.h"
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
@@ -27,14 +27,14 @@ using mcl::Negatives;
 struct Rows {
   int64_t size, width;
   std::vector<float> values;
-  std::vector<uint16_t> halves;  // the same in bfloat16, where the case is of bfloat16
+  std::vector<uint16_t> halves;  // the same in bfloat16, if the case is bfloat16
   std::vector<int64_t> labels, ids;
 };
 
 struct Case {
   const char* name;
   int64_t queries, keys, width;  // keys 0: the self form
-  int64_t labels, ids;           // how many there are
+  int64_t labels, ids;           // number of different ones
   Negatives negatives;
   bool both_sides, bfloat16;
   float scale;
@@ -86,22 +86,23 @@ float weight(int64_t i) { return 0.5f + i % 7; }  // the gradient of an LSE
 
 Results compute(const Case& c, const Rows& query, const Rows& key, int64_t threads) {
   const bool self = !c.keys;
-  const mcl::Identity of_query{query.size, query.labels.data(), query.ids.data()};
-  const mcl::Identity of_key{key.size, key.labels.data(), key.ids.data()};
+  const mcl::Identity query_identity{query.size, query.labels.data(), query.ids.data()};
+  const mcl::Identity key_identity{key.size, key.labels.data(), key.ids.data()};
   std::vector<int64_t> query_order(query.size), key_order(key.size), begin(query.size), end(query.size);
-  mcl::sort_rows(of_query, c.negatives, query_order.data());
-  mcl::sort_rows(of_key, c.negatives, key_order.data());
-  mcl::find_key_ranges(of_query, query_order.data(), of_key, key_order.data(), c.negatives, begin.data(), end.data());
+  mcl::sort_rows(query_identity, c.negatives, query_order.data());
+  mcl::sort_rows(key_identity, c.negatives, key_order.data());
+  mcl::find_key_ranges(query_identity, query_order.data(), key_identity, key_order.data(), c.negatives, begin.data(),
+                       end.data());
   const auto segments = mcl::find_segments(query.size, begin.data(), end.data());
   const mcl::Dropped dropped =
-      mcl::find_dropped(of_query, query_order.data(), of_key, key_order.data(), c.negatives, segments);
+      mcl::find_dropped(query_identity, query_order.data(), key_identity, key_order.data(), c.negatives, segments);
   const mcl::Schedule schedule = mcl::make_schedule(segments, query.size, key.size, self, c.enough_tasks);
 
   mcl::Problem<float> p{};
   const auto side = [&](const Rows& rows, const std::vector<int64_t>& order, const std::vector<int32_t>& code) {
     const void* data = c.bfloat16 ? static_cast<const void*>(rows.halves.data()) : rows.values.data();
     const auto dtype = c.bfloat16 ? mcl::Dtype::bfloat16 : mcl::Dtype::float32;
-    return mcl::Side{data, rows.width, dtype, order.data(), code.empty() ? nullptr : code.data()};
+    return mcl::Side{{data, rows.width, dtype}, order.data(), code.empty() ? nullptr : code.data()};
   };
   p.query = side(query, query_order, dropped.query_code);
   p.key = side(key, key_order, dropped.key_code);
@@ -112,7 +113,7 @@ Results compute(const Case& c, const Rows& query, const Rows& key, int64_t threa
   p.drop_end = dropped.end.data();
 
   const mcl::Kernels<float> kernels = mcl::choose_kernels<float>(c.bfloat16);
-  const int64_t bytes = kernels.workspace_bytes(c.width, schedule.most_rows, schedule.most_columns);
+  const int64_t bytes = kernels.workspace_bytes(c.width, schedule.max_rows, schedule.max_columns);
   char* workspace = static_cast<char*>(std::aligned_alloc(64, threads * bytes));
   const auto run = [&](mcl::TaskFunction<float> function) {
     mcl::run_tasks<float>(schedule, function, p, threads, workspace, bytes, on_threads);
@@ -251,8 +252,8 @@ bool check(const Case& c) {
   return good;
 }
 
-// Unit rows and their gradient of any width, with a row of zeros and rows whose squares overflow, in blocks of memory of
-// exactly their size.
+// Checks unit rows and their gradients, with a row of zeros and rows whose squares overflow. Blocks of memory have
+// exactly the size of the rows, so that AddressSanitizer detects accesses past them.
 bool check_unit_rows(int64_t width, bool paired) {
   const int64_t size = 7, total = size * width;
   std::mt19937 random(3);
@@ -294,7 +295,7 @@ bool check_unit_rows(int64_t width, bool paired) {
       for (int64_t d = 0; d < width; d++) along += at(x, v, d) * inverse[v] * incoming(d);
       for (int64_t d = 0; d < width; d++) {
         got.row_lse.push_back(at(unit, v, d)), exact.row_lse.push_back(at(x, v, d) * inverse[v]);
-        // Times the norm of the row: those of large rows are small.
+        // Multiplied by the norm of the row: gradients of large rows are small.
         got.grad_query.push_back(inverse[v] == 0 ? at(grad, v, d) : at(grad, v, d) / inverse[v]);
         exact.grad_query.push_back(inverse[v] == 0 ? 0 : incoming(d) - at(x, v, d) * inverse[v] * along);
       }
@@ -302,14 +303,14 @@ bool check_unit_rows(int64_t width, bool paired) {
   }
   bool good = near("unit rows", got.row_lse, exact.row_lse, 1e-6f);
   good &= near("cosines", got.column_lse, exact.column_lse, 1e-6f);
-  // A row of one number has gradient 0: what is left is rounding.
+  // A row with one element has gradient 0, and the result is rounding.
   good &= width == 1 || near("gradient of the rows", got.grad_query, exact.grad_query, 1e-5f);
   std::printf("%-8s unit rows of %3d, %-18s %s\n", mcl::instruction_set().c_str(), int(width),
               paired ? "two views" : "one", good ? "good" : "WRONG");
   return good;
 }
 
-// One pass of k-means by two threads, against a loop over all centres in double precision.
+// Checks one pass of k-means by two threads against a loop over all centres in double precision.
 bool check_clusters(int64_t size, int64_t width, int64_t count, bool cosine) {
   std::mt19937 random(7);
   std::normal_distribution<float> normal;
@@ -324,17 +325,17 @@ bool check_clusters(int64_t size, int64_t width, int64_t count, bool cosine) {
     }
     for (int64_t d = 0; d < width && cosine; d++) centers[j * width + d] /= std::sqrt(norm);
   }
-  // Two are equally near: rows whose label rounding could decide.
+  // Two equal centres: the labels of their rows depend on rounding.
   std::copy_n(centers.begin(), width, centers.end() - width);
 
   const mcl::Kernels<float> kernels = mcl::choose_kernels<float>(false);
   mcl::Clusters<float> clusters{};
-  clusters.rows = {rows.data(), width, mcl::Dtype::float32, nullptr, nullptr};
+  clusters.rows = {rows.data(), width, mcl::Dtype::float32};
   clusters.width = width;
   clusters.centers = count;
   clusters.cosine = cosine;
   clusters.points = centers.data();
-  // Sums of two levels: what the first one rounds off is summed by the second.
+  // Two levels of sums: the second one sums what the first one rounds off.
   std::vector<double> rounding(2 * width, 1.5 * std::ldexp(1.0, 40));
   std::fill_n(rounding.begin() + width, width, 1.5);
   clusters.levels = 2;
@@ -351,7 +352,7 @@ bool check_clusters(int64_t size, int64_t width, int64_t count, bool cosine) {
   char* workspace = static_cast<char*>(std::aligned_alloc(64, 2 * bytes));
   kernels.pack_centers(clusters, centers.data(), offset.data(), packed);
   const int64_t level = count * width;
-  std::vector<double> sums(2 * 2 * level);  // of two threads
+  std::vector<double> sums(2 * 2 * level);  // two threads, two levels
   std::vector<int64_t> counts(2 * count);
   on_threads(2, [&](int64_t thread) {
     kernels.cluster_rows(clusters, packed, thread * size / 2, (thread + 1) * size / 2, &sums[thread * 2 * level],
@@ -383,8 +384,8 @@ bool check_clusters(int64_t size, int64_t width, int64_t count, bool cosine) {
   for (int64_t j = 0; j < count; j++)
     for (int64_t d = 0; d < width; d++) {
       const int64_t at = j * width + d;
-      const double of_threads = sums[at] + sums[level + at] + sums[2 * level + at] + sums[3 * level + at];
-      const double sum = of_threads + double(counts[j] + counts[count + j]) * offset[d];
+      const double relative_sum = sums[at] + sums[level + at] + sums[2 * level + at] + sums[3 * level + at];
+      const double sum = relative_sum + double(counts[j] + counts[count + j]) * offset[d];
       error = std::max(error, std::abs(sum - expected[at]) / (1 + std::abs(expected[at])));
     }
   for (char* memory : {packed, workspace}) {
@@ -402,7 +403,7 @@ bool check_clusters(int64_t size, int64_t width, int64_t count, bool cosine) {
 }  // namespace
 
 int main() {
-  // Sizes around a tile of 192 and a vector of 16; many blocks in one cluster; ids shared across labels.
+  // Sizes around a tile of 192 and a vector of 16; several blocks in one cluster; ids shared across labels.
   const Case cases[] = {
       {"self, one cluster", 700, 0, 20, 1, 700, Negatives::same, true, false, 5},
       {"self, small clusters", 385, 0, 7, 60, 385, Negatives::same, true, false, 5},
@@ -425,7 +426,7 @@ int main() {
     try {
       mcl::instruction_set();
     } catch (const std::runtime_error&) {
-      std::printf("%-8s does not run on this processor\n", name);
+      std::printf("%-8s does not run on this CPU\n", name);
       continue;
     }
     for (const Case& c : cases) good &= check(c);
@@ -435,7 +436,7 @@ int main() {
       good &= check_clusters(5, 1, 1, cosine);
       good &= check_clusters(250, 33, 17, cosine);
       good &= check_clusters(400, 130, 200, cosine);
-      good &= check_clusters(301, 48, 10, cosine);  // rows that are not copied, and a last block that is not whole
+      good &= check_clusters(301, 48, 10, cosine);  // rows that are read in place, and an incomplete last block
     }
   }
   return good ? 0 : 1;

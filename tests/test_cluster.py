@@ -1,4 +1,4 @@
-"""`mcl-kernels cluster` and `mcl-kernels assign`: from files of features to files of labels."""
+"""Results of `mcl-kernels cluster` and `mcl-kernels assign`, from files of features to files of labels."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from torch import Tensor
 
 from mcl_kernels import KMeans, MultistageRunner, compose_labels
 from mcl_kernels._durable import sha256_of
-from mcl_kernels.cli.feature_files import open_features
+from mcl_kernels.cli.input_files import open_features
 from mcl_kernels.cli.main import main
 from mcl_kernels.kmeans.rows import FileRows
 from tests.command_files import D, N, cluster, features, save_features
 
 
 @pytest.fixture(autouse=True)
-def _in_a_directory_of_features(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _change_to_directory_of_features(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     save_features()
 
@@ -34,7 +34,7 @@ def read(path: str) -> Tensor:
     return torch.from_numpy(np.load(path))
 
 
-# Each file of features, with what names the tensor in it.
+# Writer of each kind of file, its path, and the option that selects the tensor.
 FILES: dict[str, tuple[Callable[[Tensor], object], str, list[str]]] = {
     "npy": (lambda x: np.save("x.npy", x.numpy()), "x.npy", []),
     "npy fp16": (lambda x: np.save("x.npy", x.half().numpy()), "x.npy", []),
@@ -54,7 +54,9 @@ FILES: dict[str, tuple[Callable[[Tensor], object], str, list[str]]] = {
 
 @pytest.mark.parametrize(("save", "path", "options"), FILES.values(), ids=FILES)
 @pytest.mark.parametrize(("out", "dtype"), [("y.npy", torch.int32), ("y.pt", torch.int64)])
-def test_files(save: Callable[[Tensor], object], path: str, options: list[str], out: str, dtype: torch.dtype) -> None:
+def test_labels_and_summary_of_each_kind_of_file(
+    save: Callable[[Tensor], object], path: str, options: list[str], out: str, dtype: torch.dtype
+) -> None:
     x = features()
     save(x)
     assert cluster(path, "--clusters", 5, "--out", out, *options) == 0
@@ -88,29 +90,29 @@ def test_options_reach_the_clustering() -> None:
 
 @pytest.mark.parametrize("suffix", ["npy", "pt"])
 def test_stages_accumulate(suffix: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """As in the runner, whether the earlier files are the labels so far or the clusters of each stage."""
+    """Labels equal the runner's, from pseudo labels of the last stage or from cluster ids of each stage."""
     runner = MultistageRunner(N, n_clusters=4)
     for stage in runner:
         stage.finish(features(stage.index))
         clusters = runner.finished[-1].clusters
         np.save(f"c{stage.index}.npy", clusters.int().numpy())
         torch.save(clusters, f"c{stage.index}.pt")
-        so_far = [f"y{stage.index - 1}.{suffix}"] if stage.index else []
-        each = [f"c{index}.{suffix}" for index in range(stage.index)]
-        for out, previous in ((f"y{stage.index}.{suffix}", so_far), (f"z.{suffix}", each)):
+        label_files = [f"y{stage.index - 1}.{suffix}"] if stage.index else []
+        cluster_files = [f"c{index}.{suffix}" for index in range(stage.index)]
+        for out, previous in ((f"y{stage.index}.{suffix}", label_files), (f"z.{suffix}", cluster_files)):
             arguments = ["--previous", *previous] if previous else []
             command = (f"f{stage.index}.npy", "--clusters", 4, "--seed", stage.index, "--out", out, *arguments)
             assert cluster(*command) == 0
             assert torch.equal(read(out).long(), runner.labels)
-        assert capsys.readouterr().out.count("AMI with") == len(so_far) + len(each)
-    # The formula of the paper's code, with every stage in it.
-    first, second, third = (done.clusters for done in runner.finished)
+        assert capsys.readouterr().out.count("AMI with") == len(label_files) + len(cluster_files)
+    # The formula of the paper's code, applied to every stage.
+    first, second, third = (finished.clusters for finished in runner.finished)
     dense = torch.unique((first * 4 + second) * 4 + third, return_inverse=True)[1]
     assert torch.equal(read(f"z.{suffix}").long(), dense)
     assert json.loads(Path(f"z.{suffix}.json").read_text())["labels"] == len(dense.unique())
 
 
-def test_labels_that_starve_are_said_so(capsys: pytest.CaptureFixture[str]) -> None:
+def test_few_negatives_are_reported(capsys: pytest.CaptureFixture[str]) -> None:
     np.save("pairs.npy", np.arange(N) // 2)
     for previous, small in ("pairs.npy", True), ("y.npy", False):
         np.save("y.npy", np.arange(N) // (N // 4))
@@ -119,7 +121,7 @@ def test_labels_that_starve_are_said_so(capsys: pytest.CaptureFixture[str]) -> N
         assert json.loads(Path("z.npy.json").read_text())["samples_in_small_labels"] == small
 
 
-def test_samples_without_a_label_stay_so(capsys: pytest.CaptureFixture[str]) -> None:
+def test_samples_without_a_label_stay_unlabelled(capsys: pytest.CaptureFixture[str]) -> None:
     previous = torch.arange(N) % 3 - 1
     torch.save(previous.int(), "p.pt")
     assert cluster("f0.npy", "--clusters", 4, "--previous", "p.pt", "--out", "y.npy") == 0
@@ -152,7 +154,7 @@ def test_ami(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("error", [ImportError("numpy.core.multiarray failed to import"), ValueError("incompatible")])
-def test_a_failure_of_scikit_learn_loses_no_labels(
+def test_labels_are_written_if_scikit_learn_fails(
     error: Exception, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object) -> None:
@@ -165,7 +167,7 @@ def test_a_failure_of_scikit_learn_loses_no_labels(
     assert len(read("y.npy")) == N
 
 
-def test_without_scikit_learn_only_the_ami_is_missing(
+def test_without_scikit_learn_labels_are_written_without_ami(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "sklearn.metrics", None)

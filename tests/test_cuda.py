@@ -23,7 +23,9 @@ BARRIERS = [
     for number, line in enumerate(path.read_text().splitlines(), 1)
     if "__syncthreads()" in line or ".sync()" in line
 ]
-needs_emulation = pytest.mark.skipif(emulated_cuda.why_not() is not None, reason=str(emulated_cuda.why_not()))
+needs_emulation = pytest.mark.skipif(
+    emulated_cuda.unavailable_reason() is not None, reason=str(emulated_cuda.unavailable_reason())
+)
 
 
 @pytest.fixture(scope="module")
@@ -176,9 +178,9 @@ def test_a_gpu_newer_than_what_was_built(monkeypatch: pytest.MonkeyPatch) -> Non
     told = (
         "is built for compute capability 7.5, 9.0: got 12.0; TORCH_CUDA_ARCH_LIST=12.0 MCL_KERNELS_CUDA=1 pip install"
     )
-    assert str(_cuda.why_not(torch.device("cuda"))).startswith(told)
+    assert str(_cuda.unavailable_reason(torch.device("cuda"))).startswith(told)
     monkeypatch.setattr(_cuda, "_architectures", lambda: ["7.5", "9.0+PTX"])
-    assert _cuda.why_not(torch.device("cuda")) is None
+    assert _cuda.unavailable_reason(torch.device("cuda")) is None
     assert _cuda.describe()[1] == "CUDA C++ kernels (csrc/cuda), built for 7.5, 9.0+PTX"
 
 

@@ -1,4 +1,4 @@
-"""The main job, from the command line: its table, its report, going on after a kill, and the effect it shows."""
+"""The demo from the command line: its table, its report, resuming after a kill, and the effect it shows."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ import pytest
 
 pytest.importorskip("mlxtend", reason="the demo extra is not installed")
 
-from mcl_kernels.cli.demo import Row, Settings, run
+from mcl_kernels.cli.demo import run
+from mcl_kernels.cli.demo_results import Row, Settings
 from mcl_kernels.cli.main import main
 
 COMMAND = [sys.executable, "-m", "mcl_kernels", "demo", "--quick"]
 
 
 class Recorder:
-    """A screen that keeps what it is shown."""
+    """A display that records its calls."""
 
     def __init__(self) -> None:
         self.rows: list[Row] = []
@@ -37,7 +38,7 @@ class Recorder:
     def step(self, loss: float) -> None:
         self.losses.append(loss)
 
-    def row(self, row: Row) -> None:
+    def add_row(self, row: Row) -> None:
         self.rows.append(row)
 
 
@@ -46,7 +47,7 @@ def test_quick_demo(tmp_path: Path) -> None:
     started = time.monotonic()
     result = subprocess.run([*COMMAND, "--output", str(tmp_path)], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    assert time.monotonic() - started < 180, "60 s on two idle cores; here they are shared with other tests"
+    assert time.monotonic() - started < 180, "takes 60 s on two idle cores; here other tests share them"
     for name in (
         "ceiling: SimCLR, no bits",
         "stage 0: SimCLR",
@@ -66,7 +67,7 @@ def test_quick_demo(tmp_path: Path) -> None:
     assert "http" not in re.sub(r"base64,[^\"]+", "", html), "self-contained"
 
     again = subprocess.run([*COMMAND, "--output", str(tmp_path)], capture_output=True, text=True, check=True)
-    assert again.stdout == result.stdout, "a finished run is shown, not repeated"
+    assert again.stdout == result.stdout, "a finished run is printed again without training"
     other = subprocess.run(
         [*COMMAND, "--bits", "4", "--output", str(tmp_path)], capture_output=True, text=True, check=False
     )
@@ -75,34 +76,38 @@ def test_quick_demo(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_demo_goes_on(tmp_path: Path) -> None:
+def test_a_killed_demo_resumes(tmp_path: Path) -> None:
     with subprocess.Popen([*COMMAND, "--output", str(tmp_path)], stdout=subprocess.DEVNULL) as process:
         while not (tmp_path / "stages" / "stage-0").exists():
             assert process.poll() is None
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
-    screen = Recorder()
+    display = Recorder()
     settings = Settings(**json.loads((tmp_path / "results.json").read_text())["settings"])
-    results = run(settings, tmp_path, screen)
-    assert [row.name for row in screen.rows] == [
-        "ceiling: SimCLR, no bits", "stage 0: SimCLR", "stage 1: MCL", "stage 2: MCL", "all stages, concatenated",
-    ]  # fmt: skip
-    assert "stage 0: SimCLR" not in screen.trained
+    results = run(settings, tmp_path, display)
+    assert [row.name for row in display.rows] == [
+        "ceiling: SimCLR, no bits",
+        "stage 0: SimCLR",
+        "stage 1: MCL",
+        "stage 2: MCL",
+        "all stages, concatenated",
+    ]
+    assert "stage 0: SimCLR" not in display.trained
     assert results.neighbours.shape == (len(results.anchors), 3, 3)
     assert [len(row.ami) for row in results.stages] == [0, 1, 2]
     assert [sum(row.label_sizes) for row in results.stages] == [settings.samples] * 3
 
-    # Deleted, as the error about a damaged file advises: those stages are trained and shown again, once.
+    # Stages deleted on the advice of the error about a damaged file are trained and printed again, once.
     for index in (1, 2):
         shutil.rmtree(tmp_path / "stages" / f"stage-{index}")
-    again = run(settings, tmp_path, screen := Recorder())
-    assert screen.trained == ["stage 1: MCL", "stage 2: MCL"]
+    again = run(settings, tmp_path, display := Recorder())
+    assert display.trained == ["stage 1: MCL", "stage 2: MCL"]
     assert [row.name for row in again.stages] == ["stage 0: SimCLR", "stage 1: MCL", "stage 2: MCL"]
 
 
 @pytest.mark.slow
-def test_mcl_finds_what_simclr_suppresses(tmp_path: Path) -> None:
-    """The effect itself, on fewer images and epochs than the demo: it ends if the mask is broken."""
+def test_mcl_recovers_the_digits_that_simclr_suppresses(tmp_path: Path) -> None:
+    """Uses fewer images and epochs than the demo. A broken mask would remove the effect."""
     results = run(Settings(stages=2, epochs=12, samples=2500), tmp_path, Recorder())
     simclr, mcl = results.stages
     assert results.ceiling.digit_probe > 0.85

@@ -13,13 +13,13 @@ from torch import Tensor
 from mcl_kernels.logsumexp import device_plan
 from mcl_kernels.logsumexp import pairs as plan
 from mcl_kernels.logsumexp.pairs import NEGATIVES, Pairs
-from tests.conftest import DEVICES, Backend, missing_for_cuda
+from tests.conftest import DEVICES, Backend, unavailable_reason
 
 
 @pytest.fixture(scope="module", params=[Backend(device, "cuda") for device in DEVICES], ids=str)
 def device(request: pytest.FixtureRequest) -> str:
     backend: Backend = request.param
-    if reason := missing_for_cuda(backend.device):
+    if reason := unavailable_reason("cuda", backend.device):
         pytest.skip(reason)
     return backend.device
 
@@ -27,7 +27,7 @@ def device(request: pytest.FixtureRequest) -> str:
 def assert_same_plan(n: int, m: int | None, pairs: Pairs, device: str) -> None:
     query, key = torch.zeros(n, 1, device=device), None if m is None else torch.zeros(m, 1, device=device)
     pairs = Pairs(*(None if values is None else values.to(device) for values in pairs[:4]), pairs.negatives)
-    assert device_plan._by_kernels(query.device, n, m or 0)
+    assert device_plan._runs_on_kernels(query.device, n, m or 0)
     made, expected = device_plan.make_plan(query, key, pairs), plan.make_plan(query, key, pairs)
     for name, got, wanted in zip(plan.Plan._fields, made, expected, strict=True):
         assert torch.equal(got, wanted), name
@@ -90,8 +90,8 @@ def test_tiles_that_are_sorted_once_or_by_each_block(monkeypatch: pytest.MonkeyP
     assert_same_plan(1500, None, make_pairs(1500, None, "different", True, True), device)
 
 
-@pytest.mark.parametrize(("most", "built", "calls"), [(20, True, 1), (19, True, 0), (20, False, 0)])
-def test_when_torch_sorts(monkeypatch: pytest.MonkeyPatch, most: int, built: bool, calls: int) -> None:
+@pytest.mark.parametrize(("max_rows", "built", "calls"), [(20, True, 1), (19, True, 0), (20, False, 0)])
+def test_when_torch_sorts(monkeypatch: pytest.MonkeyPatch, max_rows: int, built: bool, calls: int) -> None:
     """Of many rows, and where the kernels are not built."""
     called = []
 
@@ -99,9 +99,9 @@ def test_when_torch_sorts(monkeypatch: pytest.MonkeyPatch, most: int, built: boo
         def plan(self, *arguments: Any) -> None:
             called.append(arguments)
 
-    monkeypatch.setattr(device_plan, "MOST_ROWS", most)
+    monkeypatch.setattr(device_plan, "MAX_ROWS", max_rows)
     monkeypatch.setattr(device_plan, "_is_built", lambda device: built)
-    monkeypatch.setattr(device_plan._cuda, "ops", lambda device: Library())
+    monkeypatch.setattr(device_plan.cuda, "ops", Library)
     labels = torch.zeros(20, dtype=torch.int64)
     device_plan.make_plan(torch.zeros(20, 1), None, Pairs(labels, None, torch.arange(20), None, "same"))
     assert len(called) == calls

@@ -1,4 +1,4 @@
-"""Files are replaced in one step, whatever the system can sync, and whoever else writes."""
+"""Files are replaced in one step, on systems that can sync or not, with other processes writing."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def names_in(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir())
 
 
-def test_two_writers_at_once_each_write_a_file_of_their_own(tmp_path: Path) -> None:
+def test_simultaneous_writers_write_separate_files(tmp_path: Path) -> None:
     path = tmp_path / "x"
     with replaced_file(path) as first:
         first.write(b"A" * 100_000)
@@ -37,7 +37,7 @@ def test_two_writers_at_once_each_write_a_file_of_their_own(tmp_path: Path) -> N
 
 
 def test_a_planted_temporary_file_is_not_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By whoever guesses its name, which is random."""
+    """The name is random; here an attacker has guessed it."""
     victim, guessed = tmp_path / "victim", tmp_path / "guessed"
     victim.write_text("content")
     guessed.symlink_to(victim)
@@ -51,7 +51,7 @@ def test_a_planted_temporary_file_is_not_followed(tmp_path: Path, monkeypatch: p
 def test_a_link_stays_and_its_target_is_replaced(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "link").symlink_to("data/x")
-    for content in (b"one", b"two"):  # of a target that is not there yet, and of one that is
+    for content in (b"one", b"two"):  # first without an existing target
         replace_file(tmp_path / "link", content)
         assert (tmp_path / "link").is_symlink()
         assert (tmp_path / "data" / "x").read_bytes() == content
@@ -84,7 +84,7 @@ def replace_both(directory: Path) -> None:
 
 
 @pytest.mark.parametrize("failing", [1, 2])
-def test_what_is_not_synced_replaces_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int) -> None:
+def test_a_failing_sync_replaces_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int) -> None:
     for name in ("a", "b"):
         (tmp_path / name).write_text("old")
     calls = 0
@@ -119,15 +119,15 @@ def test_a_directory_that_fails_to_sync_after_the_rename_is_a_warning(
     assert len(synced) == 1
 
 
-def test_a_directory_that_is_gone_is_an_error(tmp_path: Path) -> None:
+def test_a_missing_directory_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         sync_directory(tmp_path / "gone")
 
 
-def test_what_killed_processes_left_is_removed_after_a_while(tmp_path: Path) -> None:
+def test_old_temporary_files_are_removed(tmp_path: Path) -> None:
     replace_file(tmp_path / "x", b"old")
-    (tmp_path / ".mcl_kernels-old.partial").write_text("of a killed process")
-    (tmp_path / ".mcl_kernels-new.partial").write_text("of one that writes now")
+    (tmp_path / ".mcl_kernels-old.partial").write_text("left by a killed process")
+    (tmp_path / ".mcl_kernels-new.partial").write_text("still being written")
     long_ago = (tmp_path / "x").stat().st_mtime - 2 * ABANDONED_AFTER
     os.utime(tmp_path / ".mcl_kernels-old.partial", (long_ago, long_ago))
     replace_file(tmp_path / "x", b"new")
@@ -140,7 +140,7 @@ def interrupted(path: Path) -> None:
         raise KeyboardInterrupt
 
 
-def test_an_interrupted_writer_leaves_the_old_content_and_nothing_else(tmp_path: Path) -> None:
+def test_an_interrupted_writer_leaves_the_old_content_and_no_other_file(tmp_path: Path) -> None:
     replace_file(tmp_path / "x", b"old")
     with pytest.raises(KeyboardInterrupt):
         interrupted(tmp_path / "x")

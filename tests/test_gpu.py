@@ -7,23 +7,20 @@ import torch
 from torch import Tensor
 
 from mcl_kernels import masked_logsumexp
-from mcl_kernels.backends import cuda as _cuda
-from mcl_kernels.backends import triton
 from tests.cases import Case, make_case
-from tests.conftest import Backend
+from tests.conftest import Backend, unavailable_reason
 from tests.test_logsumexp import check
 
 FORMS = [
     ("self", 300, None, False), ("rows", 300, 40, False), ("both", 300, 40, True),
     ("a plan of several tiles", 1500, 1100, True),
 ]  # fmt: skip
-UNAVAILABLE_REASON = {"triton": triton.unavailable_reason, "cuda": _cuda.why_not}
 
 
-@pytest.fixture(params=[Backend("cuda", impl) for impl in UNAVAILABLE_REASON], ids=str)
+@pytest.fixture(params=[Backend("cuda", impl) for impl in ("triton", "cuda")], ids=str)
 def impl(request: pytest.FixtureRequest) -> str:
     backend: Backend = request.param
-    if reason := UNAVAILABLE_REASON[backend.impl](torch.device(backend.device)):
+    if reason := unavailable_reason(backend.impl, backend.device):
         pytest.skip(reason)
     return backend.impl
 

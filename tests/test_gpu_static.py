@@ -1,4 +1,4 @@
-"""What compilers make of the kernels in Triton and CUDA C++, for GPUs that need not be here."""
+"""Resources of the kernels in Triton and CUDA C++, compiled for GPUs that need not be available."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton", minversion="3.9", reason="the gpu extra brings it; the table is for its compiler")
+pytest.importorskip(
+    "triton", minversion="3.9", reason="of the gpu extra; the table is for this compiler or a newer one"
+)
 
 from benchmarks import gpu_kernels, gpu_static
 from mcl_kernels.backends import cuda as _cuda
 
-# A few bytes may stay where nothing that was tried avoids them: with all of 255 registers in use they come and go with
-# the order of instructions. Fewer columns of a tile or fewer stages cost more than one register kept elsewhere.
+# A few bytes are allowed: with all 255 registers in use, spills of this size come and go with the order of
+# instructions, and fewer columns of a tile or fewer stages cost more than one spilled register.
 STACK_BYTES = 16
 CUDA_KERNELS = {
     name
@@ -31,12 +33,12 @@ def test_every_kernel_of_the_table_fits_its_architecture() -> None:
     for row in rows:
         name = f"{row['kernel']} of {row['precision']}, D {row['d']}, on {row['architecture']}"
         assert row["stack"] <= STACK_BYTES, f"{name} spills: {row['stack']} bytes of stack"
-        assert row["tensor_core"] > 0, f"{name} does not use the tensor cores' own path"
+        assert row["tensor_core"] > 0, f"{name} does not use the tensor cores' fast path"
         assert row["shared"] <= row["shared_limit"], f"{name}: {row['shared']} bytes of shared memory"
         assert row["tensor_memory"] <= gpu_static.TENSOR_MEMORY, f"{name}: {row['tensor_memory']} columns of its memory"
         assert row["rows"] >= 64, f"{name}: {row['rows']} rows of a tile"
-        # What a spill is avoided with must not be work. Sums of tf32x3 are kept twice, or they would not be accurate:
-        # beside 64 x 512 of them there is room on sm_80 alone.
+        # Spills must not be avoided by more work. tf32x3 keeps its sums twice, for accuracy: only sm_80 has room for
+        # 64 x 512 of them.
         parts = 4 if row["precision"] == "tf32x3" and row["architecture"] != "sm_80" else 2
         assert row["units_self"] <= 2 + parts, f"{name}: {row['units_self']} units of the self form"
         assert row["units_one_direction"] <= 3 + 2 * parts, f"{name}: {row['units_one_direction']} of one direction"
@@ -94,13 +96,13 @@ def test_the_table_has_every_kernel_of_cuda() -> None:
         ("_ZN3mcl19find_dropped_kernelENS_11DropProblemE", ("find_dropped", "")),
     ],
 )
-def test_kernels_are_named_by_what_they_are_compiled_for(function: str, name: tuple[str, str]) -> None:
+def test_kernels_are_named_by_their_template_arguments(function: str, name: tuple[str, str]) -> None:
     if shutil.which("c++filt") is None:
-        pytest.skip("no c++filt, which comes with g++")
+        pytest.skip("no c++filt, which is part of g++")
     assert gpu_static._kernel_name(function) == name
 
 
-def test_rows_of_some_kernels_replace_theirs_alone(tmp_path: Path) -> None:
+def test_new_rows_of_some_kernels_keep_the_rows_of_others(tmp_path: Path) -> None:
     path = tmp_path / "gpu_static.csv"
     first, middle, cuda, last = gpu_kernels.OWN[0], gpu_kernels.KMEANS[0], "cuda: assign", gpu_kernels.MEMEFF[0]
     gpu_static.save(path, (last, first), [{"kernel": last, "d": 1}, {"kernel": first, "d": 1}])

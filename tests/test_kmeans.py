@@ -12,7 +12,6 @@ from tests import kmeans_cases
 from tests.conftest import Backend
 from tests.kmeans_cases import blobs
 
-# Fixtures
 backend, device, impl = kmeans_cases.backend, kmeans_cases.device, kmeans_cases.impl
 
 

@@ -7,17 +7,14 @@ import torch
 from torch import Tensor
 
 from mcl_kernels import KMeans, assign_clusters
-from mcl_kernels.backends.triton import unavailable_reason
 from mcl_kernels.kmeans import gpu_common, reference
-from mcl_kernels.kmeans.assign import find_nearest
+from mcl_kernels.kmeans.assign import find_nearest, implementation
 from mcl_kernels.kmeans.centers import Summary, middle_and_scale, prepare, summarize
-from mcl_kernels.kmeans.implementations import implementation
 from mcl_kernels.kmeans.triton import tile_table
 from tests import kmeans_cases
-from tests.conftest import Backend, is_slow
+from tests.conftest import Backend, is_slow, unavailable_reason
 from tests.kmeans_cases import blobs, normal
 
-# Fixtures
 backend, device, impl = kmeans_cases.backend, kmeans_cases.device, kmeans_cases.impl
 
 
@@ -216,7 +213,7 @@ def test_distances_to_near_centers_are_differences(impl: str) -> None:
     assert not distances[::2].any()
 
 
-@pytest.mark.skipif(unavailable_reason(torch.device("cpu")) is not None, reason="tests tiles of the interpreter")
+@pytest.mark.skipif(unavailable_reason("triton", "cpu") is not None, reason="tests tiles of the interpreter")
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_small_tiles(monkeypatch: pytest.MonkeyPatch, poisoned_memory: None, metric: str, dtype: torch.dtype) -> None:

@@ -16,10 +16,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mcl_kernels import KMeans
-from mcl_kernels.backends.triton import unavailable_reason
 from mcl_kernels.kmeans import api, lloyd
 from mcl_kernels.kmeans.centers import Centers
-from tests.conftest import missing_for_cuda
+from tests.conftest import unavailable_reason
 from tests.kmeans_fits import (
     D,
     Fitted,
@@ -75,9 +74,7 @@ def test_forms(ranks: RankPool, tmp_path: Path, form: str, cut: str) -> None:
 
 @pytest.mark.parametrize("impl", ["reference", "triton", "cuda"])
 def test_impls(ranks: RankPool, impl: str) -> None:
-    if impl == "triton" and (reason := unavailable_reason(torch.device("cpu"))):
-        pytest.skip(reason)
-    if impl == "cuda" and (reason := missing_for_cuda("cpu")):
+    if reason := unavailable_reason(impl, "cpu"):
         pytest.skip(reason)
     x = rows_without_structure(60)
     for options in ({}, {"batch_size": 40}):

@@ -226,9 +226,6 @@ def test_compiled() -> None:
         assert torch.equal(queue.labels, copied.labels)
 
 
-# --- over ranks -----------------------------------------------------------------------------------------------
-
-
 class MoCo(nn.Module):
     """A model that holds its queue, two modules deep."""
 

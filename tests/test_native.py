@@ -87,9 +87,6 @@ def test_native_refuses_other_devices() -> None:
         masked_logsumexp(torch.empty(4, 3, device="meta"), impl="native")
 
 
-# --- processes ------------------------------------------------------------------------------------------------
-
-
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """In a fresh process that may not take forever."""
     return subprocess.run(

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mcl_kernels.backends import cuda as _cuda
 from mcl_kernels.backends import library as _library
 from mcl_kernels.backends import native, native_cache
 from mcl_kernels.backends import native_build as _native_build
@@ -35,9 +36,6 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str
         [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=240, env=merged,
         cwd=Path(__file__).parents[1],
     )  # fmt: skip
-
-
-# --- which compiler -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -117,9 +115,6 @@ def test_the_openmp_runtime_is_the_one_that_torch_has_loaded() -> None:
     assert _native_build._has_openmp_of_llvm() == (b"__kmpc_fork_call" in content)
 
 
-# --- what was built is loaded once before it is kept ----------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("source", "reason", "remembered"),
     [
@@ -189,15 +184,21 @@ def test_a_frozen_program_is_not_started_again(place: Place, monkeypatch: pytest
     assert not started.exists()
 
 
-# --- where it is kept, and what is said -----------------------------------------------------------------------
-
-
 def test_another_source_is_another_library(tmp_path: Path) -> None:
     (tmp_path / "operators.cpp").write_text("one")
     first = _native_build.library_stem(tmp_path)
     assert first == _native_build.library_stem(tmp_path)
     (tmp_path / "operators.cpp").write_text("two")
     assert first != _native_build.library_stem(tmp_path)
+
+
+def test_another_common_header_is_another_library(tmp_path: Path) -> None:
+    (tmp_path / "cpu").mkdir()
+    stems = set()
+    for content in ("one", "two"):
+        (tmp_path / "common.h").write_text(content)
+        stems |= {_native_build.library_stem(tmp_path / "cpu"), _cuda.library_stem(tmp_path / "cpu")}
+    assert len(stems) == 4
 
 
 def test_another_c_library_is_another_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,13 +227,14 @@ def test_a_relative_cache_home_is_ignored(tmp_path: Path, monkeypatch: pytest.Mo
 def test_without_a_home_auto_says_so_once() -> None:
     code = (
         "import pwd\ndef nobody(uid): raise KeyError(uid)\npwd.getpwuid = nobody\n"
-        "from mcl_kernels import KMeans, _native, capabilities; native.PACKAGE = native.PACKAGE / 'nothing'\n"
+        "from mcl_kernels import KMeans, capabilities\nfrom mcl_kernels.backends import native\n"
+        "native.PACKAGE = native.PACKAGE / 'nothing'\n"
         f"{USE}\n{USE}\nKMeans(2).fit(torch.eye(4))\nprint(capabilities()['native'])\n"
         "mcl_kernels.masked_logsumexp(torch.eye(4), impl='native')"
     )
     result = run_python(code, HOME="", XDG_CACHE_HOME="")
     told = "there is no directory for the built library: HOME is not set and the user has no entry"
-    assert result.stderr.count(f"several times slower: {told}") == 1, result.stderr
+    assert result.stderr.count(f"several times slower: impl='native': {told}") == 1, result.stderr
     assert f"NativeUnavailableError: {told}" in result.stderr
     assert "set XDG_CACHE_HOME" in result.stderr
     assert "'available': False" in result.stdout
@@ -240,19 +242,19 @@ def test_without_a_home_auto_says_so_once() -> None:
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    code = f"from mcl_kernels import _native; native.PACKAGE = native.PACKAGE / 'nothing'\n{USE}"
+    code = f"from mcl_kernels.backends import native; native.PACKAGE = native.PACKAGE / 'nothing'\n{USE}"
     result = run_python(code, XDG_CACHE_HOME=str(tmp_path / "file"))
     assert result.returncode == 0
     assert f"{tmp_path}/file/mcl_kernels: Not a directory; set XDG_CACHE_HOME" in result.stderr
 
 
 def test_without_a_compiler_auto_says_so_once(tmp_path: Path) -> None:
-    code = f"from mcl_kernels import _native; native.PACKAGE = native.PACKAGE / 'nothing'\n{USE}\n{USE}"
+    code = f"from mcl_kernels.backends import native; native.PACKAGE = native.PACKAGE / 'nothing'\n{USE}\n{USE}"
     nowhere = {"PATH": str(tmp_path), "CXX": "", "XDG_CACHE_HOME": str(tmp_path)}
     result = run_python(code, **nowhere)
     assert result.returncode == 0, result.stderr
     assert result.stderr.count("no C++ compiler is on the PATH; install one") == 1
-    assert "blockwise" in result.stderr
+    assert "PyTorch operations compute, several times slower" in result.stderr
     refused = run_python(code.replace("eye(4)", "eye(4), impl='native'"), **nowhere)
     assert refused.returncode == 1
     assert "NativeUnavailableError: no C++ compiler is on the PATH" in refused.stderr
@@ -267,7 +269,7 @@ def test_capabilities_are_those_of_a_loss(place: Place, monkeypatch: pytest.Monk
         assert not available
         assert "x.cpp:1:1: error: no" in reason
         with pytest.raises(NativeUnavailableError, match=r"x\.cpp:1:1: error: no"):
-            native.load()
+            native.ops()
     finally:
         native._loaded.cache_clear()
 
@@ -276,7 +278,7 @@ def test_the_instruction_set_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     if not native.describe()[0]:
         pytest.skip(native.describe()[1])
     monkeypatch.setenv("MCL_KERNELS_CPU", "portable")
-    assert native.describe() == (True, "C++ kernels by tiles in sorted order (csrc/cpu), instruction set portable")
+    assert native.describe() == (["cpu"], "C++ kernels by tiles in sorted order (csrc/cpu), instruction set portable")
     monkeypatch.setenv("MCL_KERNELS_CPU", "mmx")
     available, reason = native.describe()
     assert not available

@@ -49,9 +49,6 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
     return make_place(tmp_path, monkeypatch)
 
 
-# --- damaged files --------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 def test_a_damaged_library_is_removed_and_built_again(place: Place, damage: Callable[[bytes], bytes]) -> None:
     native._find_or_build()
@@ -167,9 +164,6 @@ def test_a_new_library_that_does_not_load_is_remembered(place: Place) -> None:
     with pytest.raises(NativeUnavailableError, match=r"does not load.*\(delete .*\.failed to try again\)"):
         native._find_or_build()
     assert place.times_called() == calls
-
-
-# --- other users ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mask", [0o000, 0o002, 0o022, 0o077])
@@ -289,9 +283,6 @@ def test_a_lock_that_is_a_link_is_refused(place: Place) -> None:
     (place.cache / "build.lock").write_text("kept")
     native._find_or_build()
     assert (place.cache / "build.lock").read_text() == "kept"
-
-
-# --- other processes ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])

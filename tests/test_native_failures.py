@@ -30,8 +30,6 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
     return make_place(tmp_path, monkeypatch)
 
 
-# --- compilers that fail --------------------------------------------------------------------------------------
-
 LASTING = [
     "operators.cpp:3:7: error: this is not my day",
     "operators.cpp:3: fatal error: it never is",
@@ -120,9 +118,6 @@ def test_the_first_failure_ends_the_other_compilers(place: Place) -> None:
         os.kill(int(number.read_text()), 0)
 
 
-# --- full disks -----------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("name", "function"),
     [
@@ -202,8 +197,6 @@ def test_a_full_disk_leaves_no_half_of_a_remembered_failure(place: Place) -> Non
             assert cache.remembered_failure(place.stem(), compiler) is None
         assert not place.failures()
 
-
-# --- remembered failures --------------------------------------------------------------------------------------
 
 DEEP = "[" * 100_000
 

@@ -15,11 +15,12 @@ SCALE = torch.tensor(4.0, dtype=torch.float64)
 N = torch.full((4,), 3.0, dtype=torch.float64)
 
 
-def evaluate(objective: objectives.Objective, a: Tensor = A, s: Tensor = S) -> Tensor:
+def evaluate(objective: objectives.ObjectiveLike, a: Tensor = A, s: Tensor = S) -> Tensor:
     """As the losses call it; the logits are scale times a similarity, so a factor of the scale is one of s."""
-    b = tuple((factor * s).logsumexp(1) for factor in getattr(objective, "scales", (1.0,)))
-    mixed = (torch.ones(4, dtype=torch.bool),) if getattr(objective, "mixes_anchors", False) else ()
-    return objective(a, b if hasattr(objective, "scales") else b[0], N, SCALE, *mixed)
+    needs = objectives.needs_of(objective)
+    b = tuple((factor * s).logsumexp(1) for factor in needs.scales or (1.0,))
+    mixed = (torch.ones(4, dtype=torch.bool),) if needs.mixes_anchors else ()
+    return objective(a, b[0] if needs.scales is None else b, N, SCALE, *mixed)
 
 
 def test_info_nce() -> None:
@@ -80,19 +81,20 @@ def test_hard_negative(beta: float) -> None:
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_gradients(objective: objectives.Objective) -> None:
+def test_gradients(objective: objectives.ObjectiveLike) -> None:
     a, s = A.clone().requires_grad_(), S.clone().requires_grad_()
     assert torch.autograd.gradcheck(lambda a, s: evaluate(objective, a, s), (a, s))
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_stays_in_logarithms(objective: objectives.Objective) -> None:
+def test_stays_in_logarithms(objective: objectives.ObjectiveLike) -> None:
     """b = 95 overflows exp in fp32, where a naive debiased loss is NaN."""
     a = torch.tensor([90.0, -90.0], requires_grad=True)
     b = torch.tensor([95.0, 95.0], requires_grad=True)
     scale, n = torch.tensor(100.0), torch.tensor([10.0, 10.0])
-    mixed = (torch.tensor([True, True]),) if getattr(objective, "mixes_anchors", False) else ()
-    loss = objective(a, (b, b) if hasattr(objective, "scales") else b, n, scale, *mixed)
+    needs = objectives.needs_of(objective)
+    mixed = (torch.tensor([True, True]),) if needs.mixes_anchors else ()
+    loss = objective(a, b if needs.scales is None else (b, b), n, scale, *mixed)
     loss.sum().backward()
     assert loss.isfinite().all()
     assert a.grad is not None
@@ -104,7 +106,7 @@ def test_stays_in_logarithms(objective: objectives.Objective) -> None:
 def test_an_objective_is_any_function() -> None:
     """A margin, in one line, with no kernel touched."""
     x, y = torch.randn(8, 4), torch.randn(8, 4)
-    with_margin = nt_xent(x, y, objective=lambda a, b, n, scale: objectives.info_nce(a - 0.1 * scale, b, n, scale))
+    with_margin = nt_xent(x, y, objective=lambda a, b, n, scale: objectives.info_nce(a - 0.1 * scale, b))
     assert with_margin > nt_xent(x, y)
 
 

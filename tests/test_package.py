@@ -28,8 +28,8 @@ from mcl_kernels import ClusterBatchSampler, KMeans, MultistageRunner, masked_in
 
 assert "site-packages" in mcl_kernels.__file__, mcl_kernels.__file__
 assert pathlib.Path(mcl_kernels.__file__).with_name("py.typed").exists()
-assert pathlib.Path(mcl_kernels.__file__).with_name("report.html.jinja").exists()
-assert importlib.util.find_spec("tests") is None and importlib.util.find_spec("benchmarks") is None
+assert (pathlib.Path(mcl_kernels.__file__).parent / "cli" / "report.html.jinja").exists()
+assert all(importlib.util.find_spec(name) is None for name in ("tests", "benchmarks", "experiments"))
 
 x = torch.randn(32, 8)
 runner = MultistageRunner(32, n_stages=2, n_clusters=2, directory="run")
@@ -70,7 +70,7 @@ class Distributions(NamedTuple):
 
 
 def copy_of_checkout(to: Path) -> Path:
-    return shutil.copytree(ROOT, to, ignore=shutil.ignore_patterns(".?*", "build", "dist", "*.egg-info", "results"))
+    return shutil.copytree(ROOT, to, ignore=shutil.ignore_patterns(".?*", "build", "dist", "*.egg-info", "runs"))
 
 
 def build(kind: str, tree: Path, into: Path) -> Path:
@@ -129,7 +129,6 @@ def test_the_tests_of_the_source_distribution_run(distributions: Distributions) 
         assert (distributions.sources / name).is_file()
     every = {path.relative_to(ROOT) for path in ROOT.glob("tests/**/*.*") if "__pycache__" not in path.parts}
     assert every <= {path.relative_to(distributions.sources) for path in distributions.sources.rglob("*")}
-    # The results of the experiments are ten times as large as all else.
     assert sum(path.stat().st_size for path in distributions.sources.rglob("*")) < 5_000_000
 
 
@@ -156,7 +155,7 @@ def test_the_wheel_in_a_fresh_environment(tmp_path: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert not [name for name in names if not name.startswith(("mcl_kernels/", "mcl_kernels-"))]
     assert wheel.name.endswith("-py3-none-any.whl")
-    sources = {f"mcl_kernels/{path.relative_to(ROOT)}" for path in (ROOT / "csrc").glob("*/*")}
+    sources = {f"mcl_kernels/{path.relative_to(ROOT)}" for path in (ROOT / "csrc").rglob("*.*")}
     assert sources <= set(names)
     assert not [name for name in names if name.endswith(".so")]
     assert any(name.endswith("licenses/LICENSE") for name in names)

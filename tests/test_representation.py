@@ -1,3 +1,5 @@
+"""Concatenated encoders and averaged weights."""
+
 from __future__ import annotations
 
 import pytest
@@ -35,7 +37,7 @@ def test_concat_encoder_in_half_precision(normalize: str) -> None:
     torch.testing.assert_close(out[1], out[2])
 
 
-def test_concat_encoder_refuses() -> None:
+def test_concat_encoder_refuses_bad_arguments() -> None:
     with pytest.raises(ValueError, match="normalize must be one of 'joint', 'stage': got 'both'"):
         ConcatEncoder([nn.Identity()], normalize="both")
     with pytest.raises(ValueError, match="output of encoder 0 must have shape"):
@@ -58,7 +60,7 @@ def test_model_soup_averages_weights_and_keeps_counters() -> None:
     assert model_soup(half)["w"].tolist() == [65504.0]
 
 
-def test_model_soup_refuses() -> None:
+def test_model_soup_refuses_bad_arguments() -> None:
     w = torch.zeros(2)
     with pytest.raises(ValueError, match="'b' is in one of 0 and 1 only"):
         model_soup([{"w": w}, {"w": w, "b": w}])

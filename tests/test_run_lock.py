@@ -1,4 +1,4 @@
-"""One process at a time trains in the directory of a run; the others are refused before they train."""
+"""The lock of a run directory: one process at a time trains in it, and others are refused before they train."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ for stage in MultistageRunner(60, n_clusters=4, n_stages=1, directory=sys.argv[1
 
 @contextmanager
 def another_process(directory: Path) -> Iterator[subprocess.Popen[str]]:
-    """A process in the first stage of a run, which it finishes when it reads a line."""
+    """Starts a process that trains the first stage of a run, and finishes it when it reads a line."""
     command = [sys.executable, "-c", TRAINS, str(directory)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -53,18 +53,18 @@ def test_a_second_process_is_refused_before_it_trains(tmp_path: Path) -> None:
     with another_process(tmp_path) as process:
         with pytest.raises(RuntimeError, match=IN_USE):
             next(iter(runner))
-        assert runner_in(tmp_path).finished == []  # reading is free
+        assert runner_in(tmp_path).finished == []  # reading needs no lock
         assert process.stdin is not None
         process.stdin.write("\n")
         process.stdin.close()
         assert process.wait(60) == 0
-    # What the other has finished meanwhile is not trained again.
+    # The stage that the other process has finished is not trained again.
     assert [stage.index for stage in [next(iter(runner))]] == [1]
     assert torch.equal(runner.labels, run(None, n_stages=1).labels)
     assert [path.name for path in tmp_path.iterdir()] == ["stage-0"]
 
 
-def test_a_killed_process_keeps_nobody_out(tmp_path: Path) -> None:
+def test_a_killed_process_releases_the_lock(tmp_path: Path) -> None:
     with another_process(tmp_path) as process:
         process.send_signal(signal.SIGKILL)
         process.wait(60)
@@ -73,7 +73,7 @@ def test_a_killed_process_keeps_nobody_out(tmp_path: Path) -> None:
 
 
 def test_runners_of_one_process_do_not_exclude_one_another(tmp_path: Path) -> None:
-    """As in a notebook, where the run of an interrupted cell is still there."""
+    """In a notebook the iterator of an interrupted cell still exists."""
     interrupted = iter(runner_in(tmp_path))
     next(interrupted)
     again = iter(runner_in(tmp_path))
@@ -88,7 +88,7 @@ def test_runners_of_one_process_do_not_exclude_one_another(tmp_path: Path) -> No
         pass
 
 
-def test_a_forked_process_does_not_hold_what_its_parent_holds(tmp_path: Path) -> None:
+def test_a_forked_process_does_not_inherit_the_lock(tmp_path: Path) -> None:
     with only_process(tmp_path):
         child = os.fork()
         if child == 0:
@@ -101,15 +101,15 @@ def test_a_forked_process_does_not_hold_what_its_parent_holds(tmp_path: Path) ->
             finally:
                 os._exit(status)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-        # That the child has ended takes nothing from the parent.
+        # The parent still holds the lock after the child has ended.
         result = subprocess.run(
             [sys.executable, "-c", TRAINS, str(tmp_path)], capture_output=True, text=True, check=False, timeout=60
         )
         assert "is in use by process" in result.stderr
 
 
-def test_a_lock_of_a_file_that_is_gone_is_taken_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its last holder may remove it between our opening and our locking: others would lock a new one."""
+def test_a_removed_lock_file_is_locked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last holder may remove the file after it is opened here, before it is locked: others would lock a new one."""
     import fcntl
 
     flock, removed = fcntl.flock, []
@@ -128,7 +128,7 @@ def test_a_lock_of_a_file_that_is_gone_is_taken_again(tmp_path: Path, monkeypatc
 
 
 @pytest.mark.parametrize("planted", ["link", "directory"])
-def test_a_planted_file_is_left_alone(tmp_path: Path, planted: str) -> None:
+def test_a_planted_lock_file_is_not_changed(tmp_path: Path, planted: str) -> None:
     victim = tmp_path / "victim"
     victim.write_text("content")
     directory = tmp_path / "run"
@@ -138,7 +138,7 @@ def test_a_planted_file_is_left_alone(tmp_path: Path, planted: str) -> None:
     assert victim.read_text() == "content"
 
 
-def test_stages_go_on_where_files_cannot_be_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stages_run_without_file_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import fcntl
 
     def no_locks(*_: object) -> None:
@@ -149,8 +149,8 @@ def test_stages_go_on_where_files_cannot_be_locked(tmp_path: Path, monkeypatch: 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["stage-0", "stage-1"]
 
 
-def test_a_copy_of_the_directory_releases_nothing(tmp_path: Path) -> None:
-    """As loggers of artifacts make one in the loop."""
+def test_copying_the_directory_keeps_the_lock(tmp_path: Path) -> None:
+    """Artifact loggers copy the directory during training."""
     (tmp_path / "run").mkdir()
     with only_process(tmp_path / "run"):
         shutil.copytree(tmp_path / "run", tmp_path / "copy")
@@ -160,8 +160,8 @@ def test_a_copy_of_the_directory_releases_nothing(tmp_path: Path) -> None:
         assert "is in use by process" in result.stderr
 
 
-def test_a_forked_process_that_outlives_its_parent_keeps_nobody_out(tmp_path: Path) -> None:
-    """As workers of a loader do for some seconds."""
+def test_a_forked_process_that_outlives_its_parent_holds_no_lock(tmp_path: Path) -> None:
+    """Workers of a DataLoader outlive it by some seconds."""
     code = (
         "import os, sys, time; from pathlib import Path; from mcl_kernels.stages.run_lock import only_process\n"
         "with only_process(Path(sys.argv[1])):\n"
@@ -183,7 +183,7 @@ def test_a_forked_process_that_outlives_its_parent_keeps_nobody_out(tmp_path: Pa
 def test_an_iterator_that_is_collected_while_another_takes_the_lock(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An interrupted one may be in a cycle, and the collector runs anywhere."""
+    """An interrupted iterator may be in a reference cycle, and the garbage collector may run at any point."""
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
     cycle: list[Any] = [iter(runner_in(tmp_path / "a"))]
@@ -192,7 +192,7 @@ def test_an_iterator_that_is_collected_while_another_takes_the_lock(
     del cycle
     node = platform.node
     monkeypatch.setattr(platform, "node", lambda: (gc.collect(), node())[1])
-    taken = threading.Thread(target=lambda: next(iter(runner_in(tmp_path / "b"))), daemon=True)
-    taken.start()
-    taken.join(60)
-    assert not taken.is_alive()
+    thread = threading.Thread(target=lambda: next(iter(runner_in(tmp_path / "b"))), daemon=True)
+    thread.start()
+    thread.join(60)
+    assert not thread.is_alive()

@@ -1,4 +1,4 @@
-"""What a batch holds, what an epoch leaves out, and that ranks agree."""
+"""Batches of the cluster sampler: their clusters, the samples left out of an epoch, ranks, and saved states."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def zipf_labels(n: int = 3000, k: int = 40) -> Tensor:
     return torch.from_numpy(np.random.default_rng(0).choice(k, n, p=sizes / sizes.sum()))
 
 
-# Two stages of K = 16 on 5,000 samples: no cluster fills a group of 64.
+# As after two stages of K = 16 on 5,000 samples: no cluster fills a group of 64.
 MANY_SMALL = torch.arange(250).repeat_interleave(20)
 LABELS = {"zipf": zipf_labels(), "many small": MANY_SMALL, "one": torch.zeros(1000, dtype=torch.long)}
 
@@ -35,7 +35,7 @@ def epoch_of(sampler: ClusterBatchSampler, epoch: int) -> list[list[int]]:
 
 @pytest.mark.parametrize("clusters_per_batch", [1, 4])
 @pytest.mark.parametrize("labels", LABELS.values(), ids=LABELS)
-def test_merge_leaves_out_less_than_a_batch_and_shows_all_in_two_epochs(
+def test_merge_leaves_out_less_than_a_batch_and_draws_all_in_two_epochs(
     labels: Tensor, clusters_per_batch: int
 ) -> None:
     sampler = ClusterBatchSampler(labels, 256, clusters_per_batch=clusters_per_batch)
@@ -53,11 +53,11 @@ def test_merge_leaves_out_less_than_a_batch_and_shows_all_in_two_epochs(
         assert before | after == set(range(len(labels)))
 
 
-def test_a_batch_is_groups_of_one_cluster_and_rests_stay_together() -> None:
+def test_batches_are_groups_of_one_cluster_or_packed_remainders() -> None:
     labels = LABELS["zipf"]
     sampler = ClusterBatchSampler(labels, 256, clusters_per_batch=4)
     full = mixed = 0
-    cuts_of_clusters: dict[int, set[int]] = {}
+    batches_of_cluster: dict[int, set[int]] = {}
     for number, batch in enumerate(epoch_of(sampler, 1)):
         groups = labels[batch].view(4, 64)
         if (groups == groups[:, :1]).all():
@@ -65,26 +65,26 @@ def test_a_batch_is_groups_of_one_cluster_and_rests_stay_together() -> None:
             continue
         mixed += 1
         runs = labels[batch].unique_consecutive()
-        assert len(runs) == len(runs.unique()), "a cluster's rest lies in one piece"
+        assert len(runs) == len(runs.unique()), "the remainder of a cluster is contiguous"
         for cluster in runs.tolist():
-            cuts_of_clusters.setdefault(cluster, set()).add(number)
+            batches_of_cluster.setdefault(cluster, set()).add(number)
     assert full > 0
     assert mixed > 0
-    # Packed one after the other, only a cluster at the edge of a batch is cut, so each edge cuts one at most.
-    assert sum(len(where) - 1 for where in cuts_of_clusters.values()) <= mixed
+    # Remainders are packed one after the other: each boundary between batches splits at most one.
+    assert sum(len(batches) - 1 for batches in batches_of_cluster.values()) <= mixed
 
 
 def test_full_and_mixed_batches_are_shuffled() -> None:
     labels = LABELS["zipf"]
     sampler = ClusterBatchSampler(labels, 256, clusters_per_batch=4)
-    where = set()
+    mixed_positions = set()
     for epoch in range(8):
         sizes = [len(labels[batch].unique()) for batch in epoch_of(sampler, epoch)]
-        where |= {index for index, size in enumerate(sizes) if size > 4}
-    assert min(where) < len(sampler) // 2
+        mixed_positions |= {index for index, size in enumerate(sizes) if size > 4}
+    assert min(mixed_positions) < len(sampler) // 2
 
 
-def test_one_cluster_per_batch_is_the_papers_sampler() -> None:
+def test_dropping_remainders_gives_batches_of_one_cluster() -> None:
     labels = LABELS["zipf"]
     sampler = ClusterBatchSampler(labels, 64, small="drop")
     batches = epoch_of(sampler, 0)
@@ -111,15 +111,12 @@ def test_ranks_split_the_same_batches(world_size: int) -> None:
     assert [list(chain(*parts)) for parts in zip(*ranks, strict=True)] == alone
 
 
-def test_epochs_and_seeds_differ_and_repeat() -> None:
+def test_the_order_depends_on_epoch_and_seed() -> None:
     labels = LABELS["zipf"]
     sampler = ClusterBatchSampler(labels, 256)
     assert epoch_of(sampler, 0) == epoch_of(sampler, 0)
     assert epoch_of(sampler, 0) != epoch_of(sampler, 1)
     assert epoch_of(ClusterBatchSampler(labels, 256, seed=1), 0) != epoch_of(sampler, 0)
-
-
-# --- epochs -----------------------------------------------------------------------------------------------------------
 
 
 @st.composite
@@ -129,15 +126,19 @@ def samplers(draw: st.DrawFn) -> ClusterBatchSampler:
     clusters_per_batch, batch_size = draw(st.sampled_from([(1, 5), (2, 8), (4, 16), (1, 37)]))
     world_size = draw(st.sampled_from([1, 2] if 2 * batch_size <= n else [1]))
     return ClusterBatchSampler(
-        np.array(labels), batch_size, clusters_per_batch=clusters_per_batch, seed=draw(st.integers(0, 3)),
-        rank=world_size - 1, world_size=world_size,
-    )  # fmt: skip
+        np.array(labels),
+        batch_size,
+        clusters_per_batch=clusters_per_batch,
+        seed=draw(st.integers(0, 3)),
+        rank=world_size - 1,
+        world_size=world_size,
+    )
 
 
 @given(samplers(), st.integers(2, 4))
 @settings(deadline=None)
-def test_iterated_again_and_again(sampler: ClusterBatchSampler, epochs: int) -> None:
-    """Each time another order without duplicates, and with one rank all samples in any two of them."""
+def test_each_iteration_is_the_next_epoch(sampler: ClusterBatchSampler, epochs: int) -> None:
+    """Orders differ and have no duplicates; with one rank, two consecutive epochs draw all samples."""
     iterations = [list(chain(*sampler)) for _ in range(epochs)]
     assert iterations == [list(chain(*epoch_of(sampler, epoch))) for epoch in range(epochs)]
     for drawn in iterations:
@@ -157,23 +158,25 @@ ACTIONS = st.one_of(
 
 @given(samplers(), st.lists(ACTIONS, max_size=8))
 @settings(deadline=None)
-def test_any_loop(sampler: ClusterBatchSampler, actions: Sequence[tuple[str, int]]) -> None:
-    """An iteration that drew a batch is followed by the next epoch, one that did not counts for nothing."""
-    orders = copy.deepcopy(sampler)
-    epoch = 0  # of the next iteration
+def test_any_sequence_of_iterations_is_resumed(
+    sampler: ClusterBatchSampler, actions: Sequence[tuple[str, int]]
+) -> None:
+    """An iteration that drew a batch is followed by the next epoch; one that drew none is not counted."""
+    reference = copy.deepcopy(sampler)
+    epoch = 0  # epoch of the next iteration
     for action, number in actions:
         if action == "set":
             sampler.set_epoch(number)
             epoch = number
             continue
-        order = epoch_of(orders, epoch)
+        order = epoch_of(reference, epoch)
         drawn = list(islice(sampler, number))
         assert drawn == order[:number]
         assert len(sampler) == len(order)
         if action == "resume":
-            fresh = copy.deepcopy(orders)
+            fresh = copy.deepcopy(reference)
             fresh.load_state_dict(sampler.state_dict())
-            # Lightning sets the epoch after the state was loaded.
+            # As Lightning does after it loads the state.
             fresh.set_epoch(fresh.epoch)
             sampler = pickle.loads(pickle.dumps(fresh))
             if number <= len(order):
@@ -182,7 +185,7 @@ def test_any_loop(sampler: ClusterBatchSampler, actions: Sequence[tuple[str, int
         epoch += bool(drawn)
 
 
-def test_set_epoch_in_an_iteration_is_for_the_next_one() -> None:
+def test_set_epoch_during_an_iteration_affects_the_next_one() -> None:
     sampler = ClusterBatchSampler(MANY_SMALL, 256)
     expected = [epoch_of(sampler, epoch) for epoch in (0, 3)]
     sampler.set_epoch(0)
@@ -194,7 +197,7 @@ def test_set_epoch_in_an_iteration_is_for_the_next_one() -> None:
     assert list(sampler) == expected[1]
 
 
-def test_iterators_side_by_side_are_two_epochs() -> None:
+def test_simultaneous_iterators_are_two_epochs() -> None:
     sampler = ClusterBatchSampler(MANY_SMALL, 256)
     pairs = list(zip(sampler, sampler, strict=True))
     assert [list(batches) for batches in zip(*pairs, strict=True)] == [epoch_of(sampler, epoch) for epoch in (0, 1)]
@@ -204,9 +207,11 @@ def test_iterators_side_by_side_are_two_epochs() -> None:
 def test_epochs_of_a_data_loader(workers: int, persistent: bool) -> None:
     labels = torch.arange(103) % 4
     loader = DataLoader(
-        TensorDataset(torch.arange(103)), batch_sampler=ClusterBatchSampler(labels, 16), num_workers=workers,
+        TensorDataset(torch.arange(103)),
+        batch_sampler=ClusterBatchSampler(labels, 16),
+        num_workers=workers,
         persistent_workers=persistent,
-    )  # fmt: skip
+    )
     epochs = [[batch.tolist() for (batch,) in loader] for _ in range(3)]
     assert epochs == [epoch_of(ClusterBatchSampler(labels, 16), epoch) for epoch in range(3)]
     assert set(chain(*epochs[0], *epochs[1])) == set(range(103))
@@ -226,8 +231,8 @@ def test_a_state_without_its_keys_is_refused() -> None:
 
 
 @pytest.mark.parametrize("set_epoch", [None, 0, 1])
-def test_a_state_of_a_last_batch_goes_on_with_the_next_epoch(set_epoch: int | None) -> None:
-    """Saved in the last step of a loop; the epoch chosen once more has no batches left."""
+def test_a_state_of_a_last_batch_resumes_with_the_next_epoch(set_epoch: int | None) -> None:
+    """The state is saved in the last step of a loop; the same epoch, if chosen again, has no batches left."""
     sampler = ClusterBatchSampler(MANY_SMALL, 256)
     for number, _ in enumerate(sampler, 1):
         if number == len(sampler):
@@ -244,14 +249,14 @@ def test_a_state_of_a_last_batch_goes_on_with_the_next_epoch(set_epoch: int | No
     assert list(resumed) == epoch_of(sampler, 1)
 
 
-def test_a_ranks_own_batches_are_not_split_once_more() -> None:
-    """`drop_last` is what hosts ask a batch sampler for before they split its batches among their processes."""
+def test_hosts_cannot_split_the_batches_of_one_rank() -> None:
+    """Hosts read `drop_last` before they split batches among their processes."""
     assert not hasattr(ClusterBatchSampler(MANY_SMALL, 256), "drop_last")
     with pytest.raises(ValueError, match=r"would be split once more\. With accelerate: world_size=1, batch_size=512"):
         hasattr(ClusterBatchSampler(MANY_SMALL, 256, rank=1, world_size=2), "drop_last")
 
 
-def test_neither_reads_nor_writes_the_global_generators() -> None:
+def test_global_generators_are_not_used() -> None:
     state = torch.get_rng_state(), np.random.get_state()[1].copy()
     first = epoch_of(ClusterBatchSampler(MANY_SMALL, 256), 0)
     assert torch.equal(torch.get_rng_state(), state[0])

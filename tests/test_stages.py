@@ -1,4 +1,4 @@
-"""The stage runner: labels, states, resuming, misuse."""
+"""The stage runner: labels, saved states, resuming, memory, and errors of use."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def test_labels_compose_from_stage_to_stage(directory: Path | None) -> None:
     for stage in runner:
         assert stage.labels.dtype == torch.int64
         assert torch.equal(stage.labels, expected)
-        done = stage.finish(embeddings(stage.index))
-        expected = compose_labels(expected, done.clusters)
+        finished = stage.finish(embeddings(stage.index))
+        expected = compose_labels(expected, finished.clusters)
         assert torch.equal(runner.labels, expected)
-        assert torch.equal(done.labels, expected)
+        assert torch.equal(finished.labels, expected)
     assert len(runner.finished) == 3
-    # The tuple of every sample, whatever the stage; the label is its rank among all tuples.
+    # A label is the position of the tuple of cluster ids of a sample among all tuples, in order.
     clusters = torch.stack([done.clusters for done in runner.finished], dim=1)
     assert torch.equal(runner.finished[-1].tuples[runner.labels], clusters)
     tuples = runner.finished[-1].tuples.tolist()
@@ -57,7 +57,7 @@ def test_assign_equals_the_stored_labels(directory: Path | None) -> None:
         stage.finish(embeddings(stage.index))
 
 
-def test_a_tuple_never_seen_gets_minus_one() -> None:
+def test_an_unknown_tuple_gets_minus_one() -> None:
     runner = MultistageRunner(6, n_stages=3, n_clusters=2)
     side = torch.tensor([[1.0, 0.0]] * 3 + [[0.0, 1.0]] * 3)
     for stage in runner:
@@ -68,7 +68,7 @@ def test_a_tuple_never_seen_gets_minus_one() -> None:
         stage.finish(side)
 
 
-def test_keys() -> None:
+def test_labels_by_key() -> None:
     runner = MultistageRunner(N, n_clusters=4, keys=[f"{i}.png" for i in range(N)])
     for stage in runner:
         assert torch.equal(stage.labels_of(["7.png", "3.png"]), stage.labels[[7, 3]])
@@ -77,7 +77,7 @@ def test_keys() -> None:
         stage.finish(embeddings(stage.index))
 
 
-def test_batch_sampler() -> None:
+def test_batches_of_epochs_and_ranks() -> None:
     for stage in MultistageRunner(N, n_clusters=4, n_stages=2):
         first = list(stage.batch_sampler(8, clusters_per_batch=2, epoch=0))
         assert list(stage.batch_sampler(8, clusters_per_batch=2, epoch=0)) == first
@@ -88,14 +88,16 @@ def test_batch_sampler() -> None:
 
 
 @pytest.mark.parametrize("n_stages", [3, 4])
-def test_stages_that_starve_are_said_so(n_stages: int, directory: Path | None) -> None:
-    """1,000 samples without structure: 16 labels, then 240 to 260 of about 4 samples, then 850 to 900."""
+def test_few_negatives_are_warned_of(n_stages: int, directory: Path | None) -> None:
+    """1,000 samples without structure have 16 labels, then 240 to 260 of about 4 samples, then 850 to 900."""
     runner = MultistageRunner(1000, n_stages=n_stages, n_clusters=16, directory=directory)
     for stage in runner:
         rows = torch.randn(1000, 32, generator=torch.Generator().manual_seed(stage.index))
         if stage.index == 2 and n_stages == 4:
-            said = r"stage 3 will have few negatives: 9\d% of the samples .*9\d% of the 8\d\d labels.*fewer clusters or"
-            with pytest.warns(UserWarning, match=said) as warned:
+            message = (
+                r"stage 3 will have few negatives: 9\d% of the samples .*9\d% of the 8\d\d labels.*fewer clusters or"
+            )
+            with pytest.warns(UserWarning, match=message) as warned:
                 stage.finish(rows)
             assert [warning.filename for warning in warned] == [__file__]
         else:
@@ -106,25 +108,29 @@ def test_stages_that_starve_are_said_so(n_stages: int, directory: Path | None) -
     for done in (*runner.finished, *read_back.finished):
         sizes = done.labels.bincount()
         assert done.statistics["small_labels"] == pytest.approx(float((sizes <= 2).double().mean()))
-        held = (sizes[done.labels] <= 2).double().mean()
-        assert done.statistics["samples_in_small_labels"] == pytest.approx(float(held))
-        assert (float(held) > 0.5) == (done.index > 1)
+        in_small = float((sizes[done.labels] <= 2).double().mean())
+        assert done.statistics["samples_in_small_labels"] == pytest.approx(in_small)
+        assert (in_small > 0.5) == (done.index > 1)
 
 
 def test_a_finished_run_is_read_back(tmp_path: Path) -> None:
-    here = run(tmp_path)
-    there = MultistageRunner(N, n_clusters=4, directory=tmp_path)
-    assert list(there) == []
-    assert len(there.finished) == 3
-    for a, b in zip(here.finished, there.finished, strict=True):
+    written = run(tmp_path)
+    read = MultistageRunner(N, n_clusters=4, directory=tmp_path)
+    assert list(read) == []
+    assert len(read.finished) == 3
+    for a, b in zip(written.finished, read.finished, strict=True):
         for name in ("centers", "labels", "tuples", "clusters"):
             assert torch.equal(getattr(a, name), getattr(b, name)), name
         assert a.statistics == b.statistics
         assert b.state is not None
         assert int(b.state["stage"]) == a.index
         assert sorted(path.name for path in (tmp_path / f"stage-{a.index}").iterdir()) == [
-            "centers.npy", "labels.npy", "stage.json", "state.safetensors", "tuples.npy",
-        ]  # fmt: skip
+            "centers.npy",
+            "labels.npy",
+            "stage.json",
+            "state.safetensors",
+            "tuples.npy",
+        ]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["stage-0", "stage-1", "stage-2"]
 
 
@@ -146,14 +152,14 @@ def test_more_stages_continue_a_finished_run(tmp_path: Path) -> None:
         ({"w": torch.eye(3).to_sparse()}, "state.pt"),
         ({}, "state.safetensors"),
         (None, None),
-        # What the header of safetensors reserves or cannot encode, and what it would write out.
+        # Names that the header of safetensors reserves or cannot encode, and tensors that it would expand.
         ({"__metadata__": torch.ones(2)}, "state.pt"),
         ({"\ud800": torch.ones(2)}, "state.pt"),
         ({"w": torch.ones(1).expand(1000)}, "state.pt"),
         ({"w": torch.empty(3, device="meta")}, "state.pt"),
     ],
 )
-def test_states(tmp_path: Path, state: dict[str, object] | None, name: str | None) -> None:
+def test_the_format_of_a_state(tmp_path: Path, state: dict[str, object] | None, name: str | None) -> None:
     runner = MultistageRunner(N, n_clusters=4, n_stages=1, directory=tmp_path)
     next(iter(runner)).finish(embeddings(), state=state)
     assert [path.name for path in (tmp_path / "stage-0").glob("state.*")] == ([name] if name else [])
@@ -184,7 +190,7 @@ BIG = torch.randn(1_000_000)
         {"tied": BIG[:4], "to": BIG[:4], "epoch": 3},
     ],
 )
-def test_a_part_of_a_tensor_takes_its_own_size(tmp_path: Path, state: dict[str, Any]) -> None:
+def test_a_view_of_a_tensor_is_saved_in_its_own_size(tmp_path: Path, state: dict[str, Any]) -> None:
     runner = MultistageRunner(N, n_clusters=4, n_stages=1, directory=tmp_path)
     loaded = next(iter(runner)).finish(embeddings(), state=state).state
     torch.testing.assert_close(loaded, state)
@@ -194,28 +200,33 @@ def test_a_part_of_a_tensor_takes_its_own_size(tmp_path: Path, state: dict[str, 
         assert loaded["tied"].data_ptr() == loaded["to"].data_ptr()
 
 
-def test_containers_of_a_state_stay_what_they_are() -> None:
-    """With the _metadata by which modules tell versions of their state, and what refers to itself."""
-    itself: list[Any] = [BIG[:4]]
-    itself.append(itself)
+def test_containers_of_a_state_are_preserved() -> None:
+    """Includes the _metadata of a module's state, and a list that contains itself."""
+    recursive: list[Any] = [BIG[:4]]
+    recursive.append(recursive)
     model = torch.nn.BatchNorm1d(3)
-    state = {"model": model.state_dict(), "shape": BIG.shape, "itself": itself, "part": torch.nn.Parameter(BIG[:4])}
+    state = {
+        "model": model.state_dict(),
+        "shape": BIG.shape,
+        "recursive": recursive,
+        "part": torch.nn.Parameter(BIG[:4]),
+    }
     loaded = next(iter(MultistageRunner(N, n_clusters=4))).finish(embeddings(), state=state).state
     assert loaded is not None
     assert loaded["model"]._metadata == model.state_dict()._metadata  # type: ignore[attr-defined]
     assert loaded["shape"] == BIG.shape
-    assert loaded["itself"][1] is loaded["itself"]
+    assert loaded["recursive"][1] is loaded["recursive"]
     assert len(loaded["part"]) == 4
 
 
-def test_a_part_of_what_is_kept_anyway_stays_a_part_of_it() -> None:
+def test_a_view_of_another_saved_tensor_stays_a_view() -> None:
     stage = next(iter(MultistageRunner(N, n_clusters=4)))
     loaded = stage.finish(embeddings(), state={"all": BIG, "first": BIG[:4]}).state
     assert loaded is not None
     assert loaded["all"].data_ptr() == loaded["first"].data_ptr()
 
 
-def test_a_state_in_memory_does_not_follow_further_training() -> None:
+def test_a_state_in_memory_is_a_copy() -> None:
     weight = torch.zeros(2)
     for stage in (runner := MultistageRunner(N, n_clusters=4, n_stages=2)):
         stage.finish(embeddings(stage.index), state={"w": weight})
@@ -225,7 +236,7 @@ def test_a_state_in_memory_does_not_follow_further_training() -> None:
 
 
 def test_embeddings_and_states_with_a_graph(directory: Path | None) -> None:
-    """`finish(model(x), state=...)` without no_grad and without detach."""
+    """Calls `finish(model(x), state=...)` without no_grad or detach."""
     model = torch.nn.Linear(8, 4)
     runner = MultistageRunner(N, n_clusters=4, n_stages=1, directory=directory)
     done = next(iter(runner)).finish(model(embeddings()), state={"w": model.weight * 2})
@@ -234,13 +245,13 @@ def test_embeddings_and_states_with_a_graph(directory: Path | None) -> None:
     assert not done.state["w"].requires_grad
 
 
-def test_numbers_of_numpy(tmp_path: Path) -> None:
+def test_numpy_integers_as_settings(tmp_path: Path) -> None:
     run(tmp_path, n_clusters=np.int64(4), seed=np.int64(0), n_stages=np.int32(1))
     assert len(run(tmp_path, n_stages=1).finished) == 1
 
 
 @pytest.mark.parametrize("state", [torch.nn.Linear(2, 2), [torch.zeros(2)]])
-def test_a_state_is_a_mapping(tmp_path: Path, state: object) -> None:
+def test_a_state_must_be_a_mapping(tmp_path: Path, state: object) -> None:
     with pytest.raises(TypeError, match=r"state must be a mapping such as model.state_dict\(\): got"):
         next(iter(MultistageRunner(N, n_clusters=4, directory=tmp_path))).finish(embeddings(), state=state)  # type: ignore[arg-type]
 
@@ -271,11 +282,8 @@ def test_a_state_that_needs_unpickling_is_refused(tmp_path: Path) -> None:
     stage.finish(embeddings(), state={"w": torch.zeros(1)})
 
 
-# --- size -------------------------------------------------------------------------------------------------------
-
-
 class Chunks:
-    """Rows that come in parts, as from a DataLoader."""
+    """Yields rows in parts, as a DataLoader does."""
 
     def __init__(self, x: Tensor, size: int = 7) -> None:
         self.x, self.size = x, size
@@ -307,8 +315,8 @@ def test_embeddings_in_any_form_give_the_same_stages(tmp_path: Path, form: str) 
         stage.finish(forms[form](embeddings(n=59)))
 
 
-def test_an_iterable_is_surveyed_once() -> None:
-    """Its length is checked before the clustering, in the pass that looks for NaN and the largest entry anyway."""
+def test_checking_an_iterable_needs_no_further_pass() -> None:
+    """Its length is checked in the pass that already looks for NaN and the largest element."""
     x = embeddings()
     passes = 0
 
@@ -319,15 +327,15 @@ def test_an_iterable_is_surveyed_once() -> None:
             return super().__iter__()
 
     KMeans(4, metric="cosine").fit(Counted(x))
-    of_fit, passes = passes, 0
+    fit_passes, passes = passes, 0
     next(iter(MultistageRunner(N, n_clusters=4))).finish(Counted(x))
-    assert passes == of_fit
+    assert passes == fit_passes
     with pytest.raises(TypeError, match="embeddings must be iterable again and again: got generator"):
         next(iter(MultistageRunner(N, n_clusters=4))).finish(part for part in x.split(7))
 
 
-def test_a_run_with_a_directory_keeps_nothing_of_the_length_of_the_data(tmp_path: Path) -> None:
-    """Labels are int32 in their file, which is mapped; all else that is kept has the size of the clusters."""
+def test_a_run_with_a_directory_holds_no_array_as_long_as_the_data(tmp_path: Path) -> None:
+    """Labels are int32 in a mapped file; all other arrays have the size of the clusters."""
     for runner in (run(tmp_path), MultistageRunner(N, n_clusters=4, directory=tmp_path)):
         for done in runner.finished:
             path = tmp_path / f"stage-{done.index}" / "labels.npy"
@@ -365,7 +373,7 @@ for name, n in (("small", 1 << 20), ("large", 1 << 24)):
 
 
 def test_peak_memory_of_composing_and_saving(tmp_path: Path) -> None:
-    """For each sample the int32 of its label, and in later stages the page of the earlier one that is read."""
+    """Per sample: an int32 label, and in later stages the mapped label of the earlier stage."""
     result = subprocess.run(
         [sys.executable, "-c", PEAK], capture_output=True, text=True, check=False, timeout=600, cwd=tmp_path
     )
@@ -373,9 +381,6 @@ def test_peak_memory_of_composing_and_saving(tmp_path: Path) -> None:
     first, *later = map(float, result.stdout.splitlines()[1].split())
     assert first < 4 + 4
     assert max(later) < 4 + 4 + 4
-
-
-# --- misuse ---------------------------------------------------------------------------------------------------
 
 
 def test_an_unfinished_stage_is_named() -> None:

@@ -1,4 +1,4 @@
-"""Multistage runs over several ranks against the same run of one process."""
+"""Multistage runs over several ranks, compared with the same run of one process."""
 
 from __future__ import annotations
 
@@ -18,21 +18,23 @@ import torch.distributed as dist
 
 from mcl_kernels import MultistageRunner
 from mcl_kernels.stages import files as stage_files
-from mcl_kernels.stages import runner as stages
+from mcl_kernels.stages import run_directory
+from mcl_kernels.stages import runner as stage_runner
+from mcl_kernels.stages.stage import Stage
 from tests.process_pool import RankPool
 
 ROOT = Path(__file__).parents[1]
 N, D = 91, 6
 
 
-def embeddings_of(stage: stages.Stage) -> torch.Tensor:
-    """Of all samples: they depend on the labels of the stage, so that a wrong one shows."""
+def embeddings_of(stage: Stage) -> torch.Tensor:
+    """Embeddings of all samples, which depend on the labels of the stage, so that a wrong label is detected."""
     generator = torch.Generator().manual_seed(int((stage.labels * torch.arange(N)).sum()) + stage.index)
     return torch.randn(N, D, generator=generator)
 
 
 def run(directory: Path | None, n_stages: int = 2, *, alone: bool = False) -> list[list[Any]]:
-    """What the stages left behind; embeddings are those of the shard."""
+    """Runs all stages with the embeddings of the shard of this rank; returns the results of each."""
     group = None if alone else dist.group.WORLD
     runner = MultistageRunner(N, n_stages=n_stages, n_clusters=4, directory=directory, group=group)
     for stage in runner:
@@ -40,18 +42,23 @@ def run(directory: Path | None, n_stages: int = 2, *, alone: bool = False) -> li
         stage.finish(embeddings[here.start : here.stop], state={"index": torch.tensor(stage.index)})
     return [
         [
-            done.labels.tolist(), done.tuples.tolist(), done.centers.tolist(), done.statistics["cluster_sizes"],
-            done.statistics["label_sizes"], done.statistics["iterations"], int(done.state["index"]),  # type: ignore[index]
+            done.labels.tolist(),
+            done.tuples.tolist(),
+            done.centers.tolist(),
+            done.statistics["cluster_sizes"],
+            done.statistics["label_sizes"],
+            done.statistics["iterations"],
+            int(done.state["index"]),  # type: ignore[index]
         ]
         for done in runner.finished
-    ]  # fmt: skip
+    ]
 
 
 @pytest.mark.parametrize("in_memory", [False, True], ids=["directory", "memory"])
-def test_is_the_run_of_one_process(ranks: RankPool, tmp_path: Path, in_memory: bool) -> None:
+def test_equals_the_run_of_one_process(ranks: RankPool, tmp_path: Path, in_memory: bool) -> None:
     expected = run(None, alone=True)
-    for of_rank in ranks.run(run, None if in_memory else tmp_path / "run"):
-        assert of_rank == expected
+    for results in ranks.run(run, None if in_memory else tmp_path / "run"):
+        assert results == expected
     if not in_memory:
         assert run(tmp_path / "run", alone=True) == expected  # read back
 
@@ -74,10 +81,10 @@ def batches_of_epoch(directory: Path) -> list[list[int]]:
 
 
 def test_each_rank_loads_its_part_of_a_batch(ranks: RankPool, tmp_path: Path) -> None:
-    of_ranks = ranks.run(batches_of_epoch, tmp_path)
+    rank_batches = ranks.run(batches_of_epoch, tmp_path)
     stage = next(iter(MultistageRunner(N, n_stages=2, n_clusters=4, directory=tmp_path)))
     expected = stage.batch_sampler(4 * ranks.world_size, clusters_per_batch=1, epoch=3)
-    assert [list(chain(*parts)) for parts in zip(*of_ranks, strict=True)] == list(expected)
+    assert [list(chain(*parts)) for parts in zip(*rank_batches, strict=True)] == list(expected)
 
 
 def warnings_of_finish(clusters: torch.Tensor, directory: Path | None) -> list[str]:
@@ -92,12 +99,12 @@ def warnings_of_finish(clusters: torch.Tensor, directory: Path | None) -> list[s
 
 
 @pytest.mark.parametrize("in_memory", [False, True], ids=["directory", "memory"])
-def test_starving_labels_are_those_of_all_ranks(ranks: RankPool, tmp_path: Path, in_memory: bool) -> None:
-    """Said by one rank; not where only the shard of each has one or two samples of a label."""
+def test_few_negatives_are_counted_over_all_ranks(ranks: RankPool, tmp_path: Path, in_memory: bool) -> None:
+    """One rank warns, and only if the complete data set, not a shard of it, has one or two samples of a label."""
     threes, pairs = torch.arange(N) % 30, torch.arange(N) // 2
     assert ranks.run(warnings_of_finish, threes, None if in_memory else tmp_path / "threes") == [[]] * ranks.world_size
-    said, *others = ranks.run(warnings_of_finish, pairs, None if in_memory else tmp_path / "pairs")
-    assert [message[:58] for message in said] == ["stage 1 will have few negatives: 100% of the samples have "]
+    first, *others = ranks.run(warnings_of_finish, pairs, None if in_memory else tmp_path / "pairs")
+    assert [message[:58] for message in first] == ["stage 1 will have few negatives: 100% of the samples have "]
     assert others == [[]] * (ranks.world_size - 1)
 
 
@@ -118,11 +125,8 @@ def test_waiting_for_the_writer_does_not_time_out(tmp_path: Path) -> None:
         assert pool.run(run_with_slow_writer, tmp_path, 7.0) == [run(None, 1, alone=True)] * 2
 
 
-# --- what goes wrong ------------------------------------------------------------------------------------------
-
-
 def fail(case: str, directory: Path) -> str:
-    """The error on this rank. The group is in step afterwards."""
+    """Returns the error on this rank, after all ranks have failed."""
     rank, last = dist.get_rank(), dist.get_world_size() - 1
     options: dict[str, Any] = {"n_stages": 2, "n_clusters": 4, "directory": directory, "group": dist.group.WORLD}
     if case == "configuration" and rank == last:
@@ -130,7 +134,7 @@ def fail(case: str, directory: Path) -> str:
     if case == "directories" and rank == last:
         options["directory"] = directory / "another"
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(stages, "SHOWN_WITHIN", 0.5)
+        monkeypatch.setattr(run_directory, "VISIBILITY_TIMEOUT", 0.5)
         if case == "full disk" and rank == 0:
             monkeypatch.setattr(stage_files, "write_array", no_space)
         try:
@@ -167,45 +171,45 @@ FAILURES = {
 
 @pytest.mark.parametrize("case", FAILURES)
 def test_an_error_of_one_rank_is_raised_on_every_rank(ranks: RankPool, tmp_path: Path, case: str) -> None:
-    whose, message = FAILURES[case]
-    where = 0 if whose == "first" else ranks.world_size - 1
+    position, message = FAILURES[case]
+    failed_rank = 0 if position == "first" else ranks.world_size - 1
     messages = ranks.run(fail, case, tmp_path)
-    assert message in messages[where]
-    for rank, of_rank in enumerate(messages):
-        if rank != where and case != "configuration":
-            assert of_rank.startswith(f"OtherRankError: rank {where} of the group met an error: ")
-            assert message in of_rank
+    assert message in messages[failed_rank]
+    for rank, error in enumerate(messages):
+        if rank != failed_rank and case != "configuration":
+            assert error.startswith(f"OtherRankError: rank {failed_rank} of the group met an error: ")
+            assert message in error
     if case not in ("directories",):
         assert not list(tmp_path.glob("stage-*"))
         assert ranks.run(run, tmp_path) == [run(None, alone=True)] * ranks.world_size
 
 
 def finish_twice(directory: Path) -> list[list[Any]]:
-    """The directory is seen late by the last rank."""
+    """Finishes a stage twice: the first time the last rank has another directory."""
     rank, last = dist.get_rank(), dist.get_world_size() - 1
     hidden = directory / "late" if rank == last else directory
     runner = MultistageRunner(N, n_stages=1, n_clusters=4, directory=hidden, group=dist.group.WORLD)
     stage = next(iter(runner))
     here = embeddings_of(stage)[stage.shard.start : stage.shard.stop]
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(stages, "SHOWN_WITHIN", 0.5)
+        monkeypatch.setattr(run_directory, "VISIBILITY_TIMEOUT", 0.5)
         with pytest.raises((RuntimeError, ValueError), match="directory must be one that all ranks see"):
             stage.finish(here)
     runner.directory = directory
     return [stage.finish(here).labels.tolist()]
 
 
-def test_a_stage_that_a_rank_did_not_see_can_be_finished_again(ranks: RankPool, tmp_path: Path) -> None:
+def test_a_stage_that_was_invisible_to_a_rank_can_be_finished_again(ranks: RankPool, tmp_path: Path) -> None:
     expected = run(None, 1, alone=True)[0][0]
     assert ranks.run(finish_twice, tmp_path) == [[expected]] * ranks.world_size
 
 
 def fail_to_begin(case: str, directory: Path) -> str:
-    """The error on this rank, of a runner that cannot read or write."""
+    """Returns the error on this rank of a runner that cannot read or write."""
     rank = dist.get_rank()
     with pytest.MonkeyPatch.context() as monkeypatch:
         if case == "writable" and rank == 0:
-            monkeypatch.setattr(stages, "check_writable", no_space)
+            monkeypatch.setattr(stage_runner, "check_writable", no_space)
         if case == "damaged" and rank == 1:
             monkeypatch.setattr(stage_files, "map_labels", no_space)
         with pytest.raises((OSError, ValueError)) as error:
@@ -229,12 +233,10 @@ def other_progress(directory: Path) -> str:
     return str(error.value)
 
 
-def test_ranks_that_see_other_directories_are_told_so(ranks: RankPool, tmp_path: Path) -> None:
+def test_different_directories_of_ranks_are_reported(ranks: RankPool, tmp_path: Path) -> None:
     expected = "must be alike on every rank of the group: got 1 on rank 0 and 0 on rank 1"
     assert all(expected in message for message in ranks.run(other_progress, tmp_path))
 
-
-# --- ranks that die ---------------------------------------------------------------------------------------------
 
 DYING = """
 import os, shutil, sys
@@ -243,12 +245,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from mcl_kernels import MultistageRunner
-from mcl_kernels.stages import runner as stages
+from mcl_kernels.stages import run_directory
 directory, rank, when = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=2, timeout=timedelta(20))
 if rank == 1:
-    # When the first rank has written the stage.
-    stages._written_stage = lambda *_: os._exit(9)
+    # Called when the first rank has written the stage.
+    run_directory._read_when_visible = lambda *_: os._exit(9)
 if rank == 0 and when == "killed too":
     rmtree = shutil.rmtree
     shutil.rmtree = lambda *_, **__: os._exit(9)
@@ -272,13 +274,13 @@ def test_a_stage_on_disk_survives_the_death_of_another_rank(tmp_path: Path, when
     assert torch.equal(done.labels, alone.labels)
 
 
-def killed_while_it_withdraws(directory: Path) -> str:
-    """The last rank does not see the stage; the first is as if it were killed in the removal that follows."""
+def interrupt_withdrawal(directory: Path) -> str:
+    """Makes the stage invisible to the last rank; the first one then removes no files, as if it were killed."""
     hidden = directory / "late" if dist.get_rank() == dist.get_world_size() - 1 else directory
     runner = MultistageRunner(N, n_stages=1, n_clusters=4, directory=hidden, group=dist.group.WORLD)
     stage = next(iter(runner))
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(stages, "SHOWN_WITHIN", 0.5)
+        monkeypatch.setattr(run_directory, "VISIBILITY_TIMEOUT", 0.5)
         monkeypatch.setattr(stage_files.shutil, "rmtree", lambda *_, **__: None)
         with pytest.raises((RuntimeError, ValueError)) as error:
             stage.finish(embeddings_of(stage)[stage.shard.start : stage.shard.stop])
@@ -286,31 +288,30 @@ def killed_while_it_withdraws(directory: Path) -> str:
 
 
 def test_a_stage_is_withdrawn_in_one_step(ranks: RankPool, tmp_path: Path) -> None:
-    messages = ranks.run(killed_while_it_withdraws, tmp_path)
+    messages = ranks.run(interrupt_withdrawal, tmp_path)
     assert all("directory must be one that all ranks see" in message for message in messages)
     assert MultistageRunner(N, n_stages=1, n_clusters=4, directory=tmp_path).finished == []
 
 
-# --- under torchrun -------------------------------------------------------------------------------------------
-
-
 @pytest.mark.slow
 def test_two_hosts_under_torchrun(tmp_path: Path) -> None:
-    """Two agents at two loopback addresses, two processes each, train two stages with DDP."""
+    """Two agents at two loopback addresses, with two processes each, train two stages with DDP."""
     port = 29000 + int(hashlib.sha256(str(tmp_path).encode()).hexdigest(), 16) % 2000
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=2"]
+    torchrun += ["--master-addr=127.0.0.1", f"--master-port={port}"]
+    script = ["-m", "tests.torchrun_training", str(tmp_path / "run")]
     hosts = [
         subprocess.Popen(
-            [
-                sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=2",
-                f"--node-rank={node}", "--master-addr=127.0.0.1", f"--master-port={port}",
-                f"--local-addr=127.0.0.{node + 1}",
-                "-m", "tests.torchrun_training", str(tmp_path / "run"),
-            ],
-            cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            [*torchrun, f"--node-rank={node}", f"--local-addr=127.0.0.{node + 1}", *script],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
         for node in range(2)
-    ]  # fmt: skip
+    ]
     outputs = [host.communicate(timeout=240)[0] for host in hosts]
     assert [host.returncode for host in hosts] == [0, 0], "\n".join(outputs)
     digests = {line for output in outputs for line in output.splitlines() if line.startswith("parameters ")}

@@ -1,4 +1,4 @@
-"""Labels of few bytes behave as the int64 tensor that they are for."""
+"""Stored labels behave as an int64 tensor."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def loaded_in_order(x: Tensor) -> Tensor:
     return torch.cat([batch for _, batch in DataLoader(TensorDataset(X, x), batch_size=3)])
 
 
-# What loops do with labels, and ways to their memory that would not widen them.
+# Uses of labels in training loops, and accesses to their memory that could return unwidened elements.
 USES: dict[str, Callable[[Any], Any]] = {
     "integer": lambda x: x[3],
     "slice": lambda x: x[2:7:2],
@@ -51,7 +51,7 @@ USES: dict[str, Callable[[Any], Any]] = {
     "tensor": lambda x: x[torch.tensor([[1, 2], [0, 7]])],
     "array": lambda x: x[np.array([1, 2])],
     "mask": lambda x: x[x > 0],
-    "itself": lambda x: x[x.clamp(min=0)],
+    "by itself": lambda x: x[x.clamp(min=0)],
     "as an index": lambda x: torch.arange(8)[x],
     "comparison": lambda x: x == PLAIN,
     "arithmetic": lambda x: (x * torch.arange(8) - x).sum(),
@@ -93,7 +93,7 @@ USES: dict[str, Callable[[Any], Any]] = {
 
 
 @pytest.mark.parametrize("use", USES.values(), ids=USES)
-def test_as_the_int64_tensor(labels: StoredLabels, use: Callable[[Any], Any]) -> None:
+def test_equals_the_int64_tensor(labels: StoredLabels, use: Callable[[Any], Any]) -> None:
     got, expected = use(labels), use(PLAIN)
     assert type(got) is type(expected)
     if isinstance(expected, Tensor):
@@ -122,8 +122,8 @@ def test_read_only(labels: StoredLabels, write: Callable[[StoredLabels], object]
     assert torch.equal(labels, PLAIN)
 
 
-def test_indexing_and_metadata_do_not_widen_all() -> None:
-    """Of labels that have no memory: were all of them copied, it would show."""
+def test_indexing_and_metadata_copy_no_other_labels() -> None:
+    """The labels are an expanded scalar: a copy of all would not fit in memory."""
     labels = StoredLabels(torch.zeros(1, dtype=torch.int32).expand(1 << 50))
     assert labels.shape == (1 << 50,)
     assert (len(labels), labels.size(0), labels.dtype, labels.device.type) == (1 << 50, 1 << 50, torch.int64, "cpu")
@@ -133,11 +133,8 @@ def test_indexing_and_metadata_do_not_widen_all() -> None:
         labels.clone()
 
 
-# --- other processes --------------------------------------------------------------------------------------------------
-
-
 class InWorkers(Dataset[tuple[Any, ...]]):
-    """The samples of a data set, each with how a worker holds the labels."""
+    """Samples of a data set, with the size of the labels in a worker and whether they are in shared memory."""
 
     def __init__(self, *tensors: Tensor) -> None:
         self.samples = TensorDataset(*tensors)
@@ -155,8 +152,8 @@ class InWorkers(Dataset[tuple[Any, ...]]):
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("in_memory", [True, False], ids=["memory", "directory"])
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
-def test_in_workers(method: str, in_memory: bool, workers: int, tmp_path: Path) -> None:
-    """Labels of a first stage, and of a second one, which are a file where there is a directory."""
+def test_workers_of_a_loader(method: str, in_memory: bool, workers: int, tmp_path: Path) -> None:
+    """Labels of the first stage, in memory, and of the second one, in a file if the run has a directory."""
     runner = MultistageRunner(8, n_clusters=4, n_stages=2, directory=None if in_memory else tmp_path / "run")
     labels = []
     for stage in runner:
@@ -170,10 +167,10 @@ def test_in_workers(method: str, in_memory: bool, workers: int, tmp_path: Path) 
     assert torch.equal(second, labels[1])
     assert held_bytes.unique().tolist() == [8 * 4]
     if method != "fork":
-        assert is_shared.unique().tolist() == [in_memory], "a file is mapped again, memory is shared"
+        assert is_shared.unique().tolist() == [in_memory], "a file is mapped again; memory is shared"
 
 
-def test_a_file_that_was_replaced_is_not_sent(tmp_path: Path) -> None:
+def test_labels_of_a_replaced_file_are_not_pickled(tmp_path: Path) -> None:
     path = tmp_path / "labels.npy"
     np.save(path, PLAIN.numpy().astype(np.int32))
     labels = map_labels(path)

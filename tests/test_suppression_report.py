@@ -1,89 +1,21 @@
-"""Tables, claims and pictures of benchmarks/suppression from JSONs alone: these are made up, nothing is trained."""
+"""Tables, claims, figures and the page of experiments/suppression, from made-up results."""
 
 from __future__ import annotations
 
-import base64
-import io
-import json
 import math
-from collections.abc import Sequence
-from dataclasses import asdict
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from matplotlib.colors import to_hex
 from PIL import Image
 
-from benchmarks.suppression import figures
-from benchmarks.suppression.report import (
-    cell,
-    claims,
-    group_runs,
-    overview,
-    read_runs,
-    readme_table,
-    sweep,
-    write_report,
-)
-from benchmarks.suppression.settings import Settings
+from experiments.suppression import plots
+from experiments.suppression.details import details_path, read_details, run_directory, write_details
+from experiments.suppression.groups import cell, group_results
+from experiments.suppression.page import write_page
+from experiments.suppression.tables import claims, overview, readme_table, sweep
 from mcl_kernels.cli.report import WRONG
-
-DIGITS = (0.90, 0.93, 0.96)  # of three seeds
-TRIFEATURE = {"shape": 0.9, "texture": 0.7, "color": 1.0}
-
-
-def made_up(data: str, method: str, seed: int, probes: dict[str, float], **changes: Any) -> dict[str, Any]:
-    """The JSON of a run whose encoders are each a little worse than all together."""
-    settings = Settings.of(data, method, seed, **changes)
-    buffer = io.BytesIO()
-    Image.fromarray(np.full((8, 8, 3), 40 * seed, np.uint8)).save(buffer, format="PNG")
-    n = settings.encoders
-    encoder = {
-        "probes": {name: value - 0.1 for name, value in probes.items()}, "curve": [1.0, 0.5], "label_sizes": [30, 20],
-        "cluster_sizes": [30, 20], "clustering_seconds": 0.1, "seconds": 40.0, "loss_seconds": 4.0,
-    }  # fmt: skip
-    ranks = {way: {"1": 0.1, "5": 0.3 + 0.1 * seed, "10": 0.6} for way in ("image_to_text", "text_to_image")}
-    clip = settings.objective == "clip"
-    retrieved = {"encoders": [ranks] * n, "concatenation": ranks, "soup": ranks, "candidates": 20}
-    return {
-        "settings": asdict(settings), "name": settings.name,
-        "versions": {"torch": "2.13.0"}, "processor": "a processor", "threads": 1, "commit": "abc1234",
-        "samples": {"train": 50, "test": 20}, "classes": dict.fromkeys(probes, 10), "width": 128 * n,
-        "encoders": [{**encoder, "name": f"stage {index}"} for index in range(n)],
-        "ami": [[1.0 if i == j else 0.2 + 0.1 * seed for j in range(n)] for i in range(n)],
-        "concatenation": probes, "soup": probes if clip and n > 1 else None,
-        "retrieval": retrieved if clip else None,
-        "neighbours": {
-            "pictures": [base64.b64encode(buffer.getvalue()).decode()] * 4, "anchors": [0, 1],
-            "indices": [[[1, 2, 3]] * 2] * n, "agree": [[[dict.fromkeys(probes, 1.0)] * 3] * 2] * n,
-        },
-    }  # fmt: skip
-
-
-def controls(data: str = "randbits-8", mcl: Sequence[float] = DIGITS) -> list[dict[str, Any]]:
-    """Three seeds of SimCLR, as wide, an ensemble and MCL."""
-    methods = {
-        "simclr": (0.1, 0.1, 0.1),
-        "wide+simclr": (0.1, 0.1, 0.13),
-        "ensemble+simclr": (0.1, 0.11, 0.12),
-        "mcl+simclr": mcl,
-    }
-    return [
-        made_up(data, method, seed, {"digit": value, "bits": 1.0})
-        for method, values in methods.items()
-        for seed, value in enumerate(values)
-    ]
-
-
-def write(runs: Sequence[dict[str, Any]], directory: Path) -> Path:
-    for run in runs:
-        settings = Settings(**run["settings"])
-        path = directory / settings.data / f"{settings.file_name}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(run))
-    return directory
+from tests.made_up_results import DIGITS, TRIFEATURE, controls, made_up, made_up_details
 
 
 def heights(axes) -> list[float]:
@@ -99,62 +31,56 @@ def test_cells_are_means_and_sample_deviations():
     assert str(cell(DIGITS)) == "0.930 ± 0.030"
 
 
-def test_runs_are_read_and_grouped_over_seeds(tmp_path):
-    runs = read_runs(write([*controls(), *controls("randbits-2")], tmp_path))
-    groups = group_runs(runs[::-1])
-    assert list(groups) == ["randbits-2", "randbits-8"]  # by number, not by letter: 12 comes after 8
+def test_runs_are_grouped_over_seeds():
+    groups = group_results([*controls(), *controls("randbits-2")][::-1])
+    assert list(groups) == ["randbits-2", "randbits-8"]  # by number
     assert list(groups["randbits-8"]) == ["simclr", "wide+simclr", "ensemble+simclr", "mcl+simclr"]
     group = groups["randbits-8"]["mcl+simclr"]
-    assert [run["settings"]["seed"] for run in group.runs] == [0, 1, 2]
+    assert [run.settings.seed for run in group.runs] == [0, 1, 2]
     assert group.title == "MCL on SimCLR"
     assert group.probe("digit").mean == pytest.approx(0.93)
-    assert group.probe_of(1, "digit").mean == pytest.approx(0.83)
-    assert (group.least.mean, group.average.mean) == (pytest.approx(0.93), pytest.approx(0.965))
-    assert (group.seconds.mean, group.loss_share, group.width) == (120, pytest.approx(0.1), 384)
+    assert group.encoder_probe(1, "digit").mean == pytest.approx(0.83)
+    assert group.best_encoder_probe("digit").mean == pytest.approx(0.83)
+    assert (group.lowest.mean, group.average.mean) == (pytest.approx(0.93), pytest.approx(0.965))
+    assert (group.seconds.mean, group.loss_share) == (120, pytest.approx(0.1))
 
 
-@pytest.mark.parametrize(
-    ("content", "reason"), [("{", "Expecting"), ("[]", "settings is missing"), ('{"settings": {}}', "name is missing")]
-)
-def test_a_damaged_json_is_named(tmp_path, content, reason):
-    path = write(controls(), tmp_path) / "randbits-8" / "simclr-seed7.json"
+def test_details_are_read_as_they_were_written(tmp_path):
+    settings = controls()[0].settings
+    assert read_details(settings, tmp_path) is None
+    run_directory(settings, tmp_path).mkdir(parents=True)
+    details = made_up_details(3, {"digit": 0.0, "bits": 0.25})
+    write_details(details, settings, tmp_path)
+    assert read_details(settings, tmp_path) == details
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"neighbours": {}}'])
+def test_damaged_details_are_named(tmp_path, content):
+    settings = controls()[0].settings
+    path = details_path(settings, tmp_path)
+    path.parent.mkdir(parents=True)
     path.write_text(content)
-    with pytest.raises(ValueError, match=rf"simclr-seed7.json is not the result of a run \(.*{reason}.*; delete it"):
-        read_runs(tmp_path)
+    with pytest.raises(ValueError, match=r"details.json does not hold the details of a run \(.*; delete it"):
+        read_details(settings, tmp_path)
 
 
-@pytest.mark.parametrize("key", ["versions", "threads", "classes", "width", "retrieval"])
-def test_whatever_the_report_reads_is_asked_for(tmp_path, key):
-    run = controls()[0]
-    del run[key]
-    with pytest.raises(ValueError, match=rf"simclr-seed0.json .*\({key} is missing\)"):
-        read_runs(write([run], tmp_path))
-
-
-def test_runs_of_one_name_differ_in_their_seed_only():
-    runs = controls()[:3]
-    runs[1]["settings"]["epochs"] = 7
-    with pytest.raises(ValueError, match="randbits-8 simclr: runs differ in epochs, not only in their seed"):
-        group_runs(runs)
-
-
-def test_claims_are_measured_and_may_fail():
-    said = {claim.text: (claim.measured, claim.verdict) for claim in claims(group_runs(controls()))}
-    assert said["randbits-8: SimCLR reads the digit at 0.20 or less"] == ("0.100 ± 0.000", "yes")
-    assert said["randbits-8: MCL reads it at 0.90 or more"] == ("0.930 ± 0.030", "yes")
-    assert said["randbits-8: MCL is above as many SimCLRs concatenated by 0.5 or more"] == ("0.820", "yes")
-    assert said["randbits-8: digit under MCL on SimCLR at or above SimCLR"][1] == "yes"
-    assert all(verdict == "yes" for _, verdict in said.values())
-    low = {claim.text: claim.verdict for claim in claims(group_runs(controls(mcl=(0.01, 0.02, 0.03))))}
+def test_claims_are_measured_and_can_fail():
+    verdicts = {claim.text: (claim.measured, claim.verdict) for claim in claims(group_results(controls()))}
+    assert verdicts["randbits-8: SimCLR reads the digit at 0.20 or less"] == ("0.100 ± 0.000", "yes")
+    assert verdicts["randbits-8: MCL reads it at 0.90 or more"] == ("0.930 ± 0.030", "yes")
+    assert verdicts["randbits-8: MCL is above as many SimCLRs concatenated by 0.5 or more"] == ("0.820", "yes")
+    assert verdicts["randbits-8: digit under MCL on SimCLR at or above SimCLR"][1] == "yes"
+    assert all(verdict == "yes" for _, verdict in verdicts.values())
+    low = {claim.text: claim.verdict for claim in claims(group_results(controls(mcl=(0.01, 0.02, 0.03))))}
     assert list(low.values()).count("no") == 4  # two thresholds, and the digit below SimCLR and below the ensemble
-    near = {claim.text: claim.verdict for claim in claims(group_runs(controls(mcl=(0.05, 0.1, 0.14))))}
+    near = {claim.text: claim.verdict for claim in claims(group_results(controls(mcl=(0.05, 0.1, 0.14))))}
     assert near["randbits-8: digit under MCL on SimCLR at or above SimCLR"] == "within the spread"
-    assert claims(group_runs(controls("dominoes")))[0].text.startswith("dominoes: digit")
+    assert claims(group_results(controls("dominoes")))[0].text.startswith("dominoes: digit")
     assert claims({}) == []
 
 
-def test_the_readme_table_has_what_was_run():
-    groups = group_runs(
+def test_the_readme_table_has_the_results_of_the_runs():
+    groups = group_results(
         [*controls(), made_up("trifeature-64", "simclr", 0, {"shape": 0.9, "texture": 0.7, "color": 1.0})]
     )
     header, _, simclr, *_, mcl = readme_table(groups).splitlines()
@@ -164,8 +90,8 @@ def test_the_readme_table_has_what_was_run():
     assert mcl == "| **MCL, three stages, concatenated** | 0.93 | 1.00 |  |  |  |"
 
 
-def test_the_overview_averages_only_whole_rows():
-    groups = group_runs([*controls(), made_up("trifeature-64", "simclr", 0, TRIFEATURE)])
+def test_the_overview_averages_only_complete_rows():
+    groups = group_results([*controls(), made_up("trifeature-64", "simclr", 0, TRIFEATURE)])
     rows = {title: (cells, average) for title, cells, average in overview(groups)}
     cells, average = rows["SimCLR"]
     assert [each.mean for each in cells] == pytest.approx([0.1, 1.0, 0.9, 0.7, 1.0])
@@ -175,45 +101,47 @@ def test_the_overview_averages_only_whole_rows():
     assert average is None
 
 
-def test_the_sweep_is_in_order_with_the_default_among_it():
+def test_the_sweep_is_in_order_and_has_the_default():
     changed = [("clusters", 64), ("clusters", 4), ("layer", "projection")]
     runs = [
         made_up("randbits-8", "mcl+simclr", 0, {"digit": 0.5, "bits": 1.0}, **{name: value}) for name, value in changed
     ]
-    found = sweep(group_runs([*controls(), *runs]))
+    found = sweep(group_results([*controls(), *runs]))
     assert [value for value, _ in found["clusters"]] == [4, 16, 64]
     assert [value for value, _ in found["layer"]] == ["backbone", "projection"]
     assert found.keys() == {"clusters", "layer"}
-    figure = figures.sweep(found)
+    figure = plots.sweep(found)
     assert [axes.get_xlabel() for axes in figure.axes] == ["clusters", "layer"]
     assert figure.axes[0].lines[0].get_ydata().tolist() == pytest.approx([0.5, 0.93, 0.5])
-    assert sweep(group_runs(controls())) == {}
+    assert sweep(group_results(controls())) == {}
 
 
-def test_figures_draw_the_numbers():
-    groups = group_runs([*controls(), *controls("randbits-2", mcl=(0.5, 0.6, 0.7))])
-    of = list(groups["randbits-8"].values())
-    ensemble, mcl = figures.by_stage(of).axes  # what has one encoder only has no stages
+def test_figures_draw_the_results():
+    groups = group_results([*controls(), *controls("randbits-2", mcl=(0.5, 0.6, 0.7))])
+    methods = list(groups["randbits-8"].values())
+    ensemble, mcl = plots.by_stage(methods).axes  # a method with one encoder has no stages
     assert heights(ensemble) == pytest.approx([0.01] * 3 + [0.11] + [0.9] * 3 + [1.0])
     assert heights(mcl) == pytest.approx([0.83] * 3 + [0.93] + [0.9] * 3 + [1.0])
     dashed = [line.get_ydata()[0] for line in mcl.lines if line.get_linestyle() == "--"]
     assert dashed == pytest.approx([0.1, 1.0])  # SimCLR's digit and bits
     assert mcl.get_title("left") == "MCL on SimCLR (dashed: SimCLR)"
-    lines = figures.against_bits(groups)["randbits"].axes[0].get_legend_handles_labels()
+    lines = plots.against_bits(groups)["randbits"].axes[0].get_legend_handles_labels()
     drawn = {label: line.lines[0].get_ydata().tolist() for line, label in zip(*lines, strict=True) if label != "chance"}
     assert drawn["MCL, concatenated"] == pytest.approx([0.6, 0.93])
-    assert figures.against_bits(group_runs(controls())) == {}
-    matrix = figures.agreement(of[2:]).axes[0].images[0].get_array()
+    assert plots.against_bits(group_results(controls())) == {}
+    matrix = plots.agreement(methods[2:]).axes[0].images[0].get_array()
     np.testing.assert_allclose(matrix, 0.3 + 0.7 * np.eye(3))
-    assert heights(figures.label_sizes(of[3]).axes[0]) == [30, 20]
-    clip = group_runs([made_up("emoji-captions", "mcl+clip", seed, {"category": 0.5}) for seed in (0, 1)])
-    axes = figures.retrieval(list(clip["emoji-captions"].values())).axes
+    details = made_up_details(3, {"digit": 1.0})
+    assert heights(plots.label_sizes(details).axes[0]) == [30, 20]
+    assert [line.get_ydata().tolist() for line in plots.loss_curves(details).axes[0].lines] == [[1.0, 0.5]] * 3
+    clip = group_results([made_up("emoji-captions", "mcl+clip", seed, {"category": 0.5}) for seed in (0, 1)])
+    axes = plots.retrieval(list(clip["emoji-captions"].values())).axes
     assert heights(axes[0]) == pytest.approx([0.1, 0.35, 0.6] * 2)
     assert axes[0].get_legend_handles_labels()[1] == ["MCL on CLIP", "MCL on CLIP, soup of weights"]
 
 
-def test_the_page_is_whole_and_has_no_empty_section(tmp_path):
-    """Every section with its runs, none without; nothing outside the file is referred to."""
+def test_the_page_has_the_sections_of_its_runs(tmp_path):
+    """Each section that has runs, and no other. The page refers to no other file."""
     runs = [
         *controls(),
         made_up("randbits-2", "simclr", 0, {"digit": 0.5, "bits": 1.0}),
@@ -221,67 +149,67 @@ def test_the_page_is_whole_and_has_no_empty_section(tmp_path):
         made_up("emoji-captions", "clip", 0, {"category": 0.5}),
         made_up("trifeature-64", "ifm", 0, TRIFEATURE),
     ]
-    text = write_report(group_runs(runs), tmp_path / "all" / "report.html").read_text()
-    whole = (
-        "Beside the paper",
-        "Against the number of bits",
-        "Number of clusters",
-        "Retrieval among 20 held-out pairs",
-    )
-    for title in whole:
+    text = write_page(group_results(runs), tmp_path / "all" / "report.html", tmp_path).read_text()
+    common = ("Compared with the paper", "against the number of bits", "Number of clusters", "Retrieval", "Agreement")
+    for title in (*common, "Retrieval among 20 held-out pairs"):
         assert title in text
     assert "0.930 ± 0.030" in text
     assert "0.432" in text
     assert text.count("http") == 0
     assert text.count("<img") == text.count('src="data:image/png;base64,')
-    few = write_report(group_runs(runs[:3]), tmp_path / "few.html").read_text()
-    for title in (
-        "Beside the paper",
-        "Against the number of bits",
-        "Number of clusters",
-        "Retrieval",
-        "Agreement",
-        "Nearest",
-    ):
+    few = write_page(group_results(runs[:3]), tmp_path / "few.html", tmp_path).read_text()
+    for title in (*common, "Nearest", "By stage", "<img"):
         assert title not in few
-    assert "By stage" not in few
-    assert "<img" not in few
     assert "<table" in few
 
 
-def test_the_page_says_what_does_not_hold(tmp_path):
-    """Beside the thresholds, not only in the list of all orderings, which is folded."""
+def test_the_page_shows_details_or_the_command_that_makes_them(tmp_path):
+    groups = group_results(controls())
+    text = " ".join(write_page(groups, tmp_path / "report.html", tmp_path).read_text().split())
+    assert "details of MCL on SimCLR, seed 0, are not in this directory" in text
+    assert "make suppression RUNS=&#34;randbits-8 mcl+simclr --seeds 0 --details&#34;" in text
+    assert "<h3>Nearest neighbours</h3>" not in text
+    settings = groups["randbits-8"]["mcl+simclr"].runs[1].settings
+    run_directory(settings, tmp_path).mkdir(parents=True)
+    write_details(made_up_details(3, {"digit": 1.0, "bits": 0.5}), settings, tmp_path)
+    text = write_page(groups, tmp_path / "report.html", tmp_path).read_text()
+    for title in ("Loss of each stage", "Pseudo labels during each stage", "Nearest neighbours"):
+        assert f"<h3>{title}</h3>" in text
+    assert text.count("MCL on SimCLR, seed 1") == 3
+    assert "--details" not in text
+
+
+def test_the_page_lists_claims_that_do_not_hold(tmp_path):
+    """They are next to the thresholds, not only in the folded list of all orderings."""
 
     def page(*mcl: float) -> str:
-        text = write_report(group_runs(controls(mcl=mcl)), tmp_path / "report.html").read_text()
+        text = write_page(group_results(controls(mcl=mcl)), tmp_path / "report.html", tmp_path).read_text()
         return " ".join(text.split())
 
     text = page(0.01, 0.02, 0.03)
-    assert "that holds, exactly or by more than the spread, for 2 of 4 means; the others are in the table above" in text
+    assert "above by more than the spread, for 2 of 4 means; the others are in the table above" in text
     shown = text[: text.index("<details>")]
     assert shown.count('<td class="no">no</td>') == 4
     assert "<td>0.020 ± 0.010 against 0.100 ± 0.000</td>" in shown
     assert "for 4 of 4 means; none falls short" in page(*DIGITS)
 
 
-def test_the_gallery_marks_each_feature_as_far_as_it_agrees():
-    run = made_up("randbits-8", "mcl+simclr", 0, {"digit": 0.5, "bits": 1.0})
-    run["neighbours"]["agree"] = [[[{"digit": 0.0, "bits": 0.25}] * 3] * 2] * 3
-    (group,) = group_runs([run])["randbits-8"].values()
-    axes = [each for each in figures.neighbour_gallery(group).axes if each.lines]
+def test_the_gallery_marks_the_agreement_of_each_feature():
+    details = made_up_details(3, {"digit": 0.0, "bits": 0.25})
+    axes = [each for each in plots.neighbour_gallery(details, ["digit", "bits"]).axes if each.lines]
     assert len(axes) == 3 * 2 * 3
     assert [mark.get_markerfacecolor()[1] for mark in axes[0].lines] == [0.0, 0.25]
     assert to_hex(axes[0].spines["top"].get_edgecolor()) == WRONG
 
 
-def test_the_readme_figure_of_somebody_elses_runs(tmp_path):
+def test_the_readme_figure_of_other_data(tmp_path):
     for index, runs in enumerate(
         ([made_up("dominoes", "simclr", 0, {"digit": 0.5})], [made_up("emoji-captions", "clip", 0, {"category": 0.5})])
     ):
-        assert figures.readme_figure(group_runs(runs), tmp_path / f"{index}.png").stat().st_size > 1000
+        assert plots.readme_figure(group_results(runs), tmp_path / f"{index}.png").stat().st_size > 1000
 
 
 def test_the_readme_figure(tmp_path):
-    path = figures.readme_figure(group_runs([*controls(), *controls("randbits-2")]), tmp_path / "figure.png")
+    path = plots.readme_figure(group_results([*controls(), *controls("randbits-2")]), tmp_path / "figure.png")
     with Image.open(path) as image:
         assert image.size[0] > image.size[1] > 300

@@ -1,4 +1,4 @@
-"""Systems that are not this one, emulated: what they lack is taken away, and runs, files and commands still work."""
+"""Other systems, emulated by removing the features that they lack: runs, files and commands still work."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ import pytest
 import torch
 
 from mcl_kernels import KMeans, MultistageRunner
-from mcl_kernels.kmeans import rows as sources
+from mcl_kernels.kmeans import rows as kmeans_rows
 from tests.stage_runs import N, run
 
 ROOT = Path(__file__).parents[1]
 
-# Put in front of a script: what differs on Windows, as far as this library can see it.
+# Runs before a script: emulates the differences of Windows that affect this library.
 WINDOWS = """
 import os, sys
 import numpy, safetensors.torch, torch, torch.distributed
@@ -76,7 +76,7 @@ from mcl_kernels import KMeans, MultistageRunner, nt_xent
 from mcl_kernels.cli.main import main
 
 x = torch.randn(60, 8, generator=torch.Generator().manual_seed(0))
-for n_stages in (1, 3):  # and goes on with it
+for n_stages in (1, 3):  # the second run continues the first
     runner = MultistageRunner(60, n_stages=n_stages, n_clusters=4, directory="run")
     for stage in runner:
         stage.finish(x, state={"index": stage.index, "w": x})
@@ -86,7 +86,7 @@ assert sorted(os.listdir("run")) == ["stage-0", "stage-1", "stage-2"], os.listdi
 numpy.save("x.npy", x.numpy())
 labels = KMeans(3).fit(numpy.load("x.npy", mmap_mode="r")).labels_
 assert torch.equal(labels, KMeans(3).fit(x).labels_)
-for _ in range(2):  # and replaces what it wrote
+for _ in range(2):  # the second run replaces the files of the first
     assert main(["cluster", "x.npy", "--clusters", "3", "--out", "a.npy", "--metric", "euclidean"]) == 0
 assert main(["cluster", "x.npy", "--clusters", "3", "--previous", "a.npy", "--out", "b.pt"]) == 0
 assert numpy.array_equal(numpy.load("a.npy"), labels.numpy())
@@ -97,13 +97,18 @@ print(mcl_kernels.capabilities()["native"]["available"])
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="sees by /proc which files are open")
+@pytest.mark.skipif(sys.platform != "linux", reason="lists open files in /proc")
 def test_windows(tmp_path: Path) -> None:
-    """Directories cannot be opened, open files not be replaced, and much of POSIX is missing."""
+    """Directories cannot be opened, open files cannot be replaced, and many POSIX functions are missing."""
     result = subprocess.run(
-        [sys.executable, "-c", WINDOWS + RUN], capture_output=True, text=True, check=False, cwd=tmp_path, timeout=240,
+        [sys.executable, "-c", WINDOWS + RUN],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+        timeout=240,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+    )
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-1] == "False"
 
@@ -111,7 +116,7 @@ def test_windows(tmp_path: Path) -> None:
 @pytest.mark.parametrize("error", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS], ids=errno.errorcode.get)
 @pytest.mark.parametrize("what", ["directories", "anything"])
 def test_a_file_system_that_cannot_sync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, error: int) -> None:
-    """As some network file systems and containers are: a run is written without, and nobody is warned of it."""
+    """Some network file systems and containers cannot: a run is written without sync and without a warning."""
     fsync = os.fsync
 
     def refuses(descriptor: int) -> None:
@@ -128,15 +133,15 @@ def test_a_file_system_that_cannot_sync(tmp_path: Path, monkeypatch: pytest.Monk
 
 @pytest.fixture
 def closed_parent() -> Iterator[Path]:
-    """A directory of another user that can be passed through, not read or written."""
+    """A directory of another user that can be traversed, but not read or written."""
     with tempfile.TemporaryDirectory(dir="/tmp") as directory:
         os.chmod(directory, 0o711)
         yield Path(directory)
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="becomes another user")
-def test_a_parent_that_others_can_only_pass_through(closed_parent: Path) -> None:
-    """As scratch directories of clusters are: one's own directory lies in one that cannot be opened."""
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="needs root, to become another user")
+def test_a_parent_directory_that_can_only_be_traversed(closed_parent: Path) -> None:
+    """On many compute clusters, a user's scratch directory is in a directory that cannot be opened."""
     own = closed_parent / "own"
     own.mkdir()
     os.chown(own, 12345, 12345)
@@ -145,7 +150,7 @@ def test_a_parent_that_others_can_only_pass_through(closed_parent: Path) -> None
         "from mcl_kernels import MultistageRunner\n"
         "from mcl_kernels._durable import replace_file\n"
         "from pathlib import Path\n"
-        "next(iter(MultistageRunner(8, n_clusters=2))).finish(torch.randn(8, 4), state={})  # loads what it needs\n"
+        "next(iter(MultistageRunner(8, n_clusters=2))).finish(torch.randn(8, 4), state={})  # loads all modules\n"
         "os.setgid(12345), os.setuid(12345)\n"
         "own = Path(sys.argv[1])\n"
         "try: os.open(own.parent, os.O_RDONLY)\n"
@@ -156,20 +161,24 @@ def test_a_parent_that_others_can_only_pass_through(closed_parent: Path) -> None
         "print(sorted(os.listdir(own)))\n"
     )
     result = subprocess.run(
-        [sys.executable, "-c", code, str(own)], capture_output=True, text=True, check=False, cwd="/",
+        [sys.executable, "-c", code, str(own)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd="/",
         env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+    )
     assert result.stdout == "['stage-0', 'x']\n", result.stderr
 
 
 def test_files_are_read_without_preadv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Windows, and macOS before 11."""
+    """`os.preadv` is missing on Windows, and on macOS before 11."""
     monkeypatch.delattr(os, "preadv", raising=False)
-    monkeypatch.setattr(sources, "CHUNK_BYTES", 1 << 16)
+    monkeypatch.setattr(kmeans_rows, "CHUNK_BYTES", 1 << 16)
     x = torch.randn(9000, 24, generator=torch.Generator().manual_seed(0))
     np.save(tmp_path / "x.npy", x.numpy())
     mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
     for batch_size in (None, 700):
-        of_file, of_memory = (KMeans(5, max_iter=5, batch_size=batch_size).fit(rows) for rows in (mapped, x))
-        assert torch.equal(of_file.cluster_centers_, of_memory.cluster_centers_)
-        assert torch.equal(of_file.labels_, of_memory.labels_)
+        file_fit, memory_fit = (KMeans(5, max_iter=5, batch_size=batch_size).fit(rows) for rows in (mapped, x))
+        assert torch.equal(file_fit.cluster_centers_, memory_fit.cluster_centers_)
+        assert torch.equal(file_fit.labels_, memory_fit.labels_)

@@ -9,7 +9,7 @@
 
 namespace mcl::MCL_INSTRUCTION_SET {
 
-// Columns and rows of a tile: whole panels, whole groups and whole matrix registers for every type.
+// Columns and rows of a tile: a multiple of a panel, a group and a matrix register of every type.
 constexpr int64_t TILE = 192;
 
 class Arena {
@@ -29,11 +29,11 @@ class Arena {
  private:
   uintptr_t begin_, next_;
 
-  // AddressSanitizer sees one allocation: what lies between the pieces is marked for it, a gap behind each included.
+  // AddressSanitizer sees one allocation. A poisoned gap after each piece lets it detect writes past the piece.
   void mark([[maybe_unused]] uintptr_t start, [[maybe_unused]] int64_t bytes) {
 #if defined(__SANITIZE_ADDRESS__)
-    next_ += 8192;  // some rows
-    if (begin_ == 0) return;  // nothing there: only its size is asked for
+    next_ += 8192;            // the gap, some rows long
+    if (begin_ == 0) return;  // no memory: the caller measures its size
     __asan_unpoison_memory_region(reinterpret_cast<void*>(start), bytes);
     __asan_poison_memory_region(reinterpret_cast<void*>(start + bytes), next_ - start - bytes);
 #endif
@@ -45,7 +45,7 @@ struct Tile {
   int64_t row, rows;
   int64_t column, columns;
   bool triangle;  // on the diagonal of the task: only column > row counts
-  bool whole;     // every pair is kept
+  bool complete;  // every pair is kept
 };
 
 // The products of a tile, later its logits or weights: row i at i * TILE_STRIDE.
@@ -54,7 +54,7 @@ constexpr int64_t TILE_STRIDE = TILE + LANES<T>;
 
 template <class T>
 int64_t padded_width(int64_t width) {
-  // One vector more than needed: rows a power of two apart would compete for few sets of the cache.
+  // One extra vector: rows a power of two apart would compete for few sets of the cache.
   return round_up(width, LANES<T>) + LANES<T>;
 }
 

@@ -24,8 +24,8 @@ Kernels<double> avx2_double();
 namespace {
 
 #if defined(__x86_64__)
-// The system keeps the matrix registers of a process only once it was asked to.
-bool matrix_unit_granted() {
+// Returns whether this process may use the matrix registers: Linux saves them only after a request.
+bool request_matrix_unit() {
 #if defined(__linux__)
   unsigned a, b, c, d;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
@@ -46,7 +46,7 @@ bool runs_here(const std::string& name) {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  static const bool amx = avx512 && matrix_unit_granted();
+  static const bool amx = avx512 && request_matrix_unit();
   if (name == "amx") return amx;
   if (name == "avx512") return avx512;
   if (name == "avx2") return avx2;
@@ -61,7 +61,7 @@ std::string instruction_set() {
   if (forced && *forced) {
     if (!runs_here(forced))
       throw std::runtime_error(
-          "MCL_KERNELS_CPU must be amx, avx512, avx2 or portable, and run on this processor: got " +
+          "MCL_KERNELS_CPU must be amx, avx512, avx2 or portable, and run on this CPU: got " +
           std::string(forced));
     return forced;
   }

@@ -1,16 +1,17 @@
-// The kernels of the best instruction set of this processor, or of the one that MCL_KERNELS_CPU names.
+// Chooses the kernels of the best instruction set of this CPU, or of the one that MCL_KERNELS_CPU names.
 #pragma once
 
 #include <string>
 
-#include "problem.h"
+#include "kernel_table.h"
 
 namespace mcl {
 
-// "amx", "avx512", "avx2" or "portable". Throws std::runtime_error where MCL_KERNELS_CPU names none that runs here.
+// "amx", "avx512", "avx2" or "portable". Throws std::runtime_error if MCL_KERNELS_CPU names another one, or one that
+// this CPU lacks.
 std::string instruction_set();
 
-// `bfloat16`: both queries and keys are. With AMX these have kernels of their own; all else is AVX-512 there.
+// `bfloat16`: queries and keys both are. AMX has kernels for that case only; for all others "amx" means AVX-512.
 template <class T>
 Kernels<T> choose_kernels(bool bfloat16);
 

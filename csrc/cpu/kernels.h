@@ -1,11 +1,12 @@
-// The functions of this instruction set.
+// The kernel table of the instruction set that the including file is compiled for.
 #pragma once
 
-#include "backward.h"
-#include "cluster.h"
-#include "count.h"
-#include "forward.h"
-#include "unit_rows.h"
+#include "kernel_table.h"
+#include "kmeans_assign.h"
+#include "masked_lse_backward.h"
+#include "masked_lse_count.h"
+#include "masked_lse_forward.h"
+#include "normalize.h"
 
 namespace mcl::MCL_INSTRUCTION_SET {
 

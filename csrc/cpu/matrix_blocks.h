@@ -1,10 +1,10 @@
-// The blocks of bfloat16 queries and keys of a task, multiplied by the matrix unit (AMX).
+// Blocks of bfloat16 queries and keys of a task, multiplied by the matrix unit (AMX).
 //
-// Products of bfloat16 are exact in fp32, so logits are as good as with the vector unit. Weights are rounded to
-// bfloat16 before they meet the rows they weigh; their sums, and the gradient of the scale, stay fp32.
+// Products of bfloat16 are exact in fp32, so logits are as accurate as those of the vector unit. Weights are rounded to
+// bfloat16 before they are multiplied by rows; their sums, and the gradient of the scale, stay fp32.
 //
-// A matrix register holds 16 rows of 64 bytes. Of a product's second factor it wants pairs: two consecutive entries of
-// the summed dimension beside each other, for 16 columns.
+// A matrix register holds 16 rows of 64 bytes. The second factor of a product is stored in pairs: two consecutive
+// elements of the summed dimension next to each other, for 16 columns.
 #pragma once
 
 #include <immintrin.h>
@@ -16,7 +16,7 @@ namespace mcl::MCL_INSTRUCTION_SET {
 
 constexpr int64_t STEP = 32;  // rows, columns and depth of one round of the matrix unit
 
-// Eight registers, all of 16 rows of 64 bytes. The configuration belongs to the thread.
+// Configures eight registers of 16 rows of 64 bytes. The configuration belongs to the thread.
 class MatrixUnit {
  public:
   MatrixUnit() {
@@ -31,8 +31,8 @@ class MatrixUnit {
   MatrixUnit(const MatrixUnit&) = delete;
 };
 
-// C += A B, or C = A B: rows and columns in steps of 32, columns also of 16. A is [rows, depth] in bfloat16, B is
-// [depth / 2, columns] of pairs.
+// C += A B, or C = A B: rows and columns in steps of 32, columns also of 16. A is bfloat16 [rows, depth], B is pairs
+// [depth / 2, columns].
 struct MatrixOperands {
   int64_t rows, columns, depth;
   const uint16_t* a;
@@ -113,7 +113,7 @@ class MatrixBlocks {
   }
 
   void pack_columns(int64_t column, int64_t columns) {
-    // Two neighbouring features of a key are one pair: transposed as if they were one number.
+    // Two adjacent features of a key are one pair, and a pair is transposed as if it were one float.
     const float* rows = reinterpret_cast<const float*>(key_ + column * stride_);
     for (int64_t j = 0; j < columns; j += 16)
       for (int64_t d = 0; d < depth_ / 2; d += 16)
@@ -144,19 +144,18 @@ class MatrixBlocks {
   static constexpr int64_t WEIGHT_STRIDE = TILE + STEP;
   int64_t width_, depth_, stride_, grad_stride_;
   MatrixUnit unit_;
-  uint16_t *query_, *key_;                // [rows, stride], [columns, stride]: zeros behind D and behind the last row
-  uint32_t *query_pairs_, *key_pairs_;    // [TILE / 2, stride]: of the rows of the tile, pairs of rows
-  uint32_t* key_columns_;                 // [depth / 2, TILE]: of its columns, pairs of features
+  uint16_t *query_, *key_;                // [rows, stride], [columns, stride]: zeros after D and after the last row
+  uint32_t *query_pairs_, *key_pairs_;    // [TILE / 2, stride]: pairs of rows of the tile
+  uint32_t* key_columns_;                 // [depth / 2, TILE]: pairs of features of its columns
   uint16_t *weights_, *weights_transposed_;  // [rows, columns] and [columns, rows] of the tile
 
-  // As pack_rows, without a conversion.
+  // As pack_rows, for bfloat16 without conversion.
   float pack_side(const Side& side, int64_t begin, int64_t count, uint16_t* to) const {
     float largest = 0;
     for (int64_t r = 0; r < count; r++) {
       uint16_t* row = to + r * stride_;
-      if (r + PREFETCH_ROWS < count) prefetch_row(side, side.order[begin + r + PREFETCH_ROWS], width_);
-      const uint16_t* from = static_cast<const uint16_t*>(side.data) + side.order[begin + r] * side.row_stride;
-      __builtin_memcpy(row, from, width_ * 2);
+      if (r + PREFETCH_ROWS < count) prefetch_row(side.rows, side.order[begin + r + PREFETCH_ROWS], width_);
+      __builtin_memcpy(row, address_of(side.rows, side.order[begin + r]), width_ * 2);
       __builtin_memset(row + width_, 0, (stride_ - width_) * 2);
       Vector<float> squares{};
       for (int64_t d = 0; d < depth_; d += 16) {
@@ -171,7 +170,7 @@ class MatrixBlocks {
     return largest;
   }
 
-  // Rows 2i and 2i + 1 as row i of pairs.
+  // Packs rows 2i and 2i + 1 as row i of pairs.
   void pack_pairs(const uint16_t* rows, int64_t count, uint32_t* pairs) const {
     for (int64_t r = 0; r < count; r += 2)
       for (int64_t d = 0; d < depth_; d += 16) {
@@ -181,12 +180,12 @@ class MatrixBlocks {
         _mm512_storeu_si512(pairs + r / 2 * stride_ + d,
                             _mm512_or_si512(wide(r), _mm512_slli_epi32(wide(r + 1), 16)));
       }
-    // The depth of a product is a whole number of steps; what is multiplied by a weight of 0 must not be NaN.
+    // The depth of a product is padded to full steps. The padding is multiplied by weights of 0, so it must not be NaN.
     for (int64_t r = round_up(count, 2) / 2; r < round_up(count, STEP) / 2; r++)
       __builtin_memset(pairs + r * stride_, 0, depth_ * 4);
   }
 
-  // The weights in bfloat16, as they are and transposed, with zeros up to whole steps.
+  // Rounds the weights to bfloat16, as they are and transposed, with zeros up to full steps.
   void round_weights(const Tile& tile, float* weights) const {
     const int64_t rows = round_up(tile.rows, STEP), columns = round_up(tile.columns, STEP);
     for (int64_t i = 0; i < rows; i++) {

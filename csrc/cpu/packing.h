@@ -1,6 +1,7 @@
-// Rows of any dtype in sorted order, as rows and as columns.
+// Packs rows of any dtype in sorted order, as rows and as columns.
 #pragma once
 
+#include "masked_lse_problem.h"
 #include "product.h"
 
 namespace mcl::MCL_INSTRUCTION_SET {
@@ -13,7 +14,8 @@ inline float from_bfloat16(uint16_t bits) {
 }
 
 inline float from_float16(uint16_t bits) {
-  // Exponent and mantissa moved into place and multiplied by 2^112, which puts subnormals right; then infinity and NaN.
+  // Exponent and mantissa are shifted into position and multiplied by 2^112, which is right for subnormals too.
+  // Infinity and NaN follow.
   const uint32_t magnitude = uint32_t(bits & 0x7fff) << 13, sign = uint32_t(bits & 0x8000) << 16;
   float scaled;
   __builtin_memcpy(&scaled, &magnitude, sizeof scaled);
@@ -26,67 +28,67 @@ inline float from_float16(uint16_t bits) {
 }
 
 template <class T>
-void copy_row(const Side& side, int64_t row, int64_t width, T* to) {
-  const int64_t offset = row * side.row_stride;
-  switch (side.dtype) {
+void copy_row(const Matrix& x, int64_t row, int64_t width, T* to) {
+  const int64_t offset = row * x.row_stride;
+  switch (x.dtype) {
     case Dtype::float32: {
-      const float* from = static_cast<const float*>(side.data) + offset;
+      const float* from = static_cast<const float*>(x.data) + offset;
       for (int64_t d = 0; d < width; d++) to[d] = from[d];
       break;
     }
     case Dtype::float64: {
-      const double* from = static_cast<const double*>(side.data) + offset;
+      const double* from = static_cast<const double*>(x.data) + offset;
       for (int64_t d = 0; d < width; d++) to[d] = from[d];
       break;
     }
     case Dtype::bfloat16: {
-      const uint16_t* from = static_cast<const uint16_t*>(side.data) + offset;
+      const uint16_t* from = static_cast<const uint16_t*>(x.data) + offset;
       for (int64_t d = 0; d < width; d++) to[d] = from_bfloat16(from[d]);
       break;
     }
     case Dtype::float16: {
-      const uint16_t* from = static_cast<const uint16_t*>(side.data) + offset;
+      const uint16_t* from = static_cast<const uint16_t*>(x.data) + offset;
       for (int64_t d = 0; d < width; d++) to[d] = from_float16(from[d]);
       break;
     }
   }
 }
 
-// Sorted rows lie anywhere in memory: fetched this many ahead of their use, they are there in time.
+// Sorted rows are scattered in memory, so they are prefetched this many rows ahead.
 constexpr int64_t PREFETCH_ROWS = 4;
 
-inline int64_t element_bytes(const Side& side) {
-  return side.dtype == Dtype::float64 ? 8 : side.dtype == Dtype::float32 ? 4 : 2;
+inline int64_t element_bytes(const Matrix& x) {
+  return x.dtype == Dtype::float64 ? 8 : x.dtype == Dtype::float32 ? 4 : 2;
 }
 
-inline const char* address_of(const Side& side, int64_t row) {
-  return static_cast<const char*>(side.data) + row * side.row_stride * element_bytes(side);
+inline const char* address_of(const Matrix& x, int64_t row) {
+  return static_cast<const char*>(x.data) + row * x.row_stride * element_bytes(x);
 }
 
-inline void prefetch_row(const Side& side, int64_t row, int64_t width) {
-  const char* from = address_of(side, row);
-  for (int64_t at = 0; at < width * element_bytes(side); at += 64) __builtin_prefetch(from + at);
+inline void prefetch_row(const Matrix& x, int64_t row, int64_t width) {
+  const char* from = address_of(x, row);
+  for (int64_t byte = 0; byte < width * element_bytes(x); byte += 64) __builtin_prefetch(from + byte);
 }
 
-// Rows begin .. begin + count - 1 of the sorted side. Returns the largest squared norm, NaN where there is a NaN.
+// Packs rows begin .. begin + count - 1 of the sorted side. Returns their largest squared norm, NaN if one is NaN.
 template <class T>
 T pack_rows(const Side& side, int64_t begin, int64_t count, int64_t width, int64_t stride, T* to) {
   T largest = 0;
   for (int64_t r = 0; r < count; r++) {
     T* row = to + r * stride;
-    if (r + PREFETCH_ROWS < count) prefetch_row(side, side.order[begin + r + PREFETCH_ROWS], width);
-    copy_row(side, side.order[begin + r], width, row);
+    if (r + PREFETCH_ROWS < count) prefetch_row(side.rows, side.order[begin + r + PREFETCH_ROWS], width);
+    copy_row(side.rows, side.order[begin + r], width, row);
     for (int64_t d = width; d < stride; d++) row[d] = 0;
     const T norm = dot(row, row, stride);
     largest = norm <= largest || largest != largest ? largest : norm;
   }
-  // Whole groups of rows are multiplied, and whole vectors of them transposed.
+  // Rows are multiplied in full groups and transposed in full vectors.
   const int64_t padded = larger(round_up(count, GROUP), round_up(count, LANES<T>));
   __builtin_memset(to + count * stride, 0, (padded - count) * stride * sizeof(T));
   return largest;
 }
 
-// LANES x LANES values, the rows of `from` into columns of `to`.
+// Transposes LANES x LANES values: rows of `from` become columns of `to`.
 template <class T>
 inline void transpose_square(const T* from, int64_t from_stride, T* to, int64_t to_stride) {
   Vector<T> rows[LANES<T>], mixed[LANES<T>];
@@ -107,7 +109,7 @@ inline void transpose_square(const T* from, int64_t from_stride, T* to, int64_t 
   for (int64_t i = 0; i < LANES<T>; i++) store(to + i * to_stride, rows[i]);
 }
 
-// The rows as columns, in panels [width, PANEL]. Of the last panel only whole vectors of columns are written.
+// Packs rows as columns, in panels [width, PANEL]. The last panel is written up to its last full vector of columns.
 template <class T>
 void pack_panels(const T* rows, int64_t count, int64_t width, int64_t stride, T* panels) {
   for (int64_t first = 0; first < count; first += PANEL<T>) {

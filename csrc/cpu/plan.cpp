@@ -7,7 +7,7 @@
 namespace mcl {
 namespace {
 
-// What the rows are sorted by before their id: -1 where nothing matches, then the label where it matters.
+// The first sort key of a row, before its id: -1 for a negative label, else the label, or 0 if labels do not matter.
 int64_t group_of(int64_t label, Negatives negatives) {
   if (label < 0) return -1;
   return negatives == Negatives::all ? 0 : label;
@@ -55,9 +55,9 @@ class RadixSort {
   }
 };
 
-// Ranks of the ids of both sides in one order, where "different" needs them: empty if rows that share an id always
-// share the label too, since such a pair is dropped for its label.
-void find_codes(const Identity& query, const int64_t* query_order, const Identity& key, const int64_t* key_order,
+// Numbers the ids of both sides consecutively, in `dropped`. Only "different" needs the codes, and only if some id has
+// several labels: else a pair that shares an id shares the label too, and is dropped for it.
+void assign_codes(const Identity& query, const int64_t* query_order, const Identity& key, const int64_t* key_order,
                 Dropped& dropped) {
   const int64_t n = query.size, total = query.size + key.size;
   if (total > INT32_MAX) throw std::length_error("negatives='different' with ids needs fewer than 2^31 rows");
@@ -69,14 +69,14 @@ void find_codes(const Identity& query, const int64_t* query_order, const Identit
 
   std::vector<int32_t> code(total);
   bool across_labels = false;
-  int32_t rank = 0;
+  int32_t next_code = 0;
   for (int64_t i = 0; i < total; i++) {
     if (i > 0) {
       const bool same_id = id_of(order[i]) == id_of(order[i - 1]);
-      rank += !same_id;
+      next_code += !same_id;
       across_labels |= same_id && label_of(order[i]) != label_of(order[i - 1]);
     }
-    code[order[i]] = rank;
+    code[order[i]] = next_code;
   }
   if (!across_labels) return;
   dropped.query_code.resize(n);
@@ -84,97 +84,6 @@ void find_codes(const Identity& query, const int64_t* query_order, const Identit
   for (int64_t i = 0; i < n; i++) dropped.query_code[i] = code[query_order[i]];
   for (int64_t j = 0; j < key.size; j++) dropped.key_code[j] = code[n + key_order[j]];
 }
-
-// Nearly equal parts of `size`, of about `most` at most, in whole grains but for the last.
-struct Blocks {
-  static constexpr int64_t GRAIN = 48;  // whole groups of 6 rows, and whole vectors of 16 columns
-  int64_t begin, size, count;
-  Blocks(int64_t begin, int64_t size, int64_t most) : begin(begin), size(size), count((size + most - 1) / most) {}
-  int64_t start(int64_t block) const {
-    const int64_t grains = (size + GRAIN - 1) / GRAIN;
-    return begin + std::min(size, grains * block / count * GRAIN);
-  }
-  int64_t length(int64_t block) const { return start(block + 1) - start(block); }
-};
-
-// The tasks of each segment fall into rounds in which no two share a block. Rounds of different segments run side by
-// side, those that end a segment last: so a long chain of rounds begins first, and a task seldom has to wait.
-class Rounds {
- public:
-  // The upper triangle of `blocks` against themselves, as a round robin: each block meets every other once, and
-  // itself in the round in which it would sit out (with an even number of blocks: in a round of its own).
-  void add_triangle(const Blocks& blocks) {
-    const int64_t players = blocks.count % 2 ? blocks.count : blocks.count - 1;  // that move in the circle
-    const int64_t rounds = blocks.count;
-    for (int64_t round = 0; round < players; round++) {
-      const int64_t left = rounds - round;
-      add_pair(left, blocks, round, players < blocks.count ? players : round);
-      for (int64_t k = 1; k <= players / 2; k++)
-        add_pair(left, blocks, (round + k) % players, (round - k + players) % players);
-    }
-    if (players < blocks.count)
-      for (int64_t block = 0; block < blocks.count; block++) add_pair(1, blocks, block, block);
-  }
-
-  // All pairs of row and column blocks, as a Latin square.
-  void add_rectangle(const Blocks& rows, const Blocks& columns) {
-    const int64_t size = std::max(rows.count, columns.count);
-    for (int64_t round = 0; round < size; round++)
-      for (int64_t row = 0; row < rows.count; row++) {
-        const int64_t column = (row + round) % size;
-        if (column < columns.count) add(size - round, rows, row, columns, column, false);
-      }
-  }
-
-  Schedule schedule(int64_t queries, int64_t keys, bool self) {
-    // The smallest tasks at the very end, so that all threads finish together.
-    const auto cost = [](const Task& task) { return task.rows * task.columns / (task.diagonal ? 2 : 1); };
-    if (!rounds_.empty())
-      std::stable_sort(rounds_[0].begin(), rounds_[0].end(),
-                       [&](const Task& a, const Task& b) { return cost(a) > cost(b); });
-
-    Schedule result;
-    result.met_queries.resize(queries);
-    result.met_keys.resize(self ? 0 : keys);
-    std::vector<int64_t> last_of_query(queries, NO_TASK), last_of_key(self ? 0 : keys, NO_TASK);  // where blocks begin
-    std::vector<int64_t>& last_of_column_block = self ? last_of_query : last_of_key;
-    std::vector<bool>& met_columns = self ? result.met_queries : result.met_keys;
-    for (auto round = rounds_.rbegin(); round != rounds_.rend(); ++round) {
-      for (Task& task : *round) {
-        int64_t& last_of_rows = last_of_query[task.row_begin];
-        int64_t& last_of_columns = last_of_column_block[task.column_begin];
-        task.before_of_rows = last_of_rows;
-        task.before_of_columns = last_of_columns;
-        last_of_rows = last_of_columns = result.tasks.size();
-        result.tasks.push_back(task);
-        result.most_rows = std::max(result.most_rows, task.rows);
-        result.most_columns = std::max(result.most_columns, task.columns);
-        // Blocks are met whole, so once.
-        if (task.before_of_rows == NO_TASK)
-          std::fill_n(result.met_queries.begin() + task.row_begin, task.rows, true);
-        if (task.before_of_columns == NO_TASK)
-          std::fill_n(met_columns.begin() + task.column_begin, task.columns, true);
-      }
-      result.most_tasks = std::max<int64_t>(result.most_tasks, round->size());
-      std::vector<Task>().swap(*round);
-    }
-    return result;
-  }
-
- private:
-  std::vector<std::vector<Task>> rounds_;  // by how many rounds of its segment are left after it
-
-  // `left` counts the round itself.
-  void add(int64_t left, const Blocks& rows, int64_t row, const Blocks& columns, int64_t column, bool diagonal) {
-    if (left > int64_t(rounds_.size())) rounds_.resize(left);
-    rounds_[left - 1].push_back({rows.start(row), rows.length(row), columns.start(column), columns.length(column),
-                                 diagonal, NO_TASK, NO_TASK});
-  }
-
-  void add_pair(int64_t left, const Blocks& blocks, int64_t a, int64_t b) {
-    add(left, blocks, std::min(a, b), blocks, std::max(a, b), a == b);
-  }
-};
 
 }  // namespace
 
@@ -203,7 +112,7 @@ void find_key_ranges(const Identity& query, const int64_t* query_order, const Id
       continue;
     }
     if (negatives == Negatives::same) {
-      // Both sides are sorted by group: the range only moves on.
+      // Both sides are sorted by group: the range only moves forward.
       while (begin < key.size && key_group(begin) < group) begin++;
       end = std::max(end, begin);
       while (end < key.size && key_group(end) == group) end++;
@@ -249,41 +158,8 @@ Dropped find_dropped(const Identity& query, const int64_t* query_order, const Id
       dropped.end[i] = end;
     }
   }
-  if (by_label && query.ids) find_codes(query, query_order, key, key_order, dropped);
+  if (by_label && query.ids) assign_codes(query, query_order, key, key_order, dropped);
   return dropped;
-}
-
-// The largest blocks that leave enough tasks side by side, wherever most of the work lies.
-int64_t block_size(const std::vector<Segment>& segments, bool self, int64_t enough_tasks) {
-  constexpr int64_t FEWEST_ROWS = 96, MOST_ROWS = 1024;
-  for (int64_t size = MOST_ROWS;; size = size * 3 / 4) {
-    // In pairs of rows: all there is to do, and what the longest chain of rounds of one segment has.
-    double work = 0, chain = 0;
-    for (const Segment& segment : segments) {
-      const double queries = segment.queries, keys = segment.keys;
-      const double rows = std::min<double>(queries, size), columns = std::min<double>(keys, size);
-      work += self ? queries * queries / 2 : queries * keys;
-      if (self)
-        chain = std::max(chain, queries <= size ? queries * queries / 2 : queries * rows);
-      else
-        chain = std::max(chain, std::max(queries / rows, keys / columns) * rows * columns);
-    }
-    if (chain * enough_tasks <= work || size <= FEWEST_ROWS) return std::max(size, FEWEST_ROWS);
-  }
-}
-
-Schedule make_schedule(const std::vector<Segment>& segments, int64_t queries, int64_t keys, bool self,
-                       int64_t enough_tasks) {
-  Rounds rounds;
-  const int64_t size = block_size(segments, self, enough_tasks);
-  for (const Segment& segment : segments) {
-    const Blocks rows(segment.query_begin, segment.queries, size), columns(segment.key_begin, segment.keys, size);
-    if (!self)
-      rounds.add_rectangle(rows, columns);
-    else if (segment.queries > 1)
-      rounds.add_triangle(rows);
-  }
-  return rounds.schedule(queries, keys, self);
 }
 
 }  // namespace mcl

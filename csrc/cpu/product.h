@@ -1,4 +1,4 @@
-// C += A B of blocks that lie in the cache, on the vector unit.
+// C += A B for blocks in the cache, on the vector unit.
 #pragma once
 
 #include "vector.h"
@@ -6,12 +6,12 @@
 namespace mcl::MCL_INSTRUCTION_SET {
 
 constexpr int64_t GROUP = 6;    // rows of C that a micro-kernel holds in registers; blocks are padded to it
-constexpr int64_t DEPTH = 128;  // of one pass over C: a panel of B that deep stays in the first-level cache
+constexpr int64_t DEPTH = 128;  // of one pass over C: a panel of B of this depth stays in the first-level cache
 
 template <class T>
 constexpr int64_t PANEL = MCL_PANEL_VECTORS * LANES<T>;  // columns of C that a micro-kernel holds
 
-// Which part of A is not zero, where it is a triangle: row group i uses depth first + i .. last + i + GROUP - 1.
+// The nonzero part of A if A is a triangle: row group i uses depth first + i .. last + i + GROUP - 1.
 struct Band {
   int64_t first = INT64_MIN / 2, last = INT64_MAX / 2;
 };
@@ -19,7 +19,7 @@ struct Band {
 template <class T>
 struct Operands {
   int64_t rows, columns, depth;  // of C and A; columns is a multiple of LANES, rows are padded to GROUP
-  const T* a;                    // [rows, depth], or [depth, rows] where Transposed
+  const T* a;                    // [rows, depth], or [depth, rows] if TRANSPOSED
   int64_t a_stride;
   const T* b;  // [depth, columns], panel p of the columns at b + p * b_panel
   int64_t b_stride, b_panel;
@@ -28,8 +28,8 @@ struct Operands {
   bool accumulate;  // else C = A B
 };
 
-// GROUP rows and VECTORS vectors of C. The sums of one pass begin at zero, so that their rounding does not grow with
-// what C already holds.
+// Computes GROUP rows and VECTORS vectors of C. The sums of a pass start at zero, so that their rounding errors do not
+// grow with the values already in C.
 template <class T, int VECTORS, bool TRANSPOSED>
 inline void micro_kernel(bool accumulate, int64_t depth, const T* a, int64_t a_stride, const T* b, int64_t b_stride,
                          T* c, int64_t c_stride) {

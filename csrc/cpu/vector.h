@@ -1,13 +1,13 @@
 // Vectors of the widest registers this file is compiled for, and their exponential.
 //
-// GCC and Clang vector types only: the same source serves AVX-512, AVX2 and any other processor. Everything lives in
-// the namespace of the instruction set, and no std function is called: a copy of one, compiled here for AVX-512, could
-// be the one that the linker keeps for the whole library.
+// Only GCC and Clang vector types: the same source is compiled for AVX-512, AVX2 and any other CPU. Everything is in
+// the namespace of the instruction set, and no std function is called: the linker keeps one copy of an inline function
+// for the entire library, and it could be one that was compiled here for AVX-512.
 #pragma once
 
 #include <cstdint>
 
-#include "problem.h"
+#include "../common.h"
 
 #if defined(__AVX512F__)
 #define MCL_VECTOR_BYTES 64
@@ -39,9 +39,9 @@ struct VectorOf<double> {
 template <class T>
 using Vector = typename VectorOf<T>::type;
 template <class T>
-using Mask = typename VectorOf<T>::mask;  // integers; of a comparison, a lane is 0 or -1
+using Mask = typename VectorOf<T>::mask;  // integers; lanes of a comparison are 0 or -1
 template <class T>
-using Index = typename VectorOf<T>::index;  // a lane of a mask
+using Index = typename VectorOf<T>::index;  // one lane of a mask
 
 template <class T>
 constexpr int64_t LANES = MCL_VECTOR_BYTES / sizeof(T);
@@ -75,7 +75,7 @@ inline A larger(A a, A b) {
 
 inline int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
 
-// Lane i of the result is lane from[i] of a, or of b counted from LANES on. `from` is a constant.
+// Lane i of the result is lane from[i] of the lanes of a followed by those of b. `from` is a constant.
 template <class T>
 inline Vector<T> shuffle(Vector<T> a, Vector<T> b, Mask<T> from) {
 #if defined(__clang__)
@@ -112,7 +112,7 @@ inline T sum_lanes(Vector<T> v) {
   return v[0];
 }
 
-// Whether a comparison holds in every lane.
+// Returns whether a comparison holds in every lane.
 template <class T>
 inline bool every_lane(Mask<T> v) {
   Index<T> lanes[LANES<T>], every = -1;
@@ -121,7 +121,7 @@ inline bool every_lane(Mask<T> v) {
   return every;
 }
 
-// LANES<double> numbers as fp64.
+// Loads LANES<double> elements as fp64.
 inline Vector<double> load_wide(const double* from) { return load<Vector<double>>(from); }
 inline Vector<double> load_wide(const float* from) {
   typedef float Half __attribute__((vector_size(MCL_VECTOR_BYTES / 2)));
@@ -150,7 +150,7 @@ inline T dot(const T* x, const T* y, int64_t width) {
   return sum;
 }
 
-// The largest lane; a NaN is passed over.
+// The largest lane; NaN lanes are ignored.
 template <class T>
 inline T largest_lane(Vector<T> v) {
   T lanes[LANES<T>], largest = -__builtin_inf();
@@ -161,7 +161,8 @@ inline T largest_lane(Vector<T> v) {
 
 constexpr double LOG2_E = 1.4426950408889634;
 
-// 2^n 2^f for |f| <= 1/2, where n stands in the lowest bits of `shifted`: added to EXP_SHIFT, whose last bit is 1.
+// 2^n 2^f for |f| <= 1/2. `shifted` is n + EXP_SHIFT: its lowest bits are n, since the last bit of EXP_SHIFT is worth
+// 1.
 constexpr float EXP_SHIFT = 12582912.0f;  // 1.5 * 2^23
 inline Vector<float> exp2_of_parts(Vector<float> shifted, Vector<float> f) {
   // The minimax polynomial of 2^f with value 1 at 0: relative error 2e-9 before rounding, 0.8e-7 after.
@@ -171,11 +172,11 @@ inline Vector<float> exp2_of_parts(Vector<float> shifted, Vector<float> f) {
   p = p * f + 0x1.ebfbdcp-3f;
   p = p * f + 0x1.62e430p-1f;
   p = p * f + 1.0f;
-  typedef uint32_t Bits __attribute__((vector_size(MCL_VECTOR_BYTES)));  // that may wrap
+  typedef uint32_t Bits __attribute__((vector_size(MCL_VECTOR_BYTES)));  // unsigned, so that sums may wrap
   return (Vector<float>)((Bits)p + ((Bits)shifted << 23));
 }
 
-// A factor of logits, and the same in units of ln 2 to 48 bits: one float would shift all logits the same way.
+// A factor of logits, and the same divided by ln 2 to 48 bits: rounded to one float it would shift all logits one way.
 template <class T>
 struct Factor {
   Vector<T> natural, high, low;
@@ -185,12 +186,12 @@ struct Factor {
         low(broadcast(T(factor * LOG2_E - double(T(factor * LOG2_E))))) {}
 };
 
-// exp(x * factor) 2^-offset for a whole offset, where it is no overflow and normal.
+// exp(x * factor) 2^-offset for an integer offset, if the result is a normal number.
 inline Vector<float> exp_of_product(Vector<float> x, const Factor<float>& factor, float offset,
                                     Vector<float>& shifted) {
   const float shift = EXP_SHIFT - offset;
 #if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
-  // The rounding of x * high is not there in the difference.
+  // Fused, so that x * high enters the difference unrounded.
   shifted = x * factor.high + shift;
   return exp2_of_parts(shifted, x * factor.high - (shifted - shift) + x * factor.low);
 #else
@@ -208,7 +209,7 @@ inline Vector<float> exp_of_product(Vector<float> x, const Factor<float>& factor
   return exp_of_product(x, factor, 0, shifted);
 }
 
-// exp(x * factor) 2^-offset for a whole offset; 0 where that is no normal number, undefined where it overflows.
+// exp(x * factor) 2^-offset for an integer offset; 0 below the normal numbers, undefined if it overflows.
 inline Vector<float> exp_of_product(Vector<float> x, const Factor<float>& factor, float offset) {
   Vector<float> shifted;
   const Vector<float> e = exp_of_product(x, factor, offset, shifted);
@@ -229,7 +230,7 @@ inline Vector<float> exp_anywhere(Vector<float> x) {
   return x != x ? x : e;
 }
 
-// fp64 is for checks: the library's exponential, lane by lane.
+// fp64 is for checks: the C library's exponential, lane by lane.
 inline Vector<double> exp_anywhere(Vector<double> x) {
   for (int64_t i = 0; i < LANES<double>; i++) x[i] = __builtin_exp(x[i]);
   return x;

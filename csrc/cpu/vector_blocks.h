@@ -1,4 +1,4 @@
-// The blocks of queries and keys of a task, multiplied by the vector unit.
+// Blocks of queries and keys of a task, multiplied by the vector unit.
 #pragma once
 
 #include "arena.h"
@@ -18,7 +18,7 @@ class VectorBlocks {
         key_(arena.take<T>(round_up(columns, TILE) * stride_)),
         key_panels_(arena.take<T>(TILE * stride_)) {}
 
-  // Packs the rows of a task. Returns a bound of |<q_i, k_j>|, NaN where an input is.
+  // Packs the rows of a task. Returns an upper bound of |<q_i, k_j>|, NaN if an input is NaN.
   T pack(const Problem<T>& problem, const Task& task) {
     const T query_norm = pack_rows(problem.query, task.row_begin, task.rows, width_, stride_, query_);
     if (task.diagonal) {
@@ -29,15 +29,15 @@ class VectorBlocks {
     return __builtin_sqrt(query_norm) * __builtin_sqrt(key_norm);
   }
 
-  // To be called before the tiles that have these columns.
+  // Packs the columns of the next tiles.
   void pack_columns(int64_t column, int64_t columns) {
     pack_panels(key_ + column * stride_, columns, width_, stride_, key_panels_);
   }
 
   // products_ij = <q_i, k_j>
   void multiply(const Tile& tile, T* products) const {
-    // In a triangle: the rows above the panel, and then for each vector of its columns the rows beside it. Whole
-    // groups, so that no row is met twice, and none behind the tile.
+    // In a triangle: first the rows above the panel, then for each vector of its columns the rows level with it. Rows
+    // are taken in full groups within the tile, so that no product is computed twice.
     const auto groups_to = [&](int64_t row) { return round_up(smaller(row, tile.rows), GROUP); };
     for (int64_t j = 0; j < tile.columns; j += PANEL<T>) {
       const int64_t columns = round_up(smaller(PANEL<T>, tile.columns - j), LANES<T>);
@@ -48,7 +48,7 @@ class VectorBlocks {
     }
   }
 
-  // grad_query_i += sum_j weights_ij k_j and grad_key_j += sum_i weights_ij q_i; a null one is not wanted.
+  // grad_query_i += sum_j weights_ij k_j and grad_key_j += sum_i weights_ij q_i; a null gradient is skipped.
   void add_gradients(const Tile& tile, T* weights, T* grad_query, T* grad_key) const {
     const int64_t features = round_up(width_, LANES<T>);
     const T *query = query_ + tile.row * stride_, *key = key_ + tile.column * stride_;
@@ -66,13 +66,14 @@ class VectorBlocks {
 
  private:
   int64_t width_, stride_;
-  T *query_, *key_;  // [rows, stride], [columns, stride]: zeros behind D and behind the last row
-  T* key_panels_;    // [TILE / PANEL, stride, PANEL]: the keys of the tiles at hand as columns
+  T *query_, *key_;  // [rows, stride], [columns, stride]: zeros after D and after the last row
+  T* key_panels_;    // [TILE / PANEL, stride, PANEL]: the keys of the current tiles as columns
 
-  // The products of rows row .. end - 1 of the tile with columns first .. first + columns - 1, which are of one panel.
+  // The products of rows row .. end - 1 of the tile with columns first .. first + columns - 1 of one panel.
   void multiply_panel(const Tile& tile, int64_t row, int64_t end, int64_t first, int64_t columns, T* products) const {
     const T* panel = key_panels_ + first / PANEL<T> * PANEL<T> * stride_ + first % PANEL<T>;
-    multiply_add<T, false>({end - row, columns, width_, query_ + (tile.row + row) * stride_, stride_, panel, PANEL<T>, 0,
+    const T* query = query_ + (tile.row + row) * stride_;
+    multiply_add<T, false>({end - row, columns, width_, query, stride_, panel, PANEL<T>, 0,
                             products + row * TILE_STRIDE<T> + first, TILE_STRIDE<T>, false});
   }
 };

@@ -1,13 +1,15 @@
-// The columns that each row meets but drops, since they have its value, found by bisection.
+// Finds the columns that each row drops because their value equals its own, by bisection.
 #pragma once
 
+#include "plan_problem.h"
 #include "tiles.cuh"
 
 namespace mcl {
 
 constexpr int DROP_THREADS = 128;
 
-// The first of the sorted columns begin .. end - 1 for which `found` holds, which it does for all behind it.
+// The first of the sorted columns begin .. end - 1 for which `found` holds, as it does for all columns after it; or
+// end.
 template <class Found>
 __device__ __forceinline__ int first_where(int begin, int end, Found found) {
   while (begin < end) {

@@ -1,18 +1,19 @@
-// Sums of rows that come out exact, and so the same in any order of the rows.
+// Exact sums of rows, which are the same in any order of the rows.
 //
-// An fp32 entry, at most 2^e in its column, is split into two integers: multiples of 2^(e - 22) and of 2^(e - 35), or of
-// more where the sum over all rows would not fit the 53 bits of fp64. They are added as integers: of fp64, which many
-// GPUs have little of, there is one addition a sum. fp64 entries are rounded to what fp64 adds without rounding.
+// An fp32 entry, at most 2^e in its column, is split into two integers: multiples of 2^(e - 22) and of 2^(e - 35), or
+// of a coarser power if the sum over all rows would not fit the 53 bits of fp64. They are added as integers, with one
+// fp64 addition per sum, since many GPUs are slow in fp64. fp64 entries are rounded so that fp64 adds them exactly.
 #pragma once
 
+#include "kmeans_problem.h"
 #include "tiles.cuh"
 
 namespace mcl {
 
 constexpr int SUM_THREADS = 128;
-constexpr int LOW_INTEGERS = 1 << 13;  // in a high one
+constexpr int LOW_PER_HIGH = 1 << 13;  // value of 1 in the high integer, in multiples of the low one
 
-// Of rows that are multiplied in fp64 the type may be any.
+// Reads an element. Rows are of any type if they are multiplied in fp64.
 template <class Operand>
 __device__ __forceinline__ Sum<Operand> value_at(const Matrix& x, int64_t row, int64_t feature) {
   const int64_t at = row * x.row_stride + feature * x.step;
@@ -22,7 +23,8 @@ __device__ __forceinline__ Sum<Operand> value_at(const Matrix& x, int64_t row, i
     return wide(static_cast<const Operand*>(x.data)[at]);
 }
 
-// Rounded by itself, not fused with what it is added to: the same number wherever it is summed.
+// The entry of a row as it is summed. Its product is not fused with a sum, so that it has the same bits in every
+// kernel.
 template <class Operand>
 __device__ __forceinline__ Sum<Operand> entry_at(const Samples<Sum<Operand>>& samples, int64_t row, int64_t feature,
                                                  Sum<Operand> inverse_norm) {
@@ -40,15 +42,15 @@ __device__ __forceinline__ double exact_sum(const FixedPoint<T>& column, int64_t
     for (int i = 0; i < count; i++) sum += (entry(i) + rounding) - rounding;
     return sum;
   } else {
-    const float scale = column.scale[feature];
+    const float factor = column.factor[feature];
     int high = 0, low = 0;
 #pragma unroll 4
     for (int i = 0; i < count; i++) {
-      const float scaled = entry(i) * scale, whole = rintf(scaled);
-      high += int(whole);
-      low += int(((scaled - whole) * LOW_INTEGERS + rounding) - rounding);
+      const float scaled = entry(i) * factor, integer = rintf(scaled);
+      high += int(integer);
+      low += int(((scaled - integer) * LOW_PER_HIGH + rounding) - rounding);
     }
-    return (double(high) * LOW_INTEGERS + low) * column.unit[feature];
+    return (double(high) * LOW_PER_HIGH + low) * column.step[feature];
   }
 }
 

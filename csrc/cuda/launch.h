@@ -1,9 +1,11 @@
-// The launchers: what is null or of no rows is not launched, and nothing waits for the device.
+// The launchers. They return without a launch if there are no rows, and never wait for the device.
 #pragma once
 
 #include <cuda_runtime.h>
 
-#include "problem.h"
+#include "kmeans_problem.h"
+#include "masked_lse_problem.h"
+#include "plan_problem.h"
 
 namespace mcl {
 

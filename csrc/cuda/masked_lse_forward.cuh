@@ -1,4 +1,4 @@
-// lse_i = log sum_j exp(s_ij) by a running maximum and sum, or how many products are above a threshold.
+// lse_i = log sum_j exp(s_ij) by a running maximum and sum, or the number of products above a threshold.
 #pragma once
 
 #include "tiles.cuh"
@@ -10,16 +10,16 @@ constexpr int FORWARD_THREADS = 128;
 template <class Operand>
 struct ForwardMemory {
   ProductMemory<Operand> memory;
-  Places<Shape<Operand>::SIDE> at;
-  int of_warps[FORWARD_THREADS / WARP];
+  TileIndices<Shape<Operand>::EDGE> indices;
+  int warp_maxima[FORWARD_THREADS / WARP];
 };
 
-// The sum of exponentials as total * exp(maximum).
+// A sum of exponentials, stored as total * exp(maximum).
 template <class T>
 struct RunningSum {
   T maximum = -INFINITY, total = 0;
 
-  // Makes room for terms up to `larger`, and returns what is subtracted from them.
+  // Raises the maximum to `larger`. Returns the shift to subtract from the exponents of the next terms.
   __device__ __forceinline__ T raise(T larger) {
     const T shift = finite_or_zero(larger);
     total *= exp(maximum - shift);
@@ -30,31 +30,34 @@ struct RunningSum {
   __device__ __forceinline__ T logsumexp() const { return finite_or_zero(maximum) + log(total); }
 };
 
-// A block owns SIDE sorted rows. 1 unit of products.
+// A block owns EDGE sorted rows. Cost: the products of all pairs once.
 template <class Operand>
 __global__ void __launch_bounds__(FORWARD_THREADS, 1)
 masked_lse_forward_kernel(const ForwardProblem<Sum<Operand>> problem) {
   using T = Sum<Operand>;
-  constexpr int SIDE = Shape<Operand>::SIDE, TEAM = FORWARD_THREADS / SIDE;
+  constexpr int EDGE = Shape<Operand>::EDGE, TEAM = FORWARD_THREADS / EDGE;
   auto& shared = shared_memory<ForwardMemory<Operand>>();
   const Pairs<T>& pairs = problem.pairs;
   const bool compares_ids = pairs.rows.ids != nullptr;
-  const Row row = load_row(pairs.rows, int(blockIdx.x) * SIDE + threadIdx.x / TEAM);
-  if (threadIdx.x % TEAM == 0) shared.at.rows[threadIdx.x / TEAM] = row.place;
-  const T scale = row.place < 0 ? T(0) : pairs.scale[row.place * pairs.scale_stride];
-  const Span span = find_span<SIDE, FORWARD_THREADS>(row, pairs.skips_tiles, shared.of_warps);
+  const Row row = load_row(pairs.rows, int(blockIdx.x) * EDGE + threadIdx.x / TEAM);
+  if (threadIdx.x % TEAM == 0) shared.indices.rows[threadIdx.x / TEAM] = row.original;
+  const T scale = row.original < 0 ? T(0) : pairs.scale[row.original * pairs.scale_stride];
+  const Span span = find_span<EDGE, FORWARD_THREADS>(row, pairs.skips_tiles, shared.warp_maxima);
 
   RunningSum<T> sum;
-  for (int start = span.tile_at(span.first); start < span.last; start = span.tile_at(start + SIDE)) {
-    load_columns(pairs.columns, start, span.last, shared.at);
+  for (int start = span.tile_at(span.first); start < span.last; start = span.tile_at(start + EDGE)) {
+    load_columns(pairs.columns, start, span.last, shared.indices);
     __syncthreads();
-    multiply_tile<Operand, FORWARD_THREADS>(pairs, shared.at, shared.memory);
+    multiply_tile<Operand, FORWARD_THREADS>(pairs, shared.indices, shared.memory);
     T larger = sum.maximum;
-    for_each_product<Operand, TEAM>(row, start, compares_ids, shared.at, shared.memory, [&](int, T product, bool kept) {
+    const auto for_each = [&](auto visit) {
+      for_each_product<Operand, TEAM>(row, start, compares_ids, shared.indices, shared.memory, visit);
+    };
+    for_each([&](int, T product, bool kept) {
       if (kept) larger = fmax(larger, multiply_rounded(product, scale));
     });
     const T shift = sum.raise(larger);
-    for_each_product<Operand, TEAM>(row, start, compares_ids, shared.at, shared.memory, [&](int, T product, bool kept) {
+    for_each([&](int, T product, bool kept) {
       if (kept) sum.total += exp(multiply_rounded(product, scale) - shift);
     });
     __syncthreads();
@@ -68,35 +71,36 @@ masked_lse_forward_kernel(const ForwardProblem<Sum<Operand>> problem) {
     other.raise(larger);
     sum.total += other.total;
   }
-  if (row.place >= 0 && threadIdx.x % TEAM == 0) problem.lse[row.place] = sum.logsumexp();
+  if (row.original >= 0 && threadIdx.x % TEAM == 0) problem.lse[row.original] = sum.logsumexp();
 }
 
-// As above: count_i = how many kept columns have not <x_i, y_j> <= threshold_i.
+// With the same schedule, count_i = number of kept columns with not (<x_i, y_j> <= threshold_i), so that NaN counts.
 template <class Operand>
 __global__ void __launch_bounds__(FORWARD_THREADS, 1) count_above_kernel(const ForwardProblem<Sum<Operand>> problem) {
   using T = Sum<Operand>;
-  constexpr int SIDE = Shape<Operand>::SIDE, TEAM = FORWARD_THREADS / SIDE;
+  constexpr int EDGE = Shape<Operand>::EDGE, TEAM = FORWARD_THREADS / EDGE;
   auto& shared = shared_memory<ForwardMemory<Operand>>();
   const Pairs<T>& pairs = problem.pairs;
   const bool compares_ids = pairs.rows.ids != nullptr;
-  const Row row = load_row(pairs.rows, int(blockIdx.x) * SIDE + threadIdx.x / TEAM);
-  if (threadIdx.x % TEAM == 0) shared.at.rows[threadIdx.x / TEAM] = row.place;
-  const T threshold = row.place < 0 ? T(0) : problem.threshold[row.place];
-  const Span span = find_span<SIDE, FORWARD_THREADS>(row, pairs.skips_tiles, shared.of_warps);
+  const Row row = load_row(pairs.rows, int(blockIdx.x) * EDGE + threadIdx.x / TEAM);
+  if (threadIdx.x % TEAM == 0) shared.indices.rows[threadIdx.x / TEAM] = row.original;
+  const T threshold = row.original < 0 ? T(0) : problem.threshold[row.original];
+  const Span span = find_span<EDGE, FORWARD_THREADS>(row, pairs.skips_tiles, shared.warp_maxima);
 
   int count = 0;
-  for (int start = span.tile_at(span.first); start < span.last; start = span.tile_at(start + SIDE)) {
-    load_columns(pairs.columns, start, span.last, shared.at);
+  for (int start = span.tile_at(span.first); start < span.last; start = span.tile_at(start + EDGE)) {
+    load_columns(pairs.columns, start, span.last, shared.indices);
     __syncthreads();
-    multiply_tile<Operand, FORWARD_THREADS>(pairs, shared.at, shared.memory);
-    for_each_product<Operand, TEAM>(row, start, compares_ids, shared.at, shared.memory, [&](int, T product, bool kept) {
-      if (kept && !(product <= threshold)) count++;
-    });
+    multiply_tile<Operand, FORWARD_THREADS>(pairs, shared.indices, shared.memory);
+    for_each_product<Operand, TEAM>(row, start, compares_ids, shared.indices, shared.memory,
+                                    [&](int, T product, bool kept) {
+                                      if (kept && !(product <= threshold)) count++;
+                                    });
     __syncthreads();
   }
 #pragma unroll
   for (int lanes = 1; lanes < TEAM; lanes *= 2) count += __shfl_xor_sync(0xffffffff, count, lanes);
-  if (row.place >= 0 && threadIdx.x % TEAM == 0) problem.count[row.place] = count;
+  if (row.original >= 0 && threadIdx.x % TEAM == 0) problem.count[row.original] = count;
 }
 
 template <class Operand>
@@ -105,7 +109,7 @@ cudaError_t launch_forward(const ForwardProblem<Sum<Operand>>& problem, cudaStre
   if (n == 0) return cudaSuccess;
   return launch<ForwardMemory<Operand>>(
       problem.lse ? masked_lse_forward_kernel<Operand> : count_above_kernel<Operand>,
-      (int64_t(n) + Shape<Operand>::SIDE - 1) / Shape<Operand>::SIDE, FORWARD_THREADS, problem, stream);
+      (int64_t(n) + Shape<Operand>::EDGE - 1) / Shape<Operand>::EDGE, FORWARD_THREADS, problem, stream);
 }
 
 }  // namespace mcl

@@ -1,23 +1,23 @@
 // Products of tiles in shared memory, summed in the registers of a block's threads.
 //
-// Products of half precision are those of the tensor cores, 16 x 16 x 16 at a time. All others, and bfloat16's where
-// the tensor cores do not have it (before sm_80; as float16 they would overflow), are fused multiply-adds in fp32 or
-// fp64.
+// Tensor cores multiply half-precision operands, 16 x 16 x 16 at a time. All others are multiplied by fused
+// multiply-adds in fp32 or fp64; so is bfloat16 before sm_80, whose tensor cores lack it (as float16 it would
+// overflow).
 #pragma once
 
 #include <mma.h>
 
 #include <type_traits>
 
-#include "numbers.cuh"
+#include "scalars.cuh"
 
 namespace mcl {
 
-// How the second factor lies in memory: a row of it for each column of the product, or for each term of the sum.
+// Layout of the second factor in memory: one row for each column of the product, or for each term of the sum.
 enum class Layout { rows_are_columns, rows_are_terms };
 
-// SIDE x SIDE sums: each thread has PER_ROW x PER_COLUMN of them.
-template <class Operand, int SIDE, int THREADS>
+// EDGE x EDGE sums: each thread has PER_ROW x PER_COLUMN of them.
+template <class Operand, int EDGE, int THREADS>
 class FusedMultiplyAdds {
  public:
   using T = Sum<Operand>;
@@ -26,8 +26,8 @@ class FusedMultiplyAdds {
     for_each([&](int, int, T& sum) { sum = 0; });
   }
 
-  // Adds the product of a, [SIDE, TERMS], and b. A part's terms are summed by themselves first: over many parts that
-  // rounds less.
+  // Adds the product of a, [EDGE, TERMS], and b. The terms of each part have a sum of their own, which rounds less over
+  // many parts.
   template <int TERMS, Layout LAYOUT>
   __device__ __forceinline__ void add(const Operand* a, int a_stride, const Operand* b, int b_stride) {
     T part[PER_ROW][PER_COLUMN];
@@ -68,11 +68,11 @@ class FusedMultiplyAdds {
   }
 
  private:
-  static constexpr int LANES = 16, PER_ROW = SIDE * LANES / THREADS, PER_COLUMN = SIDE / LANES;
+  static constexpr int LANES = 16, PER_ROW = EDGE * LANES / THREADS, PER_COLUMN = EDGE / LANES;
   static constexpr int STEP = 4;
   T sums_[PER_ROW][PER_COLUMN];
 
-  // Neighbours among the lanes take neighbouring columns, and one row: no two words of one bank.
+  // Adjacent lanes take adjacent columns of one row: no two lanes read different words of one bank.
   static __device__ __forceinline__ int row(int i) { return threadIdx.x / LANES + THREADS / LANES * i; }
   static __device__ __forceinline__ int column(int j) { return threadIdx.x % LANES + LANES * j; }
 
@@ -85,8 +85,8 @@ class FusedMultiplyAdds {
   }
 };
 
-// A fragment from shared memory. nvcc reads bfloat16's by generic loads of 4 bytes each, unless the instruction says where
-// they are: then it is one LDSM, as for float16.
+// A fragment from shared memory. nvcc reads bfloat16's by generic loads of 4 bytes each, unless the instruction says
+// where they are: then it is one LDSM, as for float16.
 template <class Fragment, class Operand>
 __device__ __forceinline__ void load_fragment(Fragment& fragment, const Operand* from, unsigned stride) {
   nvcuda::wmma::load_matrix_sync(fragment, from, stride);
@@ -108,8 +108,8 @@ MCL_LOAD_BF16(matrix_b, col_major, "b", "col")
 MCL_LOAD_BF16(matrix_b, row_major, "b", "row")
 #endif
 
-// The same with each warp's part of the sums in fragments of the tensor cores, FRAGMENTS_DOWN x FRAGMENTS_ACROSS.
-template <class Operand, int SIDE, int THREADS>
+// The same on tensor cores: each warp holds FRAGMENTS_DOWN x FRAGMENTS_ACROSS fragments of the sums.
+template <class Operand, int EDGE, int THREADS>
 class TensorCores {
  public:
   __device__ __forceinline__ void clear() {
@@ -120,10 +120,11 @@ class TensorCores {
   __device__ __forceinline__ void add(const Operand* a, int a_stride, const Operand* b, int b_stride) {
     using namespace nvcuda::wmma;
     constexpr bool BY_COLUMN = LAYOUT == Layout::rows_are_columns;
-    using Left = fragment<matrix_a, EDGE, EDGE, EDGE, Operand, row_major>;
-    using Right = fragment<matrix_b, EDGE, EDGE, EDGE, Operand, std::conditional_t<BY_COLUMN, col_major, row_major>>;
+    using Left = fragment<matrix_a, FRAGMENT, FRAGMENT, FRAGMENT, Operand, row_major>;
+    using RightLayout = std::conditional_t<BY_COLUMN, col_major, row_major>;
+    using Right = fragment<matrix_b, FRAGMENT, FRAGMENT, FRAGMENT, Operand, RightLayout>;
 #pragma unroll
-    for (int first = 0; first < TERMS; first += EDGE) {
+    for (int first = 0; first < TERMS; first += FRAGMENT) {
       Left left[FRAGMENTS_DOWN];
 #pragma unroll
       for (int i = 0; i < FRAGMENTS_DOWN; i++) load_fragment(left[i], a + row(i) * a_stride + first, a_stride);
@@ -131,7 +132,7 @@ class TensorCores {
       for (int j = 0; j < FRAGMENTS_ACROSS; j++) {
         Right right;
         load_fragment(right, BY_COLUMN ? b + column(j) * b_stride + first : b + first * b_stride + column(j),
-                         b_stride);
+                      b_stride);
 #pragma unroll
         for (int i = 0; i < FRAGMENTS_DOWN; i++) mma_sync(sums_[i][j], left[i], right, sums_[i][j]);
       }
@@ -145,15 +146,16 @@ class TensorCores {
   }
 
  private:
-  static constexpr int EDGE = 16, ACROSS = 2, DOWN = THREADS / WARP / ACROSS;  // warps
-  static constexpr int FRAGMENTS_DOWN = SIDE / DOWN / EDGE, FRAGMENTS_ACROSS = SIDE / ACROSS / EDGE;
-  nvcuda::wmma::fragment<nvcuda::wmma::accumulator, EDGE, EDGE, EDGE, float> sums_[FRAGMENTS_DOWN][FRAGMENTS_ACROSS];
+  static constexpr int FRAGMENT = 16, ACROSS = 2, DOWN = THREADS / WARP / ACROSS;  // ACROSS, DOWN: numbers of warps
+  static constexpr int FRAGMENTS_DOWN = EDGE / DOWN / FRAGMENT, FRAGMENTS_ACROSS = EDGE / ACROSS / FRAGMENT;
+  using Fragment = nvcuda::wmma::fragment<nvcuda::wmma::accumulator, FRAGMENT, FRAGMENT, FRAGMENT, float>;
+  Fragment sums_[FRAGMENTS_DOWN][FRAGMENTS_ACROSS];
 
   static __device__ __forceinline__ int row(int i) {
-    return (threadIdx.x / WARP / ACROSS * FRAGMENTS_DOWN + i) * EDGE;
+    return (threadIdx.x / WARP / ACROSS * FRAGMENTS_DOWN + i) * FRAGMENT;
   }
   static __device__ __forceinline__ int column(int j) {
-    return (threadIdx.x / WARP % ACROSS * FRAGMENTS_ACROSS + j) * EDGE;
+    return (threadIdx.x / WARP % ACROSS * FRAGMENTS_ACROSS + j) * FRAGMENT;
   }
 
   template <class Body>
@@ -169,13 +171,14 @@ template <class Operand>
 struct HasTensorCores : std::false_type {};
 template <>
 struct HasTensorCores<__half> : std::true_type {};
-#if (!defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800) && !defined(MCL_NO_BF16_TENSOR_CORES)  // which is for tests
+// A test of sm_75 defines MCL_NO_BF16_TENSOR_CORES.
+#if (!defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800) && !defined(MCL_NO_BF16_TENSOR_CORES)
 template <>
 struct HasTensorCores<__nv_bfloat16> : std::true_type {};
 #endif
 
-template <class Operand, int SIDE, int THREADS>
-using Products = std::conditional_t<HasTensorCores<Operand>::value, TensorCores<Operand, SIDE, THREADS>,
-                                    FusedMultiplyAdds<Operand, SIDE, THREADS>>;
+template <class Operand, int EDGE, int THREADS>
+using Products = std::conditional_t<HasTensorCores<Operand>::value, TensorCores<Operand, EDGE, THREADS>,
+                                    FusedMultiplyAdds<Operand, EDGE, THREADS>>;
 
 }  // namespace mcl

@@ -13,7 +13,6 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from mcl_kernels.backends import library
 
 PACKAGE = Path(__file__).parents[1]
 NAMESPACE = "mcl_kernels_cuda"
-OLDEST = (7, 5)  # compute capability
+MIN_CAPABILITY = (7, 5)
 FLAGS = ["-O3", "-std=c++17"]
 # The toolkit's cooperative_groups.h includes libraries that ask for MSVC's newer preprocessor.
 FLAGS += ["-Xcompiler", "/Zc:preprocessor"] if os.name == "nt" else []
@@ -49,7 +48,7 @@ def install_command(**environment: str) -> str:
 def library_stem(sources: Path) -> str:
     """Name of the library of these sources and this torch, without the digest of its content."""
     digest = hashlib.sha256(repr((torch.__version__, FLAGS)).encode())
-    for path in sorted(sources.iterdir()):
+    for path in sorted([*sources.iterdir(), *sources.parent.glob("*.h")]):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return f"{NAMESPACE}-{digest.hexdigest()[:16]}"
 
@@ -80,7 +79,7 @@ def build(sources: Path, directory: Path) -> Path:
         try:
             cpp_extension.load(
                 stem,
-                [str(path) for path in sorted([*sources.glob("*.cu"), sources / "operators.cpp"])],
+                [str(path) for path in sorted([*sources.glob("*.cu"), *sources.glob("*.cpp")])],
                 extra_cflags=[f"-DMCL_NAMESPACE={NAMESPACE}", f"-DMCL_ARCHITECTURES={','.join(architectures)}"],
                 extra_cuda_cflags=[*FLAGS, *_code_flags(architectures)],
                 build_directory=scratch,
@@ -148,9 +147,9 @@ def target_architectures() -> list[str]:
         )
     for name in listed:
         parsed = re.fullmatch(r"(\d+)\.(\d)a?(\+PTX)?", name)
-        if parsed is None or (int(parsed[1]), int(parsed[2])) < OLDEST:
+        if parsed is None or (int(parsed[1]), int(parsed[2])) < MIN_CAPABILITY:
             raise CudaUnavailableError(
-                f"TORCH_CUDA_ARCH_LIST must name compute capabilities from {OLDEST[0]}.{OLDEST[1]} on, "
+                f"TORCH_CUDA_ARCH_LIST must name compute capabilities from {MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]} on, "
                 f"such as 8.0 or 9.0+PTX: got {name}"
             )
     return listed
@@ -201,7 +200,12 @@ def _loaded() -> str | None:
     return f"the built library does not load: {reason}" if reason else None
 
 
-def _compiled() -> Any:
+def ops() -> Any:
+    """Operators of the kernels.
+
+    Raises:
+        CudaUnavailableError: with the reason.
+    """
     if reason := _loaded():
         raise CudaUnavailableError(f"impl='cuda': {reason}")
     return getattr(torch.ops, NAMESPACE)
@@ -209,17 +213,8 @@ def _compiled() -> Any:
 
 def _architectures() -> list[str]:
     """Architectures that the library is built for."""
-    named: str = _compiled().architectures()
+    named: str = ops().architectures()
     return named.split(",")
-
-
-# By type of device, the function that returns its operators. On "cpu" there are some in tests, which emulate CUDA.
-LIBRARIES: dict[str, Callable[[], Any]] = {"cuda": _compiled}
-
-
-def ops(device: torch.device) -> Any:
-    """The operators for tensors of a device."""
-    return LIBRARIES[device.type]()
 
 
 def no_device() -> str | None:
@@ -230,11 +225,9 @@ def no_device() -> str | None:
     return f"torch sees no CUDA device{built}"
 
 
-def why_not(device: torch.device) -> str | None:
-    """Returns what is missing for CUDA kernels on a device, or None."""
+def unavailable_reason(device: torch.device) -> str | None:
+    """Returns why the kernels do not compute on a device, or None."""
     if device.type != "cuda":
-        if device.type in LIBRARIES:
-            return None
         missing = no_device()
         return f"computes on CUDA tensors: got device {device}{'; ' + missing if missing else ''}"
     if missing := no_device():
@@ -255,13 +248,12 @@ def why_not(device: torch.device) -> str | None:
 
 
 def describe() -> tuple[list[str], str]:
-    """Returns the types of devices of this machine that the kernels run on, and the reason."""
-    devices = ["cpu"] if why_not(torch.device("cpu")) is None else []
+    """Returns the types of device here that the kernels compute on, and their description or the reason."""
     missing = no_device()
     if reason := _loaded():
-        return devices, missing or reason
+        return [], missing or reason
     built = f"CUDA C++ kernels (csrc/cuda), built for {', '.join(_architectures())}"
     if missing:
-        return devices, f"{built}; {missing}"
-    reason = why_not(torch.device("cuda"))
-    return (devices, reason) if reason else ([*devices, "cuda"], built)
+        return [], f"{built}; {missing}"
+    reason = unavailable_reason(torch.device("cuda"))
+    return ([], reason) if reason else (["cuda"], built)

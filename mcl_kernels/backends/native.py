@@ -10,11 +10,13 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-import warnings
 from functools import cache
 from pathlib import Path
+from typing import Any
 
-from mcl_kernels.backends import library as _library
+import torch
+
+from mcl_kernels.backends import library as libraries
 from mcl_kernels.backends.native_build import (
     PACKAGE,
     NativeUnavailableError,
@@ -27,36 +29,43 @@ from mcl_kernels.backends.native_build import (
 from mcl_kernels.backends.native_cache import Cache, cache_directory, opened, say
 
 
-def load() -> None:
-    """Loads the kernels into `torch.ops.mcl_kernels_native`, after building them where that is still to be done.
+def ops() -> Any:
+    """Operators of the kernels, which are built first where that is still to be done.
 
     Raises:
         NativeUnavailableError: with the reason.
     """
     if reason := _loaded():
         raise NativeUnavailableError(reason)
+    return torch.ops.mcl_kernels_native
 
 
-@cache
-def usable() -> bool:
-    """Returns whether the kernels load here. If they do not, warns once, in one line, what to do about it."""
+def unavailable_reason(device: torch.device) -> str | None:
+    """Returns why the kernels do not compute on a device, or None. Builds and loads them."""
+    return f"computes on CPU tensors: got device {device}" if device.type != "cpu" else _loaded()
+
+
+def check(device: torch.device) -> None:
+    """Raises where the kernels do not compute on a device.
+
+    Raises:
+        ValueError: the device is no CPU.
+        NativeUnavailableError: with the reason.
+    """
+    if device.type != "cpu":
+        raise ValueError(f"impl='native' computes on CPU tensors: got device {device}")
+    ops()
+
+
+def describe() -> tuple[list[str], str]:
+    """Returns the types of device that the kernels compute on, and their instruction set or the reason. Loads them."""
     if reason := _loaded():
-        warnings.warn(f"mcl_kernels: PyTorch operations compute, several times slower: {reason}", RuntimeWarning, 3)
-        return False
-    return True
-
-
-def describe() -> tuple[bool, str]:
-    """Returns whether the kernels compute here, and their instruction set or the reason. Loads them, as `load`."""
-    import torch
-
-    if reason := _loaded():
-        return False, reason
+        return [], reason
     try:
-        instruction_set = torch.ops.mcl_kernels_native.instruction_set()
+        instruction_set = ops().instruction_set()
     except RuntimeError as error:  # MCL_KERNELS_CPU names none
-        return False, str(error)
-    return True, f"C++ kernels by tiles in sorted order (csrc/cpu), instruction set {instruction_set}"
+        return [], str(error)
+    return ["cpu"], f"C++ kernels by tiles in sorted order (csrc/cpu), instruction set {instruction_set}"
 
 
 @cache
@@ -72,8 +81,8 @@ def _loaded() -> str | None:
 def _find_or_build() -> None:
     sources = source_directory()
     stem = library_stem(sources)
-    installed = _library.find_libraries(PACKAGE / "lib", stem)
-    if any(_is_intact(library) and _library.load(library) is None for library in installed):
+    installed = libraries.find_libraries(PACKAGE / "lib", stem)
+    if any(_is_intact(library) and libraries.load(library) is None for library in installed):
         return
     try:
         _load_or_build(sources, stem)
@@ -85,15 +94,15 @@ def _find_or_build() -> None:
 
 def _is_intact(library: Path) -> bool:
     with contextlib.suppress(OSError):
-        return _library.is_intact(library)
+        return libraries.is_intact(library)
     return False
 
 
 def _loads_changed(library: Path) -> bool:
     """Loads an installed library that was changed after it was built, stripped for example, if another process can."""
     try:
-        return _library.check_loads(library) and _library.load(library) is None
-    except _library.LibraryError:
+        return libraries.check_loads(library) and libraries.load(library) is None
+    except libraries.LibraryError:
         return False
 
 
@@ -113,7 +122,7 @@ def _load_or_build(sources: Path, stem: str) -> None:
                 raise NativeUnavailableError(reason)
             try:
                 library = _build(cache, sources)
-                if reason := _library.load(library):
+                if reason := libraries.load(library):
                     raise RefusedError(f"the library that was built does not load in this process: {reason}")
             except RefusedError as error:
                 cache.remember_failure(stem, compiler, str(error))
@@ -122,12 +131,10 @@ def _load_or_build(sources: Path, stem: str) -> None:
 
 def _load_kept(cache: Cache, stem: str) -> bool:
     """Loads the first library that this process can load: a home may be shared by machines of several systems."""
-    return any(_library.load(library) is None for library in cache.libraries(stem))
+    return any(libraries.load(library) is None for library in cache.libraries(stem))
 
 
 def _build(cache: Cache, sources: Path) -> Path:
-    import torch
-
     say(f"building the native CPU kernels for torch {torch.__version__}, once, less than a minute, into {cache.path}")
     started = time.monotonic()
     library = build(sources, cache.directory)

@@ -78,7 +78,7 @@ def library_stem(sources: Path) -> str:
 
     system = (platform.machine(), _libc(), FLAGS, INSTRUCTION_SETS)
     digest = hashlib.sha256(repr((torch.__version__, system)).encode())
-    for path in sorted([*sources.glob("*.cpp"), *sources.glob("*.h")]):
+    for path in sorted([*sources.glob("*.cpp"), *sources.glob("*.h"), *sources.parent.glob("*.h")]):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return f"mcl_kernels_native-{digest.hexdigest()[:16]}"
 
@@ -161,9 +161,9 @@ def build(sources: Path, directory: Path) -> Path:
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=directory, prefix=".build-") as scratch:
             built = Path(scratch) / "mcl_kernels_native.so"
+            operators = {source: [*includes, *openmp] for source in operator_sources(sources)}
             compile_and_link(
-                # The one source that includes torch takes longest, so it comes first.
-                {sources / "operators.cpp": [*includes, *openmp], **kernel_sources(sources)},
+                operators | kernel_sources(sources),
                 [*FLAGS, f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"],
                 ["-shared", *libraries, *undefined],
                 built,
@@ -175,10 +175,15 @@ def build(sources: Path, directory: Path) -> Path:
         raise kind(f"the library that {shlex.join(compiler.command)} built does not load: {error}{remedy}") from error
 
 
+def operator_sources(sources: Path) -> list[Path]:
+    """Sources that include torch: the schemas, and the binding of each operation."""
+    return sorted(sources.glob("*operators.cpp"))
+
+
 def kernel_sources(sources: Path) -> dict[Path, list[str]]:
-    """The sources without torch that this machine compiles, each with the flags of its instruction set."""
+    """Sources without torch that this machine compiles, each with the flags of its instruction set."""
     intel = platform.machine() in ("x86_64", "AMD64")
-    names = [path.name for path in sorted(sources.glob("*.cpp")) if path.name != "operators.cpp"]
+    names = [path.name for path in sorted({*sources.glob("*.cpp")} - {*operator_sources(sources)})]
     return {sources / name: INSTRUCTION_SETS.get(name, []) for name in names if intel or name not in INSTRUCTION_SETS}
 
 

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mcl_kernels.backends import cuda
+
 MIN_MAJOR_CAPABILITY = 8  # the oldest architecture that Triton supports
 MIN_EDGE = 16  # of the tiles that `tl.dot` multiplies
 
@@ -37,6 +39,15 @@ def unavailable_reason(device: torch.device) -> str | None:
     if major < MIN_MAJOR_CAPABILITY:
         return f"needs compute capability {MIN_MAJOR_CAPABILITY}.0 or later: got {major}.{minor}"
     return None
+
+
+def describe() -> tuple[list[str], str]:
+    """Returns the types of device here that the kernels compute on, and their description or the reason."""
+    types = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    reasons = {name: unavailable_reason(torch.device(name)) for name in types}
+    available = [name for name, reason in reasons.items() if reason is None]
+    reason = "Triton kernels for GPUs" if available else cuda.no_device() or reasons[types[-1]]
+    return available, str(reason)
 
 
 def product_precision(x: Tensor, y: Tensor, accumulated: Tensor) -> str:

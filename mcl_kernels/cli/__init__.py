@@ -1,1 +1,1 @@
-"""The command `mcl-kernels`."""
+"""The command `mcl-kernels`: one file per subcommand, dispatched by `main`."""

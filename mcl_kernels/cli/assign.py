@@ -1,4 +1,4 @@
-"""`mcl-kernels assign`: from new features and the centres that `mcl-kernels cluster` saved to cluster ids, in files."""
+"""`mcl-kernels assign`: reads new features and saved centres from files, and writes the nearest centre of each row."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from mcl_kernels._durable import sha256_of
-from mcl_kernels.cli.feature_files import open_features
-from mcl_kernels.cli.label_files import check_outputs, dtype_name, jsonable, size_range, write_labels
+from mcl_kernels.cli.input_files import open_features
+from mcl_kernels.cli.output_files import check_outputs, dtype_name, jsonable, size_range, write_labels
 from mcl_kernels.kmeans import KMeans
 
 
@@ -26,7 +26,7 @@ class Options:
     impl: str = "auto"
 
 
-def run(options: Options, say: Callable[[str], None]) -> None:
+def run(options: Options, report: Callable[[str], None]) -> None:
     """Finds the nearest saved centre of each row, and writes the cluster ids and their summary."""
     kmeans = KMeans.load(options.centers)
     kmeans.impl = options.impl
@@ -37,7 +37,7 @@ def run(options: Options, say: Callable[[str], None]) -> None:
             f"{options.features} must have the {width} features of the centres in {options.centers}: got {rows.width}"
         )
     check_outputs(options.out, None, [options.features, options.centers])
-    say(f"{options.features}: {n:,} rows of {rows.width} features, {dtype_name(rows.dtype)}")
+    report(f"{options.features}: {n:,} rows of {rows.width} features, {dtype_name(rows.dtype)}")
 
     started = time.perf_counter()
     clusters = kmeans.predict(rows)
@@ -56,4 +56,4 @@ def run(options: Options, say: Callable[[str], None]) -> None:
     }
     labels = clusters if options.out.suffix == ".pt" else clusters.to(torch.int32)
     write_labels(options.out, labels, summary, None)
-    say(f"{options.out}: {len(sizes):,} clusters of {size_range(sizes)} rows, {seconds:.1f} s")
+    report(f"{options.out}: {len(sizes):,} clusters of {size_range(sizes)} rows, {seconds:.1f} s")

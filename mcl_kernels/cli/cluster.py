@@ -1,26 +1,28 @@
-"""`mcl-kernels cluster`: from the features of a stage, in a file, to the pseudo labels of the next one, in a file.
+"""`mcl-kernels cluster`: reads the features of a stage from a file, and writes the pseudo labels of the next one.
 
-Files of features are read in chunks or mapped, never held in memory. Labels and their summary are replaced in one step
-each, after both are on disk.
+Features are read in chunks or mapped, never loaded as one array. Labels and their summary are each replaced in one
+step, after both are on disk.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mcl_kernels.cli.feature_files import open_features, open_labels, summary_of
-from mcl_kernels.cli.label_files import check_outputs, dtype_name, jsonable, size_range, write_labels
+from mcl_kernels.cli.input_files import open_features, open_labels, summary_of
+from mcl_kernels.cli.output_files import check_outputs, dtype_name, jsonable, size_range, write_labels
 from mcl_kernels.kmeans import KMeans
 from mcl_kernels.kmeans.files import dump
 from mcl_kernels.stages.pseudo_labels import compose_pairs, label_dtype, shares_of_small_labels, starvation
+from mcl_kernels.stages.stored_labels import StoredLabels
 
-AMI_ROWS = 1 << 20
+AMI_ROWS = 1 << 20  # at most: more are sampled
 
 
 @dataclass(frozen=True)
@@ -42,45 +44,38 @@ class Options:
     centers: Path | None = None
 
 
-def run(options: Options, say: Callable[[str], None]) -> None:
+def run(options: Options, report: Callable[[str], None]) -> None:
     """Clusters, composes the clusters with the labels of earlier stages, writes labels, summary and centres."""
     kmeans = KMeans(
-        options.clusters, metric=options.metric, n_init=options.n_init, max_iter=options.max_iter, tol=options.tol,
-        batch_size=options.batch_size, seed=options.seed, impl=options.impl,
-    )  # fmt: skip
+        options.clusters,
+        metric=options.metric,
+        n_init=options.n_init,
+        max_iter=options.max_iter,
+        tol=options.tol,
+        batch_size=options.batch_size,
+        seed=options.seed,
+        impl=options.impl,
+    )
     rows = open_features(options.features, options.tensor)
     n = rows.count()
     if n < options.clusters:
         raise ValueError(f"--clusters must be at most the number of rows: got {options.clusters} for {n} rows")
     previous = [open_labels(path, n) for path in options.previous]
-    read = [options.features, *options.previous, *map(summary_of, options.previous)]
-    check_outputs(options.out, options.centers, read)
-    say(f"{options.features}: {n:,} rows of {rows.width} features, {dtype_name(rows.dtype)}")
+    inputs = [options.features, *options.previous, *map(summary_of, options.previous)]
+    check_outputs(options.out, options.centers, inputs)
+    report(f"{options.features}: {n:,} rows of {rows.width} features, {dtype_name(rows.dtype)}")
 
     started = time.perf_counter()
     kmeans.fit(rows)
     clusters, seconds = kmeans.labels_, time.perf_counter() - started
     cluster_sizes = clusters.bincount()
-    say(
+    report(
         f"{len(cluster_sizes)} clusters of {size_range(cluster_sizes)} rows: "
         f"inertia {kmeans.inertia_:.6g}, {kmeans.n_iter_} iterations, {seconds:.1f} s"
     )
-    ami: list[float | None] = [None] * len(previous)
-    try:
-        ami = [_ami(labels, clusters, options.seed) for labels in previous]
-    except ModuleNotFoundError:
-        say("AMI is not computed: it needs scikit-learn, pip install 'mcl-kernels[demo]'")
-    except Exception as error:  # of an installation that is broken, say: labels do not depend on it
-        say(f"AMI is not computed: {type(error).__name__}: {error}")
-    for path, value in zip(options.previous, ami, strict=True):
-        drawn = f" (of {AMI_ROWS:,} rows drawn at random)" if n > AMI_ROWS else ""
-        if value is not None:
-            say(f"AMI with {path}: {value:.3f}{drawn}")
+    ami = _compare(options, previous, clusters, report)
 
-    dtype = torch.int64 if options.out.suffix == ".pt" else label_dtype(n)  # a .pt file is that of the paper's code
-    labels: Tensor = previous[0] if previous else torch.zeros(1, dtype=dtype, device="cpu").expand(n)
-    for ids in (*previous[1:], clusters):
-        labels, _ = compose_pairs(labels, ids, dtype)
+    labels = _compose(options, previous, clusters)
     label_sizes = (labels if int(labels.min()) >= 0 else labels[labels >= 0]).bincount()
     summary = {
         "options": {key: jsonable(value) for key, value in asdict(options).items()},
@@ -94,7 +89,7 @@ def run(options: Options, say: Callable[[str], None]) -> None:
         "seconds": seconds,
         "labels": len(label_sizes),
         "unlabelled": n - int(label_sizes.sum()),
-        "ami": dict(zip(map(str, options.previous), ami, strict=True)),
+        "ami": ami,
         "ami_rows": min(n, AMI_ROWS),
         "cluster_sizes": cluster_sizes.tolist(),
         "label_sizes": label_sizes.tolist(),
@@ -102,23 +97,57 @@ def run(options: Options, say: Callable[[str], None]) -> None:
     }
     centers = None if options.centers is None else (options.centers, dump(kmeans))
     write_labels(options.out, labels, summary, centers)
-    without = f", {summary['unlabelled']:,} rows without one" if summary["unlabelled"] else ""
+    _report_labels(options, summary, label_sizes, report)
+
+
+def _compare(
+    options: Options, previous: Sequence[StoredLabels], clusters: Tensor, report: Callable[[str], None]
+) -> dict[str, float | None]:
+    """Reports the AMI of the clusters with the labels in each earlier file; None where it cannot be computed."""
+    ami: list[float | None] = [None] * len(previous)
+    try:
+        ami = [_ami(labels, clusters, options.seed) for labels in previous]
+    except ModuleNotFoundError:
+        report("AMI is not computed: it needs scikit-learn, pip install 'mcl-kernels[demo]'")
+    except Exception as error:  # for example a broken installation: the labels do not depend on it
+        report(f"AMI is not computed: {type(error).__name__}: {error}")
+    sampled = f" (of {AMI_ROWS:,} rows drawn at random)" if len(clusters) > AMI_ROWS else ""
+    for path, value in zip(options.previous, ami, strict=True):
+        if value is not None:
+            report(f"AMI with {path}: {value:.3f}{sampled}")
+    return dict(zip(map(str, options.previous), ami, strict=True))
+
+
+def _compose(options: Options, previous: Sequence[StoredLabels], clusters: Tensor) -> Tensor:
+    """Composes the labels of earlier stages and the new clusters into dense pseudo labels."""
+    n = len(clusters)
+    dtype = torch.int64 if options.out.suffix == ".pt" else label_dtype(n)  # the paper's code reads .pt files as int64
+    labels: Tensor = previous[0] if previous else torch.zeros(1, dtype=dtype, device="cpu").expand(n)
+    for ids in (*previous[1:], clusters):
+        labels, _ = compose_pairs(labels, ids, dtype)
+    return labels
+
+
+def _report_labels(
+    options: Options, summary: Mapping[str, Any], label_sizes: Tensor, report: Callable[[str], None]
+) -> None:
+    unlabelled = f", {summary['unlabelled']:,} rows without one" if summary["unlabelled"] else ""
     centers_file = "" if options.centers is None else f", {options.centers}"
-    say(
-        f"{options.out}: {len(label_sizes):,} pseudo labels of {size_range(label_sizes)} rows{without}; "
+    report(
+        f"{options.out}: {len(label_sizes):,} pseudo labels of {size_range(label_sizes)} rows{unlabelled}; "
         f"{summary_of(options.out)}{centers_file}"
     )
     if starved := starvation(label_sizes):
-        say(f"few negatives: {starved}")
+        report(f"few negatives: {starved}")
 
 
 def _ami(labels: Tensor, clusters: Tensor, seed: int) -> float | None:
-    """Adjusted mutual information of earlier labels with the clusters, where there are labels."""
+    """Adjusted mutual information of earlier labels with the clusters, over the rows that have a label, if any."""
     from sklearn.metrics import adjusted_mutual_info_score
 
     if len(clusters) > AMI_ROWS:
         generator = torch.Generator().manual_seed(seed)
-        drawn = torch.randint(len(clusters), (AMI_ROWS,), generator=generator, device="cpu")
-        labels, clusters = labels[drawn], clusters[drawn]
-    known = labels >= 0
-    return float(adjusted_mutual_info_score(labels[known], clusters[known])) if bool(known.any()) else None
+        sample = torch.randint(len(clusters), (AMI_ROWS,), generator=generator, device="cpu")
+        labels, clusters = labels[sample], clusters[sample]
+    labelled = labels >= 0
+    return float(adjusted_mutual_info_score(labels[labelled], clusters[labelled])) if bool(labelled.any()) else None

@@ -1,99 +1,128 @@
-"""The command line: `mcl-kernels cluster`, `assign`, `demo` and `info`, also as `python -m mcl_kernels`."""
+"""`mcl-kernels cluster`, `assign`, `demo` and `info`: the parser of their arguments, dispatch and exit status."""
 
 from __future__ import annotations
 
 import argparse
 import errno
-import platform
 import signal
 import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import fields
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 
-import torch
-
 import mcl_kernels
-from mcl_kernels.backends.cuda import no_device
-from mcl_kernels.cli import assign, cluster
-from mcl_kernels.cli.console import Terminated, logged_progress, one_line, raising_terminated, safe_streams
-from mcl_kernels.cli.label_files import identity
+from mcl_kernels.backends.table import IMPLS
+from mcl_kernels.cli import assign, cluster, info
+from mcl_kernels.cli.output_files import identity
+from mcl_kernels.cli.progress import logged_progress
+from mcl_kernels.cli.signals import Terminated, raising_terminated
+from mcl_kernels.cli.streams import one_line, safe_streams
 from mcl_kernels.kmeans.assign import METRICS
-from mcl_kernels.kmeans.implementations import IMPLS
 
-DEMO_GOES_ON = "the same command goes on from the last finished stage"
-OPTIONAL_PACKAGES = ("triton", "faiss-cpu", "safetensors", "scikit-learn", "matplotlib", "rich", "jinja2", "mlxtend")
-SIGPIPE = 13  # Windows has no such signal
+DEMO_RESUMES = "the same command resumes after the last finished stage"
+SIGPIPE = 13  # not defined by `signal` on Windows
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; returns its exit status: 1 after an error, 128 + the signal where one ended it."""
+    """Runs a command; returns its exit status: 1 after an error, 128 + the number of a signal that ended it."""
     with safe_streams() as out:
         options = None
         try:
             options = _parser().parse_args(arguments)
             status = _run(options)
-        except SystemExit as ended:  # by argparse: 0 after --help and --version, 2 where the arguments are no command
+        except SystemExit as ended:  # raised by argparse: 0 after --help and --version, 2 for invalid arguments
             status = int(ended.code or 0)
         out.flush()
-        if out.error is None or status or (options is not None and options.command != "info"):
-            return status  # the work of the other commands is in files
+        writes_files = options is not None and options.command != "info"
+        if out.error is None or status or writes_files:  # files are complete even if nothing could be printed
+            return status
         if out.error.errno == errno.EPIPE:
             return 128 + SIGPIPE
         return _fail(f"standard output cannot be written: {out.error.strerror}")
 
 
 def _run(options: argparse.Namespace) -> int:
+    """Runs a command; returns its exit status, after errors are printed as one line."""
     out: Path | None = getattr(options, "out", None)
     before = out and identity(out)
     try:
         with raising_terminated(), warnings.catch_warnings():
             warnings.showwarning = _show_warning
             if options.command == "info":
-                info()
+                info.run()
             elif options.command == "demo":
-                demo(options)
+                _run_demo(options)
             else:
-                _run_on_files(options)
+                _run_file_command(options)
     except ModuleNotFoundError as error:
         needed = "; the demo needs: pip install 'mcl-kernels[demo]'" if options.command == "demo" else ""
         return _fail(f"{error}{needed}")
     except MemoryError as error:
         return _fail(f"out of memory: {error}" if str(error) else "out of memory")
     except (OSError, RuntimeError, TypeError, ValueError) as error:
-        # PyTorch appends a stack to its own.
-        why = str(error).partition("\n")[0] if isinstance(error, RuntimeError) else str(error)
-        return _fail(why if out is None or identity(out) == before else f"{why}; {_replaced(out)}")
+        # PyTorch appends the C++ stack to its errors.
+        reason = str(error).partition("\n")[0] if isinstance(error, RuntimeError) else str(error)
+        return _fail(reason if out is None or identity(out) == before else f"{reason}; {_replaced(out)}")
     except KeyboardInterrupt as error:
-        left = DEMO_GOES_ON
+        outcome = DEMO_RESUMES
         if out is not None:
-            left = f"{out} is as it was" if identity(out) == before else _replaced(out)
-        _fail(f"interrupted; {left}")
+            outcome = f"{out} is unchanged" if identity(out) == before else _replaced(out)
+        _fail(f"interrupted; {outcome}")
         return 128 + (error.number if isinstance(error, Terminated) else signal.SIGINT)
     return 0
 
 
-def _run_on_files(options: argparse.Namespace) -> None:
-    """Runs a command whose settings are all in its options."""
+def _run_file_command(options: argparse.Namespace) -> None:
+    """Runs `cluster` or `assign`, which read features from a file and write labels to another."""
     module = {"cluster": cluster, "assign": assign}[options.command]
-    chosen = {field.name: getattr(options, field.name) for field in fields(module.Options)}
+    settings = {field.name: getattr(options, field.name) for field in fields(module.Options)}
     with logged_progress():
-        module.run(module.Options(**chosen), partial(print, flush=True))
+        module.run(module.Options(**settings), partial(print, flush=True))
+
+
+def _run_demo(options: argparse.Namespace) -> None:
+    """Trains, prints the table as it goes and writes the report."""
+    from mcl_kernels.cli.demo import run
+    from mcl_kernels.cli.demo_display import TerminalDisplay
+    from mcl_kernels.cli.demo_results import Settings
+    from mcl_kernels.cli.report import write_report
+
+    default_epochs = 2 if options.quick else Settings.epochs
+    settings = Settings(
+        bits=options.bits,
+        stages=options.stages,
+        clusters=options.clusters,
+        epochs=default_epochs if options.epochs is None else options.epochs,
+        seed=options.seed,
+        samples=1000 if options.quick else Settings.samples,
+    )
+    # A directory holds one run, so the quick run and each seed have their own.
+    name = "demo" + ("-quick" if options.quick else "") + (f"-seed{options.seed}" if options.seed else "")
+    output = options.output or Path("runs") / name
+    display = TerminalDisplay()
+    try:
+        results = run(settings, output, display)
+    finally:
+        display.stop()
+    path = write_report(results, output / "report.html")
+    if options.quick:
+        display.print_line("A quick run only checks that everything works: for the result, run again without --quick.")
+    display.print_line(f"chance is 0.10. Report with pictures: {path}")
 
 
 def _replaced(out: Path) -> str:
-    return f"{out} was replaced before that, and what lies next to it may not be: run the command again"
+    return f"{out} was already replaced, but the files next to it may not be: run the command again"
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
     print(f"mcl-kernels: warning: {one_line(message)}", file=sys.stderr)
 
 
-def _fail(why: str) -> int:
-    print(f"mcl-kernels: {one_line(why)}", file=sys.stderr)
+def _fail(reason: str) -> int:
+    """Prints an error as one line; returns the exit status of a failed command."""
+    print(f"mcl-kernels: {one_line(reason)}", file=sys.stderr)
     return 1
 
 
@@ -101,7 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mcl-kernels", description="Fast, exact contrastive learning with clusters.")
     parser.add_argument("--version", action="version", version=f"mcl-kernels {mcl_kernels.__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("info", help="what can compute here, versions and devices")
+    commands.add_parser("info", help="show the implementations available here, versions and devices")
     demo = commands.add_parser(
         "demo",
         help="watch MCL recover digits that SimCLR suppresses (5,000 MNIST images, a few minutes on 2 cores)",
@@ -111,9 +140,9 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--stages", type=int, default=3, help="stages, the first of which is SimCLR")
     demo.add_argument("--clusters", type=int, default=16, help="clusters of each stage")
     demo.add_argument("--epochs", type=int, default=None, help="epochs of each stage (30; with --quick 2)")
-    demo.add_argument("--seed", type=int, default=0, help="of codes, networks, augmentation and clusterings")
+    demo.add_argument("--seed", type=int, default=0, help="seed of codes, networks, augmentation and clusterings")
     demo.add_argument("--output", type=Path, help="directory of stages and report (runs/demo, runs/demo-quick, ...)")
-    demo.add_argument("--quick", action="store_true", help="1,000 images, 2 epochs: the path, not the result")
+    demo.add_argument("--quick", action="store_true", help="1,000 images, 2 epochs: checks that everything works")
     _add_cluster(commands)
     _add_assign(commands)
     return parser
@@ -123,86 +152,41 @@ def _add_cluster(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     defaults = cluster.Options
     command = commands.add_parser(
         "cluster",
-        help="k-means of a file of features, of any size, into a file of pseudo labels",
+        help="cluster a file of features, of any size, into a file of pseudo labels",
         description="Clusters features, composes the clusters with the labels of the earlier stages into dense pseudo "
-        "labels, and writes these with a summary next to them (LABELS.json). One command in the place of the "
-        "clustering script of the paper's CLIP code, whose --MCL-label-path reads a .pt file of these; that script "
-        "loses all stages but the last when it accumulates them, this keeps every one.",
+        "labels, and writes these with a summary next to them (LABELS.json). It replaces the clustering script of the "
+        "paper's CLIP code, whose --MCL-label-path reads a .pt file of these labels. That script keeps only the last "
+        "stage when it accumulates them; this command keeps every stage.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = command.add_argument
     add("features", type=Path, metavar="FEATURES", help=".npy or .safetensors, read in chunks, or .pt, mapped")
     add("--clusters", type=int, required=True, metavar="K", help="clusters of this stage")
     add("--out", type=Path, required=True, metavar="LABELS", help="pseudo labels to write: .npy (int32), .pt (int64)")
-    add("--previous", type=Path, nargs="+", default=(), metavar="LABELS", help="of the earlier stages, in order: the "
-        "cluster ids of each, or what this command wrote after the last one")  # fmt: skip
-    add("--tensor", metavar="NAME", help="of the features in a file of several tensors")
+    previous_help = "labels of the earlier stages, in order: cluster ids of each, or this command's output for the last"
+    add("--previous", type=Path, nargs="+", default=(), metavar="LABELS", help=previous_help)
+    add("--tensor", metavar="NAME", help="name of the features in a file of several tensors")
     add("--metric", choices=METRICS, default=defaults.metric, help="cosine needs no normalised features")
-    add("--seed", type=int, default=defaults.seed, help="of the initialisation")
-    add("--n-init", type=int, default=defaults.n_init, help="restarts, of which the best is kept")
+    add("--seed", type=int, default=defaults.seed, help="seed of the initialisation")
+    add("--n-init", type=int, default=defaults.n_init, help="restarts; the best one is used")
     add("--max-iter", type=int, default=defaults.max_iter, help="iterations of a restart")
     add("--tol", type=float, default=defaults.tol, help="stop when the centres move less, as in scikit-learn")
-    add("--batch-size", type=int, help="rows of a mini-batch; without it, every iteration sees all rows")
-    add("--impl", choices=IMPLS, default=defaults.impl, help="what computes")
-    add("--centers", type=Path, metavar="CENTERS", help="file of the centres to write, .safetensors, for `assign`")
+    add("--batch-size", type=int, help="rows of a mini-batch; by default every iteration reads all rows")
+    add("--impl", choices=IMPLS["kmeans"], default=defaults.impl, help="implementation")
+    add("--centers", type=Path, metavar="CENTERS", help="centres to write for `assign`: .safetensors")
 
 
 def _add_assign(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     command = commands.add_parser(
         "assign",
-        help="the nearest centres, which `cluster` saved, of a file of new features",
+        help="find the nearest centres, saved by `cluster`, of a file of new features",
         description="Finds the nearest centre of each row, and writes the cluster ids with a summary next to them "
-        "(LABELS.json). The features that were clustered get the labels that `cluster` wrote without --previous.",
+        "(LABELS.json). For the features that were clustered they are the labels of `cluster` without --previous.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = command.add_argument
     add("features", type=Path, metavar="FEATURES", help=".npy or .safetensors, read in chunks, or .pt, mapped")
     add("--centers", type=Path, required=True, metavar="CENTERS", help="written by cluster --centers or KMeans.save")
     add("--out", type=Path, required=True, metavar="LABELS", help="cluster ids to write: .npy (int32), .pt (int64)")
-    add("--tensor", metavar="NAME", help="of the features in a file of several tensors")
-    add("--impl", choices=IMPLS, default=assign.Options.impl, help="what computes")
-
-
-def info() -> None:
-    """Prints capabilities, versions and devices."""
-    print(f"mcl_kernels {mcl_kernels.__version__}, python {platform.python_version()}, torch {torch.__version__}")
-    print(f"cpu: {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads")
-    for index in range(torch.cuda.device_count()):
-        print(f"cuda:{index}: {torch.cuda.get_device_name(index)}")
-    if missing := no_device():
-        print(f"cuda: {missing}")
-    for name, entry in mcl_kernels.capabilities().items():
-        available = "yes" if entry["available"] else "no"
-        print(f"impl {name:<10} {available:<4} {entry['reason']}")
-    for package in OPTIONAL_PACKAGES:
-        try:
-            version = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            version = "not installed"
-        print(f"{package:<15} {version}")
-
-
-def demo(options: argparse.Namespace) -> None:
-    """Trains, prints the table as it goes and writes the report."""
-    from mcl_kernels.cli.demo import Settings, run
-    from mcl_kernels.cli.report import write_report
-    from mcl_kernels.cli.screen import Screen
-
-    usual = 2 if options.quick else Settings.epochs
-    epochs = usual if options.epochs is None else options.epochs
-    settings = Settings(
-        bits=options.bits, stages=options.stages, clusters=options.clusters, epochs=epochs, seed=options.seed,
-        samples=1000 if options.quick else Settings.samples,
-    )  # fmt: skip
-    # A directory holds one run: the quick one and other seeds get their own.
-    name = "demo" + ("-quick" if options.quick else "") + (f"-seed{options.seed}" if options.seed else "")
-    output = options.output or Path("runs") / name
-    screen = Screen()
-    try:
-        results = run(settings, output, screen)
-    finally:
-        screen.progress.stop()
-    path = write_report(results, output / "report.html")
-    if options.quick:
-        screen.say("A quick run shows the path, not the result: run again without --quick.")
-    screen.say(f"chance is 0.10. Report with pictures: {path}")
+    add("--tensor", metavar="NAME", help="name of the features in a file of several tensors")
+    add("--impl", choices=IMPLS["kmeans"], default=assign.Options.impl, help="implementation")

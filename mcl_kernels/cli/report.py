@@ -1,4 +1,4 @@
-"""The demo's report: one HTML file with its pictures inside."""
+"""The report of the demo: one HTML file with embedded pictures."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from mcl_kernels._durable import replace_file
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from mcl_kernels.cli.demo import Results
+    from mcl_kernels.cli.demo_results import Results
 
 CHANCE = 0.1
 DIGIT, BIT, REFERENCE, CORRECT, WRONG = "#1b6ca8", "#d1603d", "#6b7280", "#2e8b57", "#c0392b"
 
 
 def write_report(results: Results, path: Path) -> Path:
-    """Writes the report of a run; returns its path. Overwrites an older one in one step."""
+    """Writes the report of a run; returns its path. Replaces an older report in one step."""
     from jinja2 import Environment
 
     template = resources.files("mcl_kernels.cli").joinpath("report.html.jinja").read_text(encoding="utf-8")
@@ -44,7 +44,7 @@ def write_report(results: Results, path: Path) -> Path:
 
 
 def accuracy_by_stage(results: Results) -> Figure:
-    """Digit and bit probes of each stage and of the concatenation, between the ceiling and chance."""
+    """Bar chart of the digit and bit probes of each stage and of the concatenation, with the ceiling and chance."""
     figure = new_figure(7, 3.6)
     axes = figure.subplots()
     rows = [*results.stages, results.concatenated]
@@ -67,7 +67,7 @@ def accuracy_by_stage(results: Results) -> Figure:
 
 
 def ami_matrix(results: Results) -> Figure:
-    """Adjusted mutual information between the clusterings of the stages."""
+    """Matrix of the adjusted mutual information between the clusterings of the stages."""
     stages = len(results.stages)
     matrix = [[1.0] * stages for _ in range(stages)]
     for later, row in enumerate(results.stages):
@@ -88,7 +88,7 @@ def ami_matrix(results: Results) -> Figure:
 
 
 def label_distribution(results: Results) -> Figure:
-    """Samples per pseudo label during each stage, largest first."""
+    """Bar charts of the samples per pseudo label during each stage, largest first."""
     figure = new_figure(2.4 * len(results.stages), 2.6)
     for index, row in enumerate(results.stages):
         axes = figure.add_subplot(1, len(results.stages), index + 1)
@@ -106,9 +106,9 @@ def label_distribution(results: Results) -> Figure:
 
 
 def neighbour_gallery(results: Results) -> Figure:
-    """The nearest neighbours of some held-out anchors by each stage's features, framed by whether the digit agrees."""
+    """Nearest neighbours of held-out anchors by each stage's features, framed by whether the digit is the same."""
     anchors, stages, neighbours = results.neighbours.shape
-    # A column for the anchor, then a gap and the neighbours of each stage.
+    # One column for the anchor; then, for each stage, a gap and its neighbours.
     widths = [1.0] + [0.4, *[1.0] * neighbours] * stages
     figure = new_figure(0.82 * sum(widths), 0.9 * anchors + 0.3)
     grid = figure.add_gridspec(anchors, len(widths), width_ratios=widths)
@@ -127,24 +127,24 @@ def neighbour_gallery(results: Results) -> Figure:
     for row, anchor in enumerate(results.anchors.tolist()):
         show(row, 0, anchor, REFERENCE, "anchor", "")
         for stage in range(stages):
-            for rank, sample in enumerate(results.neighbours[row, stage].tolist()):
+            for position, sample in enumerate(results.neighbours[row, stage].tolist()):
                 same = bool(results.digits[sample] == results.digits[anchor])
-                title = f"stage {stage}" if rank == neighbours // 2 else None
+                title = f"stage {stage}" if position == neighbours // 2 else None
                 shared = int((results.bits[sample] == results.bits[anchor]).sum())
-                column = 2 + stage * (neighbours + 1) + rank
+                column = 2 + stage * (neighbours + 1) + position
                 show(row, column, sample, CORRECT if same else WRONG, title, f"{shared} of {results.settings.bits}")
     return figure
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure of that many inches, drawn without a display."""
+    """An empty figure, its size in inches, that needs no display."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), dpi=140, layout="constrained")
 
 
 def data_uri(figure: Figure) -> str:
-    """A figure as what `src` of an image takes, so that a page needs no other file."""
+    """Data URI of a figure, for the `src` of an image: the page then needs no other file."""
     for axes in figure.axes:
         if not axes.images:
             axes.spines[["top", "right"]].set_visible(False)

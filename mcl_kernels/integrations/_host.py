@@ -1,4 +1,4 @@
-"""What the files of the hosts share."""
+"""Helpers for the files of all hosts."""
 
 from __future__ import annotations
 
@@ -12,27 +12,34 @@ from torch import Tensor
 from mcl_kernels.distributed.group import all_gather, ranks_of
 
 
-def require(distribution: str, least: str, extra: str | None = None) -> None:
-    """Checks that a host is installed, and new enough; `extra` installs it, by default that of its name."""
+def require(distribution: str, minimum: str, extra: str | None = None) -> None:
+    """Raises an ImportError unless the host is installed and recent enough.
+
+    Args:
+        distribution: name of the host's package.
+        minimum: oldest supported version.
+        extra: extra of mcl-kernels that installs the host, by default of the same name.
+    """
     try:
         found = version(distribution)
     except PackageNotFoundError:
         found = "none"
-    if found == "none" or _release(found) < _release(least):
-        needed = f"{distribution} >= {least}"
+    if found == "none" or _release(found) < _release(minimum):
+        needed = f"{distribution} >= {minimum}"
         command = f"pip install 'mcl-kernels[{extra or distribution}]'"
         raise ImportError(f"this integration needs {needed}: found {found} ({command})")
 
 
-def _release(text: str) -> list[int]:
-    return [int(number) for number in re.findall(r"\d+", text)[:2]]
+def _release(version_text: str) -> list[int]:
+    """Major and minor version."""
+    return [int(digits) for digits in re.findall(r"\d+", version_text)[:2]]
 
 
-def number(value: Any) -> Any:
-    """A tensor of one number, of any shape, as [], which the losses take."""
+def as_scalar(value: Any) -> Any:
+    """Returns a tensor of one element as a scalar tensor, which the losses accept; anything else unchanged."""
     return value.reshape(()) if isinstance(value, Tensor) and value.numel() == 1 else value
 
 
 def gathered(values: Tensor) -> Tensor:
-    """Labels of all ranks, in the order of the ranks, as many from each."""
+    """Labels of all ranks, equally many from each, in the order of the ranks."""
     return all_gather(values.contiguous(), ranks_of(dist.group.WORLD))

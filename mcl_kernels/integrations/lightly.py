@@ -1,8 +1,8 @@
-"""lightly's losses, within clusters."""
+"""The losses of lightly with negatives from within clusters."""
 
 from __future__ import annotations
 
-from mcl_kernels.integrations._host import gathered, number, require
+from mcl_kernels.integrations._host import as_scalar, gathered, require
 
 require("lightly", "1.6")
 
@@ -18,15 +18,15 @@ from torch import Tensor
 from mcl_kernels._validate import as_integers, check_same_shape
 from mcl_kernels.losses import masked_info_nce, nt_xent
 from mcl_kernels.normalize import shrunk_rows
-from mcl_kernels.objectives import Objective, decoupled, info_nce
+from mcl_kernels.objectives import ObjectiveLike, decoupled, info_nce
 
 
 class NTXentLoss(host.NTXentLoss):  # type: ignore[misc]
-    """`lightly.loss.NTXentLoss` with `labels`, over `nt_xent`, or with a memory bank `masked_info_nce`.
+    """`lightly.loss.NTXentLoss` with `labels`, computed by `nt_xent`, or with a memory bank by `masked_info_nce`.
 
-    The constructor is the host's. The bank keeps the labels of its rows: -1, which matches nothing, for the random rows
-    that it begins with and for those of a step without labels. A stage begins with a new loss, since its labels are
-    others. In a gathered run labels are those of this rank's rows.
+    The constructor is the host's. The memory bank stores a label for each of its rows: -1, which is never a negative,
+    for its random initial rows and for rows of a step without labels. Each stage needs a new loss, since its labels
+    differ. With `gather_distributed`, pass the labels of this rank's rows.
 
     Example:
         >>> import torch
@@ -45,39 +45,44 @@ class NTXentLoss(host.NTXentLoss):  # type: ignore[misc]
         gather_distributed: bool = False,
     ) -> None:
         super().__init__(temperature, memory_bank_size, gather_distributed)
-        # A buffer like the host's bank: both are moved and broadcast together; neither is in the state_dict.
+        # A buffer, as the host's bank: both are moved and broadcast together. Neither is in the state_dict.
         bank = self.memory_bank.bank
         self.register_buffer("bank_labels", torch.full((len(bank),), -1, device=bank.device), persistent=False)
 
     def forward(self, out0: Tensor, out1: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Both views [N, D], of any length; labels: pseudo labels of the samples, integers [N], or None."""
+        """Computes the loss of two views [N, D], not normalized; labels: pseudo labels, integers [N], or None."""
         if labels is not None:
             labels = as_integers("labels", labels, "out0", out0)
         check_same_shape("out1", out1, "out0", out0)
-        out0, out1 = (F.normalize(shrunk_rows(x), dim=1) for x in (out0, out1))  # to the bit as the host does
+        out0, out1 = (F.normalize(shrunk_rows(x), dim=1) for x in (out0, out1))  # bit for bit as in the host
         if len(self.bank_labels) == 0:
             return _in_batch(out0, out1, labels, self.temperature, self.gather_distributed, info_nce)
         begin, bank_labels = int(self.memory_bank.bank_ptr), self.bank_labels.to(out0.device)
         _, negatives = self.memory_bank(out1, update=out0.requires_grad)
         if out0.requires_grad:
-            self._follow_bank(begin, torch.full((len(out0),), -1, device=out0.device) if labels is None else labels)
-        # As the host's, the loss may stay on the CPU, and with it the bank.
+            self._store_labels(begin, torch.full((len(out0),), -1, device=out0.device) if labels is None else labels)
+        # The loss, and with it the bank, may be on the CPU, as in the host.
         return masked_info_nce(
-            out0, negatives.T.to(out0.device), labels, None if labels is None else bank_labels,
-            temperature=number(self.temperature), positive=out1, normalize=False,
-        )  # fmt: skip
+            out0,
+            negatives.T.to(out0.device),
+            labels,
+            None if labels is None else bank_labels,
+            temperature=as_scalar(self.temperature),
+            positive=out1,
+            normalize=False,
+        )
 
-    def _follow_bank(self, begin: int, labels: Tensor) -> None:
-        """The labels of what the host has put into the bank, which drops what goes beyond its end."""
+    def _store_labels(self, begin: int, labels: Tensor) -> None:
+        """Stores the labels of the rows that the host has written to the bank from `begin`, up to its end."""
         if self.gather_distributed and dist.world_size() > 1:
             labels = gathered(labels)
-        new = self.bank_labels.clone()  # the old ones may be saved for a backward pass
-        new[begin : begin + len(labels)] = labels[: len(new) - begin].to(new.device)
-        self.bank_labels = new
+        bank_labels = self.bank_labels.clone()  # the old tensor may be saved for a backward pass
+        bank_labels[begin : begin + len(labels)] = labels[: len(bank_labels) - begin].to(bank_labels.device)
+        self.bank_labels = bank_labels
 
 
 class DCLLoss(host.DCLLoss):  # type: ignore[misc]
-    """`lightly.loss.DCLLoss` with `labels`, over `nt_xent`. The constructor is the host's, `weight_fn` included.
+    """`lightly.loss.DCLLoss` with `labels`, computed by `nt_xent`. The constructor is the host's, with `weight_fn`.
 
     Example:
         >>> import torch
@@ -88,37 +93,45 @@ class DCLLoss(host.DCLLoss):  # type: ignore[misc]
     """
 
     def forward(self, out0: Tensor, out1: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Both views [N, D], of any length; labels: pseudo labels of the samples, integers [N], or None."""
+        """Computes the loss of two views [N, D], not normalized; labels: pseudo labels, integers [N], or None."""
         if labels is not None:
             labels = as_integers("labels", labels, "out0", out0)
-        out0, out1 = (F.normalize(shrunk_rows(x), dim=1) for x in (out0, out1))  # to the bit as the host does
-        objective = decoupled
+        out0, out1 = (F.normalize(shrunk_rows(x), dim=1) for x in (out0, out1))  # bit for bit as in the host
+        objective: ObjectiveLike = decoupled
         if self.weight_fn:
             weight = torch.cat([self.weight_fn(*views).expand(out0.shape[0]) for views in ((out0, out1), (out1, out0))])
 
-            def objective(a: Tensor, b: Tensor, n: Tensor | None, scale: Tensor) -> Tensor:
+            def weighted(a: Tensor, b: Tensor, n: Tensor | None, scale: Tensor) -> Tensor:
                 return b - weight * a
+
+            objective = weighted
 
         return _in_batch(out0, out1, labels, self.temperature, self.gather_distributed, objective)
 
 
 class DCLWLoss(DCLLoss, host.DCLWLoss):  # type: ignore[misc]
-    """`lightly.loss.DCLWLoss` with `labels`; see `DCLLoss`. The weights are those of the whole batch, as the host's."""
+    """`lightly.loss.DCLWLoss` with `labels`; see `DCLLoss`. As in the host, weights are of the complete batch."""
 
 
 def _in_batch(
-    out0: Tensor, out1: Tensor, labels: Tensor | None, temperature: Any, gather: bool, objective: Objective
+    out0: Tensor, out1: Tensor, labels: Tensor | None, temperature: Any, gather: bool, objective: ObjectiveLike
 ) -> Tensor:
-    """Views of length 1 against all views, of all ranks where they are gathered."""
-    temperature = number(temperature)
+    """Compares normalized views with all views of this process, or with `gather` of all ranks."""
+    temperature = as_scalar(temperature)
     if not (gather and dist.world_size() > 1):
         return nt_xent(out0, out1, labels, temperature=temperature, objective=objective, normalize=False)
     keys = torch.cat([*dist.gather(out0), *dist.gather(out1)])
     ids = torch.arange(len(keys) // 2, device=keys.device)
     first = dist.rank() * len(out0)
     return masked_info_nce(
-        torch.cat((out0, out1)), keys, None if labels is None else labels.repeat(2),
-        None if labels is None else gathered(labels).repeat(2), temperature=temperature,
-        positive=torch.cat((out1, out0)), ids=ids[first : first + len(out0)].repeat(2), key_ids=ids.repeat(2),
-        objective=objective, normalize=False,
-    )  # fmt: skip
+        torch.cat((out0, out1)),
+        keys,
+        None if labels is None else labels.repeat(2),
+        None if labels is None else gathered(labels).repeat(2),
+        temperature=temperature,
+        positive=torch.cat((out1, out0)),
+        ids=ids[first : first + len(out0)].repeat(2),
+        key_ids=ids.repeat(2),
+        objective=objective,
+        normalize=False,
+    )

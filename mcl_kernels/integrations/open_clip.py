@@ -1,8 +1,8 @@
-"""open_clip's loss, within clusters."""
+"""The loss of open_clip with negatives from within clusters."""
 
 from __future__ import annotations
 
-from mcl_kernels.integrations._host import gathered, number, require
+from mcl_kernels.integrations._host import as_scalar, gathered, require
 
 require("open_clip_torch", "2.32", extra="open-clip")
 
@@ -16,11 +16,11 @@ from mcl_kernels.normalize import compute_dtype
 
 
 class ClipLoss(host.ClipLoss):  # type: ignore[misc]
-    """`open_clip.ClipLoss` with `labels`, over `clip_loss`.
+    """`open_clip.ClipLoss` with `labels`, computed by `clip_loss`.
 
-    The constructor is the host's. So are the conventions of `local_loss` and `gather_with_grad`; labels are those of
-    this rank's rows, and are gathered as the features are. A `logit_bias` is added to every logit of the host, which
-    changes neither its loss nor ours: its gradient is 0.
+    The constructor is the host's, and `local_loss` and `gather_with_grad` have its meaning. Pass the labels of this
+    rank's rows; they are gathered together with the features. The host adds a `logit_bias` to every logit, which
+    changes neither loss; its gradient is 0.
 
     Example:
         >>> import torch
@@ -39,18 +39,18 @@ class ClipLoss(host.ClipLoss):  # type: ignore[misc]
         output_dict: bool = False,
         labels: Tensor | None = None,
     ) -> Tensor | dict[str, Tensor]:
-        """Features normalised, [N, D] each; labels: pseudo labels, integers [N], or None."""
+        """Computes the loss of normalized features, [N, D] each; labels: pseudo labels, integers [N], or None."""
         if labels is not None:
             labels = as_integers("labels", labels, "image_features", image_features)
         if self.world_size == 1:
             loss = clip_loss(image_features, text_features, labels, logit_scale=logit_scale)
         else:
-            loss = self._over_ranks(image_features, text_features, logit_scale, labels)
-        if isinstance(logit_bias, Tensor):  # stays in the graph: DistributedDataParallel waits for each parameter
+            loss = self._gathered_loss(image_features, text_features, logit_scale, labels)
+        if isinstance(logit_bias, Tensor):  # part of the graph: DistributedDataParallel waits for each gradient
             loss = loss + 0.0 * logit_bias.sum()
         return {"contrastive_loss": loss} if output_dict else loss
 
-    def _over_ranks(self, image: Tensor, text: Tensor, logit_scale: Tensor | float, labels: Tensor | None) -> Tensor:
+    def _gathered_loss(self, image: Tensor, text: Tensor, logit_scale: Tensor | float, labels: Tensor | None) -> Tensor:
         if self.use_horovod:
             raise ValueError("use_horovod must be False over several ranks: got True")
         n, first = len(image), self.rank * len(image)
@@ -61,13 +61,20 @@ class ClipLoss(host.ClipLoss):  # type: ignore[misc]
             return clip_loss(all_image, all_text, all_labels, logit_scale=logit_scale)
         all_ids = torch.arange(len(all_image), device=image.device)
         if isinstance(logit_scale, Tensor):  # inverted in fp32, whatever the dtype of the parameter
-            logit_scale = number(logit_scale).to(compute_dtype(image, text))
-        # The positives are taken from the gathered rows: whether these have a gradient is the host's to say.
+            logit_scale = as_scalar(logit_scale).to(compute_dtype(image, text))
+        # The positives are gathered rows, so they have a gradient exactly if `gather_with_grad` is set.
         image_loss, text_loss = (
             masked_info_nce(
-                query, keys, labels, all_labels, temperature=1.0 / logit_scale, positive=keys[first : first + n],
-                ids=all_ids[first : first + n], key_ids=all_ids, normalize=False,
+                query,
+                keys,
+                labels,
+                all_labels,
+                temperature=1.0 / logit_scale,
+                positive=keys[first : first + n],
+                ids=all_ids[first : first + n],
+                key_ids=all_ids,
+                normalize=False,
             )
             for query, keys in ((image, all_text), (text, all_image))
-        )  # fmt: skip
+        )
         return (image_loss + text_loss) / 2

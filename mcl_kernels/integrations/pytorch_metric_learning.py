@@ -1,8 +1,8 @@
-"""pytorch-metric-learning's loss, within clusters."""
+"""The NT-Xent loss of pytorch-metric-learning with negatives from within clusters."""
 
 from __future__ import annotations
 
-from mcl_kernels.integrations._host import number, require
+from mcl_kernels.integrations._host import as_scalar, require
 
 require("pytorch-metric-learning", "2.5")
 
@@ -21,14 +21,14 @@ from mcl_kernels.objectives import info_nce
 
 
 class NTXentLoss(host.NTXentLoss):  # type: ignore[misc]
-    """`pytorch_metric_learning.losses.NTXentLoss` with `cluster_labels`, over `masked_logsumexp`.
+    """`pytorch_metric_learning.losses.NTXentLoss` with `cluster_labels`, computed by `masked_logsumexp`.
 
-    The constructor is the host's, and the distance its own, the cosine. **`labels` are identities**, as the host's:
-    equal ones are positives, as many as there are, but for a row and itself (row i of both sides, where `ref_labels`
-    is the same object as `labels`, or not given). `cluster_labels` are the pseudo labels: only samples of the same
-    cluster are negatives. With a miner's pairs (`indices_tuple`) the host computes, with all its memory, on those
-    of its negative pairs that are in one cluster. Where the host's loss ends at 87.3, the logarithm of its smallest
-    number, ours does not; nor is it 0 where there is a single pair.
+    The constructor is the host's; the distance must be its default, the cosine. **`labels` are identities**, as in the
+    host: samples with equal labels are positives of each other, except a row and itself (row i of both sides, if
+    `ref_labels` is the same object as `labels`, or not given). `cluster_labels` are the pseudo labels: only samples of
+    the same cluster are negatives. With the pairs of a miner (`indices_tuple`) the host computes the loss, with its
+    memory use, from the negative pairs within a cluster. The loss differs from the host's in two cases: it is not
+    limited to 87.3, the logarithm of the host's smallest number; and it is not 0 for a single pair.
 
     Example:
         >>> import torch
@@ -54,8 +54,10 @@ class NTXentLoss(host.NTXentLoss):  # type: ignore[misc]
         cluster_labels: Tensor | None = None,
         ref_cluster_labels: Tensor | None = None,
     ) -> Any:
-        """Embeddings [N, D], of any length, each against all others, or against ref_emb [M, D]. The labels are [N], and
-        [M] for ref_emb; those of clusters are integers, the others have any dtype."""
+        """Computes the loss of embeddings [N, D], not normalized, against each other or against ref_emb [M, D].
+
+        Labels are [N], and [M] for ref_emb; cluster labels are integers, the others have any dtype.
+        """
         check_embeddings("embeddings", embeddings)
         keys = embeddings if ref_emb is None else ref_emb
         check_embeddings("ref_emb", keys)
@@ -78,45 +80,49 @@ class NTXentLoss(host.NTXentLoss):  # type: ignore[misc]
         self.reset_stats()
         if ref_emb is None or (ref_labels is None and keys.shape == embeddings.shape):
             ref_labels = labels
-        itself = ref_labels is labels  # by this the host decides whether row i of both sides is one row
+        excludes_self = ref_labels is labels  # the host's criterion for row i of both sides being the same sample
         identity, ref_identity = _comparable(labels, ref_labels)
         identity = as_integers("labels", identity, "embeddings", embeddings)
         ref_identity = as_integers("ref_labels", ref_identity, "ref_emb", keys)
-        anchors, positives = _equal_pairs(identity, ref_identity, itself=itself)
+        anchors, positives = _equal_pairs(identity, ref_identity, excludes_self=excludes_self)
         losses = self.zero_losses()
         if len(anchors) > 0:
             query = normalize_rows(embeddings)
             key = query if ref_emb is None else normalize_rows(ref_emb)
-            scale = 1.0 / number(self.temperature)
+            scale = 1.0 / as_scalar(self.temperature)
             a = scale * row_dot(query[anchors], key[positives], compute_dtype(query, key))
             b = masked_logsumexp(
-                query, None if ref_emb is None else key, cluster_labels,
-                None if ref_emb is None else ref_cluster_labels, scale=scale, ids=identity,
+                query,
+                None if ref_emb is None else key,
+                cluster_labels,
+                None if ref_emb is None else ref_cluster_labels,
+                scale=scale,
+                ids=identity,
                 key_ids=None if ref_emb is None else ref_identity,
-            )  # fmt: skip
-            # Without negatives b is -inf, and softplus(-inf) is 0, as its derivative.
-            pairs = info_nce(a, b[anchors], None, a)
+            )
+            # Without negatives b is -inf: the loss and its gradient are 0.
+            pairs = info_nce(a, b[anchors])
             losses = {"loss": {"losses": pairs, "indices": (anchors, positives), "reduction_type": "pos_pair"}}
         self.add_embedding_regularization_to_loss_dict(losses, embeddings)
         return self.reducer(losses, embeddings, labels)
 
 
 def _comparable(labels: Any, ref_labels: Any) -> tuple[Any, Any]:
-    """Integers that are equal where the labels are, since the host takes labels of any dtype."""
-    given = [x for x in (labels, ref_labels) if isinstance(x, Tensor)]
-    if len(given) < 2 or all(x.dtype in INTEGER_DTYPES for x in given):
+    """Maps labels of any dtype, which the host accepts, to integers that are equal for equal labels."""
+    tensors = [x for x in (labels, ref_labels) if isinstance(x, Tensor)]
+    if len(tensors) < 2 or all(x.dtype in INTEGER_DTYPES for x in tensors):
         return labels, ref_labels
-    _, ids = torch.unique(torch.cat([x.flatten() for x in given]), return_inverse=True)
+    _, ids = torch.unique(torch.cat([x.flatten() for x in tensors]), return_inverse=True)
     return ids[: labels.numel()].view_as(labels), ids[labels.numel() :].view_as(ref_labels)
 
 
-def _equal_pairs(identity: Tensor, ref_identity: Tensor, *, itself: bool) -> tuple[Tensor, Tensor]:
-    """All (i, j) of equal identity, i != j where row i of both is the same; no matrix of them is built."""
+def _equal_pairs(identity: Tensor, ref_identity: Tensor, *, excludes_self: bool) -> tuple[Tensor, Tensor]:
+    """All pairs (i, j) of equal identity, without i = j if `excludes_self`; builds no matrix of pairs."""
     ordered, order = ref_identity.sort(stable=True)
     begin, end = torch.searchsorted(ordered, identity), torch.searchsorted(ordered, identity, right=True)
     counts = end - begin
     anchors = torch.repeat_interleave(torch.arange(len(identity), device=identity.device), counts)
-    within = torch.arange(len(anchors), device=identity.device) - (counts.cumsum(0) - counts)[anchors]
-    positives = order[begin[anchors] + within]
-    other = anchors != positives if itself else torch.ones_like(anchors, dtype=torch.bool)
-    return anchors[other], positives[other]
+    offsets = torch.arange(len(anchors), device=identity.device) - (counts.cumsum(0) - counts)[anchors]
+    positives = order[begin[anchors] + offsets]
+    kept = anchors != positives if excludes_self else torch.ones_like(anchors, dtype=torch.bool)
+    return anchors[kept], positives[kept]

@@ -1,4 +1,4 @@
-"""sentence-transformers' loss, within clusters."""
+"""The ranking loss of sentence-transformers with negatives from within clusters."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from mcl_kernels.objectives import info_nce
 
 
 class MultipleNegativesRankingLoss(host.MultipleNegativesRankingLoss):  # type: ignore[misc]
-    """`sentence_transformers.losses.MultipleNegativesRankingLoss` with pseudo labels, over `masked_logsumexp`.
+    """`sentence_transformers.losses.MultipleNegativesRankingLoss` with pseudo labels.
 
-    The constructor is the host's, with `cluster_labels` as one more: `directions` and `partition_mode` are included,
-    `hardness_mode` and similarities other than `cos_sim` and `dot_score` refused. With `cluster_labels=True` the label
-    that the host's trainer hands over (a column `label`, `labels`, `score` or `scores` of the data set) **is the pseudo
-    label** of an anchor and its documents, hard negatives included. By default it is ignored, as by the host, whatever
-    it means.
+    The constructor is the host's, with one more argument, `cluster_labels`. `directions` and `partition_mode` are
+    supported; `hardness_mode` and similarities other than `cos_sim` and `dot_score` are refused. With
+    `cluster_labels=True` the label that the host's trainer passes (a column `label`, `labels`, `score` or `scores` of
+    the data set) **is the pseudo label** of an anchor and its documents, including hard negatives. By default that
+    label is ignored, as in the host.
 
     Example: for a data set with columns anchor, positive and label
 
@@ -49,8 +49,10 @@ class MultipleNegativesRankingLoss(host.MultipleNegativesRankingLoss):  # type: 
             )
 
     def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor | None = None) -> Tensor:
-        """Anchors, positives, and any number of hard negatives, [N, D] each; labels: with `cluster_labels=True`
-        integers [N], else ignored."""
+        """Computes the loss of anchors, positives and any number of hard negatives, [N, D] each.
+
+        `labels` are integers [N] with `cluster_labels=True`, and otherwise ignored.
+        """
         if len(embeddings) < 2:
             raise ValueError(f"embeddings must hold anchors and positives: got {len(embeddings)} tensors")
         n, columns = embeddings[0].shape[0], len(embeddings) - 1
@@ -64,33 +66,33 @@ class MultipleNegativesRankingLoss(host.MultipleNegativesRankingLoss):  # type: 
             labels = None
         if self.similarity_fct is util.cos_sim:
             embeddings = [normalize_rows(x) for x in embeddings]
-        query, positive, first, all_labels = embeddings[0], embeddings[1], 0, labels
+        query, positive, first_row, all_labels = embeddings[0], embeddings[1], 0, labels
         if self.gather_across_devices and util.get_world_size() > 1:
             embeddings = [util.all_gather_with_grad(x) for x in embeddings]
-            first = util.get_rank() * n
+            first_row = util.get_rank() * n
             all_labels = None if labels is None else gathered(labels)
         queries, docs = embeddings[0], torch.cat(embeddings[1:])
         doc_labels = None if all_labels is None else all_labels.repeat(columns)
-        row = torch.arange(queries.shape[0], device=docs.device)
-        own, ids = row[first : first + n], torch.arange(docs.shape[0], device=docs.device)
+        query_ids, doc_ids = (torch.arange(len(x), device=docs.device) for x in (queries, docs))
+        own_ids = query_ids[first_row : first_row + n]
         a = self.scale * row_dot(query, positive, compute_dtype(query, positive))
-        # A hard negative is one of its own anchor too. Among documents those of the same anchor are none.
+        # Hard negatives are negatives of their own anchor too. Documents of one anchor are not negatives of each other.
         logsumexps = {
-            direction: masked_logsumexp(x, keys, labels, key_labels, scale=self.scale, ids=own, key_ids=key_ids)
+            direction: masked_logsumexp(x, keys, labels, key_labels, scale=self.scale, ids=own_ids, key_ids=key_ids)
             for direction, x, keys, key_labels, key_ids in (
-                ("query_to_doc", query, docs, doc_labels, ids),
-                ("query_to_query", query, queries, all_labels, row),
-                ("doc_to_query", positive, queries, all_labels, row),
-                ("doc_to_doc", positive, docs, doc_labels, row.repeat(columns)),
+                ("query_to_doc", query, docs, doc_labels, doc_ids),
+                ("query_to_query", query, queries, all_labels, query_ids),
+                ("doc_to_query", positive, queries, all_labels, query_ids),
+                ("doc_to_doc", positive, docs, doc_labels, query_ids.repeat(columns)),
             )
             if direction in self.directions
         }
         if self.partition_mode == "per_direction":
-            return torch.stack([info_nce(a, b, None, a) for b in logsumexps.values()]).mean()
-        # The host's denominator holds the positive once for each direction in which it is found.
+            return torch.stack([info_nce(a, b) for b in logsumexps.values()]).mean()
+        # The host's denominator contains the positive once for each direction that includes it.
         positives = [a] if "doc_to_query" in logsumexps else []
-        return info_nce(a, torch.stack([*logsumexps.values(), *positives]).logsumexp(0), None, a).mean()
+        return info_nce(a, torch.stack([*logsumexps.values(), *positives]).logsumexp(0)).mean()
 
     def get_config_dict(self) -> dict[str, Any]:
-        """The host's, for the model card, with `cluster_labels`."""
+        """Returns the host's configuration for the model card, with `cluster_labels`."""
         return {**super().get_config_dict(), "cluster_labels": self.cluster_labels}

@@ -1,4 +1,4 @@
-"""CLIP of transformers, whose loss is computed within clusters and without logits."""
+"""The CLIP model of transformers with negatives from within clusters, computed without logits."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from mcl_kernels.normalize import normalize_rows
 
 
 class CLIPModel(host.CLIPModel):  # type: ignore[misc]
-    """`transformers.CLIPModel` with `clusters`, the pseudo labels, over `clip_loss`.
+    """`transformers.CLIPModel` with `clusters`, the pseudo labels, whose loss is `clip_loss`.
 
-    `from_pretrained`, configuration and files are the host's. Where a loss is asked for (`return_loss=True`) there are
-    no logits in the output, since no N x N matrix is built; otherwise `forward` is the host's. Under `Trainer` a column
-    `clusters` of the data set holds the pseudo labels, and the collator adds `return_loss=True`, as for the host.
-    `labels` are ignored, as by the host.
+    `from_pretrained`, configuration and files are the host's. With `return_loss=True` the output has no logits, since
+    no N x N matrix is built; otherwise `forward` is the host's. Under `Trainer` a column `clusters` of the data set
+    holds the pseudo labels, and the collator must add `return_loss=True`, as for the host. `labels` are ignored, as in
+    the host.
 
     Example: `model = CLIPModel.from_pretrained(path)`, then `model(**inputs, return_loss=True, clusters=labels).loss`.
     """
@@ -37,21 +37,21 @@ class CLIPModel(host.CLIPModel):  # type: ignore[misc]
         position_ids: Tensor | None = None,
         return_loss: bool | None = None,
         interpolate_pos_encoding: bool = False,
-        # Not `labels`: Trainer expects an argument with "label" in its name in every batch, and without it would
-        # evaluate no loss where the data set has no pseudo labels.
+        # Not named `labels`: Trainer expects arguments with "label" in their name in every batch, and would otherwise
+        # evaluate no loss for a data set without pseudo labels.
         clusters: Tensor | None = None,
         **kwargs: Any,
     ) -> host.CLIPOutput:
-        """The host's arguments; clusters: pseudo labels of the pairs, integers [N], or None."""
-        of_image = {"pixel_values": pixel_values, "interpolate_pos_encoding": interpolate_pos_encoding}
-        of_text = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+        """Computes the host's output; clusters: pseudo labels of the pairs, integers [N], or None."""
+        image_inputs = {"pixel_values": pixel_values, "interpolate_pos_encoding": interpolate_pos_encoding}
+        text_inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
         if not return_loss:
-            return super().forward(**of_image, **of_text, **kwargs)
-        image, text = self.get_image_features(**of_image, **kwargs), self.get_text_features(**of_text, **kwargs)
+            return super().forward(**image_inputs, **text_inputs, **kwargs)
+        image, text = self.get_image_features(**image_inputs, **kwargs), self.get_text_features(**text_inputs, **kwargs)
         image_embeds, text_embeds = normalize_rows(image.pooler_output), normalize_rows(text.pooler_output)
-        device = text_embeds.device  # a model may be spread over several, as the host's
+        device = text_embeds.device  # the model may be spread over several devices, as in the host
         if clusters is not None:
-            assert pixel_values is not None  # or the host would have raised
+            assert pixel_values is not None  # otherwise get_image_features has raised
             clusters = as_integers("clusters", clusters, "pixel_values", pixel_values).to(device)
         logit_scale = self.logit_scale.exp().to(device)
         return host.CLIPOutput(

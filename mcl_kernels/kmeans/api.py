@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from mcl_kernels._validate import as_integer, as_number, check_choice, check_same_width
+from mcl_kernels.backends.table import IMPLS
 from mcl_kernels.distributed.group import ranks_of
-from mcl_kernels.kmeans.assign import METRICS, check_range, find_nearest, finite_rows
+from mcl_kernels.kmeans.assign import METRICS, check_range, find_nearest, finite_rows, implementation
 from mcl_kernels.kmeans.centers import middle_and_scale, summarize
 from mcl_kernels.kmeans.dataset import Dataset
 from mcl_kernels.kmeans.files import Saved
-from mcl_kernels.kmeans.implementations import IMPLS, implementation
 from mcl_kernels.kmeans.initial import draw_sample, initial_centers
 from mcl_kernels.kmeans.lloyd import Clustering, lloyd, mini_batches
 from mcl_kernels.kmeans.passes import Problem, mean_variance
@@ -126,7 +126,7 @@ class KMeans(Saved):
         self.batch_size = None if batch_size is None else as_integer("batch_size", batch_size, least=1)
         check_choice("metric", metric, METRICS)
         check_choice("empty", empty, ("split",))
-        check_choice("impl", impl, IMPLS)
+        check_choice("impl", impl, IMPLS["kmeans"])
         if not isinstance(init, str):
             init = finite_rows("init", init)
             if len(init) != n_clusters or n_init != 1:

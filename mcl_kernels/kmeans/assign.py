@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from mcl_kernels._validate import check_choice, check_same_width
+from mcl_kernels.backends.table import load, resolve
 from mcl_kernels.kmeans.centers import prepare
-from mcl_kernels.kmeans.implementations import implementation
 from mcl_kernels.kmeans.rows import Array, RowsLike, open_rows
 from mcl_kernels.normalize import compute_dtype
 
@@ -69,6 +70,11 @@ def find_nearest(
     if begin == len(labels[0]):  # one chunk: no copy
         return labels[0], distances[0]
     return torch.cat(labels), torch.cat(distances)
+
+
+def implementation(impl: str, device: torch.device) -> ModuleType:
+    """Returns the module that computes passes; raises if `impl` does not run on the device."""
+    return load("kmeans", resolve("kmeans", impl, device))
 
 
 def check_range(name: str, x: Tensor) -> None:

@@ -80,9 +80,10 @@ def _assign(
     labels, distances = torch.empty(n, dtype=torch.int64, device=x.device), points.new_empty(n)
     undecided = torch.empty(n, dtype=torch.bool, device=x.device)
     inverse_norms = points.new_empty(n) if centers.cosine else None
-    cuda.ops(x.device).assign(
-        x, centers.offset, inverse_norms, *rounding, points.contiguous(), factors.high, factors.low,
-        factors.half_norms, limits, labels, distances, undecided, sums, counts,
+    cuda.ops().assign_clusters(
+        [x, centers.offset, *rounding], inverse_norms,
+        [points.contiguous(), factors.high, factors.low, factors.half_norms, limits],
+        labels, distances, undecided, sums, counts,
     )  # fmt: skip
     return labels, distances, settle(x, centers, labels, distances, undecided), inverse_norms
 
@@ -98,10 +99,11 @@ def _sum_by_label(
     x: Tensor, centers: Centers, rounding: _Rounding, labels: Tensor, inverse_norms: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Sums and counts for many centres."""
-    ops, k = cuda.ops(x.device), len(centers.points)
+    ops, k = cuda.ops(), len(centers.points)
     pieces = cut_into_pieces(labels, k)
-    of_pieces = torch.empty(len(pieces.begin), x.shape[1], dtype=torch.float64, device=x.device)
+    piece_sums = torch.empty(len(pieces.begin), x.shape[1], dtype=torch.float64, device=x.device)
     sums = torch.empty(k, x.shape[1], dtype=torch.float64, device=x.device)
-    ops.sum_pieces(x, centers.offset, inverse_norms, *rounding, pieces.order, pieces.begin, pieces.end, of_pieces)
-    ops.join_pieces(of_pieces, pieces.first, pieces.last, sums)
+    order = [pieces.order, pieces.begin, pieces.end]
+    ops.sum_pieces([x, centers.offset, *rounding], inverse_norms, order, piece_sums)
+    ops.join_pieces(piece_sums, pieces.first, pieces.last, sums)
     return sums, pieces.counts

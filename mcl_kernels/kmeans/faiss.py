@@ -17,15 +17,6 @@ from mcl_kernels.kmeans.centers import Centers, score_bound, settle, undecided_r
 SLAB = 1 << 14  # rows copied at a time
 
 
-def unavailable_reason() -> str | None:
-    """Returns why faiss cannot be used, or None."""
-    try:
-        import faiss  # noqa: F401
-    except ImportError as error:
-        return f"faiss cannot be imported ({error}); pip install faiss-cpu, or its build for GPUs"
-    return None
-
-
 def assign(x: Tensor, centers: Centers) -> tuple[Tensor, Tensor]:
     """Finds the nearest centre of each row, int64 [N], and the distance to it, [N] in the dtype of the centres."""
     import faiss

@@ -12,38 +12,30 @@ Memory beyond inputs and outputs: K x D fp64 sums for each thread.
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from torch import Tensor
 
-from mcl_kernels.backends import native
+from mcl_kernels.backends.native import ops
 from mcl_kernels.kmeans.centers import Centers
 
 
 def assign(x: Tensor, centers: Centers) -> tuple[Tensor, Tensor]:
     """Finds the nearest centre of each row, int64 [N], and the distance to it, [N] in the dtype of the centres."""
-    labels, distances, _, _ = _ops().assign_clusters(x, *_described(centers), False, None)
+    labels, distances, _, _ = ops().assign_clusters(x, _center_tensors(centers), centers.cosine, False, None)
     return labels, distances
 
 
 def assign_and_sum(x: Tensor, centers: Centers) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`assign`, and in the same pass the sum of each centre's rows relative to the offset, and their count."""
-    labels, distances, sums, counts = _ops().assign_clusters(x, *_described(centers), True, None)
+    labels, distances, sums, counts = ops().assign_clusters(x, _center_tensors(centers), centers.cosine, True, None)
     return labels, distances, sums, counts
 
 
 def follow(x: Tensor, centers: Centers, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Updates the labels of an earlier pass, int32 [N]; returns distances, and the changes of sums and counts since."""
-    _, distances, sums, counts = _ops().assign_clusters(x, *_described(centers), True, labels)
+    _, distances, sums, counts = ops().assign_clusters(x, _center_tensors(centers), centers.cosine, True, labels)
     return distances, sums, counts
 
 
-def _described(centers: Centers) -> tuple[Tensor, Tensor, bool, Tensor]:
-    """Arguments of the operator that describe the centres."""
-    return centers.points, centers.offset, centers.cosine, centers.rounding
-
-
-def _ops() -> Any:
-    native.load()
-    return torch.ops.mcl_kernels_native
+def _center_tensors(centers: Centers) -> list[Tensor]:
+    """Tensors of the centres, in the order of the operator's schema."""
+    return [centers.points, centers.offset, centers.rounding]

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from mcl_kernels.distributed.group import (
     Ranks,
-    check_alike,
     check_none_failed,
-    meeting_device,
-    work_of_each,
-    work_of_first,
+    check_same_on_all_ranks,
+    collective_device,
+    run_on_each,
+    run_on_first,
 )
 from mcl_kernels.kmeans.rows import Rows
 
@@ -72,7 +72,7 @@ class GroupTeam(Team):
     def __init__(self, ranks: Ranks, device: torch.device) -> None:
         self.ranks = ranks
         self.rank, self.size = ranks.rank, ranks.world_size
-        self.collective_device = meeting_device(ranks) if device.type == "cpu" else device
+        self.collective_device = collective_device(ranks) if device.type == "cpu" else device
         self.error: Exception | None = None
 
     def total(self, *parts: Tensor) -> tuple[Tensor, ...]:
@@ -91,7 +91,7 @@ class GroupTeam(Team):
         return on_device.to(x.device)
 
     def compute_on_first(self, compute: Callable[[], Tensor], like: Tensor) -> Tensor:
-        rows = work_of_first(compute, self.ranks, self.collective_device)
+        rows = run_on_first(compute, self.ranks, self.collective_device)
         n = int(self.broadcast(torch.tensor([0 if rows is None else len(rows)], device="cpu")))
         return self.broadcast(like.new_empty(n, like.shape[1]) if rows is None else rows)
 
@@ -124,7 +124,9 @@ def open_with_group(
     open_rows: Callable[[], Rows], ranks: Ranks, arguments: Mapping[str, object]
 ) -> tuple[Rows, GroupTeam]:
     """Opens the rows of this rank. Every rank raises if one cannot open its rows, or if the arguments differ."""
-    device = meeting_device(ranks)
-    rows = work_of_each(open_rows, ranks, device)
-    check_alike(ranks, device, {**arguments, rows.name: rows.like, f"device of {rows.name}": rows.device.type})
+    device = collective_device(ranks)
+    rows = run_on_each(open_rows, ranks, device)
+    check_same_on_all_ranks(
+        ranks, device, {**arguments, rows.name: rows.like, f"device of {rows.name}": rows.device.type}
+    )
     return rows, GroupTeam(ranks, rows.device)

@@ -1,3 +1,3 @@
-from mcl_kernels.logsumexp.api import capabilities, count_negatives, masked_logsumexp
+from mcl_kernels.logsumexp.api import count_negatives, masked_logsumexp
 
-__all__ = ["capabilities", "count_negatives", "masked_logsumexp"]
+__all__ = ["count_negatives", "masked_logsumexp"]

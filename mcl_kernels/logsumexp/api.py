@@ -1,16 +1,12 @@
-"""The public primitive: what is checked, what is assumed, and which implementation computes."""
+"""The public primitive: its arguments are checked and packed once."""
 
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Callable
-from functools import cache
-from typing import Any, Literal, overload
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from mcl_kernels._validate import (
     as_integer_vector,
@@ -21,121 +17,25 @@ from mcl_kernels._validate import (
     check_flag,
     check_same_width,
 )
-from mcl_kernels.backends import cuda as _cuda
-from mcl_kernels.backends import native as _native
-from mcl_kernels.backends import triton
-from mcl_kernels.logsumexp import ops, reference
+from mcl_kernels.backends.table import resolve
+from mcl_kernels.logsumexp import ops
+from mcl_kernels.logsumexp.inputs import Inputs
 from mcl_kernels.logsumexp.pairs import NEGATIVES, Pairs, count_kept
 from mcl_kernels.normalize import compute_dtype
 
-IMPLS = ("auto", *ops.IMPLEMENTATIONS, "reference")
+
+class Names(NamedTuple):
+    """The caller's own words for the arguments, in error messages."""
+
+    query: str = "query"
+    key: str = "key"
+    key_labels: str = "key_labels"
 
 
-def capabilities() -> dict[str, dict[str, object]]:
-    """What can compute here: for each `impl`, whether it is available, for which devices, and why or why not.
-
-    The native kernels are loaded for it, and built first where a loss would build them.
-
-    Returns:
-        A dictionary from the name of each implementation, and "auto", to `available` (bool), `devices`
-        (list of device types of this machine it runs on) and `reason` (str).
-
-    Example:
-        >>> capabilities()["blockwise"]["available"]
-        True
-    """
-    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
-    native, native_reason = _native.describe()
-    reasons = {device: triton.unavailable_reason(torch.device(device)) for device in devices}
-    on_triton = [device for device, reason in reasons.items() if reason is None]
-    on_cuda, cuda_reason = _cuda.describe()
-    of_gpus = [name for name, on in (("triton", on_triton), ("cuda", on_cuda)) if "cuda" in on]
-    picks = ("native for CPU tensors, " if native else "") + (f"{of_gpus[0]} for CUDA's, " if of_gpus else "")
-    picks += "else " if picks else ""
-    return {
-        "native": {"available": native, "devices": ["cpu"] if native else [], "reason": native_reason},
-        "triton": {
-            "available": bool(on_triton),
-            "devices": on_triton,
-            "reason": "the kernels for GPUs" if on_triton else _cuda.no_device() or reasons[devices[-1]],
-        },
-        "cuda": {"available": bool(on_cuda), "devices": on_cuda, "reason": cuda_reason},
-        "reference": {
-            "available": True,
-            "devices": devices,
-            "reason": "dense PyTorch, differentiable to any order: the definition, stores the N x M matrix",
-        },
-        "blockwise": {
-            "available": True,
-            "devices": devices,
-            "reason": "PyTorch by tiles, in memory that grows with N + M; runs wherever torch does",
-        },
-        "auto": {
-            "available": True,
-            "devices": devices,
-            "reason": f"picks {picks}blockwise",
-        },
-    }
+OWN_NAMES = Names()
 
 
-def resolve_impl(impl: str, device: torch.device) -> str:
-    """The implementation that `impl` names; an explicit name is never replaced by another."""
-    check_choice("impl", impl, IMPLS)
-    if impl == "auto":
-        if device.type == "cpu":
-            return "native" if _native_is_usable() else "blockwise"
-        return for_cuda(device) if device.type == "cuda" else "blockwise"
-    if impl == "native":
-        if device.type != "cpu":
-            raise ValueError(f"impl='native' computes on CPU tensors: got device {device}")
-        _load_native()
-    if impl == "triton":
-        _check_triton(device)
-    if impl == "cuda":
-        _check_cuda(device)
-    return impl
-
-
-def _native_is_usable() -> bool:
-    return _native.usable()
-
-
-def _load_native() -> None:
-    _native.load()
-
-
-@cache
-def for_cuda(device: torch.device, instead: str = "blockwise") -> str:
-    """The first of those for GPUs that runs on this one; else `instead`, and a warning, once, what to do about it."""
-    reasons = {}
-    for name, why_not in (("triton", triton.unavailable_reason), ("cuda", _cuda.why_not)):
-        reason = why_not(device)
-        if reason is None:
-            return name
-        reasons[name] = reason
-    told = "; ".join(f"impl={name!r}: {reason}" for name, reason in reasons.items())
-    warnings.warn(f"mcl_kernels: impl={instead!r} computes, several times slower: {told}", RuntimeWarning, 3)
-    return instead
-
-
-def _check_triton(device: torch.device) -> None:
-    if reason := triton.unavailable_reason(device):
-        raise RuntimeError(f"impl='triton': {reason} (or use impl='auto')")
-
-
-def _check_cuda(device: torch.device) -> None:
-    if reason := _cuda.why_not(device):
-        raise RuntimeError(f"impl='cuda': {reason} (or use impl='auto')")
-
-
-# Building and loading are no part of a compiled graph. This is what `torch.compiler.assume_constant_result` sets; the
-# decorator itself would import the compiler with this module.
-_FUNCTIONS: tuple[Any, ...] = (_native_is_usable, _load_native, for_cuda, _check_triton, _check_cuda)
-for _function in _FUNCTIONS:
-    _function._dynamo_marked_constant = True
-
-
-def as_pairs(
+def check_pairs(
     query: Tensor,
     key: Tensor,
     labels: Tensor | None,
@@ -145,38 +45,34 @@ def as_pairs(
     negatives: str,
     *,
     key_is_query: bool,
-    names: tuple[str, str, str] = ("query", "key", "key_labels"),
+    names: Names = OWN_NAMES,
 ) -> Pairs:
-    """Checks labels and ids. Where key i belongs to query i (`key_is_query`), one side's serve both.
-
-    `names` are the caller's own words for query, key and key_labels.
-    """
-    query_name, key_name, key_labels_name = names
+    """Pairs of checked labels and ids. Where key i belongs to query i (`key_is_query`), one side's serve both."""
     check_choice("negatives", negatives, NEGATIVES)
     if negatives == "different" and labels is None and key_labels is None:
         raise ValueError("negatives='different' needs labels: got labels=None")
-    sides = []
-    for name, key_name_of, values, key_values in (
-        ("labels", key_labels_name, labels, key_labels),
-        ("ids", "key_ids", ids, key_ids),
-    ):
-        if (values is None) != (key_values is None):
-            given, missing = (key_name_of, name) if values is None else (name, key_name_of)
-            if not key_is_query:
-                raise ValueError(f"{given} needs {missing} too, unless key i belongs to query i: got {missing}=None")
-            if values is None:
-                name, values = key_name_of, key_values
-            else:
-                key_name_of, key_values = name, values
-        sides.append(None if values is None else as_integers(name, values, query_name, query))
-        sides.append(None if key_values is None else as_integers(key_name_of, key_values, key_name, key))
-    return Pairs(sides[0], sides[1], sides[2], sides[3], negatives)
+
+    def check_sides(name: str, key_name: str, values: Tensor | None, key_values: Tensor | None) -> list[Tensor | None]:
+        if values is None and key_values is None:
+            return [None, None]
+        if key_is_query and (values is None or key_values is None or values is key_values):
+            given = key_values if values is None else values
+            checked = as_integers(key_name if values is None else name, given, names.query, query)
+            return [checked, checked]
+        if values is None or key_values is None:
+            given_name, missing = (key_name, name) if values is None else (name, key_name)
+            raise ValueError(f"{given_name} needs {missing} too, unless key i belongs to query i: got {missing}=None")
+        return [as_integers(name, values, names.query, query), as_integers(key_name, key_values, names.key, key)]
+
+    labels, key_labels = check_sides("labels", names.key_labels, labels, key_labels)
+    ids, key_ids = check_sides("ids", "key_ids", ids, key_ids)
+    return Pairs(labels, key_labels, ids, key_ids, negatives)
 
 
-def as_scale(name: str, value: float | Tensor, query: Tensor, dtype: torch.dtype) -> Tensor:
-    """A factor of the logits, or a temperature, as a tensor [] or [N] that keeps its graph.
+def check_scale(name: str, value: float | Tensor, query: Tensor, dtype: torch.dtype) -> Tensor:
+    """Factor of the logits, or temperature, as a tensor [] or [N] that keeps its graph.
 
-    [1], the shape that FSDP2 wants of a learned number, becomes []; of a single row it is the same.
+    [1], the shape that FSDP2 gives a learned number, becomes [].
     """
     if not isinstance(value, Tensor):
         number = as_number(name, value, "a number or a tensor")
@@ -280,7 +176,6 @@ def masked_logsumexp(
     """
     check_embeddings("query", query)
     check_flag("bidirectional", bidirectional)
-    key_is_query = key is None
     keys = query if key is None else key
     if key is None:
         if key_labels is not None or key_ids is not None:
@@ -292,52 +187,13 @@ def masked_logsumexp(
     else:
         check_embeddings("key", key)
         check_same_width("key", key, "query", query)
-    pairs = as_pairs(query, keys, labels, key_labels, ids, key_ids, negatives, key_is_query=key_is_query)
-    scale = as_scale("scale", scale, query, compute_dtype(query, keys))
+    pairs = check_pairs(query, keys, labels, key_labels, ids, key_ids, negatives, key_is_query=key is None)
+    scale = check_scale("scale", scale, query, compute_dtype(query, keys))
     if bidirectional and scale.ndim:
         raise ValueError(f"scale must be one number with bidirectional=True: got shape {list(scale.shape)}")
-
-    # With one scale per row, s is not symmetric: the self form becomes the rectangle with k = q.
-    symmetric = key is None and scale.ndim == 0
-    impl = resolve_impl(impl, query.device)
-    if impl == "reference":
-        return reference.masked_logsumexp(query, keys, scale, pairs, bidirectional)
-    _refuse_transforms(query, keys, scale)
-    if symmetric:
-        key, pairs = None, Pairs(pairs.labels, None, pairs.ids, None, negatives)
-    else:
-        key = keys
-    row_lse, column_lse, *_ = ops.masked_logsumexp(query, key, scale, *pairs, bidirectional, impl)
+    inputs = Inputs.of_self(query, scale, pairs) if key is None else Inputs(query, key, scale, pairs, bidirectional)
+    row_lse, column_lse = ops.compute(inputs, resolve("logsumexp", impl, query.device))
     return (row_lse, column_lse) if bidirectional else row_lse
-
-
-def _refuse_transforms(*inputs: Tensor) -> None:
-    """The fused ops have a derivative in plain reverse mode alone.
-
-    In forward mode PyTorch would drop the tangents without a word; in `torch.func.grad` its own error is about an
-    autograd.Function.
-    """
-    unpack: Callable[[Tensor], Any] = forward_ad.unpack_dual
-    if forward_ad._current_level >= 0 and any(unpack(x).tangent is not None for x in inputs):
-        raise NotImplementedError(
-            "masked_logsumexp: a fused implementation has no forward-mode derivative; use impl='reference'"
-        )
-    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active() or not torch.is_grad_enabled():
-        return
-    if any(_is_differentiated_by_transform(x) for x in inputs):
-        raise NotImplementedError(
-            "masked_logsumexp: a fused implementation has no derivative under torch.func (grad, vjp, jacrev, "
-            "hessian); use impl='reference'"
-        )
-
-
-def _is_differentiated_by_transform(x: Tensor) -> bool:
-    functorch: Any = torch._C._functorch
-    while functorch.is_functorch_wrapped_tensor(x):
-        if functorch.is_gradtrackingtensor(x) and x.requires_grad:
-            return True
-        x = functorch.get_unwrapped(x)
-    return False
 
 
 def count_negatives(
@@ -348,7 +204,7 @@ def count_negatives(
     key_ids: Tensor | None = None,
     negatives: str = "same",
 ) -> Tensor:
-    """How many keys each query keeps as negatives.
+    """Number of keys that each query keeps as negatives.
 
         n_i = #{j: match(y_i, y_j) and u_i != u_j}
 
@@ -379,5 +235,5 @@ def count_negatives(
         if ids is None:
             ids = torch.arange(labels.shape[0], device=labels.device)
     keys = labels if key_labels is None else as_integer_vector("key_labels", key_labels)
-    pairs = as_pairs(labels, keys, labels, keys, ids, key_ids, negatives, key_is_query=key_labels is None)
+    pairs = check_pairs(labels, keys, labels, keys, ids, key_ids, negatives, key_is_query=key_labels is None)
     return count_kept(labels, keys, pairs)

@@ -5,8 +5,8 @@
               dq_i = scale_i sum_j W_ij k_j,  dk_j = sum_i scale_i W_ij q_i,  dscale_i = sum_j W_ij <q_i, k_j>
 
 The self form is the bidirectional one with c = b and gc = gb, read from its rows alone. Rows and keys are
-visited in the order of the plan: a tile of rows meets the keys from the first of its clusters to the last. Rows with
-a negative label, which may hold anything, are in no tile.
+visited in the order of the plan: a tile of rows is compared with the keys from the first of its clusters to the last.
+Rows with a negative label, which may hold anything, are in no tile.
 
 Cost in products over the kept pairs, rounded up to tiles: 1 forward; backward 2 (self), 3 (otherwise).
 Memory beyond inputs and outputs: a few tiles, and fp32 gradients while half-precision ones are summed.
@@ -22,9 +22,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mcl_kernels.logsumexp.inputs import Inputs, LseGradients, Saved, Wanted
 from mcl_kernels.logsumexp.pairs import Pairs, Plan, kept_pairs, make_plan
 
-# Sizes of a tile: enough work to hide the cost of a PyTorch call, small enough to stay in a core's cache.
+# Sizes of a tile: large enough to hide the cost of a PyTorch call, small enough for a core's cache.
 ROWS, COLUMNS = 256, 1024
 
 
@@ -40,22 +41,31 @@ class _Side:
         return self.x[self.order[tile]].to(self.dtype)
 
 
+def _sides(inputs: Inputs, plan: Plan) -> tuple[_Side, _Side]:
+    """Queries and keys; in the self form they are one."""
+    query, key, scale, pairs, _ = inputs
+    queries = _Side(query, plan.query_order, pairs.labels, pairs.ids, scale.dtype)
+    if key is None:
+        return queries, queries
+    return queries, _Side(key, plan.key_order, pairs.key_labels, pairs.key_ids, scale.dtype)
+
+
 class _Tile(NamedTuple):
     rows: slice  # of the sorted queries
     columns: slice  # of the sorted keys
     query: Tensor  # [rows, D]
     key: Tensor  # [columns, D]
-    dropped: Tensor | None  # bool [rows, columns], the pairs that are not kept; None: all are
+    dropped: Tensor | None  # bool [rows, columns], the pairs that are not kept; None: all are kept
 
 
 def _tiles(plan: Plan, query: _Side, key: _Side, negatives: str) -> Iterator[_Tile]:
-    """Every tile that may hold a kept pair, rows in the outer loop."""
+    """Tiles that may hold a kept pair, rows in the outer loop."""
 
     def part(values: Tensor | None, tile: slice) -> Tensor | None:
         return None if values is None else values[tile]
 
     for rows, first, last, uniform in _row_tiles(plan):
-        # Rows that meet the same keys, all of them: only "different" has to look at labels within the range.
+        # All rows have all keys of one range: only "different" compares labels within it.
         matched = uniform and negatives != "different"
         row_labels, column_labels = (None, None) if matched else (query.labels, key.labels)
         query_rows = query.rows(rows)
@@ -67,12 +77,12 @@ def _tiles(plan: Plan, query: _Side, key: _Side, negatives: str) -> Iterator[_Ti
 
 
 def _row_tiles(plan: Plan) -> Iterator[tuple[slice, int, int, bool]]:
-    """Tiles of sorted rows that meet any key: the rows, their range of keys, whether all of them meet all of it.
+    """Tiles of sorted rows that have keys: the rows, their range of keys, and whether all of them have all of it.
 
-    A tile ends with a cluster where it can, so that no row is multiplied with the keys of its neighbour's.
+    A tile ends with a cluster where it can, so that no row is multiplied with the keys of another cluster.
     """
     begin, end = plan.key_begin.tolist(), plan.key_end.tolist()
-    start = next((i for i in range(len(begin)) if begin[i] < end[i]), len(begin))  # rows that meet nothing are first
+    start = next((i for i in range(len(begin)) if begin[i] < end[i]), len(begin))  # rows without keys are first
     while start < len(begin):
         stop = min(start + ROWS, len(begin))
         if stop < len(begin):
@@ -107,18 +117,12 @@ class _OnlineLogSumExp:
         return torch.where(maximum.isinf(), torch.zeros_like(maximum), maximum)
 
 
-def forward(
-    query: Tensor,  # [N, D]
-    key: Tensor | None,  # [M, D]; None: the queries
-    scale: Tensor,  # [] or [N], fp32 or fp64: the dtype of the logits
-    pairs: Pairs,
-    bidirectional: bool,
-) -> tuple[Tensor, Tensor, Plan]:
-    """The row LSE [N], the column LSE ([M] where bidirectional, else [0]) and the plan."""
+def forward(inputs: Inputs) -> Saved:
+    """Log-sum-exps and the plan."""
+    query, key, scale, pairs, bidirectional = inputs
     plan = make_plan(query, key, pairs)
-    rows = _Side(query, plan.query_order, pairs.labels, pairs.ids, scale.dtype)
-    columns = rows if key is None else _Side(key, plan.key_order, pairs.key_labels, pairs.key_ids, scale.dtype)
-    row_scale = scale.expand(len(query))[plan.query_order].unsqueeze(1)  # [N, 1]
+    rows, columns = _sides(inputs, plan)
+    row_scale = _sorted_scale(inputs, plan)
 
     row_lse = _OnlineLogSumExp(len(rows.order), scale)
     column_lse = _OnlineLogSumExp(len(columns.order) if bidirectional else 0, scale)
@@ -129,38 +133,25 @@ def forward(
         row_lse.update(tile.rows, logits)
         if bidirectional:
             column_lse.update(tile.columns, logits.T)
-    return row_lse.result(rows.order), column_lse.result(plan.key_order[: len(column_lse.total)]), plan
+    return Saved(row_lse.result(rows.order), column_lse.result(plan.key_order[: len(column_lse.total)]), plan)
 
 
-def backward(
-    grad_row: Tensor,  # [N], the gradient of the row LSE
-    grad_column: Tensor,  # [M] where bidirectional, else [0]
-    query: Tensor,
-    key: Tensor | None,
-    scale: Tensor,
-    pairs: Pairs,
-    row_lse: Tensor,
-    column_lse: Tensor,
-    plan: Plan,
-    bidirectional: bool,
-    needs_grad: tuple[bool, bool, bool],  # of query, key, scale
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of query, key and scale; [0] for one that is not needed (and for the key of the self form)."""
-    rows = _Side(query, plan.query_order, pairs.labels, pairs.ids, scale.dtype)
-    columns = rows if key is None else _Side(key, plan.key_order, pairs.key_labels, pairs.key_ids, scale.dtype)
-    row_scale = scale.expand(len(query))[plan.query_order].unsqueeze(1)  # [N, 1]
-    lse, weight = row_lse[rows.order].unsqueeze(1), grad_row[rows.order].unsqueeze(1)  # [N, 1]
+def backward(inputs: Inputs, saved: Saved, grads: LseGradients, wanted: Wanted) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and scale; [0] for one that is not wanted (and for the key of the self form)."""
+    query, key, scale, pairs, bidirectional = inputs
+    rows, columns = _sides(inputs, saved.plan)
+    row_scale = _sorted_scale(inputs, saved.plan)
+    lse, weight = saved.row_lse[rows.order].unsqueeze(1), grads.row[rows.order].unsqueeze(1)  # [N, 1]
     two_sided = bidirectional or key is None
     if two_sided:
-        column_lse, column_weight = (row_lse, grad_row) if key is None else (column_lse, grad_column)
+        column_lse, column_weight = (saved.row_lse, grads.row) if key is None else (saved.column_lse, grads.column)
         column_lse, column_weight = column_lse[columns.order], column_weight[columns.order]  # [M]
 
-    needs_query, needs_key, needs_scale = needs_grad
-    needs_key = needs_key and key is not None
-    grad_query = scale.new_zeros(query.shape if needs_query else 0)
-    grad_key = scale.new_zeros(key.shape if key is not None and needs_key else 0)
-    grad_scale = scale.new_zeros(len(query) if needs_scale else 0)
-    for tile in _tiles(plan, rows, columns, pairs.negatives):
+    wants_key = wanted.key and key is not None
+    grad_query = scale.new_zeros(query.shape if wanted.query else 0)
+    grad_key = scale.new_zeros(inputs.keys.shape if wants_key else 0)
+    grad_scale = scale.new_zeros(len(query) if wanted.scale else 0)
+    for tile in _tiles(saved.plan, rows, columns, pairs.negatives):
         products = tile.query @ tile.key.T
         logits = row_scale[tile.rows] * products
         pair_weight = weight[tile.rows] * (logits - lse[tile.rows]).exp()
@@ -169,33 +160,32 @@ def backward(
         if tile.dropped is not None:
             pair_weight.masked_fill_(tile.dropped, 0.0)
         # No row occurs twice in a tile, so each sum has one order, that of the tiles.
-        if needs_query:
+        if wanted.query:
             grad_query.index_add_(0, rows.order[tile.rows], row_scale[tile.rows] * (pair_weight @ tile.key))
-        if needs_key:
+        if wants_key:
             grad_key.index_add_(0, columns.order[tile.columns], pair_weight.T @ (row_scale[tile.rows] * tile.query))
-        if needs_scale:
+        if wanted.scale:
             grad_scale.index_add_(0, rows.order[tile.rows], (pair_weight * products).sum(1))
-    if needs_scale:
-        # In the self form every pair was met from both its rows, with the weights of both.
+    if wanted.scale:
+        # In the self form every pair was computed from both its rows, with the weights of both.
         grad_scale = grad_scale * 0.5 if key is None else grad_scale
         grad_scale = grad_scale.sum_to_size(scale.shape)
-    return grad_query.to(query.dtype), grad_key.to(query.dtype if key is None else key.dtype), grad_scale
+    return grad_query.to(query.dtype), grad_key.to(inputs.keys.dtype), grad_scale
 
 
-def count_above(
-    query: Tensor,
-    key: Tensor,
-    threshold: Tensor,  # [N]
-    pairs: Pairs,
-) -> Tensor:
-    """For each query, how many kept keys have not <q_i, k_j> <= threshold_i; int64 [N]."""
-    plan = make_plan(query, key, pairs)
-    rows = _Side(query, plan.query_order, pairs.labels, pairs.ids, threshold.dtype)
-    columns = _Side(key, plan.key_order, pairs.key_labels, pairs.key_ids, threshold.dtype)
+def _sorted_scale(inputs: Inputs, plan: Plan) -> Tensor:
+    """Scale of each sorted query, [N, 1]."""
+    return inputs.scale.expand(len(inputs.query))[plan.query_order].unsqueeze(1)
+
+
+def count_above(inputs: Inputs, threshold: Tensor) -> Tensor:
+    """Number of kept keys of each query with not (<q_i, k_j> <= threshold_i): NaN counts as above; int64 [N]."""
+    plan = make_plan(inputs.query, inputs.key, inputs.pairs)
+    rows, columns = _sides(inputs, plan)
     row_threshold = threshold[plan.query_order].unsqueeze(1)
 
     count = torch.zeros_like(plan.query_order)
-    for tile in _tiles(plan, rows, columns, pairs.negatives):
+    for tile in _tiles(plan, rows, columns, inputs.pairs.negatives):
         above = ~(tile.query @ tile.key.T <= row_threshold[tile.rows])
         if tile.dropped is not None:
             above &= ~tile.dropped

@@ -23,30 +23,32 @@ import torch
 from torch import Tensor
 
 from mcl_kernels.backends import cuda
-from mcl_kernels.logsumexp import gpu_common as by_rows
+from mcl_kernels.logsumexp import gpu_common
 from mcl_kernels.logsumexp.gpu_common import Rows, Side, Terms
 
 
 def _pairs(ops: Any, rows: Rows, columns: Side, scale: Tensor, negatives: str) -> tuple[Any, ...]:
     """The arguments of every kernel of one side's rows against the other's."""
     side = rows.side
-    values, column_values = by_rows.dropped_values(side, columns, negatives)
+    values, column_values = gpu_common.dropped_values(side, columns, negatives)
     dropped: tuple[Tensor | None, ...] = (None, None)
     if values is not None:
         dropped = torch.empty(2, len(side.order), dtype=torch.int32, device=side.order.device).unbind()
-        ops.dropped(side.order, rows.begin, rows.end, values, columns.order, column_values, *dropped)
-    compares_ids = by_rows.compares_ids(side, negatives)
+        ops.find_dropped([side.order, rows.begin, rows.end, values], [columns.order, column_values], *dropped)
+    compares_ids = gpu_common.compares_ids(side, negatives)
     return (
-        side.x, side.order, rows.begin, rows.end, *dropped, side.ids if compares_ids else None,
-        columns.x, columns.order, columns.ids if compares_ids else None, negatives == "different", scale,
-    )  # fmt: skip
+        [side.x, side.order, rows.begin, rows.end, *dropped, side.ids if compares_ids else None],
+        [columns.x, columns.order, columns.ids if compares_ids else None],
+        negatives == "different",
+        scale,
+    )
 
 
 def _run_forward(
     rows: Rows, columns: Side, scale: Tensor, negatives: str, result: Tensor, threshold: Tensor | None
 ) -> None:
-    ops = cuda.ops(result.device)
-    ops.forward(*_pairs(ops, rows, columns, scale, negatives), threshold, result)
+    ops = cuda.ops()
+    ops.masked_lse_forward(*_pairs(ops, rows, columns, scale, negatives), threshold, result)
 
 
 def _run_backward(
@@ -58,18 +60,21 @@ def _run_backward(
     grad_x: Tensor | None,
     grad_scale: Tensor | None,
 ) -> None:
-    ops = cuda.ops(rows.side.x.device)
+    ops = cuda.ops()
     absent = None, None
-    ops.backward(
-        *_pairs(ops, rows, columns, scale, negatives), *(terms.row or absent), *(terms.column or absent),
-        terms.column_scale, terms.unit if _multiplies_float16(rows.side, columns) else None, grad_x, grad_scale,
-    )  # fmt: skip
+    fp16_scale = terms.fp16_scale if _multiplies_float16(rows.side, columns) else None
+    ops.masked_lse_backward(
+        *_pairs(ops, rows, columns, scale, negatives),
+        [*(terms.row or absent), *(terms.column or absent), terms.column_scale, fp16_scale],
+        grad_x,
+        grad_scale,
+    )
 
 
 def _multiplies_float16(rows: Side, columns: Side) -> bool:
     return rows.x.dtype == columns.x.dtype == torch.float16
 
 
-forward = partial(by_rows.forward, _run_forward)
-backward = partial(by_rows.backward, _run_backward)
-count_above = partial(by_rows.count_above, _run_forward)
+forward = partial(gpu_common.forward, _run_forward)
+backward = partial(gpu_common.backward, _run_backward)
+count_above = partial(gpu_common.count_above, _run_forward)

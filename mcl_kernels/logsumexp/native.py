@@ -1,69 +1,41 @@
-"""The operation on the processor: `csrc/cpu`, which `_native` finds or builds.
+"""The operation on the CPU: `csrc/cpu`, which `backends.native` finds or builds.
 
     forward   b_i = log sum_j exp(s_ij), c_j = log sum_i exp(s_ij)
     backward  W_ij = where(keep_ij, gb_i exp(s_ij - b_i) + gc_j exp(s_ij - c_j), 0)
               dq_i = scale_i sum_j W_ij k_j,  dk_j = sum_i scale_i W_ij q_i,  dscale_i = sum_j W_ij <q_i, k_j>
 
-Rows are sorted by (label, id) and met in blocks, each pair of blocks by one task. Tasks that share a block run in one
-order, so the bits of a result are those of the machine (its instructions and how many cores it has), whatever the
-number of threads. In the self form a pair is met once, for both its rows.
+Rows are sorted by (label, id) and compared in blocks, one task for each pair of blocks. Tasks that share a block run in
+one order, so the bits of a result depend on the machine (its instructions and number of cores) but not on the number of
+threads. In the self form a pair is computed once, for both its rows.
 
 Cost in products over the kept pairs: 0.5 + 1.5 (self), 1 + 3 (otherwise). Memory beyond inputs and outputs: the
-blocks that are being worked on, at most 2 (N + M) D fp32 or 16 MiB; fp32 gradients of half-precision inputs.
+blocks in work, at most 2 (N + M) D fp32 or 16 MiB; fp32 gradients of half-precision inputs.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from torch import Tensor
 
-from mcl_kernels.backends import native
-from mcl_kernels.logsumexp.pairs import Pairs, Plan
+from mcl_kernels.backends.native import ops
+from mcl_kernels.logsumexp.inputs import Inputs, LseGradients, Saved, Wanted
 
 
-def _ops() -> Any:
-    native.load()
-    return torch.ops.mcl_kernels_native
+def forward(inputs: Inputs) -> Saved:
+    """Log-sum-exps and the plan."""
+    results = ops().masked_lse_forward(inputs.tensors(), inputs.pairs.negatives, inputs.bidirectional)
+    return Saved.unflatten(results)
 
 
-def forward(
-    query: Tensor, key: Tensor | None, scale: Tensor, pairs: Pairs, bidirectional: bool
-) -> tuple[Tensor, Tensor, Plan]:
-    """Row LSE [N], column LSE ([M] where bidirectional, else [0]) and the plan."""
-    row_lse, column_lse, *plan = _ops().forward(query, key, scale, *pairs, bidirectional)
-    return row_lse, column_lse, Plan(*plan)
-
-
-def backward(
-    grad_row: Tensor,  # [N], the gradient of the row LSE
-    grad_column: Tensor,  # [M] where bidirectional, else [0]
-    query: Tensor,
-    key: Tensor | None,
-    scale: Tensor,
-    pairs: Pairs,
-    row_lse: Tensor,
-    column_lse: Tensor,
-    plan: Plan,
-    bidirectional: bool,
-    needs_grad: tuple[bool, bool, bool],  # of query, key, scale
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of query, key and scale; [0] for one that is not needed (and for the key of the self form)."""
-    *identities, negatives = pairs
-    gradients: tuple[Tensor, Tensor, Tensor] = _ops().backward(
-        grad_row, grad_column, query, key, scale, *identities, row_lse, column_lse, *plan, negatives, bidirectional,
-        list(needs_grad),
-    )  # fmt: skip
+def backward(inputs: Inputs, saved: Saved, grads: LseGradients, wanted: Wanted) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and scale; [0] for one that is not wanted (and for the key of the self form)."""
+    gradients: tuple[Tensor, Tensor, Tensor] = ops().masked_lse_backward(
+        inputs.tensors(), saved.flatten(), grads, inputs.pairs.negatives, inputs.bidirectional, wanted
+    )
     return gradients
 
 
-def count_above(
-    query: Tensor,
-    key: Tensor,
-    threshold: Tensor,  # [N]
-    pairs: Pairs,
-) -> Tensor:
-    """For each query, how many kept keys have not <q_i, k_j> <= threshold_i; int64 [N]."""
-    count: Tensor = _ops().count_above(query, key, threshold, *pairs)
+def count_above(inputs: Inputs, threshold: Tensor) -> Tensor:
+    """Number of kept keys of each query with not (<q_i, k_j> <= threshold_i): NaN counts as above; int64 [N]."""
+    tensors = [inputs.query, inputs.keys, inputs.scale, *inputs.pairs[:4]]
+    count: Tensor = ops().count_above(tensors, threshold, inputs.pairs.negatives)
     return count

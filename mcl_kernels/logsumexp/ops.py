@@ -1,62 +1,70 @@
 """The torch.library contract of the fused implementations: schemas, fakes, autograd.
 
 One forward op and one backward op serve them all: `str impl` picks the module that computes, since several
-implementations live on the same device. The forward op returns the LSE and the plan, and autograd saves
-those and the inputs, nothing else. The backward op refuses to be differentiated.
+implementations live on the same device. The forward op returns the LSE and the plan, and autograd saves those and the
+inputs, nothing else. The backward op refuses to be differentiated.
+
+An implementation is a module with
+
+    forward(inputs) -> Saved
+    backward(inputs, saved, grads, wanted) -> (grad_query, grad_key, grad_scale), [0] for one that is not wanted
+    count_above(inputs, threshold) -> int64 [N]
 """
 
 from __future__ import annotations
 
-from importlib import import_module
-from types import ModuleType
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from mcl_kernels.logsumexp.pairs import Pairs, Plan
+from mcl_kernels.backends.table import load
+from mcl_kernels.logsumexp import reference
+from mcl_kernels.logsumexp.inputs import Inputs, LseGradients, Saved, Wanted
 
-# Each module has `forward`, `backward` and `count_above`; it is imported when it is first called.
-IMPLEMENTATIONS = {
-    "native": "mcl_kernels.logsumexp.native",
-    "triton": "mcl_kernels.logsumexp.triton.launch",
-    "cuda": "mcl_kernels.logsumexp.cuda",
-    "blockwise": "mcl_kernels.logsumexp.blockwise",
-}
-
-_LABELS_AND_IDS = "Tensor? labels, Tensor? key_labels, Tensor? ids, Tensor? key_ids"
-_INPUTS = f"Tensor query, Tensor? key, Tensor scale, {_LABELS_AND_IDS}"
-_PLAN = "Tensor query_order, Tensor key_order, Tensor key_begin, Tensor key_end"
-_OPTIONS = "str negatives, bool bidirectional, str impl"
+# The fields of `Inputs` and `Saved`, in the order of their `flatten`.
+INPUTS = (
+    "Tensor query, Tensor? key, Tensor scale, Tensor? labels, Tensor? key_labels, Tensor? ids, Tensor? key_ids, "
+    "str negatives, bool bidirectional"
+)
+SAVED = "Tensor row_lse, Tensor column_lse, Tensor query_order, Tensor key_order, Tensor key_begin, Tensor key_end"
+N_INPUTS, N_SAVED = INPUTS.count(",") + 1, SAVED.count(",") + 1
 
 
-def _module(impl: str) -> ModuleType:
-    return import_module(IMPLEMENTATIONS[impl])
+def compute(inputs: Inputs, impl: str) -> tuple[Tensor, Tensor]:
+    """Returns b, [N], and c, [M] where bidirectional, else [0]."""
+    if impl == "reference":
+        return reference.logsumexp(inputs)
+    _refuse_transforms(inputs.query, inputs.keys, inputs.scale)
+    row_lse, column_lse, *_ = masked_logsumexp(*inputs.flatten(), impl)
+    return row_lse, column_lse
 
 
 @torch.library.custom_op(
     "mcl_kernels::masked_logsumexp",
     mutates_args=(),
-    schema=f"({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    schema=f"({INPUTS}, str impl) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-def masked_logsumexp(query, key, scale, labels, key_labels, ids, key_ids, negatives, bidirectional, impl):  # type: ignore[no-untyped-def]
-    """Row LSE [N], column LSE ([M] where bidirectional, else [0]), then the four tensors of the plan."""
-    with torch.autocast(query.device.type, enabled=False):
-        row_lse, column_lse, plan = _module(impl).forward(
-            query, key, scale, Pairs(labels, key_labels, ids, key_ids, negatives), bidirectional
-        )
-    return (row_lse, column_lse, *plan)
+def masked_logsumexp(*arguments):  # type: ignore[no-untyped-def]
+    """The fields of `Saved`."""
+    *flat, impl = arguments
+    inputs = Inputs.unflatten(flat)
+    with torch.autocast(inputs.query.device.type, enabled=False):
+        return load("logsumexp", impl).forward(inputs).flatten()
 
 
 @masked_logsumexp.register_fake
-def _(query, key, scale, labels, key_labels, ids, key_ids, negatives, bidirectional, impl):  # type: ignore[no-untyped-def]
-    n = query.shape[0]
-    integers = query.new_empty(0, dtype=torch.int64)
+def _(*arguments):  # type: ignore[no-untyped-def]
+    inputs = Inputs.unflatten(arguments[:N_INPUTS])
+    n, m = inputs.query.shape[0], inputs.keys.shape[0]
+    integers = inputs.query.new_empty(0, dtype=torch.int64)
     return (
-        scale.new_empty(n),
-        scale.new_empty(key.shape[0] if bidirectional else 0),
+        inputs.scale.new_empty(n),
+        inputs.scale.new_empty(m if inputs.bidirectional else 0),
         integers.new_empty(n),
-        integers.new_empty(0 if key is None else key.shape[0]),
+        integers.new_empty(0 if inputs.key is None else m),
         integers.new_empty(n),
         integers.new_empty(n),
     )
@@ -66,49 +74,45 @@ def _(query, key, scale, labels, key_labels, ids, key_ids, negatives, bidirectio
     "mcl_kernels::masked_logsumexp_backward",
     mutates_args=(),
     schema=(
-        f"(Tensor grad_row, Tensor grad_column, {_INPUTS}, Tensor row_lse, Tensor column_lse, {_PLAN}, "
-        f"{_OPTIONS}, bool[] needs_grad) -> (Tensor, Tensor, Tensor)"
+        f"({INPUTS}, {SAVED}, Tensor grad_row, Tensor grad_column, bool[] wanted, str impl) -> (Tensor, Tensor, Tensor)"
     ),
 )
-def masked_logsumexp_backward(  # type: ignore[no-untyped-def]
-    grad_row, grad_column, query, key, scale, labels, key_labels, ids, key_ids, row_lse, column_lse,
-    query_order, key_order, key_begin, key_end, negatives, bidirectional, impl, needs_grad,
-):  # fmt: skip
-    """The gradients of query, key and scale; [0] for one that is not needed."""
-    pairs = Pairs(labels, key_labels, ids, key_ids, negatives)
-    plan = Plan(query_order, key_order, key_begin, key_end)
-    with torch.autocast(query.device.type, enabled=False):
-        return _module(impl).backward(
-            grad_row, grad_column, query, key, scale, pairs, row_lse, column_lse, plan, bidirectional, needs_grad
-        )
+def masked_logsumexp_backward(*arguments):  # type: ignore[no-untyped-def]
+    """Gradients of query, key and scale; [0] for one that is not wanted."""
+    inputs, saved, grads, wanted, impl = _unflatten_backward(arguments)
+    with torch.autocast(inputs.query.device.type, enabled=False):
+        return load("logsumexp", impl).backward(inputs, saved, grads, wanted)
 
 
 @masked_logsumexp_backward.register_fake
-def _(  # type: ignore[no-untyped-def]
-    grad_row, grad_column, query, key, scale, labels, key_labels, ids, key_ids, row_lse, column_lse,
-    query_order, key_order, key_begin, key_end, negatives, bidirectional, impl, needs_grad,
-):  # fmt: skip
-    needs_query, needs_key, needs_scale = needs_grad
-    keyed = query if key is None else key
+def _(*arguments):  # type: ignore[no-untyped-def]
+    inputs, _, _, wanted, _ = _unflatten_backward(arguments)
+    query, keys, scale = inputs.query, inputs.keys, inputs.scale
     return (
-        query.new_empty(query.shape if needs_query else (0,)),
-        keyed.new_empty(keyed.shape if needs_key and key is not None else (0,)),
-        scale.new_empty(scale.shape if needs_scale else (0,)),
+        query.new_empty(query.shape if wanted.query else (0,)),
+        keys.new_empty(keys.shape if wanted.key and inputs.key is not None else (0,)),
+        scale.new_empty(scale.shape if wanted.scale else (0,)),
     )
 
 
+def _unflatten_backward(arguments: tuple[Any, ...]) -> tuple[Inputs, Saved, LseGradients, Wanted, str]:
+    inputs, saved = arguments[:N_INPUTS], arguments[N_INPUTS : N_INPUTS + N_SAVED]
+    grad_row, grad_column, wanted, impl = arguments[N_INPUTS + N_SAVED :]
+    return Inputs.unflatten(inputs), Saved.unflatten(saved), LseGradients(grad_row, grad_column), Wanted(*wanted), impl
+
+
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.negatives, ctx.bidirectional, ctx.impl = inputs
+    *tensors, negatives, bidirectional, impl = inputs
+    ctx.options, ctx.impl = (negatives, bidirectional), impl
     ctx.save_for_backward(*tensors, *output)
 
 
 def _backward(ctx: Any, grad_row: Tensor, grad_column: Tensor, *grad_plan: None) -> tuple[Tensor | None, ...]:
-    needs_grad = ctx.needs_input_grad[:3]
-    grads = masked_logsumexp_backward(
-        grad_row, grad_column, *ctx.saved_tensors, ctx.negatives, ctx.bidirectional, ctx.impl, list(needs_grad)
-    )
-    wanted = [grad if needed else None for grad, needed in zip(grads, needs_grad, strict=True)]
-    return (*wanted, *(None,) * 7)
+    wanted = ctx.needs_input_grad[:3]
+    tensors, saved = ctx.saved_tensors[:-N_SAVED], ctx.saved_tensors[-N_SAVED:]
+    grads = masked_logsumexp_backward(*tensors, *ctx.options, *saved, grad_row, grad_column, list(wanted), ctx.impl)
+    differentiable = [grad if needed else None for grad, needed in zip(grads, wanted, strict=True)]
+    return *differentiable, *(None,) * (N_INPUTS + 1 - len(wanted))
 
 
 masked_logsumexp.register_autograd(_backward, setup_context=_save_for_backward)
@@ -124,18 +128,54 @@ def _refuse_double_backward(ctx: Any, *grads: Tensor) -> None:
 masked_logsumexp_backward.register_autograd(_refuse_double_backward)
 
 
+def count_above(inputs: Inputs, threshold: Tensor, impl: str) -> Tensor:
+    """Number of kept keys of each query with not (<q_i, k_j> <= threshold_i): NaN counts as above; int64 [N]."""
+    if impl == "reference":
+        return reference.count_above(inputs, threshold)
+    count: Tensor = fused_count_above(*inputs.flatten(), threshold, impl)
+    return count
+
+
 @torch.library.custom_op(
-    "mcl_kernels::count_above",
-    mutates_args=(),
-    schema=f"(Tensor query, Tensor key, Tensor threshold, {_LABELS_AND_IDS}, str negatives, str impl) -> Tensor",
+    "mcl_kernels::count_above", mutates_args=(), schema=f"({INPUTS}, Tensor threshold, str impl) -> Tensor"
 )
-def count_above(query, key, threshold, labels, key_labels, ids, key_ids, negatives, impl):  # type: ignore[no-untyped-def]
-    """For each query, how many kept keys have not <q_i, k_j> <= threshold_i; int64 [N]."""
-    with torch.autocast(query.device.type, enabled=False):
-        pairs = Pairs(labels, key_labels, ids, key_ids, negatives)
-        return _module(impl).count_above(query, key, threshold, pairs)
+def fused_count_above(*arguments):  # type: ignore[no-untyped-def]
+    *flat, threshold, impl = arguments
+    inputs = Inputs.unflatten(flat)
+    with torch.autocast(inputs.query.device.type, enabled=False):
+        return load("logsumexp", impl).count_above(inputs, threshold)
 
 
-@count_above.register_fake
-def _(query, key, threshold, labels, key_labels, ids, key_ids, negatives, impl):  # type: ignore[no-untyped-def]
+@fused_count_above.register_fake
+def _(*arguments):  # type: ignore[no-untyped-def]
+    query = arguments[0]
     return query.new_empty(query.shape[0], dtype=torch.int64)
+
+
+def _refuse_transforms(*inputs: Tensor) -> None:
+    """Raises where a derivative is asked for that the fused ops lack: they have plain reverse mode alone.
+
+    In forward mode PyTorch would drop the tangents without a word; in `torch.func.grad` its own error is about an
+    autograd.Function.
+    """
+    unpack: Callable[[Tensor], Any] = forward_ad.unpack_dual
+    if forward_ad._current_level >= 0 and any(unpack(x).tangent is not None for x in inputs):
+        raise NotImplementedError(
+            "masked_logsumexp: a fused implementation has no forward-mode derivative; use impl='reference'"
+        )
+    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active() or not torch.is_grad_enabled():
+        return
+    if any(_is_differentiated_by_transform(x) for x in inputs):
+        raise NotImplementedError(
+            "masked_logsumexp: a fused implementation has no derivative under torch.func (grad, vjp, jacrev, "
+            "hessian); use impl='reference'"
+        )
+
+
+def _is_differentiated_by_transform(x: Tensor) -> bool:
+    functorch: Any = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(x):
+        if functorch.is_gradtrackingtensor(x) and x.requires_grad:
+            return True
+        x = functorch.get_unwrapped(x)
+    return False

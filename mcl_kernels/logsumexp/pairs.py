@@ -1,10 +1,10 @@
-"""Which pairs are kept, how many they are, and the order in which the fused implementations visit them.
+"""Kept pairs, their number, and the order in which the fused implementations visit them.
 
     keep_ij = match(y_i, y_j) and u_i != u_j        y: pseudo label, u: sample id
 
-Sorted by (label, id), the kept pairs of `negatives="same"` are blocks on a diagonal, so an implementation
-that walks the sorted rows meets only its own cluster. Nothing here but `kept_pairs` is N x M, and no size
-depends on the number of clusters.
+Sorted by (label, id), the kept pairs of `negatives="same"` are blocks on a diagonal, so an implementation that visits
+the sorted rows computes only pairs of one cluster. Only `kept_pairs` is N x M, and no size depends on the number of
+clusters.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ NEGATIVES = ("same", "different", "all")
 
 
 class Pairs(NamedTuple):
-    """Who may be a negative of whom: labels y and ids u of both sides, int64, None on both sides or on neither.
+    """Labels y and ids u, which decide the kept pairs: int64, None on both sides or on neither.
 
-    In the self form, where the keys are the queries, key_labels and key_ids are None, and there are always ids.
+    In the self form, where the keys are the queries, key_labels and key_ids are None, and ids are always given.
     """
 
     labels: Tensor | None  # [N]
@@ -30,11 +30,11 @@ class Pairs(NamedTuple):
     negatives: str
 
     def swapped(self) -> Pairs:
-        """With queries and keys exchanged."""
+        """Pairs with queries and keys exchanged."""
         return Pairs(self.key_labels, self.labels, self.key_ids, self.ids, self.negatives)
 
     def repeated(self, times: int) -> Pairs:
-        """Of a batch that holds every row `times` times, one copy of the batch after the other."""
+        """Pairs of a batch that holds every row `times` times, one copy of the batch after the other."""
 
         def repeat(values: Tensor | None) -> Tensor | None:
             return None if values is None else torch.cat((values,) * times)
@@ -45,12 +45,12 @@ class Pairs(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """The visiting order: sorted query i meets no sorted key outside key_begin[i] .. key_end[i] - 1."""
+    """The visiting order: the kept keys of sorted query i are among the sorted keys key_begin[i] .. key_end[i] - 1."""
 
     query_order: Tensor  # int64 [N], the queries by (label, id)
     key_order: Tensor  # int64 [M], the keys by (label, id); [0] in the self form, where keys are queries
     key_begin: Tensor  # int64 [N]
-    key_end: Tensor  # int64 [N], equal to key_begin where a query meets nothing
+    key_end: Tensor  # int64 [N], equal to key_begin for a query without keys
 
 
 def make_plan(query: Tensor, key: Tensor | None, pairs: Pairs) -> Plan:
@@ -70,13 +70,13 @@ def make_plan(query: Tensor, key: Tensor | None, pairs: Pairs) -> Plan:
 def key_ranges(
     query_order: Tensor, labels: Tensor | None, key_order: Tensor, key_labels: Tensor | None, negatives: str
 ) -> tuple[Tensor, Tensor]:
-    """Begin and end of the sorted keys that each sorted query meets; of keys and queries exchanged, of the queries."""
+    """Begin and end of each sorted query's range of sorted keys; with the sides exchanged, of each key's queries."""
     if labels is None or key_labels is None:
         return torch.zeros_like(query_order), torch.full_like(query_order, key_order.shape[0])
     row_group = _matching_group(labels, negatives)[query_order]
     same_side = labels is key_labels and query_order is key_order
     column_group = row_group if same_side else _matching_group(key_labels, negatives)[key_order]
-    # "different" and "all" meet every key with a valid label, "same" those of the query's own group.
+    # "different" and "all" range over every key with a valid label, "same" over the query's own group.
     first = row_group if negatives == "same" else row_group.clamp(max=0)
     last = row_group if negatives == "same" else torch.full_like(row_group, torch.iinfo(torch.int64).max)
     begin = torch.searchsorted(column_group, first)
@@ -89,7 +89,7 @@ def _visiting_order(x: Tensor, labels: Tensor | None, ids: Tensor | None, negati
 
 
 def _matching_group(labels: Tensor, negatives: str) -> Tensor:
-    """What the rows are sorted by before their id: -1 where nothing matches, then the label where it matters."""
+    """First sort key of the rows, before their id: -1 where nothing matches, then the label where it matters."""
     return labels.clamp(min=-1, max=0) if negatives == "all" else labels.clamp(min=-1)
 
 
@@ -103,7 +103,7 @@ def _lexicographic_order(size: int, device: torch.device, *columns: Tensor | Non
 
 
 def kept_pairs(pairs: Pairs) -> Tensor | None:
-    """The mask keep_ij, bool [N, M]; None where neither labels nor ids are given: every pair is kept."""
+    """The mask keep_ij, bool [N, M]; None without labels and ids: every pair is kept."""
     labels, key_labels, ids, key_ids, negatives = pairs
     keep = None
     if labels is not None and key_labels is not None:
@@ -120,9 +120,9 @@ def kept_pairs(pairs: Pairs) -> Tensor | None:
 
 
 def count_kept(query: Tensor, key: Tensor, pairs: Pairs) -> Tensor:
-    """The row sums of `kept_pairs`, int64 [N], in O((N + M) log(N + M)).
+    """Row sums of `kept_pairs`, int64 [N], in O((N + M) log(N + M)).
 
-    Of `query` [N, ...] and `key` [M, ...] only the length and the device are read.
+    Only the length and the device of `query` [N, ...] and `key` [M, ...] are used.
     """
     labels, key_labels, ids, key_ids, negatives = pairs
     n = query.shape[0]
@@ -140,7 +140,7 @@ def count_kept(query: Tensor, key: Tensor, pairs: Pairs) -> Tensor:
     elif negatives == "different":
         matched = matched - _count_equal(n, label, matchable)
     if sample:
-        # Of the matched keys, those that are the query's own sample are not negatives.
+        # Matched keys of the query's own sample are not negatives.
         if negatives == "all":
             own = _count_equal(n, sample, matchable)
         else:
@@ -152,7 +152,7 @@ def count_kept(query: Tensor, key: Tensor, pairs: Pairs) -> Tensor:
 
 
 def _count_equal(n: int, columns: list[Tensor], weight: Tensor) -> Tensor:
-    """For each of the first n rows, the summed weight of the rows after them that agree in every column."""
+    """For each of the first n rows, the total weight of the later rows that agree with it in every column."""
     order = _lexicographic_order(columns[0].shape[0], columns[0].device, *columns)
     starts = torch.zeros_like(order)
     for column in columns:

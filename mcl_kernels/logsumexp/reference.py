@@ -15,35 +15,33 @@ import math
 import torch
 from torch import Tensor
 
-from mcl_kernels.logsumexp.pairs import Pairs, kept_pairs
+from mcl_kernels.logsumexp.inputs import Inputs
+from mcl_kernels.logsumexp.pairs import kept_pairs
 
 
-def masked_logsumexp(
-    query: Tensor,  # [N, D]
-    key: Tensor,  # [M, D]
-    scale: Tensor,  # [] or [N], fp32 or fp64: the dtype of the logits
-    pairs: Pairs,
-    bidirectional: bool,
-) -> Tensor | tuple[Tensor, Tensor]:
+def logsumexp(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """Returns b, [N], and c, [M] where bidirectional, else [0]."""
+    query, key, scale, pairs, bidirectional = inputs.rectangle()
+    assert key is not None
     with torch.autocast(query.device.type, enabled=False):
         products = _rows(query, pairs.labels, scale.dtype) @ _rows(key, pairs.key_labels, scale.dtype).T
         logits = scale.unsqueeze(-1) * products  # [N, M]
         keep = kept_pairs(pairs)
         if keep is not None:
             logits = logits.masked_fill(~keep, -math.inf)
-        row_lse = logits.logsumexp(1)
-        return (row_lse, logits.logsumexp(0)) if bidirectional else row_lse
+        return logits.logsumexp(1), logits.logsumexp(0) if bidirectional else logits.new_empty(0)
 
 
-def count_above(query: Tensor, key: Tensor, threshold: Tensor, pairs: Pairs) -> Tensor:
-    """For each query, how many kept keys have not <q_i, k_j> <= threshold_i; int64 [N]."""
-    with torch.autocast(query.device.type, enabled=False):
-        above = ~(query.to(threshold.dtype) @ key.to(threshold.dtype).T <= threshold.unsqueeze(1))
-    keep = kept_pairs(pairs)
+def count_above(inputs: Inputs, threshold: Tensor) -> Tensor:
+    """Number of kept keys of each query with not (<q_i, k_j> <= threshold_i): NaN counts as above; int64 [N]."""
+    with torch.autocast(inputs.query.device.type, enabled=False):
+        products = inputs.query.to(threshold.dtype) @ inputs.keys.to(threshold.dtype).T
+        above = ~(products <= threshold.unsqueeze(1))
+    keep = kept_pairs(inputs.rectangle().pairs)
     return (above if keep is None else above & keep).sum(1)
 
 
 def _rows(x: Tensor, labels: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The rows in the dtype of the logits. A row that matches nothing (an unfilled slot) may hold anything."""
+    """Rows in the dtype of the logits, 0 where a negative label matches nothing: an unfilled slot may hold anything."""
     x = x.to(dtype)
     return x if labels is None else x.masked_fill((labels < 0).unsqueeze(1), 0.0)

@@ -1,6 +1,7 @@
 """The losses, as functions and as modules."""
 
-from mcl_kernels.losses.functional import clip_loss, masked_info_nce, nt_xent
-from mcl_kernels.losses.modules import ClipLoss, MaskedInfoNCE, NTXentLoss
+from mcl_kernels.losses.clip import ClipLoss, clip_loss
+from mcl_kernels.losses.info_nce import MaskedInfoNCE, masked_info_nce
+from mcl_kernels.losses.nt_xent import NTXentLoss, nt_xent
 
 __all__ = ["ClipLoss", "MaskedInfoNCE", "NTXentLoss", "clip_loss", "masked_info_nce", "nt_xent"]

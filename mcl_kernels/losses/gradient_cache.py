@@ -19,29 +19,29 @@ def cached_backward(
     *,
     no_sync: Callable[[], contextlib.AbstractContextManager[Any]] | None = None,
 ) -> Tensor:
-    """`loss` over the embeddings of all batches together, and its backward pass; activations of one batch are held.
+    """Computes `loss` of all batches together, and its gradients, with the activations of one batch at a time.
 
         1. embeddings = [encode(batch) for batch in batches]      without a graph
         2. loss(embeddings).backward()                            down to the embeddings: d loss / d embeddings
         3. each batch is encoded again, with a graph, and its part of d loss / d embeddings goes through it
 
     Gradients are added to `.grad` as `loss(encode(everything)).backward()` adds them, for one more forward pass. The
-    second encoding of a batch sees the random numbers of the first, so dropout drops the same. A fused loss holds no
-    N x N matrix, so what grows with N are the embeddings and their gradients.
+    second encoding of a batch uses the random numbers of the first, so dropout drops the same. A fused loss has no
+    N x N matrix, so only the embeddings and their gradients grow with N.
 
     Args:
         encode: a model, or a function that calls it. Given a tensor, a tuple (as arguments) or a dict (as keywords) it
-            returns a tensor [rows, ...], or a tuple or a mapping of them. Numbers [], such as CLIP's learned logit
-            scale, hold for all batches, and what is no floating point tensor, such as labels, is passed on.
-            Autocast belongs inside. A layer that computes across rows (BatchNorm in training) sees one batch at a
-            time, twice. It must not write into its batch.
-        batches: what `encode` is given, one after the other; any sizes. All are held: on the CPU if need be, since
-            `encode` may move them.
+            returns a tensor [rows, ...], or a tuple or a mapping of them. Scalars [], such as CLIP's learned logit
+            scale, hold for all batches; tensors of integers, such as labels, are passed on. Autocast belongs inside.
+            A layer that computes across rows (BatchNorm in training) sees one batch at a time, twice. It must not
+            write into its batch.
+        batches: arguments of `encode`, one after the other, of any sizes. All are held in memory: on the CPU if need
+            be, since `encode` may move them.
         loss: given the concatenated outputs, as `encode` returned them (a tuple as arguments, a mapping as keywords),
             returns a scalar. With a GradScaler: `lambda z: scaler.scale(loss(z))`. A loss with `group=` is computed
             once on every rank, whatever the number of batches; an error in `encode` is not shared with the others.
         no_sync: under DDP the context manager that holds back the exchange of gradients, until the last batch. Default:
-            `encode.no_sync` where it is there; a function around a model gives `no_sync=model.no_sync`.
+            `encode.no_sync` if it exists; a function around a model passes `no_sync=model.no_sync`.
 
     Returns:
         The loss, without a graph.
@@ -99,7 +99,8 @@ def cached_backward(
     if not value.requires_grad:
         raise ValueError("loss must depend on what encode returned: got a loss without a graph")
     value.backward()  # type: ignore[no-untyped-call]
-    shares = [_shares(leaf, of_batch) for leaf, of_batch in zip(leaves.tensors, zip(*sizes, strict=True), strict=True)]
+    leaf_sizes = zip(*sizes, strict=True)
+    shares = [_shares(leaf, rows) for leaf, rows in zip(leaves.tensors, leaf_sizes, strict=True)]
     for at, (batch, state, *grads) in enumerate(zip(batches, states, *shares, strict=True)):
         last = at == len(batches) - 1
         with contextlib.nullcontext() if last else held_back():
@@ -179,7 +180,7 @@ def _leaf(parts: tuple[Tensor, ...]) -> Tensor:
 
 
 def _shares(leaf: Tensor, sizes: Sequence[int]) -> Sequence[Tensor | None]:
-    """The gradient of each batch's rows. A number is one for all batches: the last has its gradient."""
+    """Gradient of each batch's rows. A scalar is one for all batches: the last batch has its gradient."""
     if leaf.grad is None:
         return [None] * len(sizes)
     if leaf.ndim:

@@ -17,7 +17,7 @@ from mcl_kernels._validate import (
     check_same_device,
 )
 
-EMPTY = {"embeddings": 0, "labels": -1, "ids": -1, "position": 0}  # the state of a queue, and what fills an empty one
+EMPTY = {"embeddings": 0, "labels": -1, "ids": -1, "position": 0}  # state of an empty queue
 
 
 class LabelledQueue(nn.Module):
@@ -30,8 +30,8 @@ class LabelledQueue(nn.Module):
         queue.enqueue(key, labels, ids)
 
     with `ids` so that an older key of the same sample is no negative. Batches may have any size, also one that does not
-    divide `size`. Tensors that a loss was given are never written to: `enqueue` before `backward` is fine. Under
-    `torch.inference_mode` keys may be computed, but not put into the queue.
+    divide `size`. Tensors that a loss has used are never written to: `enqueue` may come before `backward`. Under
+    `torch.inference_mode` keys may be computed, but not enqueued.
 
     Keys, labels and ids are in the `state_dict`, moved by `to` and pickled, but are not among the buffers of a model
     that holds the queue: `DistributedDataParallel` replaces those by the buffers of rank 0 in each forward, and a rank
@@ -42,7 +42,7 @@ class LabelledQueue(nn.Module):
     Args:
         size: number of slots.
         dim: D, features of a key.
-        dtype, device: of the keys held here.
+        dtype, device: of the keys in the queue.
 
     Attributes:
         embeddings: the keys, [size, D], 0 where never filled.
@@ -67,7 +67,7 @@ class LabelledQueue(nn.Module):
     embeddings: Tensor
     labels: Tensor
     ids: Tensor
-    position: Tensor  # of the next key, int64 []
+    position: Tensor  # slot of the next key, int64 []
 
     def __init__(
         self, size: int, dim: int, *, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None
@@ -108,7 +108,7 @@ class LabelledQueue(nn.Module):
         )
         first = max(n - self.size, 0)
         slots = (self.position + torch.arange(first, n, device=embeddings.device)) % self.size
-        # New tensors: those of before may be saved for somebody's backward.
+        # New tensors: a backward may have saved the earlier ones.
         self.embeddings, self.labels, self.ids = (
             held.index_copy(0, slots, x[first:])
             for held, x in zip((self.embeddings, self.labels, self.ids), new, strict=True)
@@ -117,16 +117,18 @@ class LabelledQueue(nn.Module):
 
     @torch.no_grad()
     def relabel(self, labels: Tensor) -> None:
-        """The labels of a new stage, by stored id: `relabel(stage.labels)`.
+        """Replaces the labels by those of a new stage, by stored id: `relabel(stage.labels)`.
 
         Args:
             labels: pseudo labels of all samples, integers [number of samples], on any device. Keys of unknown id get
                 -1.
 
         Raises:
-            ValueError: an id held here has no entry in `labels`.
+            ValueError: an id in the queue has no entry in `labels`.
         """
-        labels = check_integer_vector("labels", labels)  # of a stage, a memory map: only what is held here is read
+        labels = check_integer_vector(
+            "labels", labels
+        )  # a stage's may be a memory map: only entries of the queue's ids are read
         ids = self.ids.to(labels.device)
         if int(ids.max()) >= len(labels):
             raise ValueError(
@@ -144,7 +146,7 @@ class LabelledQueue(nn.Module):
         """Yields the state of the queue, which the buffers of a model that holds the queue do not include.
 
         Code that moves or loads state module by module (FSDP, `torch.distributed.checkpoint`) finds it here; code that
-        asks the model for all buffers (DistributedDataParallel, which replaces them by those of rank 0) does not.
+        lists all buffers of the model (DistributedDataParallel, which replaces them by those of rank 0) does not.
         """
         for name in EMPTY:
             yield f"{prefix}.{name}" if prefix else name, getattr(self, name)
@@ -169,7 +171,7 @@ class LabelledQueue(nn.Module):
     ) -> None:  # fmt: skip
         found: list[str] = []
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, found, error_msgs)
-        # Not before: its hooks may rename keys, or add and remove them.
+        # After the call: its hooks may rename keys, or add and remove them.
         own = {prefix + name for name in EMPTY}
         unexpected_keys.extend(key for key in found if key not in own)
         for name in EMPTY:

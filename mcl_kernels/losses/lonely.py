@@ -1,8 +1,8 @@
-"""A warning where losses are near 0 because hardly any anchor has a negative, which looks like success.
+"""Warns where losses are near 0 because hardly any anchor has a negative, which looks like success.
 
-It comes with the 55th loss in a row at the earliest, since a queue is empty at first. Every eleventh is looked at,
-which costs next to nothing, and no GPU is waited for: its answer is read eleven losses later, or when it has arrived.
-Compiled losses are not watched.
+The warning comes with the 55th loss in a row at the earliest, since a queue is empty at first. Every eleventh loss is
+checked, without waiting for a GPU: its result is read eleven losses later, or once it has arrived. Compiled losses are
+not checked.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from mcl_kernels.logsumexp.pairs import Pairs
 
-LOOK_EVERY, LOOKS = 11, 4  # 11: prime, so that a loop of several losses has each looked at
+LOOK_EVERY, LOOKS = 11, 4  # 11 is prime: in a loop of several losses each is checked
 MIN_ANCHORS = 32
 SHARE = 0.9
 
@@ -24,8 +24,8 @@ SHARE = 0.9
 @dataclass
 class _Watch:
     calls: int = 0
-    looks: int = 0  # in a row that found more than SHARE
-    share: Tensor | None = None  # found by the last look, in memory of the CPU; NaN until a GPU has written it
+    looks: int = 0  # checks in a row that found more than SHARE
+    share: Tensor | None = None  # result of the last check, in CPU memory; NaN until a GPU has written it
     warned: bool = False
 
 
@@ -33,7 +33,7 @@ _watch = _Watch()
 
 
 def watch(lse: Tensor, pairs: Pairs, *, is_queue: bool = False) -> None:
-    """Takes notice of the log-sum-exp of each anchor's negatives, [N]; `is_queue`: the keys are of other batches."""
+    """Records the log-sum-exp of each anchor's negatives, [N]; `is_queue`: the keys come from other batches."""
     labels = pairs.labels
     if labels is None or torch.compiler.is_compiling() or _watch.warned or lse.shape[0] < MIN_ANCHORS:
         return
@@ -49,10 +49,10 @@ def watch(lse: Tensor, pairs: Pairs, *, is_queue: bool = False) -> None:
             _watch.warned = True
             warnings.warn(
                 f"more than {SHARE:.0%} of the anchors had no negative, and so a loss of 0, in each of {LOOKS} losses "
-                f"looked at, every {LOOK_EVERY}th with labels: {_advice(pairs.negatives, is_queue)}",
+                f"checked, every {LOOK_EVERY}th with labels: {_advice(pairs.negatives, is_queue)}",
                 stacklevel=4,
             )
-    labelled = labels >= 0  # others have no negatives, as is meant
+    labelled = labels >= 0  # a negative label has no negatives on purpose
     lonely = (lse.detach() == -torch.inf) & labelled
     _watch.share = _sent_to_cpu(lonely.sum() / labelled.sum().clamp(min=1))
 
@@ -73,7 +73,7 @@ def _advice(negatives: str, is_queue: bool) -> str:
 
 
 def _sent_to_cpu(share: Tensor) -> Tensor:
-    """A copy that a GPU writes when it comes to it; NaN until then."""
+    """Copy in CPU memory that a GPU writes asynchronously; NaN until then."""
     return torch.full((), torch.nan, device="cpu", pin_memory=share.is_cuda).copy_(share, non_blocking=True)
 
 

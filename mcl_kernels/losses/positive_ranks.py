@@ -7,8 +7,11 @@ import math
 import torch
 from torch import Tensor
 
-from mcl_kernels.logsumexp import ops, reference
-from mcl_kernels.losses.functional import query_key_positive
+from mcl_kernels._validate import check_flag
+from mcl_kernels.backends.table import resolve
+from mcl_kernels.logsumexp.inputs import Inputs
+from mcl_kernels.logsumexp.ops import count_above
+from mcl_kernels.losses.info_nce import check_query_key, query_key_positive
 from mcl_kernels.normalize import compute_dtype, row_dot
 
 
@@ -26,11 +29,11 @@ def positive_ranks(
     normalize: bool = True,
     impl: str = "auto",
 ) -> Tensor:
-    """How many negatives score higher than the positive: 0 where the positive is nearest.
+    """Number of negatives that score higher than the positive: 0 where the positive is nearest.
 
         rank_i = #{j: keep_ij and <q_i, k_j> > <q_i, p_i>}
 
-    A key that is the positive's equal up to the rounding of the products, 2 sqrt(D) eps |q_i| |p_i|, does not count.
+    A key that scores as the positive up to the rounding of the products, 2 sqrt(D) eps |q_i| |p_i|, does not count.
     `(rank < k).float().mean()` is the top-k accuracy that a training loop prints. By tiles; no N x M matrix and
     no gradient. A NaN counts as higher, and so does every key where the positive's score overflows, so a model that has
     diverged does not look perfect.
@@ -49,15 +52,13 @@ def positive_ranks(
         >>> positive_ranks(query, query.flip(1))
         tensor([2, 2, 0])
     """
-    query, key, positive, pairs, impl = query_key_positive(
-        query, key, labels, key_labels, positive, ids, key_ids, negatives, normalize, impl
-    )
+    check_flag("normalize", normalize)
+    pairs = check_query_key(query, key, positive, labels, key_labels, ids, key_ids, negatives)
+    impl = resolve("logsumexp", impl, query.device)
+    query, key, positive = query_key_positive(query, key, positive, normalize, impl)
     dtype = compute_dtype(query, key, positive)
     norms = [torch.linalg.vector_norm(x.to(dtype), dim=1) for x in (query, positive)]
     rounding = 2.0 * math.sqrt(query.shape[1]) * torch.finfo(dtype).eps * norms[0] * norms[1]
     threshold = row_dot(query, positive, dtype) + rounding
     threshold = threshold.masked_fill(threshold == torch.inf, torch.nan)  # nothing is higher than infinity
-    if impl == "reference":
-        return reference.count_above(query, key, threshold, pairs)
-    count: Tensor = ops.count_above(query, key, threshold, *pairs, impl)
-    return count
+    return count_above(Inputs(query, key, threshold.new_ones(()), pairs), threshold, impl)

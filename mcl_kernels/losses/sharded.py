@@ -1,123 +1,101 @@
-"""The losses of a batch that is spread over ranks: those that this rank computes, and the number of all anchors.
+"""Losses of a batch that is spread over ranks: those that this rank computes, and the number of anchors of all ranks.
 
 Each function is the one of `per_anchor` with that name, for the rows of this rank.
 """
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from mcl_kernels.distributed.exchange import Side, share_queries, share_samples
-from mcl_kernels.distributed.group import Ranks, agreement, meeting_device
+from mcl_kernels.distributed.exchange import LabelledRows, gather_vectors, share_queries, share_samples
+from mcl_kernels.distributed.group import Ranks
+from mcl_kernels.logsumexp.inputs import Inputs
 from mcl_kernels.logsumexp.pairs import Pairs
 from mcl_kernels.losses import per_anchor
 from mcl_kernels.normalize import joined_views
-from mcl_kernels.objectives import Objective
+from mcl_kernels.objectives import ObjectiveLike
 
 
-def agreed_call(ranks: Ranks | None, loss: str, arguments: dict[str, Any]) -> AbstractContextManager[None]:
-    """Raises on every rank an error inside, or where the arguments of a call differ; without ranks does nothing."""
-    if ranks is None:
-        return nullcontext()
-    # A rank that fails may have none of its tensors on the device of the others.
-    devices = (x.device for x in arguments.values() if isinstance(x, Tensor))
-    device = next((device for device in devices if device.type not in ("cpu", "meta")), None) or meeting_device(ranks)
-    return agreement(ranks, device, {"loss": loss, **arguments})
+class Call(NamedTuple):
+    """What the ranks of a call share."""
+
+    objective: ObjectiveLike
+    impl: str
+    ranks: Ranks
+    exchange: str
 
 
-def needed_exchange(exchange: str, negatives: str, objective: Objective, reduction: str) -> str:
-    """The exchange of a call: "gather" where an anchor needs more than its cluster."""
-    needing_all = {
-        f"negatives={negatives!r}": negatives != "same",
-        "reduction='none'": reduction == "none",
-        f"{objective}, which mixes anchors,": getattr(objective, "mixes_anchors", False),
-    }
-    reasons = [what for what, holds in needing_all.items() if holds]
-    if reasons and exchange == "cluster":
-        raise ValueError(f"exchange='cluster' keeps each cluster by itself: {reasons[0]} needs exchange='gather'")
-    return "gather" if reasons else exchange
-
-
-def one_way(
-    query: Tensor, positive: Tensor, key: Tensor, pairs: Pairs, scale: Tensor, objective: Objective, impl: str,
-    ranks: Ranks, exchange: str, *, is_queue: bool = False,
-) -> tuple[Tensor, int]:  # fmt: skip
+def query_to_key(inputs: Inputs, positive: Tensor, call: Call, *, is_queue: bool = False) -> tuple[Tensor, int]:
     """The loss of each query that this rank computes, and the number of queries of all ranks."""
+    query, keys, scale, pairs, _ = inputs
     columns = (query, positive, scale) if scale.ndim else (query, positive)
-    queries, keys = Side(columns, pairs.labels, pairs.ids), Side((key,), pairs.key_labels, pairs.key_ids)
-    blocks, total = share_queries(queries, keys, exchange, ranks)
+    queries = LabelledRows(columns, pairs.labels, pairs.ids)
+    key_rows = LabelledRows((inputs.keys,), pairs.key_labels, pairs.key_ids)
+    blocks, total = share_queries(queries, key_rows, call.exchange, call.ranks)
     query, positive, *scales = blocks.anchors.columns
-    (key,), scale = blocks.keys.columns, scales[0] if scales else scale
-    pairs = blocks.pairs(pairs.negatives)
-    return per_anchor.one_way(query, positive, key, pairs, scale, objective, impl, ranks, is_queue=is_queue), total
+    (keys,) = blocks.keys.columns
+    inputs = Inputs(query, keys, scales[0] if scales else scale, blocks.pairs(pairs.negatives))
+    return _blocks_loss(inputs, positive, call, is_queue=is_queue), total
 
 
-def all_views(
-    view_a: Tensor, view_b: Tensor, of_sample: Pairs, scale: Tensor, objective: Objective, impl: str,
-    ranks: Ranks, exchange: str,
-) -> tuple[Tensor, int]:  # fmt: skip
+def views(view_a: Tensor, view_b: Tensor, scale: Tensor, sample_pairs: Pairs, call: Call) -> tuple[Tensor, int]:
     """The loss of each view that this rank computes, and the number of samples of all ranks."""
     columns = (view_a, view_b, *scale.chunk(2)) if scale.ndim else (view_a, view_b)
-    share = share_samples(Side(columns, of_sample.labels, of_sample.ids), "nt_xent", exchange, ranks)
+    samples, negatives = LabelledRows(columns, sample_pairs.labels, sample_pairs.ids), sample_pairs.negatives
+    share = share_samples(samples, "nt_xent", call.exchange, call.ranks)
     losses = []
-    if share.whole is not None:
-        view_a, view_b, *scales = share.whole.columns
-        pairs, own_scale = share.whole.pairs(of_sample.negatives), torch.cat(scales) if scales else scale
-        losses.append(per_anchor.all_views(*joined_views(view_a, view_b), pairs, own_scale, objective, impl))
+    if share.complete is not None:
+        view_a, view_b, *scales = share.complete.columns
+        rows, cosine = joined_views(view_a, view_b)
+        row_scale = torch.cat(scales) if scales else scale
+        inputs = Inputs.of_self(rows, row_scale, share.complete.pairs(negatives).repeated(2))
+        losses.append(per_anchor.views(inputs, cosine, call.objective, call.impl))
     if share.blocks is not None:
         view_a, view_b, *scales = share.blocks.anchors.columns
         query, positive = torch.cat((view_a, view_b)), torch.cat((view_b, view_a))
-        key, own_scale = torch.cat(share.blocks.keys.columns[:2]), torch.cat(scales) if scales else scale
-        pairs = share.blocks.pairs(of_sample.negatives).repeated(2)
-        losses.append(per_anchor.one_way(query, positive, key, pairs, own_scale, objective, impl, ranks))
+        key, row_scale = torch.cat(share.blocks.keys.columns[:2]), torch.cat(scales) if scales else scale
+        inputs = Inputs(query, key, row_scale, share.blocks.pairs(negatives).repeated(2))
+        losses.append(_blocks_loss(inputs, positive, call))
     return torch.cat(losses), share.total
 
 
-def both_ways(
-    image: Tensor,
-    text: Tensor,
-    pairs: Pairs,
-    scale: Tensor,
-    objective: Objective,
-    impl: str,
-    ranks: Ranks,
-    exchange: str,
-) -> tuple[Tensor, int]:
+def bidirectional(inputs: Inputs, call: Call) -> tuple[Tensor, int]:
     """The loss of each pair that this rank computes, and the number of pairs of all ranks."""
-    share = share_samples(Side((image, text), pairs.labels, pairs.ids), "clip_loss", exchange, ranks)
+    image, _, scale, pairs, _ = inputs
+    samples = LabelledRows((image, inputs.keys), pairs.labels, pairs.ids)
+    share = share_samples(samples, "clip_loss", call.exchange, call.ranks)
     losses = []
-    if share.whole is not None:
-        image, text = share.whole.columns
-        losses.append(per_anchor.both_ways(image, text, share.whole.pairs(pairs.negatives), scale, objective, impl))
+    if share.complete is not None:
+        image, text = share.complete.columns
+        complete = Inputs(image, text, scale, share.complete.pairs(pairs.negatives), bidirectional=True)
+        losses.append(per_anchor.bidirectional(complete, call.objective, call.impl))
     if share.blocks is not None:
         (image, text), (all_images, all_texts) = share.blocks.anchors.columns, share.blocks.keys.columns
-        of_block = share.blocks.pairs(pairs.negatives)
-        image_loss = per_anchor.one_way(image, text, all_texts, of_block, scale, objective, impl, ranks)
-        text_loss = per_anchor.one_way(text, image, all_images, of_block, scale, objective, impl, ranks)
+        block_pairs = share.blocks.pairs(pairs.negatives)
+        image_loss = _blocks_loss(Inputs(image, all_texts, scale, block_pairs), text, call)
+        text_loss = _blocks_loss(Inputs(text, all_images, scale, block_pairs), image, call)
         losses.append((image_loss + text_loss) / 2)
     return torch.cat(losses), share.total
 
 
-def each_way(
-    image: Tensor,
-    text: Tensor,
-    pairs: Pairs,
-    scale: Tensor,
-    objective: Objective,
-    impl: str,
-    ranks: Ranks,
-    exchange: str,
-) -> tuple[Tensor, int]:
-    """`both_ways` where captions have labels of their own: an image and its caption may be compared on different ranks.
+def bidirectional_split(inputs: Inputs, call: Call) -> tuple[Tensor, int]:
+    """`bidirectional` where captions have labels of their own: a pair's two directions may be on different ranks.
 
     The sum of the losses is that of the pairs.
     """
-    image_loss, total = one_way(image, text, text, pairs, scale, objective, impl, ranks, exchange)
-    text_loss, _ = one_way(text, image, image, pairs.swapped(), scale, objective, impl, ranks, exchange)
-    if exchange == "gather":  # which leaves them in their order
+    inputs = inputs._replace(bidirectional=False)
+    image_loss, total = query_to_key(inputs, inputs.keys, call)
+    text_loss, _ = query_to_key(inputs.swapped(), inputs.query, call)
+    if call.exchange == "gather":  # it keeps the order of the rows
         return (image_loss + text_loss) / 2, total
     return torch.cat((image_loss, text_loss)) / 2, total
+
+
+def _blocks_loss(inputs: Inputs, positive: Tensor, call: Call, *, is_queue: bool = False) -> Tensor:
+    """The loss of anchors that are some of the batch's."""
+    gather = partial(gather_vectors, ranks=call.ranks)
+    return per_anchor.query_to_key(inputs, positive, call.objective, call.impl, is_queue=is_queue, gather=gather)

@@ -1,4 +1,4 @@
-"""The stages: which labels hold in each, and how its embeddings become the labels of the next."""
+"""Multistage training: the labels of each stage, and the clustering that makes those of the next."""
 
 from mcl_kernels.stages.pseudo_labels import compose_labels
 from mcl_kernels.stages.representation import ConcatEncoder, model_soup

@@ -1,4 +1,4 @@
-"""What the stages leave behind: their outputs concatenated, or their weights averaged."""
+"""The representation after all stages: the outputs of their encoders concatenated, or their weights averaged."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from mcl_kernels.normalize import normalize_rows
 
 
 class ConcatEncoder(nn.Module):
-    """The representation of Multistage Contrastive Learning: the outputs of all stages' encoders, side by side.
+    """Concatenates the outputs of all stages' encoders: the representation of Multistage Contrastive Learning.
 
-        joint   [f_0(x), f_1(x), ...] / |[f_0(x), f_1(x), ...]|          one norm, as the paper's CLIP code
-        stage   [f_0(x) / |f_0(x)|, f_1(x) / |f_1(x)|, ...]              every stage weighs the same
+        joint   [f_0(x), f_1(x), ...] / |[f_0(x), f_1(x), ...]|          one norm for all, as in the paper's CLIP code
+        stage   [f_0(x) / |f_0(x)|, f_1(x) / |f_1(x)|, ...]              equal weight of all stages
         None    [f_0(x), f_1(x), ...]
 
     Args:
@@ -28,7 +28,7 @@ class ConcatEncoder(nn.Module):
         From `forward`, [B, D_0 + D_1 + ...].
 
     Raises:
-        TypeError: encoders that are no modules.
+        TypeError: encoders that are not modules.
         ValueError: no encoder, an unknown `normalize`, or an output that is not [B, D].
 
     Source: "Learning the Unlearned" (arXiv 2402.11816), section 3.
@@ -67,19 +67,20 @@ class ConcatEncoder(nn.Module):
 
 
 def model_soup(state_dicts: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The average of several models' weights ("MCL MS", the paper's model for retrieval).
+    """Averages the weights of several models ("MCL MS", the paper's model for retrieval).
 
-    Floating point entries are averaged in fp64 and rounded once to their dtype; others (counters such as
-    `num_batches_tracked`) are the last model's.
+    Floating point entries are averaged in fp64 and rounded once to their dtype. Other entries (counters such as
+    `num_batches_tracked`) are taken from the last model.
 
     Args:
-        state_dicts: of one architecture; the stages have to share their initial weights for this to help.
+        state_dicts: state dicts of one architecture. An average is useful only if the models share their initial
+            weights.
 
     Returns:
         A state dict of new tensors.
 
     Raises:
-        TypeError: what is no list of state dicts.
+        TypeError: anything other than a list of state dicts of tensors.
         ValueError: no state dict, or keys, shapes or dtypes that differ; the entry is named.
 
     Source: Wortsman et al. 2022 (arXiv 2203.05482), the uniform soup.

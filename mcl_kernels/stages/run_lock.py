@@ -1,4 +1,4 @@
-"""One process at a time in the directory of a run."""
+"""A lock that lets one process at a time train in the directory of a run."""
 
 from __future__ import annotations
 
@@ -23,11 +23,12 @@ class _Lock:
 
 
 _locks: dict[Path, _Lock] = {}
-_guard = threading.RLock()  # a collected iterator releases its lock in whatever code runs then
+# Reentrant: the garbage collector may release the lock of an abandoned iterator while this thread holds the guard.
+_guard = threading.RLock()
 
 
 def _forget_locks() -> None:
-    """Closes what a forked process has inherited: the lock would outlive its parent in it."""
+    """Closes the locks that a forked process has inherited; otherwise they would outlive its parent."""
     global _guard
     _guard = threading.RLock()
     for lock in _locks.values():
@@ -41,12 +42,12 @@ if hasattr(os, "register_at_fork"):
 
 @contextlib.contextmanager
 def only_process(directory: Path) -> Iterator[None]:
-    """Keeps other processes out of a directory as long as the block lasts, or until this process ends, however it ends.
+    """Locks a directory against other processes until the block or this process ends, however it ends.
 
-    Blocks of one process do not exclude one another. Where the system has no locks of files, nothing is kept out.
+    Blocks of one process do not exclude one another. On systems without file locks this does nothing.
 
     Raises:
-        RuntimeError: another process is in such a block.
+        RuntimeError: another process holds the lock.
     """
     path = directory.resolve() / NAME
     with _guard:
@@ -71,10 +72,10 @@ def _acquire(path: Path) -> _Lock | None:
     while True:
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-        except OSError:  # the file of another user, say
+        except OSError:  # for example a file of another user
             return None
         try:
-            # Of the open file: reading the directory, as a copy of it does, releases nothing.
+            # flock belongs to the open file, so closing another descriptor of the file (of a copy, say) keeps the lock.
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             holder = os.read(descriptor, 200).decode(errors="replace")
@@ -89,9 +90,9 @@ def _acquire(path: Path) -> _Lock | None:
             ) from None
         if _is_at(path, descriptor):
             break
-        os.close(descriptor)  # its last holder has removed it since it was opened
-    with contextlib.suppress(OSError):  # only for the message of others
-        if os.fstat(descriptor).st_nlink == 1:  # else somebody's file under another name
+        os.close(descriptor)  # the previous holder removed the file after it was opened here
+    with contextlib.suppress(OSError):  # the content is only for error messages of other processes
+        if os.fstat(descriptor).st_nlink == 1:  # else a hard link to a file of somebody else
             os.ftruncate(descriptor, 0)
             os.write(descriptor, f"process {os.getpid()} on {platform.node()}".encode())
     _locks[path] = lock = _Lock(descriptor)
@@ -100,7 +101,7 @@ def _acquire(path: Path) -> _Lock | None:
 
 def _release(path: Path, lock: _Lock) -> None:
     lock.holders -= 1
-    if lock.holders == 0 and _locks.get(path) is lock:  # else it was forgotten in a forked process
+    if lock.holders == 0 and _locks.get(path) is lock:  # else a forked process has dropped it already
         del _locks[path]
         with contextlib.suppress(OSError):
             path.unlink()
@@ -108,6 +109,7 @@ def _release(path: Path, lock: _Lock) -> None:
 
 
 def _is_at(path: Path, descriptor: int) -> bool:
+    """Returns whether an open file is still the one at a path."""
     with contextlib.suppress(FileNotFoundError):
         return os.path.samestat(path.stat(), os.fstat(descriptor))
     return False

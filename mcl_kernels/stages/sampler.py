@@ -1,4 +1,4 @@
-"""Batches of few clusters with many samples each."""
+"""A batch sampler that fills each batch with few clusters, many samples each."""
 
 from __future__ import annotations
 
@@ -15,48 +15,50 @@ Array = np.ndarray[Any, np.dtype[np.int64]]
 
 
 class ClusterBatchSampler(Sampler[list[int]]):
-    """A batch sampler whose batches hold few clusters, so that same-cluster negatives do not run out.
+    """Samples batches of few clusters, so that every sample has enough negatives of its own cluster.
 
-    A global batch of G = batch_size * world_size samples is `clusters_per_batch` groups of
-    g = G / clusters_per_batch, each from one cluster (a large cluster may fill several groups of a batch);
-    `clusters_per_batch=1` is the sampler of the paper. Rank r takes the r-th part of each global batch. A sample
-    is drawn at most once an epoch; samples with a negative label match nothing and are never drawn.
+    A global batch of G = batch_size * world_size samples consists of `clusters_per_batch` groups of
+    g = G / clusters_per_batch samples, each group from one cluster (a large cluster may fill several groups of a
+    batch); `clusters_per_batch=1` is the sampler of the paper. Rank r loads the r-th part of each global batch. A
+    sample is drawn at most once an epoch; samples with a negative label have no cluster and are never drawn.
 
-    Every iteration is another epoch, in another order: the one that `set_epoch` chose, or the one after the last.
-    An iteration counts from its first batch on, also if it ends there, so all ranks have to begin equally many or
-    call `set_epoch`. Lightning and accelerate call it:
+    Every iteration is a new epoch with a new order: the epoch chosen by `set_epoch`, or the one after the last.
+    An iteration counts as an epoch once its first batch is drawn, even if it stops there, so all ranks have to begin
+    equally many iterations, or call `set_epoch`. Lightning and accelerate call it:
 
     * Lightning with several processes: `Trainer(use_distributed_sampler=False)`, `rank=trainer.global_rank` and
-      `world_size=trainer.world_size`. (Resumed after an epoch, with workers, it draws before it calls `set_epoch`: that
-      epoch has the order of the one that the sampler was set to.)
-    * accelerate splits the batches itself: `rank=0`, `world_size=1`, `batch_size` that of all processes together, and
-      `DataLoaderConfiguration(split_batches=True)`, without which each process takes batches of its own. A sampler
-      with a larger world_size is refused by `prepare`: its `drop_last` raises a ValueError whenever it is read, by a
-      debugger or `inspect.getmembers` too.
+      `world_size=trainer.world_size`. (If it resumes after an epoch, with workers, it draws batches before it calls
+      `set_epoch`: that epoch has the order of the epoch to which the sampler was set before.)
+    * accelerate splits the batches itself: pass `rank=0`, `world_size=1`, the `batch_size` of all processes together,
+      and `DataLoaderConfiguration(split_batches=True)`; otherwise each process loads different batches. `prepare`
+      refuses a sampler with a larger world_size: its `drop_last` raises a ValueError whenever it is read, also by a
+      debugger or `inspect.getmembers`.
 
-    To go on in mid-epoch, `set_epoch` and skip the batches that were seen (accelerate's `skip_first_batches`), or use
-    torchdata's `StatefulDataLoader`, which takes this sampler's `state_dict`; Lightning saves it with its checkpoints.
+    To resume in mid-epoch, call `set_epoch` and skip the batches already drawn (accelerate's `skip_first_batches`), or
+    use torchdata's `StatefulDataLoader`, which saves this sampler's `state_dict`; Lightning adds it to its checkpoints.
 
     Args:
         labels: pseudo labels of the data set, integers [N] (a tensor or an array).
         batch_size: samples per rank and batch.
-        clusters_per_batch: must divide G. Many where the negatives are a queue's, which other batches fill.
-        seed: of the order. Every rank computes the same order from (seed, epoch), without communication.
-        rank, world_size: which part of each global batch this process loads.
-        small: what becomes of the rest of each cluster, less than g samples. "merge": the rests are packed,
-            cluster by cluster, into mixed batches; only N mod G samples are left out of an epoch, others in the
-            next one. "drop": they are left out, others in each epoch; clusters below g are never seen.
+        clusters_per_batch: must divide G. Choose a large one if the negatives come from a queue, since it is filled by
+            other batches.
+        seed: seed of the order. Every rank computes the same order from (seed, epoch), without communication.
+        rank, world_size: part of each global batch that this process loads.
+        small: treatment of the remainder of each cluster, less than g samples. "merge": the remainders are packed,
+            cluster by cluster, into mixed batches; only N mod G samples are left out of an epoch, different ones in the
+            next. "drop": they are left out, different ones in each epoch; clusters of less than g samples are never
+            drawn.
 
     Attributes:
-        epoch: of the iteration that began last, or that `set_epoch` chose since.
+        epoch: epoch of the iteration that began last, or that `set_epoch` has chosen since.
         left_out: samples left out of each epoch.
 
     Raises:
         TypeError: labels that are not integers.
-        ValueError: sizes that do not fit, or that leave not even one batch; a rank's part of the batches in the hands
-            of a host that splits them once more.
+        ValueError: sizes that do not fit, or that leave no complete batch; from `drop_last`, if a host would split the
+            batches of one rank once more.
 
-    Source: the public sampler of arXiv 2402.11816 (one pseudo label per batch), with its rests merged.
+    Source: the public sampler of arXiv 2402.11816 (one pseudo label per batch), with its remainders merged.
 
     Example:
         >>> sampler = ClusterBatchSampler(torch.tensor([0, 1] * 8), batch_size=4, clusters_per_batch=2)
@@ -104,10 +106,10 @@ class ClusterBatchSampler(Sampler[list[int]]):
         self.rank, self.world_size = rank, world_size
         self.small = small
         self.epoch, self._first, self._drawn_from = 0, 0, False
-        self._is_chosen = False  # by `set_epoch`
+        self._is_chosen = False  # whether `set_epoch` has chosen the next epoch
         self._position = 0, 0
         self._samples = np.flatnonzero(labels >= 0)
-        # Dense cluster ids of the samples that have one.
+        # Dense cluster ids of the labelled samples.
         _, self._clusters, sizes = np.unique(labels[self._samples], return_inverse=True, return_counts=True)
         if small == "merge":
             self._n_batches = len(self._samples) // self.global_size
@@ -121,9 +123,10 @@ class ClusterBatchSampler(Sampler[list[int]]):
         self.left_out = len(self._samples) - self._n_batches * self.global_size
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses the order of the next iteration: the same for the same epoch, on every rank.
+        """Chooses the epoch of the next iteration; the order depends only on the epoch, on every rank.
 
-        After `load_state_dict` the epoch that was loaded goes on where it was, and another begins.
+        After `load_state_dict` the loaded epoch continues where it was saved; any other epoch starts from its first
+        batch.
         """
         epoch = as_integer("epoch", epoch, least=0)
         if self._drawn_from or epoch != self.epoch:
@@ -131,21 +134,21 @@ class ClusterBatchSampler(Sampler[list[int]]):
         self._is_chosen = True
 
     def state_dict(self) -> dict[str, int]:
-        """The epoch that was iterated last and the number of its batches drawn: the next one, where it is finished.
+        """Returns the current epoch and the number of its batches drawn; after a complete epoch, the next one and 0.
 
-        A loader with workers draws ahead of the loop: let `StatefulDataLoader` call it.
+        A loader with workers draws ahead of the loop: use `StatefulDataLoader`, which accounts for that.
         """
         epoch, batches = self._position if self._drawn_from else (self.epoch, self._first)
         return {"epoch": epoch, "batches": batches}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Lets the next iteration be the rest of the epoch of `state`.
+        """Makes the next iteration the remaining batches of the epoch of `state`.
 
-        Where its last batch was drawn nothing is left, and the next iteration is the epoch after it; but after a
-        `set_epoch(state["epoch"])` it is that rest, of no batches, so that nothing is drawn twice.
+        If its last batch was drawn, the next iteration is the next epoch. After `set_epoch(state["epoch"])`, however,
+        it is the remainder of that epoch, which has no batches, so that no batch is drawn twice.
 
         Raises:
-            TypeError: a state that is no mapping.
+            TypeError: a state that is not a mapping.
             ValueError: a state without its keys, or with more batches than an epoch of this sampler has.
         """
         if not isinstance(state, Mapping):
@@ -165,9 +168,10 @@ class ClusterBatchSampler(Sampler[list[int]]):
 
     @property
     def drop_last(self) -> bool:
-        """Raises an AttributeError, since every batch is full; where world_size > 1 a ValueError.
+        """Raises an AttributeError, since every batch is full; if world_size > 1, a ValueError.
 
-        Hosts read it before they split batches among their processes, and would split a rank's own once more.
+        Hosts read this attribute before they split batches among their processes: they would split the batches of one
+        rank once more.
         """
         if self.world_size == 1:
             raise AttributeError("every batch is full: there is none to drop")
@@ -182,9 +186,10 @@ class ClusterBatchSampler(Sampler[list[int]]):
         return self._n_batches
 
     def __iter__(self) -> Iterator[list[int]]:
-        # Not before the first batch is drawn: loaders with workers ask for two iterators, and draw from the second.
-        nothing_left = self._first == len(self) and not self._is_chosen
-        if self._drawn_from or nothing_left:
+        # This runs when the first batch is drawn. Loaders with workers create two iterators, and draw only from the
+        # second.
+        is_complete = self._first == len(self) and not self._is_chosen
+        if self._drawn_from or is_complete:
             self._begin_at(self.epoch + 1, 0)
         self._drawn_from = True
         epoch, first = self.epoch, self._first
@@ -195,38 +200,38 @@ class ClusterBatchSampler(Sampler[list[int]]):
         self._position = epoch + 1, 0
 
     def _begin_at(self, epoch: int, batch: int) -> None:
-        """Lets the next iteration begin with this batch of this epoch."""
+        """Sets the epoch and the batch with which the next iteration begins."""
         self.epoch, self._first, self._drawn_from = epoch, batch, False
 
     def _global_batches(self) -> Array:
-        """Positions in `_samples`, [batches, G], the same on every rank."""
+        """Computes the batches of the epoch as positions in `_samples`, [batches, G]; the same on every rank."""
         random = np.random.default_rng((self.seed, self.epoch))
-        drawn = self._drawn_in_merge() if self.small == "merge" else np.arange(len(self._samples))
+        drawn = self._positions_to_merge() if self.small == "merge" else np.arange(len(self._samples))
 
-        # Shuffled within clusters, the clusters themselves in a random order.
+        # Shuffles the samples within clusters, and the order of the clusters.
         drawn = random.permutation(drawn)
-        rank_of_cluster = random.permutation(int(self._clusters.max()) + 1)
-        drawn = drawn[np.argsort(rank_of_cluster[self._clusters[drawn]], kind="stable")]
+        cluster_order = random.permutation(int(self._clusters.max()) + 1)
+        drawn = drawn[np.argsort(cluster_order[self._clusters[drawn]], kind="stable")]
 
         boundaries = np.flatnonzero(np.diff(self._clusters[drawn])) + 1
-        groups, rests = [], []
+        cluster_groups, remainders = [], []
         for cluster in np.split(drawn, boundaries):
-            full = len(cluster) - len(cluster) % self.group_size
-            groups.append(cluster[:full].reshape(-1, self.group_size))
-            rests.append(cluster[full:])
-        of_one_cluster = random.permutation(np.concatenate(groups))
-        n_full = len(of_one_cluster) - len(of_one_cluster) % self.clusters_per_batch
-        batches = of_one_cluster[:n_full].reshape(-1, self.global_size)
+            n_grouped = len(cluster) - len(cluster) % self.group_size
+            cluster_groups.append(cluster[:n_grouped].reshape(-1, self.group_size))
+            remainders.append(cluster[n_grouped:])
+        groups = random.permutation(np.concatenate(cluster_groups))
+        n_batched = len(groups) - len(groups) % self.clusters_per_batch
+        batches = groups[:n_batched].reshape(-1, self.global_size)
         if self.small == "merge":
-            rest = np.concatenate((of_one_cluster[n_full:].ravel(), *rests))
-            batches = np.concatenate((batches, rest.reshape(-1, self.global_size)))
+            mixed = np.concatenate((groups[n_batched:].ravel(), *remainders))
+            batches = np.concatenate((batches, mixed.reshape(-1, self.global_size)))
         return random.permutation(batches)
 
-    def _drawn_in_merge(self) -> Array:
-        """All samples but N mod G of them, which a window over one fixed permutation picks.
+    def _positions_to_merge(self) -> Array:
+        """Returns all positions except N mod G of them, which a window over one fixed permutation selects.
 
-        The windows of two epochs in a row do not overlap (2 (N mod G) <= N for every N >= G), so that every
-        sample appears within two epochs, and in the long run all are left out equally often.
+        The windows of consecutive epochs do not overlap (2 (N mod G) <= N for every N >= G), so every sample is drawn
+        within two epochs, and in the long run all samples are left out equally often.
         """
         n = len(self._samples)
         order = np.random.default_rng(self.seed).permutation(n)

@@ -1,6 +1,6 @@
-"""The state of a finished stage as bytes, and back: safetensors where it can hold it, else PyTorch's format.
+"""Serializes the state of a finished stage, and loads it: in safetensors if that can hold it, else in PyTorch's format.
 
-Nothing is unpickled: PyTorch's format is read with `weights_only=True`, and once before it is written.
+No objects are unpickled: PyTorch's format is read with `weights_only=True`, once already before it is written.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ _PLAIN_DTYPES = (*FLOAT_DTYPES, *INTEGER_DTYPES, torch.bool)
 
 
 class State(NamedTuple):
-    """A serialised state and the name of its file, which tells the format."""
+    """A serialized state and the name of its file, which determines the format."""
 
     name: str
     content: bytes
 
 
 def dump_state(state: Mapping[str, Any]) -> State:
-    """Serialises a state, and makes sure that what is accepted can be read.
+    """Serializes a state, and checks that it can be loaded again.
 
     Raises:
-        TypeError: the state is no mapping, or holds what cannot be loaded without unpickling objects.
+        TypeError: the state is not a mapping, or holds something that cannot be loaded without unpickling objects.
     """
     if not isinstance(state, Mapping):
         raise TypeError(f"state must be a mapping such as model.state_dict(): got {type(state).__name__}")
@@ -43,7 +43,7 @@ def dump_state(state: Mapping[str, Any]) -> State:
 
 
 def load_state(state: State) -> dict[str, Any]:
-    """The state on the CPU; nothing but tensors, numbers, strings and containers is built."""
+    """Returns the state on the CPU; builds only tensors, numbers, strings and containers."""
     if state.name == SAFETENSORS:
         from safetensors.torch import load
 
@@ -53,7 +53,7 @@ def load_state(state: State) -> dict[str, Any]:
 
 
 def _as_safetensors(state: dict[str, Any]) -> State | None:
-    """The state in safetensors, unless it holds something that cannot be written or read in that format."""
+    """Serializes the state in safetensors; returns None if it cannot be written or read in that format."""
     from safetensors.torch import save
 
     if not _fits_safetensors(state):
@@ -71,81 +71,84 @@ def _as_pytorch(state: dict[str, Any]) -> State:
     buffer = io.BytesIO()
     try:
         torch.save(state, buffer)
-        serialised = State(PYTORCH, buffer.getvalue())
-        load_state(serialised)
+        serialized = State(PYTORCH, buffer.getvalue())
+        load_state(serialized)
     except (pickle.PickleError, AttributeError, TypeError) as error:
         raise TypeError(
             "state must hold tensors, numbers, strings and containers of them, which load without unpickling objects: "
             f"got {sorted({type(value).__name__ for value in state.values()})}"
         ) from error
-    return serialised
+    return serialized
 
 
 def _fits_safetensors(state: dict[str, Any]) -> bool:
-    """Returns whether all are tensors of plain dtypes under string keys, no two elements of which share memory."""
+    """Returns whether all values are tensors of plain dtypes under string keys, and no elements share memory."""
     tensors = [x for name, x in state.items() if isinstance(name, str) and isinstance(x, Tensor)]
     if len(tensors) < len(state) or any(x.layout != torch.strided or x.is_nested or x.is_meta for x in tensors):
         return False
-    if any(x.dtype not in _PLAIN_DTYPES or _size(x) > x.untyped_storage().nbytes() for x in tensors):
+    if any(x.dtype not in _PLAIN_DTYPES or _n_bytes(x) > x.untyped_storage().nbytes() for x in tensors):
         return False
     filled = [x for x in tensors if x.numel()]
     return len({_memory(x) for x in filled}) == len(filled)
 
 
 def _without_unused_memory(state: dict[str, Any]) -> dict[str, Any]:
-    """The state with copies of those tensors that use a part of their memory: all of that memory would be saved.
+    """Returns the state with a copy of each tensor that uses only a part of its storage.
 
-    Memory that another tensor of the state uses from end to end is saved once for both, and stays shared.
+    Otherwise the complete storage would be saved. If another tensor of the state uses all of that storage, it is saved
+    once for both, which stay shared.
     """
-    tensors = list(_tensors(state, set()))
-    covered = {_memory(x) for x in tensors if _size(x) >= x.untyped_storage().nbytes()}
-    if covered.issuperset(map(_memory, tensors)):
+    tensors = list(_plain_tensors(state, set()))
+    fully_used = {_memory(x) for x in tensors if _n_bytes(x) >= x.untyped_storage().nbytes()}
+    if fully_used.issuperset(map(_memory, tensors)):
         return state
-    twins: dict[object, Any] = {}
+    copies: dict[object, Any] = {}
 
     def compacted(x: Any) -> Any:
-        if _is_plain(x) and _memory(x) not in covered:
+        if _is_plain(x) and _memory(x) not in fully_used:
             view = (_memory(x), x.dtype, x.storage_offset(), x.shape, x.stride())
-            if view not in twins:  # else a tied weight, which stays tied
+            if view not in copies:  # else a tied weight, which stays tied
                 part = x.detach().to("cpu", copy=True)
-                twins[view] = Parameter(part, x.requires_grad) if isinstance(x, Parameter) else part
-            return twins[view]
+                copies[view] = Parameter(part, x.requires_grad) if isinstance(x, Parameter) else part
+            return copies[view]
         if not isinstance(x, _CONTAINERS) or type(x) is torch.Size:
             return x
-        if id(x) not in twins:
-            twin: Any = copy.copy(x)  # with its attributes, such as the _metadata of a state_dict
-            twins[id(x)] = twin
+        if id(x) not in copies:
+            copied: Any = copy.copy(x)  # with its attributes, such as the _metadata of a state_dict
+            copies[id(x)] = copied  # before its values, which may contain it
             if isinstance(x, dict):
-                twin.update({key: compacted(value) for key, value in x.items()})
+                copied.update({key: compacted(value) for key, value in x.items()})
             elif isinstance(x, list):
-                twin[:] = map(compacted, x)
+                copied[:] = map(compacted, x)
             elif type(x) is tuple:
-                twins[id(x)] = tuple(map(compacted, x))
-        return twins[id(x)]
+                copies[id(x)] = tuple(map(compacted, x))
+        return copies[id(x)]
 
     compact: dict[str, Any] = compacted(state)
     return compact
 
 
-def _tensors(x: Any, seen: set[int]) -> Iterator[Tensor]:
-    """The plain tensors in containers, each container once."""
+def _plain_tensors(x: Any, seen: set[int]) -> Iterator[Tensor]:
+    """Yields the plain tensors in nested containers, visiting each container once."""
     if _is_plain(x):
         yield x
     elif isinstance(x, _CONTAINERS) and id(x) not in seen:
         seen.add(id(x))
         for value in x.values() if isinstance(x, dict) else x:
-            yield from _tensors(value, seen)
+            yield from _plain_tensors(value, seen)
 
 
 def _is_plain(x: Any) -> bool:
+    """Returns whether x is a dense tensor or parameter that holds data."""
     if type(x) not in (Tensor, Parameter) or x.layout != torch.strided:
         return False
     return not (x.is_meta or x.is_quantized or x.is_nested)
 
 
 def _memory(x: Tensor) -> tuple[torch.device, int]:
+    """Returns the device and address of the storage of a tensor."""
     return x.device, x.untyped_storage().data_ptr()
 
 
-def _size(x: Tensor) -> int:
+def _n_bytes(x: Tensor) -> int:
     return x.numel() * x.itemsize

@@ -1,4 +1,4 @@
-"""Labels of a whole data set in few bytes: an int64 tensor to whoever reads it, kept as int32 or as a memory map."""
+"""Labels of a data set that behave as an int64 tensor, and are stored as int32 or in a memory map."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map
 from mcl_kernels._forked import use_one_thread_if_forked
 from mcl_kernels.kmeans.rows import as_tensor
 
-# What depends on no entry.
+# Properties and methods that read no element.
 _METADATA = {
     *(getattr(Tensor, name).__get__ for name in ("device", "dtype", "layout", "ndim", "requires_grad", "shape")),
     *(Tensor.__len__, Tensor.dim, Tensor.numel, Tensor.size),
@@ -23,7 +23,7 @@ _METADATA = {
 
 
 class MappedFile(NamedTuple):
-    """A file, and what tells it from a later one of its name."""
+    """A file, with the properties that distinguish it from a later file of the same name."""
 
     path: Path
     size: int
@@ -31,11 +31,11 @@ class MappedFile(NamedTuple):
 
 
 class StoredLabels(Tensor):
-    """An int64 vector whose entries are kept as `stored`, integers of any width, in memory or mapped from a file.
+    """An int64 vector whose elements are stored as integers of any width, in memory or mapped from a file.
 
-    Indexing reads and widens what it hands out, a copy. Any other operation takes place on a plain int64 tensor of all
-    labels, made for it: whatever takes a tensor takes this one, at that price. Read-only. Other processes, the workers
-    of a `DataLoader` say, are given no copy: they map the file again, or share the memory.
+    Indexing reads, widens and copies only the elements it returns. Every other operation first makes a plain int64
+    tensor of all labels, so this works wherever a tensor does. Read-only. Other processes, such as the workers of a
+    `DataLoader`, get no copy: they map the file again, or share the memory.
 
     Example:
         >>> labels = StoredLabels(torch.tensor([5, 0, 5], dtype=torch.int32))
@@ -63,19 +63,19 @@ class StoredLabels(Tensor):
         use_one_thread_if_forked()
         kwargs = kwargs or {}
         first = args[0] if args else None
-        written = func is Tensor.__setitem__ or (func.__name__.endswith("_") and not func.__name__.endswith("__"))
-        if (written and isinstance(first, cls)) or isinstance(kwargs.get("out"), cls):
+        writes = func is Tensor.__setitem__ or (func.__name__.endswith("_") and not func.__name__.endswith("__"))
+        if (writes and isinstance(first, cls)) or isinstance(kwargs.get("out"), cls):
             raise TypeError("labels are read-only: take a copy, labels.clone()")
         if func in _METADATA and isinstance(first, cls):
-            alike = torch.zeros((), dtype=torch.int64, device=first.stored.device).expand(first.stored.shape)
-            return func(alike, *args[1:], **kwargs)
+            same_shape = torch.zeros((), dtype=torch.int64, device=first.stored.device).expand(first.stored.shape)
+            return func(same_shape, *args[1:], **kwargs)
         if func is Tensor.__getitem__ and isinstance(first, cls):
-            return first.stored[_whole(args[1])].to(torch.int64, copy=True)
-        return func(*_whole(args), **_whole(kwargs))
+            return first.stored[_widened(args[1])].to(torch.int64, copy=True)
+        return func(*_widened(args), **_widened(kwargs))
 
 
 def map_labels(path: Path) -> StoredLabels:
-    """The labels of a .npy file, which is mapped: what is not read takes no memory."""
+    """Labels of a .npy file, which is mapped: labels that are not read take no memory."""
     file = _file_at(path.absolute())
     return StoredLabels(as_tensor(str(path), np.load(path, mmap_mode="r", allow_pickle=False)), file)
 
@@ -95,10 +95,10 @@ def _reduce(labels: StoredLabels) -> tuple[Callable[..., StoredLabels], tuple[An
     return map_labels, (path,)
 
 
-# Otherwise the plain tensor made for pickling would be sent, whose memory is gone before a spawned process opens it.
+# Without this, pickling would send a temporary plain tensor, whose memory is freed before a spawned process opens it.
 ForkingPickler.register(StoredLabels, _reduce)
 
 
-def _whole(x: Any) -> Any:
-    """Plain tensors in the place of stored labels, in containers too."""
+def _widened(x: Any) -> Any:
+    """Replaces stored labels by plain int64 tensors, in nested containers too."""
     return tree_map(lambda leaf: leaf.stored.to(torch.int64, copy=True) if isinstance(leaf, StoredLabels) else leaf, x)

@@ -1,4 +1,4 @@
-// The barrier of a grid whose blocks are all resident.
+// A barrier for a grid whose blocks are all resident.
 #pragma once
 
 #include <source_location>

@@ -7,7 +7,7 @@ struct __nv_bfloat16 {
   uint16_t bits;
 };
 
-// To nearest, ties to even.
+// Rounds to nearest, ties to even.
 inline __nv_bfloat16 __float2bfloat16(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, sizeof bits);

@@ -1,11 +1,11 @@
-// CUDA C++ as C++: g++ compiles the kernels with this directory in the place of the toolkit's headers, and they run on
-// the processor. For tests: it shows what a kernel computes, and which barriers it needs, not how long it takes.
+// CUDA C++ as C++: g++ compiles the kernels with this directory in place of the toolkit's headers, and they run on the
+// CPU. Tests use it to check results and barriers; it does not model time.
 //
-// Blocks run one after the other, and those that wait for one another from one barrier of the grid to the next. The
-// threads of a block are fibers on one thread of the system, each running to its next barrier; with CUDA_ON_CPU_THREADS
-// they are threads of the system, for ThreadSanitizer. Shared memory is all NaN when a block starts, and lanes of a
-// warp see each other's writes behind a barrier only, as CUDA guarantees no more. Not seen is a race between blocks but
-// by a wrong result, where an earlier block reads what a later one writes.
+// Blocks run one after the other; the blocks of a cooperative launch take turns, from one barrier of the grid to the
+// next. The threads of a block are fibers on one system thread, each running to its next barrier; with
+// CUDA_ON_CPU_THREADS they are system threads, for ThreadSanitizer. Shared memory is all NaN when a block starts. Lanes
+// of a warp see each other's writes only after a barrier, since CUDA guarantees no more. A race between blocks is not
+// reported; it shows only as a wrong result, if an earlier block reads the result of a later one.
 #pragma once
 
 #include <algorithm>
@@ -43,22 +43,22 @@ struct dim3 {
 
 namespace cuda_on_cpu {
 
-constexpr int WARP = 32, MOST_THREADS = 1024, MOST_SHARED = 48 * 1024;
-constexpr int PROCESSORS = 3;  // each holds one block: of the plan some have two tiles to sort, and some none
+constexpr int WARP = 32, MAX_THREADS = 1024, MAX_SHARED = 48 * 1024;
+constexpr int MULTIPROCESSORS = 3;  // each holds one block: when planning, some blocks sort two tiles, and some none
 
 [[noreturn]] inline void fail(const char* message) {
   std::fprintf(stderr, "cuda_on_cpu: %s\n", message);
   std::abort();
 }
 
-// Shared memory of the block that runs, and bytes behind it that nobody may write.
+// Shared memory of the running block is followed by GUARD bytes that must not be written.
 constexpr int GUARD = 4096;
 constexpr unsigned char POISON = 0xff;  // bytes of NaN, whatever the type
 
 }  // namespace cuda_on_cpu
 
-// What a kernel's `extern __shared__ char shared_bytes[]` names.
-alignas(128) inline char shared_bytes[cuda_on_cpu::MOST_SHARED + cuda_on_cpu::GUARD];
+// The array that kernels declare as `extern __shared__ char shared_bytes[]`.
+alignas(128) inline char shared_bytes[cuda_on_cpu::MAX_SHARED + cuda_on_cpu::GUARD];
 
 #if defined(CUDA_ON_CPU_THREADS)
 #define CUDA_ON_CPU_OWN thread_local
@@ -72,25 +72,26 @@ inline CUDA_ON_CPU_OWN dim3 blockIdx, threadIdx;
 namespace cuda_on_cpu {
 
 struct Block;
-inline CUDA_ON_CPU_OWN Block* block;  // the one that runs
+inline CUDA_ON_CPU_OWN Block* block;  // the running one
 
 #if defined(CUDA_ON_CPU_THREADS)
 
-// Its rooms are entered in turn: a thread that is late to leave one is not ordered with those in the next.
+// Successive waits alternate between two rooms, so that ThreadSanitizer does not order a thread that leaves one wait
+// late with the threads in the next.
 struct Barrier {
   struct Room {
     std::mutex mutex;
-    std::condition_variable all_here;
+    std::condition_variable all_arrived;
     int arrived = 0;
   };
   Room rooms[2];
   std::atomic<unsigned> passed{0};
 };
 
-// The threads of a block, and where they stand.
+// The threads of a block and their state.
 class Threads {
  public:
-  // Starts `count` of them; returns when all have ended or the block has handed over, as `go_on` does.
+  // Starts `count` threads. Like `go_on`, returns when all have ended or the block has handed over.
   void run(int count, const std::function<void()>& body) {
     left_ = count;
     inside_ = true;
@@ -117,14 +118,14 @@ class Threads {
 
   bool ended() const { return left_ == 0; }
 
-  // By one thread, while the others wait at a barrier: other blocks run before this one goes on.
+  // Lets other blocks run before this one resumes. Called by one thread, while the others wait at a barrier.
   void hand_over() {
     std::unique_lock lock(mutex_);
     leave();
     changed_.wait(lock, [&] { return inside_; });
   }
 
-  // Returns once `count` threads are here.
+  // Returns once `count` threads have arrived.
   void wait(Barrier& barrier, int count) {
     const unsigned before = barrier.passed.load(std::memory_order_relaxed);
     Barrier::Room& room = barrier.rooms[before % 2];
@@ -132,9 +133,9 @@ class Threads {
     if (++room.arrived == count) {
       room.arrived = 0;
       barrier.passed.store(before + 1, std::memory_order_relaxed);
-      room.all_here.notify_all();
+      room.all_arrived.notify_all();
     }
-    room.all_here.wait(lock, [&] { return barrier.passed.load(std::memory_order_relaxed) != before; });
+    room.all_arrived.wait(lock, [&] { return barrier.passed.load(std::memory_order_relaxed) != before; });
   }
 
  private:
@@ -155,7 +156,7 @@ class Threads {
   std::vector<std::thread> threads_;
   std::mutex mutex_;
   std::condition_variable changed_;
-  bool inside_ = false;  // whether the block runs, and not who launched it
+  bool inside_ = false;  // whether the block runs, rather than its launcher
   int left_ = 0;
 };
 
@@ -165,11 +166,11 @@ struct Barrier {
   int arrived = 0, passed = 0;
 };
 
-// The threads of a block, and where they stand: fibers, which start with makecontext and go on with longjmp, which asks
-// nothing of the system.
+// The threads of a block and their state: fibers, which start with makecontext and resume with longjmp, which needs no
+// system call.
 class Threads {
  public:
-  // Starts `count` of them; returns when all have ended or the block has handed over, as `go_on` does.
+  // Starts `count` threads. Like `go_on`, returns when all have ended or the block has handed over.
   void run(int count, const std::function<void()>& body) {
     body_ = &body;
     count_ = count;
@@ -187,7 +188,7 @@ class Threads {
 
   bool ended() const { return left_ == 0; }
 
-  // By one thread, while the others wait at a barrier: other blocks run before this one goes on.
+  // Lets other blocks run before this one resumes. Called by one thread, while the others wait at a barrier.
   void hand_over() {
     handing_ = threadIdx.x;
     if (_setjmp(fibers_[handing_].state) == 0) _longjmp(caller_, 1);
@@ -261,20 +262,20 @@ class Threads {
 
 #endif
 
-// What a block has for itself, and of its shared memory what it held when it handed over.
+// The state of a block, and a copy of its shared memory from when it handed over.
 struct Block {
   Threads threads;
-  Barrier barrier, warp_barriers[MOST_THREADS / WARP];
-  uint64_t exchanged[MOST_THREADS];  // what each lane shows the others of its warp
+  Barrier barrier, warp_barriers[MAX_THREADS / WARP];
+  uint64_t exchanged[MAX_THREADS];  // the value that each lane passes to its warp
   char shared[sizeof shared_bytes];
 };
 
 inline std::deque<Block> blocks;
 inline bool together;  // whether all blocks of the grid are resident
-inline bool holds_grids = true;  // whether they may be; tests run without it, too
+inline bool holds_grids = true;  // whether the device supports that; tests also run without
 inline std::mutex one_launch;
 
-// The barrier of a block or the grid that tests leave out, "FILE:LINE"; null: none.
+// The barrier that a test leaves out, as "FILE:LINE"; null: none.
 inline const char* left_out = nullptr;
 
 inline bool is_left_out(const char* path, int line) {
@@ -289,7 +290,7 @@ inline void wait_for_block(const char* path, int line) {
 
 inline void wait_for_grid(const char* path, int line) {
   if (is_left_out(path, line)) return;
-  if (!together) fail("a barrier of a grid whose blocks need not all be there");
+  if (!together) fail("a barrier of a grid whose blocks may not all be resident");
   block->threads.wait(block->barrier, blockDim.x);
   if (threadIdx.x == 0) block->threads.hand_over();
   block->threads.wait(block->barrier, blockDim.x);
@@ -322,7 +323,7 @@ T __shfl_xor_sync(unsigned mask, T value, int lanes) {
   return cuda_on_cpu::value_of_lane(mask, value, (threadIdx.x % cuda_on_cpu::WARP) ^ lanes);
 }
 
-// g++ fuses a product with the sum behind it, as nvcc does; but not what went through memory.
+// g++ fuses a product with the following sum, as nvcc does, unless the product passes through memory.
 template <class T>
 T __product_rn(T x, T y) {
   T result = x * y;
@@ -335,8 +336,6 @@ inline double __dmul_rn(double x, double y) { return __product_rn(x, y); }
 using std::max;
 using std::min;
 
-// --- launches ---
-
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess, cudaErrorInvalidConfiguration };
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
@@ -348,7 +347,7 @@ inline cudaError_t cudaGetDevice(int* device) {
   return cudaSuccess;
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrMultiProcessorCount ? cuda_on_cpu::PROCESSORS : cuda_on_cpu::holds_grids;
+  *value = attribute == cudaDevAttrMultiProcessorCount ? cuda_on_cpu::MULTIPROCESSORS : cuda_on_cpu::holds_grids;
   return cudaSuccess;
 }
 template <class Kernel>
@@ -375,7 +374,7 @@ struct cudaLaunchConfig_t {
 
 namespace cuda_on_cpu {
 
-// Blocks `first` to `past`, in turn, until all have ended. Of several each handed over with its shared memory.
+// Runs blocks `first` .. `past` - 1 in turn until all have ended. Each turn restores the block's shared memory.
 inline void run_blocks(unsigned first, unsigned past, size_t bytes, const std::function<void()>& body) {
   blocks.resize(std::max<size_t>(blocks.size(), past - first));
   bool begun = false;
@@ -392,7 +391,7 @@ inline void run_blocks(unsigned first, unsigned past, size_t bytes, const std::f
         block->threads.run(blockDim.x, body);
       }
       for (int i = 0; i < GUARD; i++)
-        if (static_cast<unsigned char>(shared_bytes[bytes + i]) != POISON) fail("a write behind the shared memory");
+        if (static_cast<unsigned char>(shared_bytes[bytes + i]) != POISON) fail("a write past the shared memory");
       ended += block->threads.ended();
       std::memcpy(block->shared, shared_bytes, bytes + GUARD);
     }
@@ -408,8 +407,8 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* launch, void (*kernel)(
   const dim3 grid = launch->gridDim, block = launch->blockDim;
   const size_t bytes = launch->dynamicSmemBytes;
   const bool cooperative = launch->numAttrs == 1 && launch->attrs->val.cooperative;
-  if (grid.x == 0 || grid.y != 1 || grid.z != 1 || block.x == 0 || block.x % WARP || block.x > MOST_THREADS ||
-      block.y != 1 || block.z != 1 || bytes > MOST_SHARED || (cooperative && (!holds_grids || grid.x > PROCESSORS)))
+  if (grid.x == 0 || grid.y != 1 || grid.z != 1 || block.x == 0 || block.x % WARP || block.x > MAX_THREADS ||
+      block.y != 1 || block.z != 1 || bytes > MAX_SHARED || (cooperative && (!holds_grids || grid.x > MULTIPROCESSORS)))
     return cudaErrorInvalidConfiguration;
   const std::lock_guard lock(one_launch);
   gridDim = grid;

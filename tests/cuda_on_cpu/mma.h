@@ -1,6 +1,6 @@
-// nvcuda::wmma, 16 x 16 x 16 with fp32 sums. The first lane of a warp holds the whole of a fragment and does the work;
-// what the others hold is not defined here as it is not there. Sums are fp32, added in order: tensor cores add several
-// products at a time and cut what does not fit, which this does not show.
+// nvcuda::wmma, 16 x 16 x 16 with fp32 sums. The first lane of a warp holds the complete fragment and computes; the
+// elements held by other lanes are undefined, as they are on a GPU. Sums are fp32 and added in order. Tensor cores add
+// several products at a time and truncate them, which this does not emulate.
 #pragma once
 
 #include <type_traits>

@@ -1,4 +1,4 @@
-"""What the tests of all hosts need."""
+"""Helpers for the tests of all hosts."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ ROOT = Path(__file__).parents[2]
 
 
 def views(n: int = 40, d: int = 16, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Two views of n samples, far enough from each other that no loss is near 0."""
+    """Two views of n samples, different enough that no loss is near 0."""
     x, noise = torch.randn(2, n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return x.requires_grad_(), (x + 1.5 * noise).detach().requires_grad_()
 
 
 def assert_same(got: Callable[..., Tensor], expected: Callable[..., Tensor], inputs: Sequence[Tensor]) -> None:
-    """Value and gradients, in fp64, where only a wrong formula differs, and in fp32, as hosts train."""
+    """Asserts equal values and gradients, in fp64, where only a wrong formula differs, and in fp32, as hosts train."""
     for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 1e-5)):
         for a, b in zip(*(_value_and_gradients(f, inputs, dtype) for f in (got, expected)), strict=True):
             torch.testing.assert_close(a, b, rtol=10 * tolerance, atol=tolerance * float(b.abs().max()))
@@ -35,13 +35,13 @@ def _value_and_gradients(function: Callable[..., Tensor], inputs: Sequence[Tenso
 
 
 def within_clusters(loss: Callable[[Tensor], Tensor], labels: Tensor) -> Tensor:
-    """The oracle of a mean over anchors: the host's own loss of each cluster by itself, weighted by its anchors."""
+    """Computes the host's loss of each cluster separately, weighted by its anchors: the expected mean over anchors."""
     clusters = [(labels == label).nonzero().squeeze(1) for label in labels.unique()]
     return torch.stack([loss(index) * len(index) for index in clusters]).sum() / len(labels)
 
 
 def peak_of(code: str) -> int:
-    """Bytes of memory that a fresh process needs for `step()` beyond what it had before, defined by `code`."""
+    """Peak of the additional memory that a new process uses in `step()`, defined by `code`; in bytes."""
     script = f"""
 import torch
 from benchmarks.measure import peak_of
@@ -53,12 +53,13 @@ print("peak", peak_of(step))
     return int(result.stdout.split("peak ")[-1])
 
 
-def unit(*tensors: Tensor) -> list[Tensor]:
+def normalized(*tensors: Tensor) -> list[Tensor]:
+    """Rows scaled to length 1."""
     return [F.normalize(x) for x in tensors]
 
 
 def train(parameters: Any, step: Callable[[], Tensor], steps: int = 8, lr: float = 1e-2) -> list[float]:
-    """The losses of a few steps of AdamW."""
+    """Losses of a few steps of AdamW."""
     optimizer, losses = torch.optim.AdamW(list(parameters), lr=lr), []
     for _ in range(steps):
         loss = step()

@@ -1,4 +1,4 @@
-"""Epochs of a `ClusterBatchSampler` in other people's loops: new orders, nothing twice, nothing lost, also resumed."""
+"""Epochs of a `ClusterBatchSampler` in the loops of host libraries: new orders, no sample lost or repeated."""
 
 from __future__ import annotations
 
@@ -49,21 +49,21 @@ if __name__ == "__main__":
     result = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script, directory],
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
-        cwd=directory, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        cwd=directory,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert result.returncode == 0, result.stderr
     return [json.loads((directory / f"{rank}").read_text()) for rank in range(2)]
 
 
-def joined(of_ranks: Sequence[Epochs]) -> Epochs:
-    """The parts of each global batch side by side."""
+def joined(rank_epochs: Sequence[Epochs]) -> Epochs:
+    """Concatenates the parts of each global batch."""
     return [
         [list(itertools.chain(*parts)) for parts in zip(*batches, strict=True)]
-        for batches in zip(*of_ranks, strict=True)
+        for batches in zip(*rank_epochs, strict=True)
     ]
-
-
-# --- accelerate -------------------------------------------------------------------------------------------------------
 
 
 def prepared(batches: ClusterBatchSampler, processes: int = 1, index: int = 0, **options: Any) -> Any:
@@ -78,24 +78,24 @@ def epochs_of(loader: Any, epochs: int = EPOCHS) -> Epochs:
     return [[batch.tolist() for (batch,) in loader] for _ in range(epochs)]
 
 
-def test_accelerate() -> None:
+def test_accelerate_yields_the_epochs_of_the_sampler() -> None:
     assert epochs_of(prepared(sampler())) == expected_epochs()
 
 
 def test_accelerate_splits_global_batches() -> None:
-    of_ranks = [epochs_of(prepared(sampler(), 2, index, split_batches=True)) for index in range(2)]
-    assert {len(batch) for epoch in of_ranks[0] for batch in epoch} == {BATCH_SIZE // 2}
-    assert joined(of_ranks) == expected_epochs()
+    rank_epochs = [epochs_of(prepared(sampler(), 2, index, split_batches=True)) for index in range(2)]
+    assert {len(batch) for epoch in rank_epochs[0] for batch in epoch} == {BATCH_SIZE // 2}
+    assert joined(rank_epochs) == expected_epochs()
 
 
-def test_accelerate_gives_each_process_other_batches() -> None:
-    of_ranks = [epochs_of(prepared(sampler(), 2, index)) for index in range(2)]
-    for first, second, expected in zip(*of_ranks, expected_epochs(), strict=True):
+def test_accelerate_gives_each_process_different_batches() -> None:
+    rank_epochs = [epochs_of(prepared(sampler(), 2, index)) for index in range(2)]
+    for first, second, expected in zip(*rank_epochs, expected_epochs(), strict=True):
         assert list(itertools.chain(*zip(first, second, strict=True))) == expected
 
 
 @pytest.mark.parametrize("split_batches", [False, True])
-def test_accelerate_refuses_a_ranks_own_batches(split_batches: bool) -> None:
+def test_accelerate_refuses_the_batches_of_one_rank(split_batches: bool) -> None:
     for index in range(2):
         batches = sampler(8, rank=index, world_size=2)
         with pytest.raises(ValueError, match=rf"splits batches among its processes: got rank {index} of 2.*split_bat"):
@@ -103,17 +103,17 @@ def test_accelerate_refuses_a_ranks_own_batches(split_batches: bool) -> None:
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_accelerate_goes_on_in_mid_epoch(processes: int) -> None:
+def test_accelerate_resumes_in_mid_epoch(processes: int) -> None:
     accelerate = pytest.importorskip("accelerate")
-    of_ranks = []
+    rank_epochs = []
     for index in range(processes):
         loader = prepared(sampler(), processes, index, split_batches=True)
         loader.set_epoch(1)
-        rest = [batch.tolist() for (batch,) in accelerate.skip_first_batches(loader, 2)]
+        remaining = [batch.tolist() for (batch,) in accelerate.skip_first_batches(loader, 2)]
         loader.set_epoch(2)
-        of_ranks.append([rest, *epochs_of(loader, 1)])
+        rank_epochs.append([remaining, *epochs_of(loader, 1)])
     second, third = expected_epochs([1, 2])
-    assert joined(of_ranks) == [second[2:], third]
+    assert joined(rank_epochs) == [second[2:], third]
 
 
 ACCELERATED = """
@@ -131,11 +131,8 @@ def test_accelerator_in_two_processes(tmp_path: Path) -> None:
     assert joined(over_two_processes(ACCELERATED, tmp_path)) == expected_epochs()
 
 
-# --- Lightning --------------------------------------------------------------------------------------------------------
-
-
 def trained(directory: Path, loader: Any = None, *, resume: Path | None = None, **options: Any) -> Epochs:
-    """The batches of each epoch of `Trainer.fit`; a checkpoint after each batch."""
+    """Batches of each epoch of `Trainer.fit`, which saves a checkpoint after each batch."""
     lightning = pytest.importorskip("lightning")
     epochs: Epochs = [[] for _ in range(EPOCHS)]
 
@@ -149,7 +146,7 @@ def trained(directory: Path, loader: Any = None, *, resume: Path | None = None, 
             batches = sampler(BATCH_SIZE // world_size, rank=rank, world_size=world_size)
             return DataLoader(SAMPLES, batch_sampler=batches) if loader is None else loader
 
-        def val_dataloader(self) -> Any:  # before the first epoch, and after each
+        def val_dataloader(self) -> Any:  # called before the first epoch and after each
             return self.train_dataloader() if loader is None else DataLoader(SAMPLES, batch_sampler=sampler())
 
         def validation_step(self, batch: list[torch.Tensor]) -> None:
@@ -167,25 +164,31 @@ def trained(directory: Path, loader: Any = None, *, resume: Path | None = None, 
         directory / "checkpoints", filename="{step}", save_top_k=-1, every_n_train_steps=1
     )
     trainer = lightning.Trainer(
-        max_epochs=EPOCHS, accelerator="cpu", callbacks=[checkpoint], default_root_dir=directory, logger=False,
-        enable_progress_bar=False, enable_model_summary=False, **options,
-    )  # fmt: skip
+        max_epochs=EPOCHS,
+        accelerator="cpu",
+        callbacks=[checkpoint],
+        default_root_dir=directory,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **options,
+    )
     trainer.fit(Model(), ckpt_path=resume)
     return epochs
 
 
-def test_lightning(tmp_path: Path) -> None:
+def test_lightning_yields_the_epochs_of_the_sampler(tmp_path: Path) -> None:
     assert trained(tmp_path) == expected_epochs()
 
 
-def test_lightning_goes_on_after_an_epoch(tmp_path: Path) -> None:
+def test_lightning_resumes_after_an_epoch(tmp_path: Path) -> None:
     first, second, third = trained(tmp_path)
     checkpoint = tmp_path / "checkpoints" / f"step={len(first) + len(second)}.ckpt"
     assert trained(tmp_path, resume=checkpoint) == [[], [], third]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_lightning_goes_on_in_mid_epoch(tmp_path: Path, workers: int) -> None:
+def test_lightning_resumes_in_mid_epoch(tmp_path: Path, workers: int) -> None:
     stateful = pytest.importorskip("torchdata.stateful_dataloader")
 
     def loader() -> Any:
@@ -193,7 +196,7 @@ def test_lightning_goes_on_in_mid_epoch(tmp_path: Path, workers: int) -> None:
 
     first, second, third = expected_epochs()
     assert trained(tmp_path, loader()) == [first, second, third]
-    for seen in (2, len(second)):  # its last step, too
+    for seen in (2, len(second)):  # in mid-epoch, and at its last step
         checkpoint = tmp_path / "checkpoints" / f"step={len(first) + seen}.ckpt"
         assert trained(tmp_path, loader(), resume=checkpoint) == [[], second[seen:], third]
 
@@ -217,16 +220,13 @@ def test_lightning_in_two_processes(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_lightning_refuses_to_split_a_ranks_own_batches(tmp_path: Path) -> None:
+def test_lightning_refuses_to_split_the_batches_of_one_rank(tmp_path: Path) -> None:
     pytest.importorskip("lightning")
     over_two_processes(REFUSED_BY_LIGHTNING, tmp_path)
 
 
-# --- torchdata --------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_stateful_loader_goes_on_anywhere(workers: int) -> None:
+def test_a_stateful_loader_resumes_at_any_batch(workers: int) -> None:
     stateful = pytest.importorskip("torchdata.stateful_dataloader")
 
     def loader() -> Any:
@@ -239,7 +239,7 @@ def test_a_stateful_loader_goes_on_anywhere(workers: int) -> None:
         for _ in range(seen):
             next(drawn)
         second.load_state_dict(first.state_dict())
-        rest: list[list[int]] = []
-        while len(rest) < len(expected) - seen:
-            rest += [batch.tolist() for (batch,) in second]
-        assert rest == expected[seen:]
+        remaining: list[list[int]] = []
+        while len(remaining) < len(expected) - seen:
+            remaining += [batch.tolist() for (batch,) in second]
+        assert remaining == expected[seen:]

@@ -1,4 +1,4 @@
-"""The CUDA kernels as an installation builds them, linked against a torch with CUDA; no GPU is needed."""
+"""Installations that build the CUDA kernels and link them against a torch with CUDA; no GPU is needed."""
 
 from __future__ import annotations
 
@@ -20,47 +20,48 @@ from mcl_kernels.backends import cuda as _cuda
 assert "site" in mcl_kernels.__file__, mcl_kernels.__file__
 operators = _cuda._compiled()
 print(operators.architectures())
-assert operators.forward and operators.backward and operators.dropped
+assert operators.masked_lse_forward and operators.assign_clusters and operators.make_plan
 print(mcl_kernels.capabilities()["cuda"]["reason"])
 mcl_kernels.masked_logsumexp(torch.eye(3), impl="cuda")
 """
 
 
 def toolkit() -> str | None:
-    """$CUDA_HOME, else where the nvcc on the PATH says that it lies: it may be a script that calls another."""
+    """$CUDA_HOME, or the toolkit that the nvcc on the PATH reports: it may be a script that calls another nvcc."""
     if (home := os.environ.get("CUDA_HOME")) or not shutil.which("nvcc"):
         return home
-    said = subprocess.run(["nvcc", "--dryrun", "x.cu"], capture_output=True, text=True, check=False).stderr
-    tops = [line.split("=", 1)[1] for line in said.splitlines() if line.startswith("#$ TOP=")]
+    output = subprocess.run(["nvcc", "--dryrun", "x.cu"], capture_output=True, text=True, check=False).stderr
+    tops = [line.split("=", 1)[1] for line in output.splitlines() if line.startswith("#$ TOP=")]
     return str(Path(tops[0]).resolve()) if tops else None
 
 
-def why_not() -> str | None:
+def unavailable_reason() -> str | None:
+    """Reason for which the kernels cannot be built here, or None."""
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA"
     home = toolkit()
     return None if home and (Path(home) / "bin" / "nvcc").exists() else "no nvcc is on the PATH or under $CUDA_HOME"
 
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(why_not() is not None, reason=str(why_not()))]
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(unavailable_reason() is not None, reason=str(unavailable_reason()))]
 
 
 def install(site: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """With the kernels for CUDA, from a copy of the checkout."""
+    """Installs the library with the CUDA kernels from a copy of the checkout."""
     checkout = site.with_name("checkout")
     shutil.copytree(ROOT, checkout, ignore=shutil.ignore_patterns(".*", "build", "lib", "*.egg-info", "runs"))
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # where ninja is
+    options = ["--quiet", "--no-deps", "--no-build-isolation", "--target", site]
     return subprocess.run(
-        [
-            sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--target", site,
-            checkout,
-        ],
+        [sys.executable, "-m", "pip", "install", *options, checkout],
         env={**os.environ, "PATH": path, "MCL_KERNELS_CUDA": "1", "CUDA_HOME": str(toolkit()), **environment},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
-def test_it_links_loads_and_says_what_it_is(tmp_path: Path) -> None:
+def test_an_installation_links_loads_and_describes_its_kernels(tmp_path: Path) -> None:
     site = tmp_path / "site"
     result = install(site, TORCH_CUDA_ARCH_LIST="7.5;9.0+PTX")
     assert result.returncode == 0, result.stdout + result.stderr
@@ -86,7 +87,7 @@ def test_it_links_loads_and_says_what_it_is(tmp_path: Path) -> None:
     assert len(listed.splitlines()) == 3 * sources
 
 
-def test_an_installation_that_is_not_told_for_which_gpus(tmp_path: Path) -> None:
+def test_an_installation_without_a_gpu_architecture(tmp_path: Path) -> None:
     result = install(tmp_path / "site", TORCH_CUDA_ARCH_LIST="", CUDA_VISIBLE_DEVICES="")
     assert result.returncode != 0
     assert "MCL_KERNELS_CUDA=1: for which GPUs? torch sees none here; name" in result.stderr

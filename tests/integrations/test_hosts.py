@@ -1,4 +1,4 @@
-"""What the integrations share."""
+"""Version checks and import paths of the integrations."""
 
 from __future__ import annotations
 
@@ -13,34 +13,37 @@ from mcl_kernels.integrations import _host
 
 
 @pytest.mark.parametrize(
-    ("found", "least", "enough"),
+    ("found", "minimum", "recent_enough"),
     [
-        ("1.5.0", "1.5", True), ("1.10", "1.5", True), ("2.0.0.dev1", "1.5", True), ("1.4.22", "1.5", False),
+        ("1.5.0", "1.5", True),
+        ("1.10", "1.5", True),
+        ("2.0.0.dev1", "1.5", True),
+        ("1.4.22", "1.5", False),
         ("0.9", "1.5", False),
     ],
-)  # fmt: skip
-def test_a_host_too_old_is_named(monkeypatch: pytest.MonkeyPatch, found: str, least: str, enough: bool) -> None:
+)
+def test_an_old_host_is_named(monkeypatch: pytest.MonkeyPatch, found: str, minimum: str, recent_enough: bool) -> None:
     monkeypatch.setattr(_host, "version", lambda name: found)
-    if enough:
-        _host.require("lightly", least)
+    if recent_enough:
+        _host.require("lightly", minimum)
     else:
         with pytest.raises(
             ImportError, match=f"needs lightly >= 1.5: found {found} .pip install 'mcl-kernels.lightly.'"
         ):
-            _host.require("lightly", least)
+            _host.require("lightly", minimum)
 
 
 @pytest.mark.parametrize(
     "host", ["lightly", "open_clip", "pytorch_metric_learning", "sentence_transformers", "transformers"]
 )
 def test_a_missing_host_is_named(host: str) -> None:
-    """Also where an old one lacks what is imported: the version comes first."""
+    """The version is checked before the imports, which would fail with an old version too."""
     code = f"""
 import importlib.metadata, sys
-def version(name, of=importlib.metadata.version):
+def version(name, original=importlib.metadata.version):
     if name.replace("-", "_").startswith("{host}"):
         raise importlib.metadata.PackageNotFoundError(name)
-    return of(name)
+    return original(name)
 importlib.metadata.version = version
 sys.modules["{host}"] = None
 import mcl_kernels.integrations.{host}
@@ -65,14 +68,14 @@ SWAPS = re.findall(
 )
 
 
-def test_the_readme_swaps_every_host() -> None:
+def test_the_readme_lists_every_host() -> None:
     files = {path.stem for path in (Path(_host.__file__).parent).glob("[!_]*.py")}
     assert {module.rpartition(".")[2] for _, _, _, module, _ in SWAPS} == files
 
 
 @pytest.mark.parametrize(("before", "theirs", "after", "module", "ours"), SWAPS)
 def test_swapped_imports(before: str, theirs: str, after: str, module: str, ours: str) -> None:
-    """What is imported afterwards is a subclass, of the same name, of what was imported before."""
+    """The imported class is a subclass of the host's, with the same name."""
     pytest.importorskip(before.split()[1].split(".")[0])
     names: dict[str, type] = {}
     exec(before, names)

@@ -1,4 +1,4 @@
-"""lightly's losses and ours, its memory bank included."""
+"""Losses equal to lightly's, including its memory bank."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ LOSSES: dict[str, tuple[str, dict[str, Any]]] = {
     "DCL, one weight": ("DCLLoss", {"weight_fn": lambda out0, out1: (out0 * out1).sum().detach() / 40}),
     "DCLW": ("DCLWLoss", {"sigma": 0.4}),
 }
-# The host wraps a tensor with torch.tensor(), as torch says.
+# The host calls torch.tensor() on a tensor, of which torch warns.
 pytestmark = pytest.mark.filterwarnings("ignore:To copy construct from a tensor:UserWarning")
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_without_labels_it_is_the_host(loss: str) -> None:
+def test_without_labels_equals_the_host(loss: str) -> None:
     name, options = LOSSES[loss]
     assert_same(getattr(ours, name)(**options), getattr(host, name)(**options), views())
 
 
 @pytest.mark.parametrize("loss", [name for name in LOSSES if name not in ("DCLW", "DCL, one weight")])
-def test_labels(loss: str) -> None:
+def test_labels_restrict_negatives_to_clusters(loss: str) -> None:
     name, options = LOSSES[loss]
     theirs = getattr(host, name)(**options)
 
@@ -53,8 +53,8 @@ def test_labels(loss: str) -> None:
     assert_same(lambda a, b: getattr(ours, name)(**options)(a, b, labels=LABELS), expected, views())
 
 
-def test_weights_are_those_of_the_whole_batch() -> None:
-    """The host's weights with the negatives of each cluster."""
+def test_weights_are_computed_over_the_complete_batch() -> None:
+    """The weights equal the host's; only negatives are restricted to clusters."""
     a, b = (F.normalize(x) for x in views())
     weights = [host.dcl_loss.negative_mises_fisher_weights(*pair, sigma=0.5) for pair in ((a, b), (b, a))]
     positive, z = (a * b).sum(1) / 0.1, torch.cat((a, b))
@@ -74,14 +74,12 @@ def test_compiled(name: str) -> None:
         torch.testing.assert_close(compiled(*views(n), LABELS[:n]), loss(*views(n), LABELS[:n]))
 
 
-# --- the memory bank ------------------------------------------------------------------------------------------
-
 SIZES = [(64, 16), (17, 16)]  # more and fewer rows than a batch; neither is a multiple of it
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_the_bank_is_the_hosts(size: tuple[int, int]) -> None:
-    """Without labels exactly the host's, the random rows that it begins with too; evaluation does not fill it."""
+def test_the_bank_equals_the_hosts(size: tuple[int, int]) -> None:
+    """Without labels, banks are equal, including random initial rows; evaluation does not write to it."""
     losses = []
     for kind in (ours.NTXentLoss, host.NTXentLoss):
         torch.manual_seed(0)
@@ -104,7 +102,7 @@ def test_the_bank_is_the_hosts(size: tuple[int, int]) -> None:
 @pytest.mark.parametrize("size", [0, *SIZES], ids=str)
 @pytest.mark.parametrize("kind", [ours.NTXentLoss, ours.DCLLoss])
 def test_embeddings_whose_norm_overflows(kind: type, size: Any) -> None:
-    """The host's loss does not depend on them any more, since their norm is infinite."""
+    """The host's loss ignores such embeddings, since it divides by an infinite norm."""
     a, b = (x.detach().float() for x in views(10))
     losses = []
     for factor in (1.0, 2.0**80):
@@ -116,7 +114,7 @@ def test_embeddings_whose_norm_overflows(kind: type, size: Any) -> None:
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_labels_of_the_bank(size: tuple[int, int]) -> None:
-    """Each row of the bank has the label that came with it; what was never filled is no negative of anybody."""
+    """Each row of the bank has the label that it was written with; initial rows are never negatives."""
     loss = ours.NTXentLoss(temperature=0.1, memory_bank_size=size)
     known: dict[tuple[float, ...], int] = {}
     for step in range(5):
@@ -126,19 +124,19 @@ def test_labels_of_the_bank(size: tuple[int, int]) -> None:
         got = loss(a, b, labels)
         if labels is None:
             got = None
-        of_bank = torch.tensor([known.get(tuple(row.tolist()), -1) for row in bank])
+        bank_labels = torch.tensor([known.get(tuple(row.tolist()), -1) for row in bank])
         if got is not None:
             x, y = F.normalize(a), F.normalize(b)
-            logits = (x @ bank.T / 0.1).masked_fill(labels[:, None] != of_bank, -torch.inf)
+            logits = (x @ bank.T / 0.1).masked_fill(labels[:, None] != bank_labels, -torch.inf)
             positive = (x * y).sum(1, keepdim=True) / 0.1
             expected = torch.cat((positive, logits), 1).logsumexp(1) - positive.squeeze(1)
             torch.testing.assert_close(got, expected.mean())
-            got.backward()  # after the bank has gone on
+            got.backward()  # after the bank was updated
         for i, row in enumerate(F.normalize(b).detach()):
             known[tuple(row.tolist())] = -1 if labels is None else int(labels[i])
 
 
-def test_before_the_bank_is_filled() -> None:
+def test_an_empty_bank_gives_loss_0() -> None:
     loss = ours.NTXentLoss(memory_bank_size=(64, 16))
     a, b = (x.float() for x in views(10))
     value = loss(a, b, torch.zeros(10, dtype=torch.int64))
@@ -148,7 +146,7 @@ def test_before_the_bank_is_filled() -> None:
 
 
 class WithBank(nn.Module):
-    """A model that holds its loss, and so the buffers of its bank."""
+    """A model that contains its loss, and so the buffers of the bank."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -159,16 +157,16 @@ class WithBank(nn.Module):
         return self.loss(self.encoder(a), self.encoder(b), labels)  # type: ignore[no-any-return]
 
 
-def bank_of_rank_0() -> None:
+def check_bank_of_rank_0() -> None:
     rank, known = dist.get_rank(), {}
     model = nn.parallel.DistributedDataParallel(WithBank())
     for step in range(4):
         a, b = (x.detach().float() for x in views(10, seed=2 * step + rank))
         labels = torch.arange(10) + 100 * step + 1000 * rank
         rows = F.normalize(model.module.encoder(b)).detach()
-        everybody: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everybody, (rows.tolist(), labels.tolist()))
-        known.update((tuple(row), label) for of_rank in everybody for row, label in zip(*of_rank, strict=True))
+        gathered: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, (rows.tolist(), labels.tolist()))
+        known.update((tuple(row), label) for part in gathered for row, label in zip(*part, strict=True))
         model(a, b, labels).backward()
         bank, bank_labels = model.module.loss.memory_bank.bank, model.module.loss.bank_labels
         assert bank_labels.tolist() == [known.get(tuple(row), -1) for row in bank.tolist()]
@@ -177,12 +175,9 @@ def bank_of_rank_0() -> None:
 
 @pytest.mark.slow
 def test_labels_follow_a_bank_that_is_broadcast() -> None:
-    """DistributedDataParallel replaces the host's bank by that of rank 0, and with it the labels."""
+    """DistributedDataParallel broadcasts the bank of rank 0, and its labels with it."""
     with RankPool(2) as pool:
-        pool.run(bank_of_rank_0)
-
-
-# --- errors and cost ------------------------------------------------------------------------------------------
+        pool.run(check_bank_of_rank_0)
 
 
 @pytest.mark.parametrize("loss", [ours.NTXentLoss(), ours.DCLLoss(), ours.NTXentLoss(memory_bank_size=(8, 16))])
@@ -190,10 +185,10 @@ def test_labels_of_the_wrong_batch(loss: nn.Module) -> None:
     with pytest.raises(ValueError, match="labels must have one entry per row of out0: got 20 labels for 10 rows"):
         loss(*views(10), torch.zeros(20, dtype=torch.int64))
     if len(getattr(loss, "bank_labels", ())):
-        assert loss.memory_bank.bank_ptr == 0  # nothing was put into the bank
+        assert loss.memory_bank.bank_ptr == 0  # the bank was not written
 
 
-def test_an_error_leaves_the_bank_as_it_was() -> None:
+def test_an_error_leaves_the_bank_unchanged() -> None:
     loss = ours.NTXentLoss(memory_bank_size=(16, 16))
     a, b = (x.float() for x in views(10))
     labels = torch.arange(10)
@@ -205,16 +200,16 @@ def test_an_error_leaves_the_bank_as_it_was() -> None:
     assert torch.equal(loss.bank_labels[:10], labels)
 
 
-def test_a_loss_that_was_not_moved_with_the_model() -> None:
-    """The bank of the host may stay on the CPU; a device without data stands in for a GPU."""
-    a, b = (x.detach().float().to("meta") for x in views(10))  # evaluated: nothing could be copied into the bank
+def test_a_loss_on_another_device_than_the_model() -> None:
+    """The host's bank may be on the CPU; here the meta device replaces a GPU."""
+    a, b = (x.detach().float().to("meta") for x in views(10))  # without a gradient, so the bank is not updated
     labels = torch.zeros(10, dtype=torch.int64, device="meta")
-    for loss, *of_batch in (
+    for loss, *batch_labels in (
         (ours.NTXentLoss(memory_bank_size=(16, 16)), labels),
         (ours.NTXentLoss(memory_bank_size=(16, 16)),),
         (host.NTXentLoss(memory_bank_size=(16, 16)),),
     ):
-        assert loss(a, b, *of_batch).device.type == "meta"
+        assert loss(a, b, *batch_labels).device.type == "meta"
 
 
 def test_a_learned_temperature() -> None:
@@ -227,7 +222,7 @@ def test_a_learned_temperature() -> None:
         torch.testing.assert_close(a, b)
 
 
-def test_errors_of_the_constructor_are_the_hosts() -> None:
+def test_errors_of_the_constructor_equal_the_hosts() -> None:
     with pytest.raises(ValueError, match="does not specify the feature"):
         ours.NTXentLoss(memory_bank_size=8)
     with pytest.raises(ValueError, match="Illegal temperature"):
@@ -249,9 +244,6 @@ step(256)
     assert mine < theirs / 10, (mine, theirs)
 
 
-# --- its own models, and two ranks ----------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("bank", [0, (64, 32)], ids=["SimCLR", "MoCo"])
 def test_a_model_with_its_heads_trains(bank: int | tuple[int, int]) -> None:
     from lightly.models.modules import SimCLRProjectionHead
@@ -267,14 +259,14 @@ def test_a_model_with_its_heads_trains(bank: int | tuple[int, int]) -> None:
 
     losses = train(model.parameters(), step, steps=15)
     if bank:
-        assert losses[0] == 0  # nothing in the bank has a label
+        assert losses[0] == 0  # no row of the bank has a label
         assert losses[1] > 0
     else:
         assert losses[-1] < 0.7 * losses[0]
     assert all(p.grad.isfinite().all() and p.grad.abs().max() > 0 for p in model.parameters() if p.grad is not None)
 
 
-def on_two_ranks() -> None:
+def check_on_two_ranks() -> None:
     rank = dist.get_rank()
     inputs, mine = [x.detach() for x in views(40)], slice(20 * rank, 20 * rank + 20)
 
@@ -289,11 +281,11 @@ def on_two_ranks() -> None:
             torch.testing.assert_close(a, b)
     for name in ("NTXentLoss", "DCLLoss"):
         leaves = [x.clone().requires_grad_() for x in inputs]
-        whole = getattr(ours, name)()(*leaves, LABELS)
-        expected = torch.autograd.grad(whole, leaves)
+        expected_loss = getattr(ours, name)()(*leaves, LABELS)
+        expected = torch.autograd.grad(expected_loss, leaves)
         value, *gradients = run(getattr(ours, name)(gather_distributed=True), LABELS[mine])
         dist.all_reduce(value)
-        torch.testing.assert_close(value / 2, whole.detach())
+        torch.testing.assert_close(value / 2, expected_loss.detach())
         for a, b in zip(gradients, expected, strict=True):
             torch.testing.assert_close(a / 2, b[mine])  # averaging over ranks makes it exact
     losses = []
@@ -308,6 +300,6 @@ def on_two_ranks() -> None:
 
 
 @pytest.mark.slow
-def test_two_ranks() -> None:
+def test_two_ranks_equal_one_process() -> None:
     with RankPool(2) as pool:
-        pool.run(on_two_ranks)
+        pool.run(check_on_two_ranks)

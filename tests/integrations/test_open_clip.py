@@ -1,4 +1,4 @@
-"""open_clip's loss and ours, on numbers, on two ranks, and in its own training loop."""
+"""Losses equal to open_clip's, also on two ranks and in its training loop."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.integrations.hosts import assert_same, peak_of, train, unit, views, within_clusters
+from tests.integrations.hosts import assert_same, normalized, peak_of, train, views, within_clusters
 from tests.process_pool import RankPool
 
 open_clip = pytest.importorskip("open_clip")
@@ -24,26 +24,26 @@ LABELS = torch.arange(40) % 4
 
 @pytest.mark.parametrize("output_dict", [False, True])
 @pytest.mark.parametrize("scale", [SCALE, SCALE.reshape(1)], ids=["[]", "[1]"])
-def test_without_labels_it_is_the_host(scale: Tensor, output_dict: bool) -> None:
+def test_without_labels_equals_the_host(scale: Tensor, output_dict: bool) -> None:
     def loss(kind: type) -> Any:
-        def of(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
-            result = kind()(*unit(image, text), scale, output_dict=output_dict)
+        def compute(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+            result = kind()(*normalized(image, text), scale, output_dict=output_dict)
             return result["contrastive_loss"] if output_dict else result
 
-        return of
+        return compute
 
     assert_same(loss(ClipLoss), loss(open_clip.ClipLoss), (*views(), scale))
 
 
 def test_the_dictionary_has_the_keys_of_the_host() -> None:
-    image, text = unit(*views(8))
+    image, text = normalized(*views(8))
     ours, theirs = (kind()(image, text, SCALE, output_dict=True) for kind in (ClipLoss, open_clip.ClipLoss))
     assert list(ours) == list(theirs)
 
 
 def test_a_bias_changes_nothing_and_stays_in_the_graph() -> None:
     bias = torch.tensor(3.0, requires_grad=True)
-    image, text = unit(*views())
+    image, text = normalized(*views())
     loss = ClipLoss()(image, text, SCALE, bias, labels=LABELS)
     torch.testing.assert_close(loss, ClipLoss()(image, text, SCALE, labels=LABELS))
     assert torch.autograd.grad(loss, bias)[0] == 0
@@ -52,15 +52,15 @@ def test_a_bias_changes_nothing_and_stays_in_the_graph() -> None:
         torch.testing.assert_close(ClipLoss()(image, text, SCALE, given), expected)
 
 
-def test_labels() -> None:
+def test_labels_restrict_negatives_to_clusters() -> None:
     host = open_clip.ClipLoss()
 
     def expected(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
-        image, text = unit(image, text)
+        image, text = normalized(image, text)
         return within_clusters(lambda index: host(image[index], text[index], scale), LABELS)
 
     def got(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
-        return ClipLoss()(*unit(image, text), scale, labels=LABELS)  # type: ignore[no-any-return]
+        return ClipLoss()(*normalized(image, text), scale, labels=LABELS)  # type: ignore[no-any-return]
 
     assert_same(got, expected, (*views(), SCALE))
 
@@ -72,22 +72,22 @@ def test_arguments_of_the_constructor() -> None:
 
 
 def test_labels_of_the_wrong_batch() -> None:
-    image, text = unit(*views(8))
+    image, text = normalized(*views(8))
     message = "labels must have one entry per row of image_features: got 16 labels for 8 rows"
-    for world_size in (1, 2):  # gathered labels where those of this rank are expected
+    for world_size in (1, 2):  # with 2: gathered labels in place of the labels of this rank
         with pytest.raises(ValueError, match=message):
             ClipLoss(world_size=world_size)(image, text, SCALE, labels=torch.zeros(16, dtype=torch.int64))
 
 
-def on_two_ranks() -> None:
+def check_on_two_ranks() -> None:
+    """Compares every convention of the host; with labels, compares with one process that has all rows."""
     rank = dist.get_rank()
-    """Every convention of the host; with labels, against one process that has all rows."""
     features = [x.detach() for x in views(40)]
     mine = slice(20 * rank, 20 * rank + 20)
 
     def run(kind: type, options: dict[str, Any], **labels: Tensor) -> list[Tensor]:
         leaves = [x[mine].clone().requires_grad_() for x in features] + [SCALE.clone().requires_grad_()]
-        loss = kind(rank=rank, world_size=2, **options)(*unit(*leaves[:2]), leaves[2], **labels)
+        loss = kind(rank=rank, world_size=2, **options)(*normalized(*leaves[:2]), leaves[2], **labels)
         return [loss.detach(), *torch.autograd.grad(loss, leaves, allow_unused=True)]
 
     for local_loss in (False, True):
@@ -95,8 +95,8 @@ def on_two_ranks() -> None:
             options = {"local_loss": local_loss, "gather_with_grad": gather_with_grad}
             for a, b in zip(run(ClipLoss, options), run(open_clip.ClipLoss, options), strict=True):
                 torch.testing.assert_close(a, b, msg=lambda text, options=options: f"{options}: {text}")
-    image, text = [x[mine].float() for x in unit(*features)]
-    for dtype in (torch.bfloat16, torch.float16):  # 99 and its inverse are no numbers of either
+    image, text = [x[mine].float() for x in normalized(*features)]
+    for dtype in (torch.bfloat16, torch.float16):  # neither represents 1/99
         scale = torch.tensor(99.0, dtype=dtype)
         both = (
             kind(rank=rank, world_size=2, local_loss=True)(image, text, scale)
@@ -104,8 +104,8 @@ def on_two_ranks() -> None:
         )
         torch.testing.assert_close(*both, rtol=1e-5, atol=1e-5)
     leaves = [x.clone().requires_grad_() for x in features] + [SCALE.clone().requires_grad_()]
-    whole = ClipLoss()(*unit(*leaves[:2]), leaves[2], labels=LABELS)
-    expected = [whole.detach(), *torch.autograd.grad(whole, leaves)]
+    expected_loss = ClipLoss()(*normalized(*leaves[:2]), leaves[2], labels=LABELS)
+    expected = [expected_loss.detach(), *torch.autograd.grad(expected_loss, leaves)]
     got = run(ClipLoss, {"local_loss": True, "gather_with_grad": True}, labels=LABELS[mine])
     mean = got[0].clone()
     dist.all_reduce(mean)
@@ -118,9 +118,9 @@ def on_two_ranks() -> None:
 
 
 @pytest.mark.slow
-def test_two_ranks() -> None:
+def test_two_ranks_equal_the_host() -> None:
     with RankPool(2) as pool:
-        pool.run(on_two_ranks)
+        pool.run(check_on_two_ranks)
 
 
 CONFIG = {
@@ -146,25 +146,25 @@ def batch(n: int = 24) -> tuple[Tensor, Tensor, Tensor]:
     return images, open_clip.get_tokenizer("ViT-B-32", context_length=16)(captions[:n]), torch.arange(n) % 4
 
 
-def test_a_model_of_its_factory_trains(model_name: str) -> None:
-    """Labels reach the loss; the learned scale has a gradient; only negatives of the own cluster are pushed away."""
+def test_a_model_of_the_host_trains(model_name: str) -> None:
+    """Labels are used by the loss, and the learned scale has a gradient."""
     torch.manual_seed(0)
     model = open_clip.create_model(model_name, output_dict=True)
     images, texts, labels = batch()
     loss = ClipLoss()
 
     def step() -> Tensor:
-        return sum(loss(**model(images, texts), labels=labels, output_dict=True).values())  # as its loops do
+        return sum(loss(**model(images, texts), labels=labels, output_dict=True).values())  # as in the host's loop
 
     losses = train(model.parameters(), step, lr=3e-3, steps=25)
     assert losses[-1] < 0.5 * losses[0]
     assert model.logit_scale.grad.abs() > 0
     first = open_clip.ClipLoss()(**{k: v.detach() for k, v in model(images, texts).items()})
-    assert losses[-1] < first  # pairs of other clusters were never told apart
+    assert losses[-1] < first  # pairs of other clusters were never compared
 
 
-def test_its_own_training_loop(model_name: str) -> None:
-    """`open_clip_train.train.train_one_epoch`, unmodified, with our loss in place of the host's."""
+def test_the_training_loop_of_the_host(model_name: str) -> None:
+    """Replaces the loss in `open_clip_train.train.train_one_epoch`, which is not modified."""
     from open_clip_train.train import train_one_epoch
 
     images, texts, _ = batch()
@@ -234,7 +234,7 @@ step(256)
 
 
 def test_half_precision_at_the_largest_scale() -> None:
-    """Features in bf16 or fp16 at scale 100, as under FSDP: the loss in fp32, finite gradients."""
+    """Features in bf16 or fp16 at scale 100, as under FSDP: the loss is fp32, gradients are finite."""
     for dtype in (torch.bfloat16, torch.float16):
         image, text = (F.normalize(x).detach().to(dtype).requires_grad_() for x in views(256))
         scale = torch.tensor(100.0, requires_grad=True)

@@ -1,4 +1,4 @@
-"""pytorch-metric-learning's loss and ours: any identities, memories, miners, reducers."""
+"""Losses equal to pytorch-metric-learning's: any identities, memories, miners and reducers."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ def rows() -> Tensor:
 
 
 def pairs_within_clusters(identity: Tensor, clusters: Tensor) -> tuple[Tensor, ...]:
-    """MCL in the host's own words: positives as ever, negatives of the same cluster."""
+    """Pairs of MCL in the host's format: equal identities as positives, the rest of a cluster as negatives."""
     equal, same = identity[:, None] == identity, clusters[:, None] == clusters
     positive = equal & ~torch.eye(len(identity), dtype=torch.bool)
     return (*positive.nonzero(as_tuple=True), *(~equal & same).nonzero(as_tuple=True))
 
 
 @pytest.mark.parametrize("identities", IDENTITIES)
-def test_without_cluster_labels_it_is_the_host(identities: str) -> None:
+def test_without_cluster_labels_equals_the_host(identities: str) -> None:
     labels = IDENTITIES[identities]
     assert_same(lambda x: NTXentLoss()(x, labels), lambda x: losses.NTXentLoss()(x, labels), (rows(),))
 
 
 @pytest.mark.parametrize("identities", IDENTITIES)
 def test_cluster_labels(identities: str) -> None:
-    """Against the host, given the pairs."""
+    """The expected loss is the host's for the same pairs."""
     labels = IDENTITIES[identities]
     pairs = pairs_within_clusters(labels, CLUSTERS)
     assert_same(
@@ -91,8 +91,8 @@ REFERENCES: dict[str, Callable[[Tensor, Tensor], dict[str, Any]]] = {
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.float32, torch.bool], ids=str)
 @pytest.mark.parametrize("reference", REFERENCES)
-def test_whichever_reference_it_is_the_host(reference: str, dtype: torch.dtype) -> None:
-    """Row i of both sides is one row where both have one labels object; labels are compared, whatever their dtype."""
+def test_any_reference_equals_the_host(reference: str, dtype: torch.dtype) -> None:
+    """Row i of both sides is the same sample if both have the same labels object. Labels have any dtype."""
     labels = (torch.arange(80) // 5 / 2).to(dtype)
 
     def loss(kind: type) -> Callable[[Tensor], Tensor]:
@@ -114,7 +114,7 @@ def test_the_batch_as_its_own_reference_within_clusters() -> None:
 
 @pytest.mark.parametrize("clusters", [None, CLUSTERS], ids=["no clusters", "clusters"])
 def test_miners(clusters: Tensor | None) -> None:
-    """Pairs and triplets of a miner; of its negatives those in the same cluster."""
+    """Pairs and triplets of a miner, with negatives restricted to clusters."""
     x, labels = rows().detach()[:30], IDENTITIES["several positives"][:30]
     clusters = None if clusters is None else clusters[:30]
     for miner in (miners.MultiSimilarityMiner(), miners.TripletMarginMiner(margin=0.3)):
@@ -168,7 +168,7 @@ def test_without_pairs_the_loss_is_0(labels: Tensor) -> None:
     assert (torch.autograd.grad(loss, x)[0] == 0).all()
 
 
-def test_alone_in_its_cluster() -> None:
+def test_clusters_of_one_sample_give_loss_0() -> None:
     x = rows()
     loss = NTXentLoss()(x, IDENTITIES["two views"], cluster_labels=torch.arange(40).repeat(2))
     assert loss == 0

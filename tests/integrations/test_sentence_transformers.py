@@ -1,4 +1,4 @@
-"""sentence-transformers' loss and ours: every direction, hard negatives, two ranks, its own trainer on real weights."""
+"""Losses equal to sentence-transformers': all directions, hard negatives, two ranks, and its trainer."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ NAMES = [", ".join(str(getattr(value, "__name__", value)) for value in options.v
 
 
 def columns(n: int) -> list[Tensor]:
-    """Anchors, positives, hard negatives."""
+    """Anchors, positives and hard negatives."""
     return [*views(), *views(seed=1)][:n]
 
 
 @pytest.mark.parametrize("n_columns", [2, 3, 4])
 @pytest.mark.parametrize("options", OPTIONS, ids=NAMES)
-def test_until_clusters_are_asked_for_it_is_the_host(options: dict[str, Any], n_columns: int) -> None:
-    """Whatever labels the data set has."""
+def test_without_cluster_labels_equals_the_host(options: dict[str, Any], n_columns: int) -> None:
+    """Labels of the data set are ignored."""
     ours, theirs = (
         kind(nn.Identity(), **options) for kind in (MultipleNegativesRankingLoss, host.MultipleNegativesRankingLoss)
     )
@@ -52,7 +52,7 @@ def test_until_clusters_are_asked_for_it_is_the_host(options: dict[str, Any], n_
 @pytest.mark.parametrize("n_columns", [2, 4])
 @pytest.mark.parametrize("options", OPTIONS, ids=NAMES)
 def test_cluster_labels(options: dict[str, Any], n_columns: int) -> None:
-    """The host's loss of each cluster by itself; a hard negative belongs to its anchor's cluster."""
+    """The expected loss is the host's for each cluster; a hard negative belongs to its anchor's cluster."""
     ours = MultipleNegativesRankingLoss(nn.Identity(), cluster_labels=True, **options)
     theirs = host.MultipleNegativesRankingLoss(nn.Identity(), **options)
 
@@ -63,7 +63,7 @@ def test_cluster_labels(options: dict[str, Any], n_columns: int) -> None:
     assert_same(lambda *x: ours.compute_loss_from_embeddings(list(x), LABELS), expected, columns(n_columns))
 
 
-def test_alone_in_its_cluster() -> None:
+def test_clusters_of_one_sample_give_loss_0() -> None:
     x = columns(2)
     loss = MultipleNegativesRankingLoss(nn.Identity(), cluster_labels=True)
     loss = loss.compute_loss_from_embeddings(x, torch.arange(40))
@@ -126,7 +126,7 @@ def test_compiled() -> None:
         torch.testing.assert_close(compiled(x, labels), loss.compute_loss_from_embeddings(x, labels))
 
 
-def on_two_ranks() -> None:
+def check_on_two_ranks() -> None:
     rank = dist.get_rank()
     inputs, mine = [x.detach() for x in columns(3)], slice(20 * rank, 20 * rank + 20)
 
@@ -143,19 +143,20 @@ def on_two_ranks() -> None:
         for a, b in zip(*both, strict=True):
             torch.testing.assert_close(a, b, msg=lambda text, options=options: f"{options}: {text}")
         leaves = [x.clone().requires_grad_() for x in inputs]
-        of_clusters = {**options, "cluster_labels": True}
-        whole = MultipleNegativesRankingLoss(nn.Identity(), **of_clusters).compute_loss_from_embeddings(leaves, LABELS)
-        value, *gradients = run(MultipleNegativesRankingLoss, LABELS[mine], of_clusters)
+        with_clusters = {**options, "cluster_labels": True}
+        loss = MultipleNegativesRankingLoss(nn.Identity(), **with_clusters)
+        expected = loss.compute_loss_from_embeddings(leaves, LABELS)
+        value, *gradients = run(MultipleNegativesRankingLoss, LABELS[mine], with_clusters)
         dist.all_reduce(value)
-        torch.testing.assert_close(value / 2, whole.detach())
-        for a, b in zip(gradients, torch.autograd.grad(whole, leaves), strict=True):
+        torch.testing.assert_close(value / 2, expected.detach())
+        for a, b in zip(gradients, torch.autograd.grad(expected, leaves), strict=True):
             torch.testing.assert_close(a / 2, b[mine])  # averaging over ranks makes it exact
 
 
 @pytest.mark.slow
-def test_two_ranks() -> None:
+def test_two_ranks_equal_the_host() -> None:
     with RankPool(2) as pool:
-        pool.run(on_two_ranks)
+        pool.run(check_on_two_ranks)
 
 
 SENTENCES = [
@@ -174,14 +175,21 @@ def minilm() -> Any:
 
 
 def history_of(loss: Any, tmp_path: Path, **labels: list[float]) -> list[float]:
-    """The losses of the host's trainer, unmodified, with and without a column of labels."""
+    """Losses of the unmodified trainer of the host, with or without a column of labels."""
     from datasets import Dataset
 
     data = Dataset.from_dict({"anchor": [a for a, _ in SENTENCES], "positive": [b for _, b in SENTENCES], **labels})
     arguments = st.SentenceTransformerTrainingArguments(
-        output_dir=str(tmp_path), num_train_epochs=3, per_device_train_batch_size=8, learning_rate=1e-4, use_cpu=True,
-        logging_steps=1, save_strategy="no", report_to=[], disable_tqdm=True,
-    )  # fmt: skip
+        output_dir=str(tmp_path),
+        num_train_epochs=3,
+        per_device_train_batch_size=8,
+        learning_rate=1e-4,
+        use_cpu=True,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+    )
     trainer = st.SentenceTransformerTrainer(model=loss.model, args=arguments, train_dataset=data, loss=loss)
     trainer.train()
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -193,7 +201,7 @@ def history_of(loss: Any, tmp_path: Path, **labels: list[float]) -> list[float]:
     [{}, {"label": [0, 1, 2, 0, 1, 2, 0, 1]}, {"score": [i / 8 for i in range(8)]}],
     ids=["no labels", "integers", "scores"],
 )
-def test_its_own_trainer_takes_the_same_steps(tmp_path: Path, labels: dict[str, list[float]]) -> None:
+def test_the_trainer_of_the_host_takes_the_same_steps(tmp_path: Path, labels: dict[str, list[float]]) -> None:
     ours, theirs = (
         history_of(kind(minilm(), scale=2.0), tmp_path, **labels)  # at 20 the loss is about 0
         for kind in (MultipleNegativesRankingLoss, host.MultipleNegativesRankingLoss)
@@ -202,8 +210,8 @@ def test_its_own_trainer_takes_the_same_steps(tmp_path: Path, labels: dict[str, 
 
 
 @pytest.mark.slow
-def test_clusters_under_its_own_trainer(tmp_path: Path) -> None:
-    """On the weights of MiniLM: the column `label` reaches the loss."""
+def test_clusters_under_the_trainer_of_the_host(tmp_path: Path) -> None:
+    """The column `label` is passed to the loss; uses the weights of MiniLM."""
     seen: list[Tensor] = []
 
     class Watched(MultipleNegativesRankingLoss):  # type: ignore[misc]

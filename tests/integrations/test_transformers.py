@@ -1,4 +1,4 @@
-"""CLIP of transformers and ours: outputs, and training under its own Trainer."""
+"""Outputs and training steps equal to those of transformers' CLIP, also under its Trainer."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def gradients(model: Any, loss: Tensor) -> list[Tensor]:
     return [p.grad for p in model.parameters() if p.grad is not None]
 
 
-def test_without_labels_it_is_the_host() -> None:
+def test_without_clusters_equals_the_host() -> None:
     ours, theirs = pair_of_models()
     got, expected = (model(**inputs(), return_loss=True) for model in (ours, theirs))
     torch.testing.assert_close(got.loss, expected.loss)
@@ -64,7 +64,7 @@ def test_without_labels_it_is_the_host() -> None:
 
 
 def test_embeddings_whose_norm_overflows() -> None:
-    """The host's loss does not depend on them any more, since their norm is infinite."""
+    """The host's loss ignores such embeddings, since it divides by an infinite norm."""
     model, _ = pair_of_models()
     expected = model(**inputs(), return_loss=True, clusters=LABELS).loss
     with torch.no_grad():
@@ -74,13 +74,13 @@ def test_embeddings_whose_norm_overflows() -> None:
 
 
 @pytest.mark.parametrize("labels", [LABELS, torch.linspace(0, 1, 12), LABELS[:3]], ids=["integers", "scores", "few"])
-def test_labels_are_ignored_as_by_the_host(labels: Tensor) -> None:
+def test_labels_are_ignored_as_in_the_host(labels: Tensor) -> None:
     ours, theirs = pair_of_models()
     got, expected = (model(**inputs(), return_loss=True, labels=labels).loss for model in (ours, theirs))
     torch.testing.assert_close(got, expected)
 
 
-def test_clusters() -> None:
+def test_clusters_restrict_negatives() -> None:
     ours, theirs = pair_of_models()
     got = ours(**inputs(), return_loss=True, clusters=LABELS).loss
     expected = within_clusters(
@@ -91,7 +91,7 @@ def test_clusters() -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
-def test_without_a_loss_it_is_the_host() -> None:
+def test_without_a_loss_equals_the_host() -> None:
     ours, theirs = pair_of_models()
     got, expected = (model(**inputs()) for model in (ours, theirs))
     assert got.loss is None
@@ -100,7 +100,7 @@ def test_without_a_loss_it_is_the_host() -> None:
     torch.testing.assert_close(as_tuple[0], ours(**inputs(), return_loss=True).loss)
 
 
-def test_files_are_the_hosts(tmp_path: Path) -> None:
+def test_saved_files_are_those_of_the_host(tmp_path: Path) -> None:
     ours, _ = pair_of_models()
     ours.save_pretrained(tmp_path)
     theirs = transformers.CLIPModel.from_pretrained(tmp_path)
@@ -127,7 +127,7 @@ def test_clusters_that_do_not_fit(clusters: Tensor, message: str) -> None:
 
 
 class Pairs(torch.utils.data.Dataset):  # type: ignore[type-arg]
-    """Pairs and what else a data set may hold of each."""
+    """Image-text pairs with further columns."""
 
     def __init__(self, **columns: Tensor) -> None:
         self.columns = {name: column.tolist() for name, column in columns.items()}
@@ -146,11 +146,21 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def trained(model: Any, tmp_path: Path, data: Pairs, accumulation: int = 1) -> tuple[Any, list[float]]:
     arguments = transformers.TrainingArguments(
-        output_dir=str(tmp_path), max_steps=4, per_device_train_batch_size=12 // accumulation, use_cpu=True,
-        per_device_eval_batch_size=12, gradient_accumulation_steps=accumulation, learning_rate=1e-3, logging_steps=1,
-        save_strategy="no", report_to=[], disable_tqdm=True, max_grad_norm=0.0, lr_scheduler_type="constant",
+        output_dir=str(tmp_path),
+        max_steps=4,
+        per_device_train_batch_size=12 // accumulation,
+        use_cpu=True,
+        per_device_eval_batch_size=12,
+        gradient_accumulation_steps=accumulation,
+        learning_rate=1e-3,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        max_grad_norm=0.0,
+        lr_scheduler_type="constant",
         optim="sgd",
-    )  # fmt: skip
+    )
     trainer = transformers.Trainer(
         model=model, args=arguments, train_dataset=data, eval_dataset=data, data_collator=collate
     )
@@ -168,21 +178,21 @@ COLUMNS: dict[str, dict[str, Tensor]] = {
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("columns", COLUMNS)
-def test_its_own_trainer(tmp_path: Path, columns: str, accumulation: int) -> None:
-    """The steps of the host's model, whatever labels there are, and its evaluation; with accumulated gradients, too."""
+def test_the_trainer_of_the_host(tmp_path: Path, columns: str, accumulation: int) -> None:
+    """Steps and evaluation equal those of the host's model, for any labels, also with accumulated gradients."""
     ours, theirs = pair_of_models()
     trainer, got = trained(ours, tmp_path, Pairs(**COLUMNS[columns]), accumulation)
-    of_host, expected = trained(theirs, tmp_path, Pairs(**COLUMNS[columns]), accumulation)
+    host_trainer, expected = trained(theirs, tmp_path, Pairs(**COLUMNS[columns]), accumulation)
     assert len(got) == 4
     assert got == pytest.approx(expected, rel=1e-4)
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
-    assert trainer.evaluate()["eval_loss"] == pytest.approx(of_host.evaluate()["eval_loss"], rel=1e-4)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(host_trainer.evaluate()["eval_loss"], rel=1e-4)
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_clusters_under_its_own_trainer(tmp_path: Path, accumulation: int) -> None:
-    """A column `clusters` is all it takes: the steps of a loop by hand, whose accumulated losses are a mean."""
+def test_clusters_under_the_trainer_of_the_host(tmp_path: Path, accumulation: int) -> None:
+    """With a column `clusters` the steps equal those of a plain loop that averages accumulated losses."""
     seen: list[dict[str, Any]] = []
     ours, _ = pair_of_models()
     plain = copy.deepcopy(ours)

@@ -146,7 +146,7 @@ def run_backward(
         arguments["PARTS"] = 1
     row_lse, row_weight = terms.row or (None, None)
     column_lse, column_weight = terms.column or (None, None)
-    fp16_scale = terms.unit if arguments["OPERAND"] == tl.float16 else None
+    fp16_scale = terms.fp16_scale if arguments["OPERAND"] == tl.float16 else None
     term_arguments = TermArguments(row_lse, row_weight, column_lse, column_weight, terms.column_scale, fp16_scale)
     with current_device(rows.side.x):
         backward_kernel[(-(-n // arguments["ROWS"]) * arguments["PARTS"],)](

@@ -1,4 +1,4 @@
-// Torch's guard of the current device, which is the processor.
+// Torch's guard of the current device, which is the CPU here.
 #pragma once
 
 #include <c10/core/Device.h>

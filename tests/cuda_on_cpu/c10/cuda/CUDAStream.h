@@ -1,4 +1,4 @@
-// Torch's stream, of which there is none.
+// Torch's current stream, which is always null here.
 #pragma once
 
 #include <c10/core/Device.h>

@@ -1,1 +1,0 @@
-"""The paper's claims, run: what contrastive learning suppresses, and what its stages recover."""

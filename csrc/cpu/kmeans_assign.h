@@ -1,0 +1,176 @@
+// One pass of k-means: finds the nearest centre of each row, and adds the row to the centre's sum while it is in the
+// cache.
+#pragma once
+
+#include "kmeans_few.h"
+
+namespace mcl::MCL_INSTRUCTION_SET {
+
+constexpr int64_t CLUSTER_ROWS = 96;  // of a block: a multiple of GROUP that fits the cache with a tile of centres
+
+// A block of rows, their products with a tile of centres, and the nearest centres so far. The number of rows is padded
+// to full vectors.
+template <class T>
+struct ClusterBlock {
+  T *rows, *exact;     // [rows, stride]; [GROUP, stride]: copies of rows whose label depends on rounding
+  T* products;
+  T *score, *second;   // [rows, LANES]: the two lowest scores of each lane, which visits its centres in ascending order
+  Index<T>* center;    // [rows, LANES]: the centre of the lowest score
+  T *squares, *limit;  // [rows]: |x|^2; upper bound of the lowest score, rounding included
+  int64_t* labels;     // [rows]
+
+  ClusterBlock(Arena& arena, int64_t stride)
+      : rows(arena.take<T>(CLUSTER_ROWS * stride)),
+        exact(arena.take<T>(GROUP * stride)),
+        products(arena.take<T>(CLUSTER_ROWS * TILE_STRIDE<T>)),
+        score(arena.take<T>(CLUSTER_ROWS * LANES<T>)),
+        second(arena.take<T>(CLUSTER_ROWS * LANES<T>)),
+        center(arena.take<Index<T>>(CLUSTER_ROWS * LANES<T>)),
+        squares(arena.take<T>(CLUSTER_ROWS)),
+        limit(arena.take<T>(CLUSTER_ROWS)),
+        labels(arena.take<int64_t>(CLUSTER_ROWS)) {}
+};
+
+template <class T>
+int64_t cluster_workspace_bytes(int64_t width) {
+  Arena few(nullptr), many(nullptr);
+  FewBlock<T>(few, padded_width<T>(width));
+  ClusterBlock<T>(many, padded_width<T>(width));
+  return larger(few.bytes(), many.bytes());
+}
+
+constexpr int64_t UNDECIDED = -1;  // the label of a row if another one is possible within rounding
+
+// Multiplies rows first .. first + rows - 1 of the block by a tile of centres, into the first rows of its products. A
+// row is summed in the same order whatever its position.
+template <class T>
+void multiply_tile(const Clusters<T>& clusters, const PackedCenters<T>& centers, const ClusterBlock<T>& block,
+                   int64_t first, int64_t rows, int64_t center, int64_t columns) {
+  multiply_add<T, false>({rows, columns, clusters.width, block.rows + first * centers.stride, centers.stride,
+                          centers.panels + center * centers.stride, PANEL<T>, PANEL<T> * centers.stride,
+                          block.products, TILE_STRIDE<T>, false});
+}
+
+// Finds the labels of LANES rows: the centre of the lowest score of all lanes, the first one of equal scores; UNDECIDED
+// if it depends on rounding.
+template <class T>
+void find_labels(const Clusters<T>& clusters, const PackedCenters<T>& centers, const ClusterBlock<T>& block,
+                 int64_t first) {
+  using V = Vector<T>;
+  // Rows become lanes.
+  T scores[LANES<T> * LANES<T>], seconds[LANES<T> * LANES<T>], labels[LANES<T> * LANES<T>];
+  transpose_square(block.score + first * LANES<T>, LANES<T>, scores, LANES<T>);
+  transpose_square(block.second + first * LANES<T>, LANES<T>, seconds, LANES<T>);
+  transpose_square(reinterpret_cast<const T*>(block.center + first * LANES<T>), LANES<T>, labels, LANES<T>);
+  V lowest = load<V>(scores), second = load<V>(seconds);
+  Mask<T> label = load<Mask<T>>(labels);
+  for (int64_t lane = 1; lane < LANES<T>; lane++) {
+    const V s = load<V>(scores + lane * LANES<T>), next = load<V>(seconds + lane * LANES<T>);
+    const Mask<T> center = load<Mask<T>>(labels + lane * LANES<T>);
+    label = (s < lowest) | ((s == lowest) & (center < label)) ? center : label;
+    take_lowest(s, lowest, second);
+    second = next < second ? next : second;
+  }
+  const ScoreErrors<T> error = score_errors(centers, clusters.width, load<V>(block.squares + first));
+  const V limit = lowest + error(lowest);
+  store(block.limit + first, limit);
+  const Mask<T> decided = second - error(second) > limit;
+  for (int64_t i = 0; i < LANES<T>; i++) block.labels[first + i] = decided[i] ? int64_t(label[i]) : UNDECIDED;
+}
+
+// Finds the centres with the lowest score |c|^2 / 2 - <x, c>.
+template <class T>
+void find_nearest(const Clusters<T>& clusters, const PackedCenters<T>& centers, const ClusterBlock<T>& block,
+                  int64_t rows) {
+  using V = Vector<T>;
+  Mask<T> lanes;
+  for (int64_t lane = 0; lane < LANES<T>; lane++) lanes[lane] = Index<T>(lane);
+  for (int64_t i = 0; i < round_up(rows, LANES<T>); i++) {
+    store(block.score + i * LANES<T>, broadcast(T(__builtin_inf())));
+    store(block.second + i * LANES<T>, broadcast(T(__builtin_inf())));
+    store(block.center + i * LANES<T>, Mask<T>{});
+  }
+  for (int64_t first = 0; first < centers.columns; first += TILE) {
+    const int64_t columns = smaller(TILE, centers.columns - first);
+    multiply_tile(clusters, centers, block, 0, round_up(rows, GROUP), first, columns);
+    for (int64_t i = 0; i < rows; i++) {
+      V score = load<V>(block.score + i * LANES<T>), second = load<V>(block.second + i * LANES<T>);
+      Mask<T> center = load<Mask<T>>(block.center + i * LANES<T>);
+      for (int64_t j = 0; j < columns; j += LANES<T>) {
+        const V s = load<V>(centers.half_norms + first + j) - load<V>(block.products + i * TILE_STRIDE<T> + j);
+        center = s < score ? lanes + Index<T>(first + j) : center;
+        take_lowest(s, score, second);
+      }
+      store(block.score + i * LANES<T>, score);
+      store(block.second + i * LANES<T>, second);
+      store(block.center + i * LANES<T>, center);
+    }
+  }
+  for (int64_t i = 0; i < rows; i += LANES<T>) find_labels(clusters, centers, block, i);
+}
+
+// Finds the labels of the undecided rows among rows first .. first + rows - 1 of the block, whose row 0 is row `begin`
+// of the data: the nearest, by differences, of the centres whose scores may be the lowest.
+template <class T>
+void decide(const Clusters<T>& clusters, const PackedCenters<T>& centers, const ClusterBlock<T>& block, int64_t begin,
+            int64_t first, int64_t rows) {
+  Nearest<T> nearest[GROUP];
+  int64_t undecided[GROUP], count = 0;
+  for (int64_t i = first; i < first + rows; i++) {
+    if (block.labels[i] != UNDECIDED) continue;
+    nearest[count] = {exact_row(clusters, begin + i, block.exact + count * centers.stride),
+                      block.rows + i * centers.stride, block.squares[i]};
+    undecided[count++] = i;
+  }
+  for (int64_t tile = 0; count && tile < clusters.centers; tile += TILE) {
+    const int64_t columns = smaller(TILE, centers.columns - tile);
+    multiply_tile(clusters, centers, block, first, GROUP, tile, columns);
+    for (int64_t u = 0; u < count; u++) {
+      const int64_t i = undecided[u];
+      const ScoreErrors<T> error = score_errors(centers, clusters.width, broadcast(block.squares[i]));
+      for (int64_t j = 0; j < columns; j += LANES<T>) {
+        const Vector<T> score = load<Vector<T>>(centers.half_norms + tile + j) -
+                                load<Vector<T>>(block.products + (i - first) * TILE_STRIDE<T> + j);
+        const Mask<T> far = score - error(score) > block.limit[i];
+        if (every_lane<T>(far)) continue;
+        for (int64_t lane = 0; lane < smaller(LANES<T>, clusters.centers - tile - j); lane++)
+          if (!far[lane]) nearest[u].compare(clusters, centers, tile + j + lane);
+      }
+    }
+  }
+  for (int64_t u = 0; u < count; u++) block.labels[undecided[u]] = nearest[u].label;
+}
+
+// Assigns rows begin .. end - 1, and adds to the sums [levels, K, D] and counts [K] of the caller's thread unless null.
+template <class T>
+void cluster_rows(const Clusters<T>& clusters, char* packed, int64_t begin, int64_t end, double* sums, int64_t* counts,
+                  char* workspace) {
+  Arena center_arena(packed), block_arena(workspace);
+  const PackedCenters<T> centers(center_arena, clusters.width, clusters.centers);
+  if (clusters.centers <= FEW) {
+    cluster_rows_to_few(clusters, centers, FewBlock<T>(block_arena, centers.stride), begin, end, sums, counts);
+    return;
+  }
+  const ClusterBlock<T> block(block_arena, centers.stride);
+  for (int64_t first = begin; first < end; first += CLUSTER_ROWS) {
+    const int64_t rows = smaller(CLUSTER_ROWS, end - first);
+    for (int64_t i = 0; i < rows; i++)
+      block.squares[i] = load_cluster_row(clusters, first + i, centers, block.rows + i * centers.stride);
+    for (int64_t i = rows; i < round_up(rows, LANES<T>); i++) block.squares[i] = 0;
+    for (int64_t d = rows * centers.stride; d < round_up(rows, GROUP) * centers.stride; d++) block.rows[d] = 0;
+    find_nearest(clusters, centers, block, rows);
+    for (int64_t i = 0; i < rows; i += GROUP)
+      decide(clusters, centers, block, first, i, smaller(GROUP, rows - i));
+    for (int64_t i = 0; i < rows; i++) {
+      // A pass is memory-bound: prefetch the next block while this one is computed.
+      if (first + CLUSTER_ROWS + i < end) prefetch_row(clusters.rows, first + CLUSTER_ROWS + i, clusters.width);
+      const int64_t label = block.labels[i];
+      clusters.distances[first + i] = distance_to_center(
+          clusters, centers, first + i, block.rows + i * centers.stride, block.squares[i], label, block.exact);
+      if (clusters.labels) clusters.labels[first + i] = label;
+      if (sums) follow_row(clusters, first + i, label, block.rows + i * centers.stride, sums, counts);
+    }
+  }
+}
+
+}  // namespace mcl::MCL_INSTRUCTION_SET

@@ -1,0 +1,104 @@
+// Binds the kernels of k-means to torch.
+#include <ATen/ops/slice.h>
+#include <ATen/ops/zeros.h>
+
+#include <algorithm>
+#include <atomic>
+
+#include "dispatch.h"
+#include "operators.h"
+#include "tensors.h"
+
+namespace mcl {
+namespace {
+
+using ClusterPass = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+constexpr int64_t PART_ROWS = 8 * 96;  // rows that a thread takes at a time: a multiple of a block's
+
+// Sums and counts of each thread, which add their own rows; none if sums are not requested. Sums are exact, so their
+// total has the same bits for any number of threads.
+struct ThreadSums {
+  int64_t threads, centers, size;  // size: elements of a thread's sums
+  Tensor sums, counts;
+
+  ThreadSums(int64_t threads, int64_t levels, int64_t centers, int64_t width, const at::TensorOptions& options)
+      : threads(threads),
+        centers(centers),
+        size(levels * centers * width),
+        sums(at::zeros({threads * levels * centers, width}, options.dtype(at::kDouble))),
+        counts(at::zeros({threads * centers}, options.dtype(at::kLong))) {}
+
+  double* thread_sums(int64_t thread) { return threads ? sums.mutable_data_ptr<double>() + thread * size : nullptr; }
+  int64_t* thread_counts(int64_t thread) {
+    return threads ? counts.mutable_data_ptr<int64_t>() + thread * centers : nullptr;
+  }
+
+  // Adds the sums and counts of all threads to those of the first, and returns the first.
+  std::tuple<Tensor, Tensor> total() {
+    for (int64_t thread = 1; thread < threads; thread++) {
+      add(thread_sums(thread), size, thread_sums(0));
+      add(thread_counts(thread), centers, thread_counts(0));
+    }
+    const int64_t parts = std::max<int64_t>(threads, 1);
+    return {sums.slice(0, 0, sums.size(0) / parts), counts.slice(0, 0, counts.size(0) / parts)};
+  }
+
+ private:
+  template <class P>
+  static void add(const P* from, int64_t count, P* to) {
+    for (int64_t i = 0; i < count; i++) to[i] += from[i];
+  }
+};
+
+template <class T>
+ClusterPass assign(const Tensor& x, const Tensor& points, const Tensor& offset, const Tensor& rounding, bool cosine,
+                   bool with_sums, const OptionalTensor& followed) {
+  const Kernels<T> kernels = choose_kernels<T>(false);
+  const Tensor rows = with_dense_rows(x), dense_points = points.contiguous(), dense_offset = offset.contiguous();
+  const Tensor dense_rounding = rounding.contiguous();
+  const int64_t n = x.size(0), width = x.size(1), k = points.size(0);
+  Tensor labels = at::empty({followed ? 0 : n}, x.options().dtype(at::kLong));
+  Tensor distances = at::empty({n}, points.options());
+  TORCH_CHECK(!followed || followed->is_contiguous(), "followed must be contiguous");
+
+  Clusters<T> clusters{};
+  clusters.rows = {rows.const_data_ptr(), rows.stride(0), dtype_of(x)};
+  clusters.width = width;
+  clusters.centers = k;
+  clusters.cosine = cosine;
+  clusters.points = dense_points.const_data_ptr<T>();
+  clusters.levels = rounding.size(0);
+  clusters.rounding = dense_rounding.const_data_ptr<double>();
+  clusters.followed = followed ? followed->mutable_data_ptr<int32_t>() : nullptr;
+  clusters.labels = followed ? nullptr : labels.mutable_data_ptr<int64_t>();
+  clusters.distances = distances.mutable_data_ptr<T>();
+  const Workspace packed(kernels.packed_centers_bytes(width, k));
+  kernels.pack_centers(clusters, clusters.points, dense_offset.const_data_ptr<T>(), packed.data);
+
+  const int64_t parts = (n + PART_ROWS - 1) / PART_ROWS;
+  const int64_t threads = std::max<int64_t>(std::min(thread_count(), parts), 1);
+  const int64_t bytes = (kernels.cluster_workspace_bytes(width) + 63) / 64 * 64;  // a thread's, aligned
+  const Workspace workspace(threads * bytes);
+  ThreadSums sums(with_sums ? threads : 0, clusters.levels, k, width, points.options());
+  std::atomic<int64_t> next{0};
+  parallel_for(threads, [&](int64_t thread) {
+    for (int64_t part = next++; part < parts; part = next++)
+      kernels.cluster_rows(clusters, packed.data, part * PART_ROWS, std::min(n, (part + 1) * PART_ROWS),
+                           sums.thread_sums(thread), sums.thread_counts(thread), workspace.data + thread * bytes);
+  });
+  return std::tuple_cat(std::tuple(labels, distances), sums.total());
+}
+
+}  // namespace
+
+ClusterPass assign_clusters(const Tensor& x, at::TensorList centers, bool cosine, bool with_sums,
+                            const OptionalTensor& followed) {
+  TORCH_CHECK(centers.size() == 3, "centers must be [centers, offset, rounding]: got ", centers.size(), " tensors");
+  const Tensor &points = centers[0], &offset = centers[1], &rounding = centers[2];
+  return points.scalar_type() == at::kDouble
+             ? assign<double>(x, points, offset, rounding, cosine, with_sums, followed)
+             : assign<float>(x, points, offset, rounding, cosine, with_sums, followed);
+}
+
+}  // namespace mcl

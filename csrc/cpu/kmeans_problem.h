@@ -1,0 +1,23 @@
+// Arguments of the kernels of k-means, in plain data.
+#pragma once
+
+#include "matrix.h"
+
+namespace mcl {
+
+// One pass over rows [N, D]. T, the type of products and distances, is float or double.
+template <class T>
+struct Clusters {
+  Matrix rows;
+  int64_t width, centers;  // D, K
+  bool cosine;             // rows are divided by their norms; centres already are
+  const T* points;         // [K, D]: the centres
+  int64_t levels;          // of sums
+  const double* rounding;  // [levels, D]: 1.5 * 2^e, where no sum of a level's entries is above 2^e
+  int64_t* labels;         // [N], or null
+  int32_t* followed;       // [N], or null: labels of an earlier pass, -1 for none. Replaced by the labels of this pass;
+                           // sums and counts then are the changes since the earlier pass
+  T* distances;            // [N], to the centre of the label
+};
+
+}  // namespace mcl

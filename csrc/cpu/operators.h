@@ -1,0 +1,40 @@
+// The operators of the library; operators.cpp has their schemas.
+#pragma once
+
+#include <array>
+#include <string>
+#include <tuple>
+
+#include "../common_torch.h"
+
+namespace mcl {
+
+// `inputs` is [query, key, scale, labels, key_labels, ids, key_ids]: query [N, D]; key [M, D] or None, the self form;
+// scale, a scalar or [N]; int64 labels and ids, None if not given.
+
+// Returns row_lse, column_lse, query_order, key_order, key_begin and key_end.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> masked_lse_forward(const OptionalTensors& inputs,
+                                                                              const std::string& negatives,
+                                                                              bool bidirectional);
+
+// `saved`: the results of masked_lse_forward. `grads`: gradients of row_lse and column_lse. `needs_grad` and the
+// results are for query, key and scale; a gradient that is not needed is [0].
+std::tuple<Tensor, Tensor, Tensor> masked_lse_backward(const OptionalTensors& inputs, at::TensorList saved,
+                                                       at::TensorList grads, const std::string& negatives,
+                                                       bool bidirectional, std::array<bool, 3> needs_grad);
+
+// For each query the number of kept keys with not (<q_i, k_j> <= threshold_i). The scale of `inputs` is not read.
+Tensor count_above(const OptionalTensors& inputs, const Tensor& threshold, const std::string& negatives);
+
+// Rows divided by their norms, of view_a and then of view_b if given, and the cosines of both views.
+std::tuple<Tensor, Tensor> unit_rows(const Tensor& view_a, const OptionalTensor& view_b);
+std::tuple<Tensor, Tensor> unit_rows_backward(const Tensor& view_a, const OptionalTensor& view_b,
+                                              const Tensor& grad_rows, const Tensor& grad_cosine);
+
+// One pass of k-means. `centers` is [centers, offset, rounding]. Returns labels, distances, sums and counts: the sums,
+// [levels K, D], of each level and centre are relative to the offset. `followed`: labels of an earlier pass, which are
+// overwritten by those of this pass. Then sums and counts are the changes, and no labels are returned.
+std::tuple<Tensor, Tensor, Tensor, Tensor> assign_clusters(const Tensor& x, at::TensorList centers, bool cosine,
+                                                           bool with_sums, const OptionalTensor& followed);
+
+}  // namespace mcl

@@ -1,0 +1,1 @@
+"""Study of feature suppression: which features contrastive learning suppresses, and which its stages recover."""

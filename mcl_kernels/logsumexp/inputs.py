@@ -1,0 +1,97 @@
+"""The two values that pass between the operation and its implementations.
+
+A public function checks its arguments and packs them into `Inputs`; everything below takes that value. A forward
+returns `Saved`, and a backward takes both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from mcl_kernels.logsumexp.pairs import Pairs, Plan
+
+
+class Inputs(NamedTuple):
+    """Checked arguments of the operation, on one device."""
+
+    query: Tensor  # [N, D]
+    key: Tensor | None  # [M, D]; None is the self form: the keys are the queries
+    scale: Tensor  # [] or [N], fp32 or fp64: the dtype of logits and sums
+    pairs: Pairs
+    bidirectional: bool = False  # False in the self form, which is symmetric
+
+    @classmethod
+    def of_self(cls, query: Tensor, scale: Tensor, pairs: Pairs) -> Inputs:
+        """Self form; `pairs` has the ids and labels of the queries.
+
+        With a scale of each row the logits are not symmetric: then it is the rectangle of the queries with themselves.
+        """
+        labels, _, ids, _, negatives = pairs
+        inputs = cls(query, None, scale, Pairs(labels, None, ids, None, negatives))
+        return inputs if scale.ndim == 0 else inputs.rectangle()
+
+    @property
+    def keys(self) -> Tensor:
+        """Keys, [M, D]; in the self form the queries."""
+        return self.query if self.key is None else self.key
+
+    def rectangle(self) -> Inputs:
+        """Inputs with the keys given: the self form becomes the queries against a second reference to them."""
+        if self.key is not None:
+            return self
+        labels, _, ids, _, negatives = self.pairs
+        return self._replace(key=self.query, pairs=Pairs(labels, labels, ids, ids, negatives))
+
+    def swapped(self) -> Inputs:
+        """Inputs with queries and keys exchanged; the key is given, and the scale is one number."""
+        return self._replace(query=self.keys, key=self.query, pairs=self.pairs.swapped())
+
+    def tensors(self) -> list[Tensor | None]:
+        """Tensors in the order of the operators' schemas."""
+        return [self.query, self.key, self.scale, *self.pairs[:4]]
+
+    def flatten(self) -> tuple[Any, ...]:
+        """Tensors, then options, in the order of the operators' schemas."""
+        return *self.tensors(), self.pairs.negatives, self.bidirectional
+
+    @classmethod
+    def unflatten(cls, values: Sequence[Any]) -> Inputs:
+        """Inverse of `flatten`."""
+        query, key, scale, *pairs, bidirectional = values
+        return cls(query, key, scale, Pairs(*pairs), bidirectional)
+
+
+class Saved(NamedTuple):
+    """Results of a forward that its backward needs."""
+
+    row_lse: Tensor  # [N], b
+    column_lse: Tensor  # [M], c; [0] unless bidirectional
+    plan: Plan
+
+    def flatten(self) -> tuple[Tensor, ...]:
+        """Tensors in the order of the operators' schemas."""
+        return self.row_lse, self.column_lse, *self.plan
+
+    @classmethod
+    def unflatten(cls, values: Sequence[Tensor]) -> Saved:
+        """Inverse of `flatten`."""
+        row_lse, column_lse, *plan = values
+        return cls(row_lse, column_lse, Plan(*plan))
+
+
+class LseGradients(NamedTuple):
+    """Gradients of a forward's results, which its backward takes."""
+
+    row: Tensor  # [N]
+    column: Tensor  # [M]; [0] unless bidirectional
+
+
+class Wanted(NamedTuple):
+    """Whether the gradient of each input is needed."""
+
+    query: bool
+    key: bool
+    scale: bool

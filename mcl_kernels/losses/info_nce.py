@@ -1,0 +1,219 @@
+"""`masked_info_nce` and its module."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from mcl_kernels._validate import check_embeddings, check_same_shape, check_same_width
+from mcl_kernels.backends.table import resolve
+from mcl_kernels.distributed.group import Ranks, ranks_of
+from mcl_kernels.logsumexp.api import check_pairs
+from mcl_kernels.logsumexp.inputs import Inputs
+from mcl_kernels.logsumexp.pairs import Pairs
+from mcl_kernels.losses import per_anchor, sharded
+from mcl_kernels.losses.options import LossModule, Options, check_module_temperature, inverse_temperature, row_ids
+from mcl_kernels.normalize import compute_dtype, normalize_rows
+from mcl_kernels.objectives import ObjectiveLike, info_nce
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+def masked_info_nce(
+    query: Tensor,
+    key: Tensor,
+    labels: Tensor | None = None,
+    key_labels: Tensor | None = None,
+    *,
+    temperature: float | Tensor = 0.07,
+    positive: Tensor | None = None,
+    ids: Tensor | None = None,
+    key_ids: Tensor | None = None,
+    negatives: str = "same",
+    objective: ObjectiveLike = info_nce,
+    normalize: bool = True,
+    reduction: str = "mean",
+    impl: str = "auto",
+    group: ProcessGroup | None = None,
+    exchange: str = "auto",
+) -> Tensor:
+    """Contrastive loss of each query against its positive and the keys of its own cluster.
+
+        a_i    = <q_i, p_i> / t_i
+        b_i    = log sum_{j: y_j = y_i, u_j != u_i} exp(<q_i, k_j> / t_i)
+        loss_i = objective(a_i, b_i) = log(1 + exp(b_i - a_i)) by default
+
+    With `positive=None` key i is the positive of query i and keys past N are extra negatives; with
+    `positive=p` (the queue form of MoCo) p is not among the keys. **A queue needs `positive=`**: without it its first
+    N rows are taken for the positives. Without labels this is plain InfoNCE. An anchor
+    without negatives has loss 0 and gradient 0. NaN or infinity in an embedding is never turned into a finite loss.
+
+    Args:
+        query: [N, D], float16, bfloat16, float32 or float64, any strides.
+        key: [M, D]; M >= N with `positive=None`.
+        labels: pseudo labels of the queries, integers [N], on the device of query; None: one cluster. A negative
+            label matches nothing. Where M = N and key i belongs to query i they hold for the keys too.
+        key_labels: pseudo labels of the keys, integers [M] (-1 for a queue slot that was never filled).
+        temperature: t > 0, a float, a tensor [] or [1], or a vector [N]; tensors get an exact gradient and are
+            not checked, which would wait for a GPU: keep a learned one positive.
+        positive: p, [N, D], or None.
+        ids: identity of the queries' samples, integers [N]; equal ids are never negatives. **A positive among the
+            keys must have its query's id**, or it is its own negative too. Default: query i and key i share one,
+            keys past N share none; in the queue form nothing is excluded.
+        key_ids: identity of the keys' samples, integers [M].
+        negatives: "same", "different" or "all": see `masked_logsumexp`.
+        objective: a function of `mcl_kernels.objectives`, or your own.
+        normalize: L2-normalise all three in fp32, rounded once to the dtype they came in.
+        reduction: "mean" over all N anchors (those without negatives included; 0 for N = 0), "sum" or "none".
+        impl: see `masked_logsumexp`.
+        group: None: the batch is that of this process. Or a process group whose ranks hold a shard each, of any length
+            (`torch.distributed.group.WORLD`: all ranks); equal labels, and equal ids, mean the same on all of them, and
+            default ids differ. Every rank calls, and gets W / N times the sum over its share of the N anchors of all
+            W ranks: the mean of what they get is the loss of the whole batch, and so are, once averaged as
+            `DistributedDataParallel` does, the gradients of parameters and temperature (those of embeddings are
+            W times as large). "sum" is spread in the same way; "none" gives the losses of this rank's rows.
+            An error before anything is exchanged, such as an argument that is refused on one rank, is raised on every
+            rank in that call: there the error itself, elsewhere a ValueError that names the rank. The ranks stay in
+            step, and may go on. Only this rank hears of an error in `group` itself, in the objective, or in the
+            backward pass: end the process then, or the others wait until the group's timeout.
+        exchange: "cluster" sends the rows of each cluster to the rank that compares them, or to several if the cluster
+            is large: with clusters, about its own batch for each rank. "gather" sends all keys to all ranks. "auto"
+            takes what is done first (`plan_exchange`); it gathers where an anchor needs more than its cluster: other
+            `negatives`, `reduction="none"`, an objective that mixes anchors.
+
+    Returns:
+        A scalar, or [N] with `reduction="none"`; fp32, or fp64 where an input is fp64.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: shapes, lengths, devices or options that do not fit, or that are not alike on all ranks; each
+            message names the argument. With `group`, an error of another rank too.
+        RuntimeError: a rank that is gone, or did not come within the timeout of the group.
+
+    Source: "Learning the Unlearned" (ECCV 2024, arXiv 2402.11816), the loss L_j of stage j.
+
+    Example:
+        >>> query, key = torch.eye(4), torch.eye(4)
+        >>> masked_info_nce(query, key, labels=torch.tensor([0, 0, 1, 1]), temperature=1.0)
+        tensor(0.3133)
+    """
+    options = Options(negatives, objective, normalize, reduction, impl, group, exchange)
+    ranks, is_queue = None if group is None else ranks_of(group), positive is not None
+    agreed = options.agreed_call(
+        ranks, "masked_info_nce", query=query, key=key, labels=labels, key_labels=key_labels, positive=positive,
+        ids=ids, key_ids=key_ids, temperature=temperature,
+    )  # fmt: skip
+    with agreed:
+        options.check()
+        pairs = check_query_key(query, key, positive, labels, key_labels, ids, key_ids, negatives, ranks)
+        impl = resolve("logsumexp", impl, query.device)
+        query, key, positive = query_key_positive(query, key, positive, normalize, impl)
+        scale = inverse_temperature(temperature, query, compute_dtype(query, key, positive))
+    inputs = Inputs(query, key, scale, pairs)
+    if ranks is None:
+        return options.reduce(per_anchor.query_to_key(inputs, positive, objective, impl, is_queue=is_queue))
+    if isinstance(temperature, Tensor) and temperature.ndim:
+        # On a rank with one row [1] may also be its part of a vector: over ranks it is one everywhere.
+        inputs = inputs._replace(scale=scale.expand(query.shape[0]))
+    shared = sharded.Call(objective, impl, ranks, options.needed_exchange())
+    loss, anchors = sharded.query_to_key(inputs, positive, shared, is_queue=is_queue)
+    return options.reduce(loss, ranks, anchors)
+
+
+def check_query_key(
+    query: Tensor,
+    key: Tensor,
+    positive: Tensor | None,
+    labels: Tensor | None,
+    key_labels: Tensor | None,
+    ids: Tensor | None,
+    key_ids: Tensor | None,
+    negatives: str,
+    ranks: Ranks | None = None,
+) -> Pairs:
+    """Pairs of the query-key form, after its rows, labels and ids are checked."""
+    check_embeddings("query", query)
+    check_embeddings("key", key)
+    check_same_width("key", key, "query", query)
+    n, m = query.shape[0], key.shape[0]
+    if positive is not None:
+        check_embeddings("positive", positive)
+        check_same_shape("positive", positive, "query", query)
+    elif m < n:
+        raise ValueError(f"key must hold a positive for each query where positive=None: got {m} keys for {n} queries")
+    elif ids is None and key_ids is None:
+        ids, key_ids = row_ids(query, ranks), row_ids(key, ranks)
+    key_is_query = positive is None and m == n
+    return check_pairs(query, key, labels, key_labels, ids, key_ids, negatives, key_is_query=key_is_query)
+
+
+def query_key_positive(
+    query: Tensor, key: Tensor, positive: Tensor | None, normalize: bool, impl: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and the positive of each query, normalised if asked for."""
+    if normalize:
+        query, key = normalize_rows(query, impl), normalize_rows(key, impl)
+        positive = None if positive is None else normalize_rows(positive, impl)
+    return query, key, key[: query.shape[0]] if positive is None else positive
+
+
+class MaskedInfoNCE(LossModule):
+    """`masked_info_nce` as a module: each query against its positive and the keys of its own cluster.
+
+    The first loss with a `LabelledQueue` is 0, since the queue is empty at first. MoCo's is full of random rows.
+
+    Args:
+        temperature: t > 0, a float, a tensor [] or [1], or a vector [N]. A Parameter is learned. The values of a tensor
+            are not checked.
+        negatives, objective, normalize, reduction, impl, group, exchange: as in `masked_info_nce`.
+
+    Raises:
+        TypeError, ValueError: an option of the wrong type or value, in the constructor. `forward` raises as
+            `masked_info_nce`.
+
+    Source: as `masked_info_nce`.
+
+    Example:
+        >>> loss = MaskedInfoNCE(temperature=1.0, reduction="sum")
+        >>> loss
+        MaskedInfoNCE(temperature=1.0, reduction=sum)
+        >>> loss(torch.eye(4), torch.eye(4), labels=torch.tensor([0, 0, 1, 1]))
+        tensor(1.2530)
+    """
+
+    def __init__(
+        self,
+        temperature: float | Tensor = 0.07,
+        *,
+        negatives: str = "same",
+        objective: ObjectiveLike = info_nce,
+        normalize: bool = True,
+        reduction: str = "mean",
+        impl: str = "auto",
+        group: ProcessGroup | None = None,
+        exchange: str = "auto",
+    ) -> None:
+        super().__init__(
+            negatives=negatives, objective=objective, normalize=normalize, reduction=reduction, impl=impl, group=group,
+            exchange=exchange,
+        )  # fmt: skip
+        check_module_temperature(temperature)
+        self.temperature = temperature
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        labels: Tensor | None = None,
+        key_labels: Tensor | None = None,
+        *,
+        positive: Tensor | None = None,
+        ids: Tensor | None = None,
+        key_ids: Tensor | None = None,
+    ) -> Tensor:
+        return masked_info_nce(
+            query, key, labels, key_labels, temperature=self.temperature, positive=positive, ids=ids, key_ids=key_ids,
+            **self.options,
+        )  # fmt: skip
