@@ -22,17 +22,18 @@ demo: $(VENV)/installed-demo
 test: $(VENV)/installed-test
 	$(VENV)/bin/python -m pytest -n logical --ignore tests/integrations
 
-# While you work: native and reference kernels, one instruction set, nothing slow; under 90 s on two cores.
+# Fast tests for while you work: native and reference kernels, one instruction set, no slow tests; under 90 s on two cores.
 quick: $(VENV)/installed-test
 	$(VENV)/bin/python -m pytest -q -n logical -m 'not slow' -k '$(QUICK)' $(QUICK_TESTS)
 
-# Formatter and lint, with fixes.
+# Lint with fixes, then the formatter, which formats the fixes too; fails if problems are left.
 fix: $(VENV)/installed-test
+	$(VENV)/bin/ruff check --quiet --fix-only .
 	$(VENV)/bin/ruff format .
-	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff check .
 
-# The kernels without torch, under AddressSanitizer with UndefinedBehaviorSanitizer and under ThreadSanitizer; those for
-# CUDA, whose barriers are what may be missing, under the latter.
+# The kernels without torch: those for the CPU under AddressSanitizer with UndefinedBehaviorSanitizer, and under
+# ThreadSanitizer; those in CUDA C++, emulated on the CPU, under ThreadSanitizer, which finds missing barriers.
 sanitize: build/sanitized-address,undefined build/sanitized-thread build/sanitized-cuda
 	build/sanitized-address,undefined
 	build/sanitized-thread
@@ -41,13 +42,13 @@ sanitize: build/sanitized-address,undefined build/sanitized-thread build/sanitiz
 build/sanitized-%: $(wildcard csrc/*.h csrc/*/* tests/cuda_on_cpu/*) tests/sanitized_kernels.cpp tests/sanitized_cuda.cpp mcl_kernels/backends/native_build.py | $(VENV)/installed-test
 	$(VENV)/bin/python -m tests.build_sanitized '$*' $@
 
-# The lower bounds of pyproject.toml: what `pip install mcl-kernels` may meet. What takes minutes, or depends on no version
-# of torch, is left out.
+# With the lower bounds of pyproject.toml, the oldest releases that `pip install mcl-kernels` accepts. Slow tests, and tests
+# that do not depend on the version of torch, are left out.
 test-oldest: $(OLDEST)/installed
 	$(OLDEST)/bin/python -m pytest -n logical -m 'not slow' $(addprefix --ignore tests/,test_benchmarks.py test_demo.py test_package.py test_readme.py integrations)
 
-# With the libraries whose losses ours replace, and the newest torch that has a torchvision: one with CUDA, which the
-# kernels in CUDA C++ are linked against where there is an nvcc.
+# With the host libraries, and the newest torch that has a torchvision. It is a build with CUDA, against which the kernels
+# in CUDA C++ are linked if there is an nvcc.
 test-integrations: $(INTEGRATIONS)/installed
 	$(INTEGRATIONS)/bin/python -m pytest -n logical tests/integrations mcl_kernels/integrations
 
@@ -58,8 +59,8 @@ lint: $(VENV)/installed-test
 types: $(VENV)/installed-test
 	$(VENV)/bin/mypy
 
-# Every case of benchmarks/cases.py: benchmarks/results.csv, and the README's figure drawn from it. Without CASES also
-# k-means, benchmarks/clustering.csv, and the losses over ranks, benchmarks/scale.csv.
+# Measures every case of benchmarks/cases.py, or CASES='zipf clip', into benchmarks/results.csv, and draws the README's
+# figure. Without CASES also k-means, into benchmarks/clustering.csv, and the losses over ranks, into benchmarks/scale.csv.
 bench: $(BENCH)/installed
 	$(BENCH)/bin/python -m benchmarks $(CASES)
 	test -n '$(CASES)' || $(BENCH)/bin/python -m benchmarks.clustering
@@ -70,9 +71,9 @@ bench: $(BENCH)/installed
 suppression: $(VENV)/installed-demo
 	$(VENV)/bin/python -m experiments.suppression $(RUNS)
 
-# All that needs a CUDA device: the kernels in CUDA C++ are built for it; the tests, under compute-sanitizer too where there
-# is one (what Triton makes of shared memory is Triton's), and the same benchmarks with the peers' kernels, into
-# benchmarks/gpu_results.csv and gpu_clustering.csv.
+# Everything that needs a CUDA device: builds the kernels in CUDA C++ for it; runs the tests, also under compute-sanitizer
+# if it is installed (Triton's kernels are not race-checked: Triton manages their shared memory); and runs the benchmarks
+# with the peers' kernels, into benchmarks/gpu_results.csv and gpu_clustering.csv.
 gpu: $(BENCH)/installed
 	$(BENCH)/bin/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("torch sees no CUDA device")'
 	status=0; \

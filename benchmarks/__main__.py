@@ -9,7 +9,6 @@ contender. With `--device cuda` rows are written to gpu_results.csv.
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
 from pathlib import Path
 
@@ -18,7 +17,7 @@ import torch
 from benchmarks.cases import CASES, Case
 from benchmarks.conditions import conditions
 from benchmarks.figure import draw
-from benchmarks.measure import Row, in_fresh_process, measure_once, measure_peak, time_case, write_rows
+from benchmarks.measure import Row, in_fresh_process, measure_once, measure_peak, read_rows, time_case, write_rows
 from mcl_kernels.backends.table import resolve
 
 HERE = Path(__file__).parent
@@ -66,12 +65,8 @@ def _line(row: Row) -> str:
 
 def save(results: Path, case: Case, rows: list[Row]) -> None:
     """Replaces the rows of one case, in the order of the cases."""
-    before: list[Row] = []
-    if results.exists():
-        with results.open(newline="") as file:
-            before = list(csv.DictReader(file))
     order = [known.name for known in CASES]
-    kept = [row for row in before if row["case"] != case.name and row["case"] in order]
+    kept = [row for row in read_rows(results) if row["case"] != case.name and row["case"] in order]
     rows = sorted(kept + rows, key=lambda row: order.index(row["case"]))
     write_rows(results, COLUMNS, rows)
 

@@ -31,7 +31,7 @@ from mcl_kernels import clip_loss, masked_info_nce, masked_logsumexp, nt_xent
 
 
 @dataclass(frozen=True)
-class Inputs:
+class LossInputs:
     """Arguments of a loss: `leaves` get a gradient and come first; `operations` is the minimum of both passes."""
 
     leaves: tuple[Tensor, ...]
@@ -39,7 +39,7 @@ class Inputs:
     clusters: int
     operations: float
 
-    def to(self, device: torch.device) -> Inputs:
+    def to(self, device: torch.device) -> LossInputs:
         leaves, fixed = (tuple(x.to(device) for x in inputs) for inputs in (self.leaves, self.fixed))
         return replace(self, leaves=leaves, fixed=fixed)
 
@@ -50,7 +50,7 @@ class Case:
     reason: str
     target: str
     sizes: tuple[int, ...]  # N: samples, or rows of masked_logsumexp
-    make: Callable[[int], Inputs]
+    make: Callable[[int], LossInputs]
     ours: Callable[..., Tensor]
     peers: tuple[Contender, ...] = ()
     dtype: torch.dtype = torch.float32
@@ -111,32 +111,32 @@ def zipf_clusters(n: int) -> Tensor:
     return torch.arange(len(sizes)).repeat_interleave(sizes)[torch.randperm(n, generator=_generator())]
 
 
-def two_views(n: int, make_labels: Callable[[int], Tensor] = one_cluster) -> Inputs:
+def two_views(n: int, make_labels: Callable[[int], Tensor] = one_cluster) -> LossInputs:
     view_a, view_b = (_normal(n, 128, seed) for seed in (0, 1))
     labels = make_labels(n)
-    return Inputs((view_a, view_b), _label_arguments(labels), *_minimal_work(labels.repeat(2), 128))
+    return LossInputs((view_a, view_b), _label_arguments(labels), *_minimal_work(labels.repeat(2), 128))
 
 
-def unit_rows(n: int, d: int = 128, make_labels: Callable[[int], Tensor] = one_cluster) -> Inputs:
+def unit_rows(n: int, d: int = 128, make_labels: Callable[[int], Tensor] = one_cluster) -> LossInputs:
     labels = make_labels(n)
-    return Inputs((F.normalize(_normal(n, d, 0), dim=1),), _label_arguments(labels), *_minimal_work(labels, d))
+    return LossInputs((F.normalize(_normal(n, d, 0), dim=1),), _label_arguments(labels), *_minimal_work(labels, d))
 
 
-def moco_queue(n: int) -> Inputs:
+def moco_queue(n: int) -> LossInputs:
     """256 keys for each query. Positive and queue are from the momentum encoder: normalised and without gradient."""
     queue = F.normalize(_normal(256 * n, 128, 2), dim=1)
     # Three products: logits in the forward pass, logits and the gradient of the queries in the backward pass.
     operations = 3 * 2 * n * len(queue) * 128
-    return Inputs((_normal(n, 128, 0),), (F.normalize(_normal(n, 128, 1), dim=1), queue), 1, operations)
+    return LossInputs((_normal(n, 128, 0),), (F.normalize(_normal(n, 128, 1), dim=1), queue), 1, operations)
 
 
-def image_text(n: int) -> Inputs:
+def image_text(n: int) -> LossInputs:
     image, text = (F.normalize(_normal(n, 512, seed), dim=1) for seed in (0, 1))
     # Four products: one in the forward pass, three in the backward pass. The logit scale is a leaf: CLIP learns it.
-    return Inputs((image, text, torch.tensor(100.0)), (), 1, 4 * 2 * n * n * 512)
+    return LossInputs((image, text, torch.tensor(100.0)), (), 1, 4 * 2 * n * n * 512)
 
 
-def image_text_fixed(n: int) -> Inputs:
+def image_text_fixed(n: int) -> LossInputs:
     """Inputs with a fixed logit scale, for peers that cannot learn it."""
     inputs = image_text(n)
     return replace(inputs, leaves=inputs.leaves[:2])

@@ -3,7 +3,7 @@
 The time of an iteration is (time of 21 iterations - time of one) / 20, from the same centres. Assignment is timed
 separately. The contenders' OpenMP runtimes conflict within one process: each contender has its own process, they take
 turns, and the median over the turns is reported. faiss samples the data by default: here it reads all rows. With
-`--device cuda` a GPU clusters 16 times as many rows, with plain PyTorch as a contender; gpu_clustering.csv.
+`--device cuda` a GPU clusters 16 times as many rows, with plain PyTorch as a contender, into gpu_clustering.csv.
 """
 
 from __future__ import annotations
@@ -11,16 +11,17 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
 from benchmarks.conditions import conditions
 from benchmarks.measure import in_fresh_process, write_rows
+from mcl_kernels import KMeans, assign_clusters
 from mcl_kernels.backends import cuda
 
 HERE = Path(__file__).parent
@@ -46,8 +47,7 @@ CASES = (
     Case("long", 1_000_000, 128, 10, {"x.sum()": 0.4}),
 )
 
-
-# On a GPU: PyTorch by tiles, and reading the rows once.
+# On a GPU the contenders are PyTorch by tiles, and reading the rows once.
 GPU_ROWS = 16
 GPU_TARGETS = {"own, CUDA C++": 0.0, "reference": 1.0, "x.sum()": 0.0}
 GPU_CASES = tuple(case._replace(n=GPU_ROWS * case.n, targets=GPU_TARGETS) for case in CASES)
@@ -77,8 +77,6 @@ def _median_seconds(function: Callable[[], object]) -> float:
 
 
 def ours(case: Case, device: str, impl: str = "auto") -> float:
-    from mcl_kernels import KMeans
-
     x, centers = data(case, device)
     return _iteration_seconds(lambda n: KMeans(case.k, init=centers, max_iter=n, tol=0.0, impl=impl).fit(x))
 
@@ -92,8 +90,6 @@ def own_cuda(case: Case, device: str) -> float:
 
 
 def ours_assignment(case: Case, device: str) -> float:
-    from mcl_kernels import assign_clusters
-
     x, centers = data(case, device)
     return _median_seconds(lambda: assign_clusters(x, centers))
 
@@ -121,16 +117,14 @@ def faiss_assignment(case: Case, device: str) -> float:
 
 
 def scikit_learn(case: Case, device: str) -> float:
-    from sklearn.cluster import KMeans
+    from sklearn import cluster
 
     x, centers = (z.numpy() for z in data(case))
 
     def fit(iterations: int) -> None:
-        import warnings
-
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # ConvergenceWarning
-            KMeans(case.k, init=np.asarray(centers), n_init=1, max_iter=iterations, tol=0, algorithm="lloyd").fit(x)
+            cluster.KMeans(case.k, init=centers, n_init=1, max_iter=iterations, tol=0, algorithm="lloyd").fit(x)
 
     return _iteration_seconds(fit)
 

@@ -1,4 +1,4 @@
-"""Versions, processor and commit that a measurement is recorded with."""
+"""Conditions of a measurement: versions, processor and commit."""
 
 from __future__ import annotations
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Callable
 from pathlib import Path
+
+from benchmarks.measure import read_rows
 
 # Peers of the case "batch-size", and the single point of "cubic-memory": that peer has no larger batch.
 STYLES = {
@@ -16,11 +17,10 @@ STYLES = {
 
 
 def draw(results: Path, figure_path: Path) -> None:
-    """Time and peak memory against batch size, log-log, each with its limit."""
+    """Draws time and peak memory against batch size, log-log, each with its limit."""
     from matplotlib.figure import Figure
 
-    with results.open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["case"] in ("batch-size", "cubic-memory")]
+    rows = [row for row in read_rows(results) if row["case"] in ("batch-size", "cubic-memory")]
     swept = [row for row in rows if row["case"] == "batch-size"]
     if not swept:
         raise SystemExit(f"no rows of the case batch-size in {results}: run `python -m benchmarks batch-size`")

@@ -1,6 +1,6 @@
-"""GPU kernels of this library and of its peers, specialised like their launchers do it, for `gpu_static` to compile.
+"""GPU kernels of this library and of its peers, specialised as by their launchers, for `gpu_static` to compile.
 
-Rows are contiguous; D and the numbers of rows are divisible by 16. The cost of a loss, forward and backward, is in
+Rows are contiguous; D and the counts of rows are divisible by 16. The cost of a loss, forward and backward, is given in
 units: one unit is a product of D elements for every pair that the kernels visit.
 """
 
@@ -42,7 +42,7 @@ class Units(NamedTuple):
     pairs: str  # that are visited: "kept", rounded up to tiles, or "all"
 
 
-# The most frequent call of each first: the self form with a fixed temperature and negatives of the same cluster.
+# The first of each is its most frequent call: the self form, a fixed temperature, negatives of the same cluster.
 FORWARD = ("forward", "forward, different")
 SCALE_TOO, KEYS = "backward, scale too", "backward, keys, scale of each query"
 BACKWARD = ("backward", "backward, different", SCALE_TOO, KEYS)
@@ -154,7 +154,7 @@ def _label_sums_kernel(kernel: str, precision: str) -> Launch | None:
 
 
 def own_units(architecture: int, precision: str, width: int) -> Units:
-    """Units of our kernels. A side has one forward, and backward one for the sum and one for the logits of each part.
+    """Units of our kernels. Of each side: one forward; backward one for the sum, and one for the logits of each part.
 
     A part is the block of features whose gradients a program accumulates.
     """

@@ -1,7 +1,7 @@
 """Resources of the compiled GPU kernels, ours and the peers': `python -m benchmarks.gpu_static` writes gpu_static.csv.
 
 No GPU is needed: Triton's compiler and disassembler, and nvcc, build for any architecture. A row is one kernel for one
-architecture, precision and D, specialised like its launcher does it. Columns: registers of a thread, bytes of its
+architecture, precision and D, specialised as by its launcher. Columns: registers of a thread, bytes of its
 stack, local stores and loads (spilled registers), shared memory and its limit, columns of tensor memory, instructions
 of the tensor cores, loads, special-function instructions, warps that are resident on a multiprocessor, and the units of
 a loss by its form, forward and backward. A unit is a product of D elements for every visited pair. Kernels of k-means
@@ -14,7 +14,6 @@ core instructions are those of nvcuda::wmma, which sm_90 and sm_100 have in addi
 from __future__ import annotations
 
 import argparse
-import csv
 import importlib.util
 import multiprocessing
 import os
@@ -40,7 +39,7 @@ from benchmarks.gpu_kernels import (
     peer_kernel,
     peer_units,
 )
-from benchmarks.measure import Row, write_rows
+from benchmarks.measure import Row, read_rows, write_rows
 from mcl_kernels.backends import cuda
 
 HERE = Path(__file__).parent
@@ -53,18 +52,19 @@ CUDA_ARCHITECTURES = (75, *ARCHITECTURES)
 CUDA_PRECISIONS = {"__half": "fp16", "__nv_bfloat16": "bf16", "float": "fp32", "double": "fp64"}  # by operand type
 SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes of a program
 CUDA_SHARED_LIMIT = 49_152  # bytes of a launch without an opt-in for more
-SHARED_OF_PROCESSOR = {75: 65_536, 80: 167_936, 90: 233_472, 100: 233_472}
-SHARED_OF_SYSTEM = {75: 0, 80: 1024, 90: 1024, 100: 1024}  # bytes reserved for each block
-COUNTED_OF_SYSTEM = {75: 0, 80: 0, 90: 1024, 100: 1024}  # part of them that a cubin counts as the kernel's
-REGISTERS_OF_PROCESSOR = 65_536
-WARPS_OF_PROCESSOR = {75: 32, 80: 64, 90: 64, 100: 64}
+# Per multiprocessor: bytes of shared memory, registers, warps, columns of tensor memory.
+MULTIPROCESSOR_SHARED = {75: 65_536, 80: 167_936, 90: 233_472, 100: 233_472}
+RESERVED_SHARED = {75: 0, 80: 1024, 90: 1024, 100: 1024}  # bytes that the system takes of each block
+RESERVED_IN_CUBIN = {75: 0, 80: 0, 90: 1024, 100: 1024}  # part of them that a cubin counts as the kernel's
+MULTIPROCESSOR_REGISTERS = 65_536
+MULTIPROCESSOR_WARPS = {75: 32, 80: 64, 90: 64, 100: 64}
 TENSOR_MEMORY = 512  # columns of a multiprocessor, from sm_100 on
 TENSOR_CORES = {80: r"\bHMMA", 90: r"\bHGMMA", 100: r"\bUTC\w*MMA"}  # the fast path of each
 WMMA = r"\bHMMA"
 COLUMNS = (
     "library", "kernel", "architecture", "precision", "d", "rows", "columns", "features", "gradients", "chunk", "warps",
     "stages", "units_self", "units_one_direction", "units_both_directions", "pairs", "registers", "stack", "spills",
-    "shared", "shared_limit", "tensor_memory", "tensor_core", "loads", "special_function", "warps_of_processor",
+    "shared", "shared_limit", "tensor_memory", "tensor_core", "loads", "special_function", "resident_warps",
     "compiler",
 )  # fmt: skip
 
@@ -170,7 +170,7 @@ def _compile_source(source: Path, architecture: int) -> list[Row]:
         assert bounds, f"{name} has no __launch_bounds__, from which its number of threads is read"
         warps = int(bounds[1]) // 32
         dynamic = re.findall(r"dynamic shared memory: (\d+)", text)  # a comment of shared_memory() in tiles.cuh
-        shared = code.shared - COUNTED_OF_SYSTEM[architecture] + max(map(int, dynamic), default=0)
+        shared = code.shared - RESERVED_IN_CUBIN[architecture] + max(map(int, dynamic), default=0)
         rows.append({
             "library": f"mcl_kernels {version('mcl_kernels')}", "kernel": f"{CUDA}: {name}",
             "architecture": f"sm_{architecture}", "precision": precision, "d": "", "warps": warps,
@@ -204,15 +204,15 @@ def _run(*command: str) -> str:
 
 def _resources(code: Code, architecture: int, warps: int, shared: int, tensor_memory: int) -> Row:
     blocks = min(
-        REGISTERS_OF_PROCESSOR // (-(-code.registers // 8) * 8 * 32 * warps),
-        SHARED_OF_PROCESSOR[architecture] // max(shared + SHARED_OF_SYSTEM[architecture], 1),
+        MULTIPROCESSOR_REGISTERS // (-(-code.registers // 8) * 8 * 32 * warps),
+        MULTIPROCESSOR_SHARED[architecture] // max(shared + RESERVED_SHARED[architecture], 1),
         TENSOR_MEMORY // max(tensor_memory, 1),
-        WARPS_OF_PROCESSOR[architecture] // warps,
+        MULTIPROCESSOR_WARPS[architecture] // warps,
     )
     return {
         "registers": code.registers, "stack": code.stack, "spills": code.count(r"\b(?:STL|LDL)"),
         "shared": shared, "tensor_memory": tensor_memory, "loads": code.count(r"\b(?:LDG|LDGSTS)\b"),
-        "special_function": code.count(r"\bMUFU"), "warps_of_processor": blocks * warps,
+        "special_function": code.count(r"\bMUFU"), "resident_warps": blocks * warps,
     }  # fmt: skip
 
 
@@ -243,16 +243,12 @@ def _is_wanted(kernel: str, width: int, every_width_of: tuple[str, ...] | None) 
 
 def save(path: Path, kernels: tuple[str, ...], rows: list[Row]) -> None:
     """Replaces the rows of these kernels, in the order of all kernels."""
-    before: list[Row] = []
-    if path.exists():
-        with path.open(newline="") as file:
-            before = list(csv.DictReader(file))
     order = (*OWN, *KMEANS, CUDA, *INF_CL, *MEMEFF)
 
     def name_of(row: Row) -> str:
         return CUDA if row["kernel"].startswith(f"{CUDA}: ") else row["kernel"]
 
-    kept = [row for row in before if name_of(row) in set(order) - set(kernels)]
+    kept = [row for row in read_rows(path) if name_of(row) in set(order) - set(kernels)]
     write_rows(path, COLUMNS, sorted(kept + rows, key=lambda row: order.index(name_of(row))))
 
 
@@ -281,7 +277,7 @@ def main() -> None:
         print(
             f"{row['kernel']:<43} {row['architecture']:<6} {row['precision']:<6} D {row['d'] or 'any':>4}"
             f"  {row['registers']:>3} registers  {row['stack']:>4} B stack  {row['spills']:>3} spills"
-            f"  {row['shared']:>6} B shared  {row['tensor_core']:>3} tensor core  {row['warps_of_processor']:>2} warps"
+            f"  {row['shared']:>6} B shared  {row['tensor_core']:>3} tensor core  {row['resident_warps']:>2} warps"
         )
     save(options.csv, kernels, rows)
 

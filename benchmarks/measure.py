@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.cases import CASES, Case, Inputs
+from benchmarks.cases import CASES, Case, LossInputs
 from benchmarks.peers import Contender
 from mcl_kernels.backends.table import resolve
 
@@ -37,7 +37,7 @@ def find(name: str) -> Case:
     return next(case for case in CASES if case.name == name)
 
 
-def step_of(case: Case, contender: Contender, inputs: Inputs) -> Step:
+def step_of(case: Case, contender: Contender, inputs: LossInputs) -> Step:
     """Returns a step of one contender, its loss and gradients. Inputs are rounded to the dtype of the case for all."""
     dtype = contender.dtype or case.dtype
     leaves = [leaf.detach().to(case.dtype).to(dtype).requires_grad_() for leaf in inputs.leaves]
@@ -81,7 +81,7 @@ def time_case(name: str, n: int, device: torch.device) -> tuple[list[Row], dict[
             check_agreement(case, contender, n, device)
         except AssertionError:
             raise
-        except Exception as error:  # too large for this GPU, say: the other contenders are still measured
+        except Exception as error:  # for example too large for this GPU: the other contenders are still measured
             if device.type == "cpu":
                 raise
             skipped[contender.name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
@@ -121,7 +121,7 @@ def measure_once(name: str, n: int, device: torch.device) -> Row:
 
 
 def _peak(
-    case: Case, contender: Contender, inputs: Inputs, device: torch.device, cap_bytes: int | None = None
+    case: Case, contender: Contender, inputs: LossInputs, device: torch.device, cap_bytes: int | None = None
 ) -> tuple[int, float]:
     step = step_of(case, contender, inputs)
     # A small step first, to load what is loaded on first use. A compiled step is compiled for its size only.
@@ -153,7 +153,7 @@ def _status(field: str) -> int:
     return 1024 * int(next(line.split()[1] for line in lines if line.startswith(field)))
 
 
-def _row(case: Case, contender: Contender, n: int, inputs: Inputs, seconds: list[float], rate: float) -> Row:
+def _row(case: Case, contender: Contender, n: int, inputs: LossInputs, seconds: list[float], rate: float) -> Row:
     device, in_order = inputs.leaves[0].device, sorted(seconds)
     p20, p80 = (in_order[round(q * (len(in_order) - 1))] for q in (0.2, 0.8))
     p50 = statistics.median(in_order)
@@ -209,6 +209,14 @@ def _seconds(step: Callable[[], object], device: torch.device) -> float:
     started = time.perf_counter()
     step()
     return time.perf_counter() - started
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Rows of a CSV as text; none if there is no file."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def write_rows(path: Path, columns: tuple[str, ...], rows: list[Row]) -> None:

@@ -1,4 +1,4 @@
-"""Losses that users write or install instead of `mcl_kernels`: each peer has the same value, only its cost differs."""
+"""Peers: losses that users write or install instead of `mcl_kernels`, with the same value at another cost."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Contender:
 
 
 def dense_nt_xent(view_a: Tensor, view_b: Tensor, labels: Tensor | None = None) -> Tensor:
-    """The usual code: all logits, a mask, cross entropy."""
+    """Loss by the usual code: all logits, a mask, cross entropy."""
     n = len(view_a)
     z = F.normalize(torch.cat((view_a, view_b)), dim=1)
     logits = z @ z.T / TEMPERATURE
@@ -49,7 +49,7 @@ def dense_nt_xent(view_a: Tensor, view_b: Tensor, labels: Tensor | None = None) 
 
 
 def loop_nt_xent(view_a: Tensor, view_b: Tensor, labels: Tensor) -> Tensor:
-    """The fastest plain PyTorch: sorts once, then computes the dense loss of each cluster."""
+    """Loss by the fastest plain PyTorch: sorts once, then computes the dense loss of each cluster."""
     order, sizes = labels.argsort(), labels.unique(return_counts=True)[1].tolist()
     total = view_a.new_zeros(())
     for a, b in zip(view_a[order].split(sizes), view_b[order].split(sizes), strict=True):
@@ -81,7 +81,7 @@ def lightly_nt_xent(view_a: Tensor, view_b: Tensor) -> Tensor:
 
 
 def metric_learning_nt_xent(view_a: Tensor, view_b: Tensor, labels: Tensor) -> Tensor:
-    """The same pairs as the mask; the library compares every positive pair with every negative pair."""
+    """Loss of the pairs that the mask keeps; the library compares every positive pair with every negative pair."""
     from pytorch_metric_learning.losses import NTXentLoss
 
     sample, both = torch.arange(len(view_a), device=labels.device).repeat(2), labels.repeat(2)
@@ -92,7 +92,7 @@ def metric_learning_nt_xent(view_a: Tensor, view_b: Tensor, labels: Tensor) -> T
 
 
 def dense_moco(query: Tensor, positive: Tensor, queue: Tensor) -> Tensor:
-    """MoCo's code; positive and queue are normalised already."""
+    """Loss by MoCo's code; positive and queue are normalised already."""
     query = F.normalize(query, dim=1)
     positive_logit = (query * positive).sum(1, keepdim=True)
     logits = torch.cat((positive_logit, query @ queue.T), dim=1) / TEMPERATURE
@@ -100,7 +100,7 @@ def dense_moco(query: Tensor, positive: Tensor, queue: Tensor) -> Tensor:
 
 
 def dense_clip(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
-    """open_clip's code: two cross entropies of one product."""
+    """Loss by open_clip's code: two cross entropies of one product."""
     logits, target = logit_scale * image @ text.T, torch.arange(len(image), device=image.device)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 

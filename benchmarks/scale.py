@@ -1,4 +1,4 @@
-"""NT-Xent over many ranks by a model, and measured over a few: `python -m benchmarks.scale` writes scale.csv.
+"""NT-Xent over many ranks, modelled, and over a few ranks, measured: `python -m benchmarks.scale` writes scale.csv.
 
 The model is that of `scale_model`. The measurements use processes of one thread that communicate over gloo on this
 machine. The bytes that each sends and receives are counted and must equal those of `plan_exchange`. Seconds are those
@@ -9,7 +9,6 @@ seconds are the cost of a step, not the gain of another rank.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import statistics
@@ -24,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.conditions import conditions
-from benchmarks.measure import Row, write_rows
+from benchmarks.measure import Row, read_rows, write_rows
 from benchmarks.scale_model import LABELS, SAMPLES_PER_RANK, VIEWS, D, imbalance, model_rows
 from benchmarks.traffic import count_traffic
 from mcl_kernels import nt_xent, plan_exchange
@@ -138,8 +137,7 @@ def draw(results: Path, figure_path: Path) -> None:
     """Draws time, bytes and memory of the busiest rank against the number of ranks, from the CSV."""
     from matplotlib.figure import Figure
 
-    with results.open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["kind"] == "model"]
+    rows = [row for row in read_rows(results) if row["kind"] == "model"]
     rows = [row for row in rows if int(row["batch"]) == SAMPLES_PER_RANK * int(row["world"])]
     styles = {
         "ours, cluster": ("mcl_kernels, exchange='cluster'", "#1b6ca8", "o", "-"),
@@ -216,10 +214,9 @@ def main() -> None:
             if row["batch"] == SAMPLES_PER_RANK * row["world"]:
                 print(_line(row))
         measured: list[Row] = []
-        if options.model_only and options.csv.exists():
-            with options.csv.open(newline="") as file:
-                measured = [row for row in csv.DictReader(file) if row["kind"] == "measured"]
-        if not options.model_only:
+        if options.model_only:
+            measured = [row for row in read_rows(options.csv) if row["kind"] == "measured"]
+        else:
             print(f"Measured: processes of one thread on {os.cpu_count()} cores", flush=True)
             for row in measured_rows(MEASURED_WORLDS, MEASURED_N, MEASURED_CLUSTERS, STEPS, TURNS):
                 print(_line(row))

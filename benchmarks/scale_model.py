@@ -38,7 +38,7 @@ class Cost(NamedTuple):
 
     sent: np.ndarray  # bytes of the forward pass
     received: np.ndarray
-    grad_sent: np.ndarray  # of the backward pass
+    grad_sent: np.ndarray  # bytes of the backward pass
     grad_received: np.ndarray
     operations: np.ndarray
     memory: np.ndarray  # bytes of rows, their gradients, log-sum-exps and logits

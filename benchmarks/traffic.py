@@ -1,4 +1,4 @@
-"""Counts the bytes that this rank sends to other ranks and receives from them."""
+"""Counter of the bytes that this rank sends to other ranks and receives from them."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Experiments that train models through the public API of mcl_kernels."""
+"""Studies that train models through the public API of mcl_kernels."""

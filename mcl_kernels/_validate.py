@@ -54,14 +54,14 @@ def as_number(name: str, value: object, expected: str = "a number") -> float:
     return float(value)
 
 
-def check_positive(name: str, value: object) -> None:
-    """Raises for a Python number <= 0; tensors are not checked, which would synchronise and break a graph."""
-    if not as_number(name, value, "a number or a tensor") > 0:
+def check_positive(name: str, value: object, expected: str = "a number") -> None:
+    """Raises unless value is a number > 0. Not for tensors: reading one would synchronise and break a graph."""
+    if not as_number(name, value, expected) > 0:
         raise ValueError(f"{name} must be positive: got {value}")
 
 
 def check_at_least_0(name: str, value: object) -> None:
-    """Raises for a number < 0: of Python, or a tensor of one element."""
+    """Raises unless value, a number or a tensor of one element, is >= 0."""
     if not (isinstance(value, Tensor) and value.numel() == 1):
         as_number(name, value)
     if not value >= 0:  # type: ignore[operator]
@@ -115,7 +115,7 @@ def check_same_device(name: str, x: Tensor, other_name: str, other: Tensor) -> N
 
 
 def check_integer_vector(name: str, values: object) -> Tensor:
-    """Labels or ids, unchanged: a memory map is not read."""
+    """Labels or ids, checked and returned as they are: the values, which may be a memory map, are not read."""
     use_one_thread_if_forked()
     if not isinstance(values, Tensor):
         raise TypeError(f"{name} must be an integer tensor: got {type(values).__name__}")
@@ -128,12 +128,12 @@ def check_integer_vector(name: str, values: object) -> Tensor:
 
 
 def as_integer_vector(name: str, values: object) -> Tensor:
-    """Labels or ids, as int64."""
+    """Labels or ids as int64, checked."""
     return check_integer_vector(name, values).long()
 
 
 def as_integers(name: str, values: object, owner_name: str, owner: Tensor) -> Tensor:
-    """Labels or ids, one per row of `owner`, as int64."""
+    """Labels or ids as int64, checked to be one per row of `owner`."""
     values = as_integer_vector(name, values)
     if values.shape[0] != owner.shape[0]:
         raise ValueError(

@@ -30,14 +30,14 @@ ObjectiveLike = Callable[..., Tensor]
 
 
 class Objective:
-    """Base of objectives with settings. It holds what an objective may ask for; a plain function asks for nothing.
+    """Base of objectives with settings or needs. A plain function has the defaults of these attributes.
 
     Attributes:
-        counts: n is counted, O(N log N). Else it is None.
-        scales: factors (f, g, ...) of the scale, for each of which the negatives get a log-sum-exp: b is their tuple.
-            None: b is the log-sum-exp itself, [N].
-        mixes_anchors: the loss of an anchor depends on others. `__call__` takes a fifth argument, bool [N]: which
-            anchors have negatives.
+        counts: n is the number of negatives, counted in O(N log N), and not None.
+        scales: factors (f, g, ...) of the scale. b is a tuple of log-sum-exps, one for each factor. None: b is the
+            log-sum-exp itself, [N].
+        mixes_anchors: the loss of an anchor depends on others. `__call__` takes a fifth argument, bool [N], true for
+            anchors with negatives.
 
     Example:
         >>> class Margin(Objective):

@@ -1,4 +1,4 @@
-"""What "as accurate as the definition" means: an assertion shared by all tests of numbers."""
+"""The assertion "as accurate as the definition", shared by all tests of numbers."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from torch import Tensor
 def assert_accurate(
     got: Tensor, reference: Tensor, exact: Tensor, what: str = "result", usual: float | None = None
 ) -> None:
-    """`got` is at most twice as far from the fp64 result as the dense reference on the same rounded inputs.
+    """Asserts that `got` is at most twice as far from the fp64 result as the reference on the same rounded inputs.
 
     A slack of 4 machine epsilons of the output dtype times the largest exact value is added. The whole tensor is
     checked too, by its cosine with the exact one and by its signed bias, which a few outliers would hide.
 
-    A single number of the reference may be right by luck, and is on some processors: `usual` is the relative error of
-    what it is a sum of, which then counts if it is larger.
+    A scalar of the reference may be exact by chance, and is on some CPUs. `usual`, the relative error of the terms that
+    it sums, then replaces the error of the reference if it is larger.
     """
     assert got.dtype == reference.dtype, f"{what}: dtype {got.dtype}, expected {reference.dtype}"
     assert got.shape == exact.shape, f"{what}: shape {list(got.shape)}, expected {list(exact.shape)}"
@@ -33,7 +33,7 @@ def assert_accurate(
     error, allowed = float((got - exact).abs().max()), 2 * float((reference - exact).abs().max()) + slack
     assert error <= allowed, f"{what}: error {error:.3g}, allowed {allowed:.3g}"
 
-    # Rounding errors of many entries cancel in their mean, those of one do not.
+    # Rounding errors of many elements cancel in their mean; the error of a single element does not.
     bias = abs(float((got - exact).mean()))
     allowed = 2 * abs(float((reference - exact).mean())) + slack / min(4.0, got.numel() ** 0.5)
     assert bias <= allowed, f"{what}: signed bias {bias:.3g}, allowed {allowed:.3g}"

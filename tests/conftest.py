@@ -1,4 +1,4 @@
-"""Every test of numbers runs through one fixture: each (device, implementation) pair that exists here."""
+"""Fixtures of all tests, and the backends that exist here: every test of numbers runs on each of them."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def unavailable_reason(impl: str, device: str) -> str | None:
     return TABLE[impl].unavailable_reason(torch.device(device))
 
 
-# Implementations that compute CPU tensors here, for tests that need no more than one of each.
+# Implementations that compute CPU tensors here, for tests that need each of them once.
 CPU_IMPLS = [impl for impl in IMPLS["logsumexp"][1:] if impl == "native" or unavailable_reason(impl, "cpu") is None]
 
 
@@ -59,7 +59,7 @@ def pytest_report_header() -> str:
 
 @pytest.fixture(params=BACKENDS, ids=str)
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Backend]:
-    """What computes; tensors that a test makes are on its device."""
+    """Backend that computes; tensors that a test makes are on its device."""
     backend: Backend = request.param
     if backend.impl == "native":
         use_instruction_set(backend.instruction_set, monkeypatch)
@@ -72,12 +72,12 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def is_slow(backend: Backend) -> bool:
-    """Interpreted: too slow for gradients checked entry by entry."""
+    """Returns whether a backend is interpreted: too slow to check gradients element by element."""
     return backend == Backend("cpu", "triton")
 
 
 def use_instruction_set(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Native kernels of one instruction set for the rest of the test, which is skipped where it does not run."""
+    """Selects the native kernels of an instruction set for the rest of the test; skips it if this CPU lacks the set."""
     available, reason = native.describe()
     if not available:
         pytest.skip(reason)
@@ -90,14 +90,14 @@ def use_instruction_set(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module", params=[2, 4], ids=lambda n: f"{n} ranks")
 def ranks(request: pytest.FixtureRequest) -> Iterator[RankPool]:
-    """Processes that speak over gloo, kept for a module."""
+    """Processes that communicate over gloo, kept for a module."""
     with RankPool(request.param) as pool:
         yield pool
 
 
 @pytest.fixture
 def poisoned_memory() -> Iterator[None]:
-    """`torch.empty` returns NaN, so that an element nobody wrote is seen."""
+    """Fills the memory of `torch.empty` with NaN, so that an unwritten element is detected."""
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
     assert torch.empty(3).isnan().all()

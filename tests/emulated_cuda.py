@@ -45,10 +45,10 @@ class Operators:
 
 def install() -> None:
     """Lets the backend "cuda" compute CPU tensors in this process, by the emulation."""
-    reason_of_compiled, operators = cuda.unavailable_reason, Operators(cuda.ops)
+    compiled_reason, operators = cuda.unavailable_reason, Operators(cuda.ops)
 
     def reason(device: torch.device) -> str | None:
-        return None if device.type == "cpu" else reason_of_compiled(device)
+        return None if device.type == "cpu" else compiled_reason(device)
 
     cuda.ops = lambda: operators
     cuda.unavailable_reason = reason

@@ -1,4 +1,4 @@
-"""A place without kernels, and compilers that make a library there in milliseconds, or fail as the test chooses."""
+"""A build site without kernels, and fake compilers that make a library in milliseconds, or fail as a test chooses."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ esac
 """
 
 
-class Place:
-    """A cache directory, the sources of a library that holds nothing, and what compiles them."""
+class BuildSite:
+    """A cache directory, the sources of a library without operators, and their compiler."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -62,17 +62,17 @@ class Place:
         return list(self.cache.glob("*.failed"))
 
 
-def make_place(root: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
-    """A place whose compiler is a fake one. What it makes is not tried in another process, which takes seconds."""
+def make_site(root: Path, monkeypatch: pytest.MonkeyPatch) -> BuildSite:
+    """Makes a build site with a fake compiler. Its libraries are not tried in another process, which takes seconds."""
     if shutil.which("g++") is None:
         pytest.skip("no g++ is on the PATH")
-    place = Place(root)
+    site = BuildSite(root)
     monkeypatch.setenv("XDG_CACHE_HOME", str(root / "cache"))
-    monkeypatch.setenv("CXX", str(place.compiler()))
+    monkeypatch.setenv("CXX", str(site.compiler()))
     monkeypatch.setattr(native, "PACKAGE", root / "package")
-    monkeypatch.setattr(native, "source_directory", lambda: place.sources)
+    monkeypatch.setattr(native, "source_directory", lambda: site.sources)
     monkeypatch.setattr(_library, "check_loads", lambda library: None)
-    return place
+    return site
 
 
 def give_away(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

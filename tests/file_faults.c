@@ -89,7 +89,7 @@ int unlinkat(int at, const char* path, int flags) { return fails_in(at, path) ? 
 int rmdir(const char* path) { return fails_at(path) ? -1 : REAL(rmdir)(path); }
 int close(int file) {
   const int fails = fails_on(file), error = errno;
-  const int result = REAL(close)(file);  // a file is closed even where that fails
+  const int result = REAL(close)(file);  // a file is closed even if that fails
   if (fails) errno = error;
   return fails ? -1 : result;
 }

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def kept(y: int | None, y_key: int | None, u: int | None, u_key: int | None, negatives: str) -> bool:
-    """Whether a key is a negative of a query, one pair at a time."""
+    """Returns whether a key is a negative of a query, for a single pair."""
     if y is not None and y_key is not None:
         if y < 0 or y_key < 0:
             return False
@@ -25,11 +25,7 @@ def negatives_of(i: int, m: int, labels, key_labels, ids, key_ids, negatives: st
     def at(values: Tensor | None, index: int) -> int | None:
         return None if values is None else int(values[index])
 
-    return [
-        j
-        for j in range(m)
-        if kept(at(labels, i), at(key_labels, j), at(ids, i), at(key_ids, j), negatives)
-    ]  # fmt: skip
+    return [j for j in range(m) if kept(at(labels, i), at(key_labels, j), at(ids, i), at(key_ids, j), negatives)]
 
 
 def info_nce_double_loop(query, positive, key, scale, negatives: list[list[int]]) -> list[float]:  # type: ignore[no-untyped-def]

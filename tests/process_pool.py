@@ -94,10 +94,8 @@ def _serve(pipe: Connection, directory: Path, rank: int, world_size: int, timeou
     torch.set_num_threads(1)
     pipe.send("ready")
     pipe.recv()
-    dist.init_process_group(
-        "gloo", init_method=f"file://{directory / 'store'}", rank=rank, world_size=world_size,
-        timeout=timedelta(seconds=timeout),
-    )  # fmt: skip
+    store, limit = f"file://{directory / 'store'}", timedelta(seconds=timeout)
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size, timeout=limit)
     while True:
         try:
             function, arguments = pipe.recv()

@@ -33,7 +33,7 @@ def test_native_is_for_cpu_tensors(operation: str) -> None:
 
 @every_operation
 @pytest.mark.parametrize("impl", ["triton", "cuda"])
-def test_a_named_backend_is_never_replaced(operation: str, impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_named_backend_is_never_replaced(operation: str, impl: str) -> None:
     with pytest.raises(RuntimeError, match=f"impl='{impl}': .*got device meta.*use impl='auto'"):
         resolve(operation, impl, torch.device("meta"))
 

@@ -147,7 +147,7 @@ def test_ami(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     assert ami["p.pt"] == pytest.approx(metrics.adjusted_mutual_info_score(torch.arange(N) % 5, clusters))
     assert f"AMI with y.npy: {ami['y.npy']:.3f}\n" in capsys.readouterr().out
 
-    monkeypatch.setattr("mcl_kernels.cli.cluster.AMI_ROWS", 200)
+    monkeypatch.setattr("mcl_kernels.cli.cluster.MAX_AMI_ROWS", 200)
     assert cluster(*command) == 0
     assert "(of 200 rows drawn at random)" in capsys.readouterr().out
     assert json.loads(Path("z.npy.json").read_text())["ami"]["y.npy"] == pytest.approx(ami["y.npy"], abs=0.15)

@@ -1,4 +1,4 @@
-"""What only the CUDA C++ implementation promises; its numbers are in the tests that every implementation runs."""
+"""Promises of the CUDA C++ implementation alone; its numbers are in the tests that every implementation runs."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_sanitized(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    # The first race ends it: with a barrier left out there are thousands.
+    # The program ends at its first race: without a barrier there are thousands.
     environment = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1"}
     return subprocess.run(
         [str(program), *arguments], capture_output=True, text=True, check=False, timeout=600, env=environment
@@ -53,17 +53,17 @@ def test_no_access_is_unordered(sanitized: Path) -> None:
 @pytest.mark.slow
 @needs_emulation
 @pytest.mark.parametrize("barrier", BARRIERS)
-def test_a_barrier_that_is_left_out_is_seen(sanitized: Path, barrier: str) -> None:
-    """None is there for nothing, and the emulation shows what a missing one would do."""
+def test_a_barrier_that_is_left_out_is_detected(sanitized: Path, barrier: str) -> None:
+    """Every barrier is necessary, and the emulation detects a missing one."""
     result = run_sanitized(sanitized, barrier)
-    # Most are reported as a race; without some of them a row is read from where there is none.
+    # Most are reported as a race; without some of them a row is read at an invalid index.
     assert result.returncode != 0
     assert "ThreadSanitizer" in result.stderr or "WRONG" in result.stdout, result.stderr
 
 
 @needs_emulation
 def test_bfloat16_before_its_tensor_cores(tmp_path: Path) -> None:
-    """On sm_75 it is multiplied by fused multiply-adds, which the library that is emulated does not choose."""
+    """On sm_75 it is multiplied by fused multiply-adds, which the emulated library does not choose."""
     build_cuda_program(str(tmp_path / "cuda"), ["-DMCL_NO_BF16_TENSOR_CORES"])
     result = subprocess.run([tmp_path / "cuda"], capture_output=True, text=True, check=False, timeout=300)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -74,7 +74,7 @@ def test_bfloat16_before_its_tensor_cores(tmp_path: Path) -> None:
     ("capability", "architectures", "runs"),
     [
         ((7, 5), ["7.5"], True),
-        ((8, 9), ["8.0"], True),  # of an older minor version
+        ((8, 9), ["8.0"], True),  # built for an older minor version
         ((8, 0), ["8.6"], False),
         ((9, 0), ["8.0"], False),
         ((9, 0), ["8.0+PTX"], True),
@@ -83,11 +83,13 @@ def test_bfloat16_before_its_tensor_cores(tmp_path: Path) -> None:
         ((10, 3), ["10.0a"], False),
     ],
 )
-def test_which_gpus_run_what_was_built(capability: tuple[int, int], architectures: list[str], runs: bool) -> None:
+def test_gpus_that_run_the_built_architectures(
+    capability: tuple[int, int], architectures: list[str], runs: bool
+) -> None:
     assert _cuda.runs_on(capability, architectures) == runs
 
 
-def test_architectures_that_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_architectures_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.5;9.0+PTX")
     assert _cuda.target_architectures() == ["7.5", "9.0+PTX"]
     assert _cuda._code_flags(["9.0+PTX"]) == [
@@ -110,29 +112,29 @@ def test_a_torch_without_cuda_builds_nothing(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize(
-    ("said", "told"), [("release 12.4, V12.4.1", r"got 12\.4 from"), ("what?", "got no version from")]
+    ("printed", "message"), [("release 12.4, V12.4.1", r"got 12\.4 from"), ("what?", "got no version from")]
 )
 def test_an_nvcc_of_another_major_version(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, said: str, told: str
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, printed: str, message: str
 ) -> None:
     from torch.utils import cpp_extension
 
     compiler = tmp_path / "bin" / "nvcc"
     compiler.parent.mkdir()
-    compiler.write_text(f"#!/bin/sh\necho '{said}'\n")
+    compiler.write_text(f"#!/bin/sh\necho '{printed}'\n")
     compiler.chmod(0o755)
     monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(tmp_path))
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    with pytest.raises(_cuda.CudaUnavailableError, match=told):
+    with pytest.raises(_cuda.CudaUnavailableError, match=message):
         _cuda.check_toolkit()
     monkeypatch.setattr(torch.version, "cuda", "12.6")
-    if "12.4" in said:
+    if "12.4" in printed:
         _cuda.check_toolkit()
 
 
 @pytest.mark.parametrize("line", ['a.cu(3): error: expected a ";"', "a.o : error LNK2001: unresolved external symbol"])
-def test_the_first_error_of_a_build_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, line: str) -> None:
-    """Not the command in front of it, which torch repeats."""
+def test_the_first_error_of_a_build_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, line: str) -> None:
+    """The error comes after the command, which torch repeats."""
     from torch.utils import cpp_extension
 
     def fail(*arguments: object, **options: object) -> None:
@@ -170,21 +172,21 @@ def test_a_library_that_does_not_load_is_not_kept(monkeypatch: pytest.MonkeyPatc
     assert str(_cuda._loaded.__wrapped__()).startswith(f"{library} is damaged; build it again: MCL_KERNELS_CUDA=1 pip")
 
 
-def test_a_gpu_newer_than_what_was_built(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_newer_than_the_built_architectures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (12, 0))
     monkeypatch.setattr(_cuda, "_loaded", lambda: None)
     monkeypatch.setattr(_cuda, "_architectures", lambda: ["7.5", "9.0"])
-    told = (
+    message = (
         "is built for compute capability 7.5, 9.0: got 12.0; TORCH_CUDA_ARCH_LIST=12.0 MCL_KERNELS_CUDA=1 pip install"
     )
-    assert str(_cuda.unavailable_reason(torch.device("cuda"))).startswith(told)
+    assert str(_cuda.unavailable_reason(torch.device("cuda"))).startswith(message)
     monkeypatch.setattr(_cuda, "_architectures", lambda: ["7.5", "9.0+PTX"])
     assert _cuda.unavailable_reason(torch.device("cuda")) is None
     assert _cuda.describe()[1] == "CUDA C++ kernels (csrc/cuda), built for 7.5, 9.0+PTX"
 
 
-def test_called_where_it_is_not_built() -> None:
+def test_a_call_without_built_kernels_is_an_error() -> None:
     code = (
         "import torch, mcl_kernels\n"
         "print(mcl_kernels.capabilities()['cuda'])\n"

@@ -1,6 +1,6 @@
-"""Under another default device, as `torch.set_default_device("cuda")` sets it, everything is as without.
+"""The default device, which `torch.set_default_device("cuda")` sets, changes no result.
 
-"meta" stands for "cuda": a tensor on it by mistake has no values, so that whatever computes with it fails.
+"meta" replaces "cuda" here: a tensor that is on it by mistake has no values, so that computing with it fails.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from mcl_kernels.cli.cluster import Options, run
 
 A, B = torch.randn(2, 64, 8, generator=torch.Generator().manual_seed(0), device="cpu")
 LABELS = torch.arange(64, device="cpu") % 3
-# More clusters than rows that differ, so that some are empty on the way.
+# Few distinct rows: clusters with far initial centres become empty during the fit.
 FEW_DIFFERENT = A[:9].repeat(8, 1)
 
 
@@ -143,7 +143,7 @@ def test_results_are_those_without_a_default_device(name: str, tmp_path: Path) -
     (tmp_path / "without").mkdir()
     (tmp_path / "with").mkdir()
     expected = tree_leaves(CALLS[name](tmp_path / "without"))
-    with torch.device("meta"):  # as set_default_device does, which torch 2.6 cannot take back
+    with torch.device("meta"):  # unlike set_default_device, it is undone in torch 2.6 too
         found = tree_leaves(CALLS[name](tmp_path / "with"))
     assert len(found) == len(expected) > 0
     for one, other in zip(found, expected, strict=True):

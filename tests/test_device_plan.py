@@ -1,4 +1,4 @@
-"""The plan by CUDA kernels against torch's sorts, and when it is taken."""
+"""The plan by CUDA kernels equals that by torch's sorts; which of them makes it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import given
 from torch import Tensor
 
 from mcl_kernels.logsumexp import device_plan
-from mcl_kernels.logsumexp import pairs as plan
+from mcl_kernels.logsumexp import pairs as pairs_module
 from mcl_kernels.logsumexp.pairs import NEGATIVES, Pairs
 from tests.conftest import DEVICES, Backend, unavailable_reason
 
@@ -28,17 +28,18 @@ def assert_same_plan(n: int, m: int | None, pairs: Pairs, device: str) -> None:
     query, key = torch.zeros(n, 1, device=device), None if m is None else torch.zeros(m, 1, device=device)
     pairs = Pairs(*(None if values is None else values.to(device) for values in pairs[:4]), pairs.negatives)
     assert device_plan._runs_on_kernels(query.device, n, m or 0)
-    made, expected = device_plan.make_plan(query, key, pairs), plan.make_plan(query, key, pairs)
-    for name, got, wanted in zip(plan.Plan._fields, made, expected, strict=True):
+    made, expected = device_plan.make_plan(query, key, pairs), pairs_module.make_plan(query, key, pairs)
+    for name, got, wanted in zip(pairs_module.Plan._fields, made, expected, strict=True):
         assert torch.equal(got, wanted), name
     if m is not None:
-        ranges = plan.key_ranges(made.key_order, pairs.key_labels, made.query_order, pairs.labels, pairs.negatives)
+        sides = made.key_order, pairs.key_labels, made.query_order, pairs.labels
+        ranges = pairs_module.key_ranges(*sides, pairs.negatives)
         for got, wanted in zip(device_plan.query_ranges(pairs, made), ranges, strict=True):
             assert torch.equal(got, wanted)
 
 
 def make_pairs(n: int, m: int | None, negatives: str, labelled: bool, with_ids: bool) -> Pairs:
-    """Labels and ids up to the largest int64, many of them equal, in no order."""
+    """Labels and ids from the lowest to the largest int64, many of them equal, in random order."""
     generator = torch.Generator().manual_seed(n)
 
     def draw(size: int | None, wanted: bool) -> Tensor | None:
@@ -52,9 +53,9 @@ def make_pairs(n: int, m: int | None, negatives: str, labelled: bool, with_ids: 
 
 @pytest.mark.parametrize("negatives", NEGATIVES)
 @pytest.mark.parametrize("identities", ["labels and ids", "labels", "ids", "neither"])
-# One row; a tile, and one row more; rows of one block and of several; nothing.
+# One row; one more than a tile; several tiles against one; no row on one side or on both.
 @pytest.mark.parametrize(("n", "m"), [(1, None), (1025, None), (2100, 1024), (3, 1025), (0, 4), (4, 0), (0, None)])
-def test_it_is_that_of_torch(device: str, n: int, m: int | None, identities: str, negatives: str) -> None:
+def test_the_plan_equals_that_of_torch(device: str, n: int, m: int | None, identities: str, negatives: str) -> None:
     if negatives == "different" and "labels" not in identities:
         pytest.skip("needs labels")
     assert_same_plan(n, m, make_pairs(n, m, negatives, "labels" in identities, "ids" in identities), device)
@@ -66,7 +67,7 @@ def test_it_is_that_of_torch(device: str, n: int, m: int | None, identities: str
     negatives=st.sampled_from(NEGATIVES),
     random=st.randoms(use_true_random=False),
 )
-def test_it_is_that_of_torch_for_any_labels(
+def test_the_plan_equals_that_of_torch_for_any_labels(
     device: str, labels: Any, key_labels: Any, negatives: str, random: Any
 ) -> None:
     ids, key_ids = ([random.randrange(-5, 5) for _ in side] for side in (labels, key_labels))
@@ -74,13 +75,13 @@ def test_it_is_that_of_torch_for_any_labels(
     assert_same_plan(len(labels), len(key_labels), Pairs(*sides, negatives), device)
 
 
-def test_views_of_every_other_number(device: str) -> None:
+def test_labels_and_ids_that_are_strided_views(device: str) -> None:
     labels, ids = torch.arange(40).flip(0) // 5, torch.arange(40) % 7
     assert_same_plan(20, None, Pairs(labels[::2], None, ids[::2], None, "same"), device)
 
 
 def test_tiles_that_are_sorted_once_or_by_each_block(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
-    """Whether the blocks wait for one another or not, at any size."""
+    """The plan is the same whether the blocks wait for one another or not."""
     pairs = make_pairs(1000, 700, "same", True, True)
     monkeypatch.setattr(device_plan, "TILE", 0)
     assert_same_plan(1000, 700, pairs, device)
@@ -91,12 +92,13 @@ def test_tiles_that_are_sorted_once_or_by_each_block(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize(("max_rows", "built", "calls"), [(20, True, 1), (19, True, 0), (20, False, 0)])
-def test_when_torch_sorts(monkeypatch: pytest.MonkeyPatch, max_rows: int, built: bool, calls: int) -> None:
-    """Of many rows, and where the kernels are not built."""
+def test_torch_sorts_many_rows_and_without_built_kernels(
+    monkeypatch: pytest.MonkeyPatch, max_rows: int, built: bool, calls: int
+) -> None:
     called = []
 
     class Library:
-        def plan(self, *arguments: Any) -> None:
+        def make_plan(self, *arguments: Any) -> None:
             called.append(arguments)
 
     monkeypatch.setattr(device_plan, "MAX_ROWS", max_rows)

@@ -37,7 +37,7 @@ META = torch.empty(256, 8, device="meta")
 
 
 class DataFrame:
-    """As of pandas: iterated over its columns."""
+    """Like pandas: iterated over its columns."""
 
     def to_numpy(self) -> np.ndarray:
         return X.numpy()
@@ -50,7 +50,7 @@ class DataFrame:
 
 
 class SparseMatrix:
-    """As of scipy: iterated over sparse rows."""
+    """Like scipy: iterated over sparse rows."""
 
     def toarray(self) -> np.ndarray:
         return X.numpy()
@@ -60,7 +60,7 @@ class SparseMatrix:
 
 
 class ForeignArray:
-    """As of JAX."""
+    """Like an array of JAX."""
 
     def __array__(self) -> np.ndarray:
         return X.numpy()
@@ -134,6 +134,7 @@ CASES: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: objectives.hard_negative(-2.0), ValueError, "beta must be at least 0: got -2.0"),
     (lambda: objectives.ifm(alpha=-1.0), ValueError, "alpha must be at least 0: got -1.0"),
     (lambda: objectives.decoupled_weighted(0.0), ValueError, "sigma must be positive: got 0.0"),
+    (lambda: objectives.decoupled_weighted(X[0, 0]), TypeError, "sigma must be a number: got Tensor"),
     (lambda: nt_xent(X, Y, negatives=LABELS), TypeError, "negatives must be one of 'same', 'different', 'all': got Tensor"),
     (lambda: nt_xent(X, Y, reduction=None), TypeError, "reduction must be one of 'mean', 'sum', 'none': got NoneType"),
     # modules, when they are made
@@ -200,7 +201,7 @@ CASES: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: NTXentLoss(normalize=None), TypeError, "normalize must be True or False: got NoneType"),
     (lambda: positive_ranks(X, Y, normalize=X), TypeError, "normalize must be True or False: got Tensor"),
     (lambda: masked_logsumexp(X, Y, bidirectional=LABELS.numpy()), TypeError, "bidirectional must be True or False: got ndarray"),
-    (lambda: masked_logsumexp(X, scale=1e300), ValueError, "scale must leave logits a factor in the range of torch.float32: got the factor 1e+300"),
+    (lambda: masked_logsumexp(X, scale=1e300), ValueError, "scale must be in the range of torch.float32: got 1e+300"),
     (lambda: nt_xent(X, Y, temperature=1e-300), ValueError, "temperature is too small for logits of torch.float32: got 1e-300"),
     (lambda: objectives.hard_negative(None), TypeError, "beta must be a number: got NoneType"),
     (lambda: objectives.ifm("0.1"), TypeError, "eps must be a number: got str"),

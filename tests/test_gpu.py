@@ -1,4 +1,4 @@
-"""Properties of the implementations for GPUs that only a GPU shows; results are tested with all implementations."""
+"""Promises that only a GPU can test; the numbers of its implementations are in the tests that all of them run."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def loss_and_gradients(case: Case, bidirectional: bool, negatives: str, impl: st
 def test_no_wait_and_one_graph_for_all_labels(
     impl: str, form: str, n: int, m: int | None, bidirectional: bool, negatives: str
 ) -> None:
-    """A CUDA graph holds the launches alone: replayed with other labels it computes their result."""
+    """A CUDA graph holds only the launches: replayed, it computes the results of the labels at that time."""
     case = make_case(n, m, 40, device="cuda")
     loss_and_gradients(case, bidirectional, negatives, impl)  # compiles
     torch.cuda.set_sync_debug_mode("error")

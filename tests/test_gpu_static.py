@@ -72,7 +72,7 @@ def test_the_kernels_of_cuda_fit_their_architecture() -> None:
         name = f"{row['kernel']} of {row['precision']} on {row['architecture']}"
         assert row["stack"] == row["spills"] == 0, f"{name} spills: {row['stack']} bytes of stack"
         assert row["shared"] <= row["shared_limit"], f"{name}: {row['shared']} bytes of shared memory"
-        assert row["warps_of_processor"] >= 8, f"{name}: {row['warps_of_processor']} warps of a multiprocessor"
+        assert row["resident_warps"] >= 8, f"{name}: {row['resident_warps']} warps of a multiprocessor"
         # The tensor cores of sm_75 do not have bf16.
         multiplies = (row["kernel"], row["precision"]) in on_tensor_cores
         multiplies &= (row["precision"], row["architecture"]) != ("bf16", "sm_75")

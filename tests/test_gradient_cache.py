@@ -1,4 +1,4 @@
-"""cached_backward against the plain backward pass of the whole batch."""
+"""cached_backward against the plain backward pass of the complete batch."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ LABELS = torch.arange(37) % 3
 
 
 class TwoTowers(nn.Module):
-    """As CLIP of open_clip: a mapping, the logit scale among it."""
+    """A model that returns a mapping with the logit scale in it, like CLIP of open_clip."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ def check(modules: list[nn.Module], plain: Callable[[], Tensor], cached: Callabl
 @pytest.mark.parametrize("size", [1, 10, 36, 37, 50])
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_gradients_are_the_plain_ones(size: int, dropout: float) -> None:
-    """With dropout, of the plain pass over the same batches: each draws what it drew."""
+    """With dropout too: each batch draws the same random numbers in both of its passes."""
     model, (a, b) = encoder(dropout), views()
 
     def encode(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -96,10 +96,8 @@ def test_a_mapping_with_a_learned_scale_and_labels() -> None:
     def encode(labels: Tensor, **inputs: Tensor) -> dict[str, Tensor]:
         return {**model(**inputs), "labels": labels}
 
-    batches = [
-        {"image": x, "text": y, "labels": z}
-        for x, y, z in zip(a.split(8), b.split(8), LABELS.split(8), strict=True)
-    ]  # fmt: skip
+    parts = zip(a.split(8), b.split(8), LABELS.split(8), strict=True)
+    batches = [{"image": x, "text": y, "labels": z} for x, y, z in parts]
     check(
         [model],
         lambda: clip_loss(**model(a, b), labels=LABELS),
@@ -146,7 +144,7 @@ def test_gradients_are_added() -> None:
 
 @pytest.mark.parametrize("around", [True, False])
 def test_autocast(around: bool) -> None:
-    """Around the whole call too: weights that were cast without a graph are cast again."""
+    """Also around the entire call: weights that were cast without a graph are cast again."""
     model, (a, b) = encoder(), views()
 
     def encode(x: Tensor) -> Tensor:
@@ -166,7 +164,7 @@ def test_autocast(around: bool) -> None:
 
 
 def test_scaled_gradients() -> None:
-    """A GradScaler scales inside the loss."""
+    """The GradScaler is called inside the loss."""
     model, (a, b) = encoder(), views()
     loss = lambda z: nt_xent(z[:37], z[37:], LABELS)  # noqa: E731
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
@@ -196,8 +194,8 @@ def test_no_sync_until_the_last_batch() -> None:
     assert events == ["begin", "backward", "end", "backward"]
 
 
-def test_random_numbers_go_on_from_the_first_pass() -> None:
-    """What follows draws what it would draw after one forward pass."""
+def test_random_numbers_continue_from_the_first_pass() -> None:
+    """Later draws are those after a single forward pass."""
     model, (a, _) = encoder(0.5), views()
     torch.manual_seed(5)
     for batch in a.split(10):
@@ -228,7 +226,7 @@ def test_errors(encode: Callable[..., Any], batches: list[Tensor], loss: Callabl
 
 
 class WithBias(TwoTowers):
-    """A parameter that is returned as it is, as open_clip returns it."""
+    """A model that returns a parameter itself, as open_clip does."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mcl_kernels import KMeans
 from mcl_kernels.kmeans.assign import find_nearest
-from mcl_kernels.kmeans.centers import middle_and_scale, unit_rows
+from mcl_kernels.kmeans.centers import survey_columns, unit_rows
 from mcl_kernels.kmeans.initial import _squared_distances_among
 from tests import kmeans_cases
 from tests.conftest import Backend, is_slow, use_instruction_set
@@ -144,7 +144,7 @@ def test_a_fit_equals_that_of_fp64(backend: Backend, metric: str) -> None:
             spread = (own_rows - mean).abs().amax(0)
             # The centre is rounded to its dtype, and before that relative to the middle of the data; sums keep 24 bits
             # of a column's scale.
-            middle, scale = middle_and_scale(x, metric, torch.ones(x.shape[1])).to(x.device)
+            middle, scale = survey_columns(x, metric, torch.ones(x.shape[1])).to(x.device)
             rounded = 4 * torch.finfo(fit.cluster_centers_.dtype).eps * (mean.abs() + middle.abs())
             tolerance = rounded + 2.0**-24 * scale + 1e-4 * spread + 1e-44
             assert ((fit.cluster_centers_[j].double() - mean).abs() <= tolerance).all()

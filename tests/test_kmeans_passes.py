@@ -8,8 +8,8 @@ from torch import Tensor
 
 from mcl_kernels import KMeans, assign_clusters
 from mcl_kernels.kmeans import gpu_common, reference
-from mcl_kernels.kmeans.assign import find_nearest, implementation
-from mcl_kernels.kmeans.centers import Summary, middle_and_scale, prepare, summarize
+from mcl_kernels.kmeans.assign import find_nearest, load_implementation
+from mcl_kernels.kmeans.centers import Summary, prepare, summarize, survey_columns
 from mcl_kernels.kmeans.triton import tile_table
 from tests import kmeans_cases
 from tests.conftest import Backend, is_slow, unavailable_reason
@@ -21,7 +21,7 @@ backend, device, impl = kmeans_cases.backend, kmeans_cases.device, kmeans_cases.
 def summary_of(x: Tensor, metric: str, n: int | None = None) -> Summary:
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     low, high = x.amin(0), x.amax(0)
-    return summarize(n or len(x), low, high, middle_and_scale(x, metric, high.double() - low.double()).to(wide), metric)
+    return summarize(n or len(x), low, high, survey_columns(x, metric, high.double() - low.double()).to(wide), metric)
 
 
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
@@ -88,7 +88,7 @@ def check_pass(backend: Backend, x: Tensor, k: int, metric: str) -> None:
     """Asserts that labels are of nearest centres, within rounding, and that sums and counts are those of the labels."""
     if backend.impl == "faiss" and x.dtype == torch.float64:
         pytest.skip("faiss computes in fp32")
-    module, (n, d) = implementation(backend.impl, x.device), x.shape
+    module, (n, d) = load_implementation(backend.impl, x.device), x.shape
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     centers = x[torch.arange(k, device=x.device) * n // k].to(wide)
     rows = x.to(wide)
@@ -144,7 +144,7 @@ def test_sums_are_multiples_of_a_step(impl: str, device: str, dtype: torch.dtype
     n = 1 << 28
     x = normal(900, 37, device).to(dtype).exp()
     centers = prepare(x[:k], metric, summary_of(x, metric, n))
-    sums = implementation(impl, x.device).assign_and_sum(x, centers)[2]
+    sums = load_implementation(impl, x.device).assign_and_sum(x, centers)[2]
     step = centers.rounding / 1.5 * 2.0**-52
     assert torch.equal(sums / step, (sums / step).round())
     assert (sums.abs().amax(0) < n * centers.largest / 2**20).all()
@@ -161,7 +161,7 @@ def test_sums_are_the_same_in_any_order(backend: Backend, metric: str, k: int) -
     centers = prepare(x[:k], metric, summary_of(x, metric, n))
 
     def run(rows: Tensor) -> tuple[Tensor, ...]:
-        return implementation(backend.impl, rows.device).assign_and_sum(rows, centers)
+        return load_implementation(backend.impl, rows.device).assign_and_sum(rows, centers)
 
     labels, distances, sums, counts = run(x)
     threads = torch.get_num_threads()
@@ -182,7 +182,7 @@ def test_sums_are_the_same_in_any_order(backend: Backend, metric: str, k: int) -
 @pytest.mark.parametrize(("k", "width"), [(3, 37), (10, 64), (16, 64), (40, 37)])  # complete vectors are not copied
 def test_changes_of_sums(impl: str, device: str, metric: str, k: int, width: int) -> None:
     """The sums of a pass and the changes since then add up to the sums of the later pass, bit for bit."""
-    module = implementation(impl, torch.device(device))
+    module = load_implementation(impl, torch.device(device))
     if not hasattr(module, "follow"):
         pytest.skip(f"{impl} sums all rows in every pass")
     n = 3000

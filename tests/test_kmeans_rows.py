@@ -139,8 +139,8 @@ def test_writes_to_a_map_are_read(x: Tensor, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rows", "error", "message"),
     [
-        (lambda x: iter([x]), TypeError, "x must be iterable again and again: got list_iterator, which ends for good"),
-        (lambda x: (chunk for chunk in [x]), TypeError, "x must be iterable again and again: got generator"),
+        (lambda x: iter([x]), TypeError, "x must be iterable more than once: got list_iterator, which is read once"),
+        (lambda x: (chunk for chunk in [x]), TypeError, "x must be iterable more than once: got generator"),
         (lambda x: [], ValueError, "x must yield at least one chunk: got none"),
         (lambda x: [x, x[:0]], ValueError, "chunk 1 of x must have at least one row: got 0"),
         (lambda x: [x, x[:, :5]], ValueError, "chunk 1 of x must have 24 features .* as the first one: got 5"),

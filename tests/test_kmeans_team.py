@@ -65,7 +65,7 @@ def test_rows_of_any_range(ranks: RankPool, unit: float, options: dict[str, Any]
 
 @pytest.mark.parametrize("cut", ["uneven", "empty"])
 @pytest.mark.parametrize("form", ["array", "strided", "file", "part of a file", "chunks"])
-def test_forms(ranks: RankPool, tmp_path: Path, form: str, cut: str) -> None:
+def test_every_form_of_a_shard_is_k_means_of_one_process(ranks: RankPool, tmp_path: Path, form: str, cut: str) -> None:
     x = rows_without_structure()
     np.save(tmp_path / "x.npy", x.numpy())
     path = str(tmp_path / "x.npy")
@@ -73,7 +73,7 @@ def test_forms(ranks: RankPool, tmp_path: Path, form: str, cut: str) -> None:
 
 
 @pytest.mark.parametrize("impl", ["reference", "triton", "cuda"])
-def test_impls(ranks: RankPool, impl: str) -> None:
+def test_every_implementation_is_k_means_of_one_process(ranks: RankPool, impl: str) -> None:
     if reason := unavailable_reason(impl, "cpu"):
         pytest.skip(reason)
     x = rows_without_structure(60)
@@ -144,17 +144,12 @@ def test_more_clusters_than_rows_of_a_shard(ranks: RankPool) -> None:
     check_is_one_process(ranks, x, ends_of(ranks, "uneven", 60), n_clusters=60)
 
 
-COLLECTIVES = [
-    name
-    for name in (
-        "all_reduce", "broadcast", "all_gather", "all_gather_into_tensor", "all_gather_single", "reduce", "gather",
-        "scatter", "all_to_all", "all_to_all_single", "reduce_scatter", "reduce_scatter_tensor",
-        "reduce_scatter_single",
-        "send", "recv", "isend", "irecv", "barrier", "broadcast_object_list", "all_gather_object", "gather_object",
-        "scatter_object_list",
-    )
-    if hasattr(dist, name)
-]  # fmt: skip
+COLLECTIVE_NAMES = """
+    all_reduce broadcast all_gather all_gather_into_tensor all_gather_single reduce gather scatter all_to_all
+    all_to_all_single reduce_scatter reduce_scatter_tensor reduce_scatter_single send recv isend irecv barrier
+    broadcast_object_list all_gather_object gather_object scatter_object_list
+"""
+COLLECTIVES = [name for name in COLLECTIVE_NAMES.split() if hasattr(dist, name)]  # not every torch has all of them
 
 
 def count_collectives(options: dict[str, Any], max_iter: int) -> tuple[Counter[str], int]:
@@ -228,14 +223,14 @@ def fit_with_other_rounding(metric: str, batch_size: int | None) -> Fitted:
         mock.patch.object(Centers, "means", other_means),
         mock.patch.object(lloyd, "_record", other_record),
         mock.patch.object(api, "initial_centers", other_initial_centers),
-        mock.patch.object(api, "middle_and_scale", lambda x, *_: 3 + x.mean(0).expand(2, -1)),
+        mock.patch.object(api, "survey_columns", lambda x, *_: 3 + x.mean(0).expand(2, -1)),
     ):
         return fit(kmeans, x)
 
 
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
 @pytest.mark.parametrize("batch_size", [None, 300])
-def test_ranks_that_round_otherwise_stay_in_step(ranks: RankPool, metric: str, batch_size: int | None) -> None:
+def test_ranks_with_other_rounding_get_the_same_results(ranks: RankPool, metric: str, batch_size: int | None) -> None:
     parts = ranks.run(fit_with_other_rounding, metric, batch_size)
     assert parts[0].n_iter > 1
     for part in parts[1:]:

@@ -1,4 +1,4 @@
-"""The queue beside a list of what was put into it."""
+"""The queue against a list of the keys that were put into it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def keys(n: int, seed: int = 0) -> Tensor:
 
 
 @given(size=st.integers(1, 7), batches=st.lists(st.integers(0, 16), max_size=6))
-def test_it_holds_the_last_keys(size: int, batches: list[int]) -> None:
+def test_the_queue_holds_the_last_keys(size: int, batches: list[int]) -> None:
     """Batches of any size, larger than the queue and empty ones too."""
     queue, all_rows = LabelledQueue(size, 3), keys(sum(batches))
     for rows in all_rows.split(batches) if batches else ():
@@ -53,7 +53,7 @@ def test_empty_slots_are_no_negatives() -> None:
     torch.testing.assert_close(loss, masked_info_nce(query, key, positive=key))
 
 
-def test_without_labels_all_are_of_the_one_cluster_of_a_first_stage() -> None:
+def test_keys_without_labels_have_label_0_as_in_a_first_stage() -> None:
     queue = LabelledQueue(4, 3)
     queue.enqueue(keys(2))
     assert queue.labels.tolist() == [0, 0, -1, -1]
@@ -75,7 +75,7 @@ def test_older_keys_of_the_same_sample_are_no_negatives() -> None:
 
 
 def test_enqueue_before_backward() -> None:
-    """MoCo's order: the loss was given the queue as it was."""
+    """MoCo's order: the loss uses the queue before it."""
     query, key, labels = keys(4).requires_grad_(), keys(4, seed=1), torch.zeros(4, dtype=torch.int64)
     gradients = []
     for early in (False, True):
@@ -89,7 +89,7 @@ def test_enqueue_before_backward() -> None:
 
 
 def test_relabel() -> None:
-    """By stored id; -1 for unfilled slots and keys without an id, and where the new stage has no label."""
+    """Labels follow the stored ids: -1 for unfilled slots, for keys without an id and for samples without a label."""
     queue = LabelledQueue(6, 3)
     queue.enqueue(keys(3), torch.tensor([5, 6, 7]), torch.tensor([2, 0, 1]))
     queue.enqueue(keys(1), torch.tensor([8]))
@@ -117,7 +117,7 @@ STATE = ["embeddings", "labels", "ids", "position"]
 
 
 @pytest.mark.parametrize("how", ["state_dict", "pickle", "deepcopy"])
-def test_a_copy_goes_on_as_the_original(how: str) -> None:
+def test_a_copy_continues_as_the_original(how: str) -> None:
     queue = LabelledQueue(5, 3)
     queue.enqueue(keys(3), torch.tensor([5, 6, 7]), torch.tensor([2, 0, 1]))
     if how == "state_dict":
@@ -133,7 +133,7 @@ def test_a_copy_goes_on_as_the_original(how: str) -> None:
 
 
 def test_checkpoints() -> None:
-    """Strict or not, into what a loss was given before, assigned or copied, as PyTorch's modules do it."""
+    """Checkpoints are loaded as by PyTorch's modules: strict or not, copied or assigned; labels read before stay."""
     model = nn.Sequential(LabelledQueue(4, 3))
     model[0].enqueue(keys(3), torch.tensor([5, 6, 7]), torch.tensor([2, 0, 1]))
     saved = {name: x.clone() for name, x in model.state_dict().items()}
@@ -194,7 +194,7 @@ def test_an_average_of_a_model_keeps_the_queue_of_its_copy() -> None:
     assert average.module[0].labels.tolist() == [-1] * 4
 
 
-def test_what_was_on_the_meta_device_is_empty() -> None:
+def test_a_queue_from_the_meta_device_is_empty() -> None:
     queue = LabelledQueue(5, 3, device="meta").to_empty(device="cpu")
     for x, expected in zip(queue.buffers(), LabelledQueue(5, 3).buffers(), strict=True):
         assert torch.equal(x, expected)
@@ -259,8 +259,8 @@ def wrapped(how: str, model: nn.Module) -> nn.Module:
 
 
 def check_own_keys(how: str) -> None:
-    """Each rank has the keys that it has without the wrapper, and so the loss of all of them."""
-    # To compile a loss over ranks takes a minute.
+    """Each rank has the keys, and so the loss, that it has without the wrapper."""
+    # Compiling a loss over ranks takes a minute.
     rank, group = dist.get_rank(), None if how == "DDP, compiled" else dist.group.WORLD
     expected, model = MoCo(group), wrapped(how, MoCo(group))
     (queue,) = (module for module in model.modules() if isinstance(module, LabelledQueue))
@@ -285,13 +285,13 @@ def test_a_rank_keeps_its_own_keys(ranks: RankPool, how: str) -> None:
 
 
 def check_gathered_keys() -> None:
-    """MoCo's own way: the loss of this rank, and the keys of all of them."""
+    """As in MoCo: the loss of this rank, and the keys of all ranks."""
     model = DistributedDataParallel(MoCo())
     alone, world = MoCo().memory[0], range(dist.get_world_size())
     for step in range(3):
         x, _, _ = batch_of(dist.get_rank(), step)
-        everybody = [batch_of(rank, step) for rank in world]
-        key, ids = torch.cat([key for _, key, _ in everybody]), torch.cat([ids for _, _, ids in everybody])
+        batches = [batch_of(rank, step) for rank in world]
+        key, ids = torch.cat([key for _, key, _ in batches]), torch.cat([ids for _, _, ids in batches])
         model.module.encoder(x).sum().backward()
         for queue in (model.module.memory[0], alone):
             queue.enqueue(key, None, ids)
@@ -303,7 +303,7 @@ def test_the_keys_of_all_ranks(ranks: RankPool) -> None:
 
 
 def check_distributed_checkpoint() -> None:
-    """Each rank its own state, or where the options say so that of rank 0."""
+    """Each rank loads its own state, or with `broadcast_from_rank0` the state of rank 0."""
     rank, model = dist.get_rank(), MoCo()
     fully_shard(model)
     model.memory[0].enqueue(keys(2), None, torch.tensor([0, 1]) + 10 * rank)

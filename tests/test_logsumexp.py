@@ -15,7 +15,7 @@ from tests.oracles import negatives_of
 # 0 to 3 rows: no tile, no pair, one pair. 70: below a tile. 300 and 530: tiles that are full and ragged.
 SELF_SHAPES = [("self", n, None) for n in (0, 1, 2, 3, 70, 530)]
 SHAPES = SELF_SHAPES + [(form, n, m) for form in ("rows", "both") for n, m in ((0, 5), (5, 0), (1, 1), (300, 530))]
-# 1 and 3: below any vector; 17 and 1000: ragged; 64 to 4096: the sizes that models use, and two of no power of two.
+# 1 and 3: shorter than a vector; 17, 200 and 1000: ragged; 64 to 4096: sizes that models use.
 FEATURES = [1, 3, 17, 64, 96, 200, 512, 768, 1000, 1152, 4096]
 FORMS = ["self", "rows", "both"]
 
@@ -29,7 +29,7 @@ def run(
     bidirectional: bool = False,
     wanted: tuple[str, ...] = ("query", "key", "scale"),
 ) -> dict[str, Tensor]:
-    """The result and the gradients of a weighted sum of its finite entries."""
+    """The result and the gradients of a weighted sum of its finite elements."""
     leaves = {"query": case.query, "key": case.key, "scale": torch.as_tensor(scale, device=case.query.device)}
     leaves = {
         name: leaf.detach().clone().requires_grad_(name in wanted) for name, leaf in leaves.items() if leaf is not None
@@ -75,7 +75,7 @@ def test_one_row_and_one_column_beyond_a_tile(backend: Backend, poisoned_memory:
 @pytest.mark.parametrize("n_clusters", [None, 4, 9])
 @pytest.mark.parametrize("form", FORMS)
 def test_clusters_of_many_tiles(backend: Backend, form: str, n_clusters: int | None) -> None:
-    """One that is shared by many threads, and several that are each for one thread alone."""
+    """A cluster that many threads share, and several that are computed by one thread each."""
     case = make_case(2700, None if form == "self" else 2000, 24, n_clusters=n_clusters, device=backend.device)
     check(case, 5.0, backend, bidirectional=form == "both")
 
@@ -120,9 +120,9 @@ def test_mixed_dtypes(backend: Backend, query_dtype: torch.dtype, key_dtype: tor
 def test_scales(backend: Backend, scale: float, form: str) -> None:
     case = make_case(300, None if form == "self" else 290, 40, device=backend.device)
     if backend.instruction_set == "portable" and scale == 1e4:
-        pytest.skip("without fused multiply-add a product of unit rows is off by 6e-8 at best: 6e-4 in these logits")
+        pytest.skip("without fused multiply-add products of unit rows have errors of 6e-8: 6e-4 in these logits")
     if backend.impl == "cuda" and scale == 1e4 and form == "rows":
-        pytest.skip("a product of unit rows is summed one term after the other: 6e-8 of it are 6e-4 in these logits")
+        pytest.skip("products of unit rows are summed term by term, with errors of 6e-8: 6e-4 in these logits")
     check(case, scale, backend, bidirectional=form == "both")
 
 
@@ -202,7 +202,7 @@ def test_only_one_direction_has_a_gradient(backend: Backend) -> None:
 
 
 def strided(x: Tensor) -> dict[str, Tensor]:
-    """The same values behind other strides."""
+    """The same values with other strides."""
     wide = torch.stack((x, x), dim=2).flatten(1)
     return {
         "transposed": x.T.contiguous().T,
@@ -240,7 +240,7 @@ def test_label_dtypes(backend: Backend, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("negatives", ["same", "different", "all"])
-def test_nothing_is_kept(backend: Backend, negatives: str) -> None:
+def test_rows_without_kept_keys_give_minus_infinity(backend: Backend, negatives: str) -> None:
     x = torch.randn(6, 8, device=backend.device, requires_grad=True)
     lse = masked_logsumexp(
         x, labels=torch.full((6,), -1, device=backend.device), negatives=negatives, impl=backend.impl
@@ -270,7 +270,7 @@ def test_a_tile_of_every_kind_of_row(backend: Backend, negatives: str) -> None:
 
 
 def test_nan_in_a_row_that_matches_nothing_stays_there(backend: Backend) -> None:
-    # The slots of a queue that was never filled hold anything.
+    # The slots of a queue that was never filled hold any values.
     case = make_case(70, 90, 24, device=backend.device)
     poisoned = torch.where((case.key_labels < 0).unsqueeze(1), torch.nan, case.key)
     assert poisoned.isnan().any()
@@ -292,10 +292,10 @@ def test_nan_in_a_query_that_matches_nothing_stays_there(backend: Backend) -> No
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_nan_and_infinity_come_out(backend: Backend, value: float) -> None:
+def test_nan_and_infinity_reach_the_results(backend: Backend, value: float) -> None:
     case = make_case(70, None, 24, n_clusters=2, device=backend.device)
     query = case.query.clone()
-    query[10, 3] = value  # in nobody's favour: its logits are no maximum of most rows
+    query[10, 3] = value
     cluster = (case.labels == case.labels[10]) & (case.ids != case.ids[10])
     got = run(case._replace(query=query), 5.0, backend.impl)
     assert not got["lse"][10].isfinite()

@@ -1,4 +1,4 @@
-"""Losses near 0 because hardly any anchor has a negative are said so, once, and nothing else is."""
+"""The warning that hardly any anchor has a negative: given once, and in no other case."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mcl_kernels.losses import lonely
 N = 64
 X = torch.randn(2, N, 8, generator=torch.Generator().manual_seed(0))
 DISTINCT = torch.arange(N)
-CALLS = (lonely.LOOKS + 1) * lonely.LOOK_EVERY  # a look is at what the one before found
+CALLS = (lonely.LOOKS + 1) * lonely.LOOK_EVERY  # each look reads the share that the look before it sent
 
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "masked_info_nce": lambda x, labels: masked_info_nce(x, X[1], labels, impl="reference"),
@@ -37,14 +37,14 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Iterator[lonely._Watch]:
 
 
 @all_losses
-def test_said_once(loss: Callable[[Tensor, Tensor], Tensor]) -> None:
+def test_the_warning_is_given_once(loss: Callable[[Tensor, Tensor], Tensor]) -> None:
     for _ in range(CALLS - 1):
         assert loss(X[0], DISTINCT) == 0
     with pytest.warns(
         UserWarning, match=r"more than 90% of the anchors had no negative, .* in each of 4 losses"
-    ) as said:
+    ) as warned:
         loss(X[0], DISTINCT)
-    assert said[0].filename == __file__
+    assert warned[0].filename == __file__
     for _ in range(2 * CALLS):
         loss(X[0], DISTINCT)
 
@@ -88,12 +88,12 @@ OTHERS: dict[str, Callable[[], Tensor]] = {
 
 
 @pytest.mark.parametrize("loss", OTHERS.values(), ids=OTHERS)
-def test_nothing_is_said_of_others(loss: Callable[[], Tensor]) -> None:
+def test_other_losses_give_no_warning(loss: Callable[[], Tensor]) -> None:
     for _ in range(2 * CALLS):
         loss()
 
 
-def test_a_loss_with_negatives_begins_anew() -> None:
+def test_a_loss_with_negatives_restarts_the_count() -> None:
     for _ in range(3):
         for _ in range(CALLS - 2 * lonely.LOOK_EVERY):
             nt_xent(X[0], X[1], DISTINCT, impl="reference")
@@ -101,7 +101,7 @@ def test_a_loss_with_negatives_begins_anew() -> None:
             nt_xent(X[0], X[1], DISTINCT // 8, impl="reference")
 
 
-def test_a_queue_that_fills_is_no_alarm() -> None:
+def test_a_queue_that_fills_gives_no_warning() -> None:
     queue = LabelledQueue(40 * N, 8)
     for step in range(2 * CALLS):
         labels = torch.full((N,), step % 16)  # one cluster a batch: none has negatives in the first 16 steps
@@ -110,8 +110,8 @@ def test_a_queue_that_fills_is_no_alarm() -> None:
         queue.enqueue(X[1], labels)
 
 
-def test_no_gpu_is_waited_for(monkeypatch: pytest.MonkeyPatch, watch: lonely._Watch) -> None:
-    """A share that a GPU has not written yet is NaN, and read later."""
+def test_a_look_does_not_wait_for_a_gpu(monkeypatch: pytest.MonkeyPatch, watch: lonely._Watch) -> None:
+    """A share that the GPU has not written yet is NaN, and is read later."""
     sent: list[Tensor] = []
 
     def send(share: Tensor) -> Tensor:
@@ -168,7 +168,7 @@ class Loss(torch.nn.Module):
         return nt_xent(x, y, labels, impl="reference")
 
 
-def test_neither_compiled_nor_exported(watch: lonely._Watch) -> None:
+def test_compiled_and_exported_losses_are_not_watched(watch: lonely._Watch) -> None:
     compiled = torch.compile(Loss(), fullgraph=True, backend="aot_eager")
     for _ in range(CALLS):
         compiled(X[0], X[1], DISTINCT)

@@ -24,7 +24,7 @@ def test_autocast(backend: Backend, loss: str, dtype: torch.dtype) -> None:
     assert outside > 0.05, "a loss near 0 would agree with anything"
     with torch.autocast(backend.device, dtype=dtype):
         inside = LOSSES[loss](x, y, torch.arange(20) % 3, temperature=0.2, impl=backend.impl)
-        if backend.impl != "reference":  # whose backward is PyTorch's, which has to be called outside of autocast
+        if backend.impl != "reference":  # its backward is PyTorch's, which has to be called outside of autocast
             inside.backward()
     if backend.impl == "reference":
         inside.backward()
@@ -36,7 +36,7 @@ def test_autocast(backend: Backend, loss: str, dtype: torch.dtype) -> None:
 
 
 def test_the_positive_is_computed_from_the_rounded_rows(backend: Backend) -> None:
-    """a and s agree: with key 0 also an extra key, that key's logit is the positive's."""
+    """With a copy of key 0 as an extra key, the logit of the copy equals the positive logit."""
     x, y = (z.bfloat16() for z in pair(1, 64))
     got = masked_info_nce(x, torch.cat((y, y)), temperature=0.01, objective=objectives.decoupled, impl=backend.impl)
     torch.testing.assert_close(got, torch.tensor(0.0), rtol=0, atol=2e-5)
@@ -45,7 +45,7 @@ def test_the_positive_is_computed_from_the_rounded_rows(backend: Backend) -> Non
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("loss", LOSSES)
 def test_temperature_gradient(backend: Backend, loss: str, objective: objectives.ObjectiveLike) -> None:
-    """Exact for every objective, with a lonely anchor among the others, for one temperature and one per anchor."""
+    """Gradients are exact for every objective, with a lonely anchor, for one temperature and for one per anchor."""
     x, y = pair(10, dtype=torch.float64)
     labels = torch.arange(10) % 2
     labels[3] = 5
@@ -64,8 +64,8 @@ def test_temperature_gradient(backend: Backend, loss: str, objective: objectives
 
 @pytest.mark.parametrize("n", [1, 2, 12])
 @pytest.mark.parametrize("loss", LOSSES)
-def test_a_temperature_of_shape_1_is_one_number(backend: Backend, loss: str, n: int) -> None:
-    """As FSDP2 and open_clip's nonscalar_logit_scale have it; of one row, too, where it might be a vector."""
+def test_a_temperature_of_shape_1_is_a_scalar(backend: Backend, loss: str, n: int) -> None:
+    """FSDP2 and open_clip's nonscalar_logit_scale use this shape. With a single row it could also be a vector."""
     x, y = (view.requires_grad_() for view in pair(n))
     results = []
     for shape in ((), (1,)):
@@ -81,7 +81,7 @@ def test_a_temperature_of_shape_1_is_one_number(backend: Backend, loss: str, n: 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("loss", LOSSES)
-def test_embedding_gradient_beside_a_lonely_anchor(
+def test_embedding_gradient_with_a_lonely_anchor(
     backend: Backend, loss: str, objective: objectives.ObjectiveLike
 ) -> None:
     x, y = (z.requires_grad_() for z in pair(5, 3, dtype=torch.float64))
@@ -95,7 +95,7 @@ def test_embedding_gradient_beside_a_lonely_anchor(
 def test_clip_is_both_directions_with_labels_of_their_own(
     backend: Backend, objective: objectives.ObjectiveLike
 ) -> None:
-    """Other labels for the captions: the counts and sums of the two directions differ."""
+    """Captions have other labels, so that the counts and sums of the two directions differ."""
     x, y = pair(12, dtype=torch.float64)
     labels, text_labels = torch.arange(12) % 2, torch.arange(12) % 3
     options = {"objective": objective, "normalize": True, "reduction": "none", "impl": backend.impl}
@@ -111,15 +111,11 @@ def test_half_precision_rows_are_normalised_wide_and_rounded_once(
     backend: Backend, dtype: torch.dtype, queue: bool
 ) -> None:
     """The value is that of the rounded unit rows, computed in fp64: positive and negatives from the same rows."""
-    x, y = (300 * z for z in pair(20, 64))  # whose squares overflow fp16
+    x, y = (300 * z for z in pair(20, 64))  # squares overflow fp16
     x, y = x.to(dtype), y.to(dtype)
     unit = [F.normalize(z.double()).to(dtype).double() for z in (x, y)]
-    who = (
-        {"positive": y, "temperature": 0.1, "impl": backend.impl}
-        if queue
-        else {"temperature": 0.1, "impl": backend.impl}
-    )
-    got = masked_info_nce(x, y, reduction="none", **who)
+    positive = y if queue else None
+    got = masked_info_nce(x, y, positive=positive, temperature=0.1, reduction="none", impl=backend.impl)
     logits = unit[0] @ unit[1].T / 0.1
     if queue:
         logits = torch.cat((logits.diagonal().unsqueeze(1), logits), dim=1)
@@ -129,6 +125,6 @@ def test_half_precision_rows_are_normalised_wide_and_rounded_once(
     torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_wide_positive_widens_the_loss(backend: Backend) -> None:
+def test_an_fp64_positive_gives_an_fp64_loss(backend: Backend) -> None:
     x, y = pair(6)
     assert masked_info_nce(x, y, positive=y.double(), impl=backend.impl).dtype == torch.float64

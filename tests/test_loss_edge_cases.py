@@ -1,4 +1,4 @@
-"""The losses where there are no negatives, and for rows and logits at the ends of their ranges."""
+"""The losses without negatives, and for rows and logits at the ends of their ranges."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_zero_rows_under_normalize(backend: Backend, loss: str, dtype: torch.dty
 
 
 def unit_and_norm(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Unit rows in fp64, of rows of any length, and their norms [N, 1] in two factors."""
+    """Unit rows in fp64 of rows of any length, and their norms, [N, 1], as two factors."""
     largest = x.double().abs().amax(1, keepdim=True)
     scaled = x.double() / largest
     norm = torch.linalg.vector_norm(scaled, dim=1, keepdim=True)
@@ -106,7 +106,7 @@ def unit_and_norm(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("loss", LOSSES)
 def test_rows_of_any_length_under_normalize(backend: Backend, loss: str, dtype: torch.dtype) -> None:
-    """The value is that of the unit rows, and the gradient is in proportion, where their squares overflow."""
+    """If squares overflow, the value is still that of the unit rows, and gradients are divided by the norms."""
     n, d, largest = 12, 16, torch.finfo(dtype).max
     length = torch.tensor([largest, largest**0.5, largest**0.75, 1.0, 1e-3, largest, 7.0], dtype=torch.float64)
     rows = [z.double() / z.abs().amax(1, keepdim=True) for z in pair(n, d)]
@@ -125,19 +125,19 @@ def test_rows_of_any_length_under_normalize(backend: Backend, loss: str, dtype: 
     expected.backward()
     tolerance = {torch.float16: 2e-3, torch.bfloat16: 2e-2, torch.float32: 1e-5, torch.float64: 1e-12}[dtype]
     torch.testing.assert_close(value.double(), expected.detach(), rtol=min(tolerance, 1e-4), atol=0.0)
-    for z, of_unit, (unit, *norm) in zip((x, y), units, exact, strict=True):
+    for z, unit_leaf, (unit, *norm) in zip((x, y), units, exact, strict=True):
         assert z.grad is not None
-        assert of_unit.grad is not None
-        projected = of_unit.grad - unit * (unit * of_unit.grad).sum(1, keepdim=True)
-        # Times the norm; what is smallest of its dtype is a larger part of it where the row is long.
+        assert unit_leaf.grad is not None
+        projected = unit_leaf.grad - unit * (unit * unit_leaf.grad).sum(1, keepdim=True)
+        # Gradients are multiplied by the norm, and so is the smallest element of the dtype, to which they are rounded.
         smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps * norm[0] * norm[1]
         error = (z.grad.double() * norm[0] * norm[1] - projected).abs()
-        allowed = tolerance * of_unit.grad.abs().amax() + smallest
+        allowed = tolerance * unit_leaf.grad.abs().amax() + smallest
         assert (error <= allowed)[unit.any(1)].all()
     assert (x.grad[6] == 0).all()  # type: ignore[index]
 
 
-def test_a_norm_that_overflows_as_it_was_found(backend: Backend) -> None:
+def test_a_loss_of_rows_whose_norm_overflows(backend: Backend) -> None:
     x = torch.randn(8, 4, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
     x = (x * 1e25).to(torch.get_default_device())
     torch.testing.assert_close(nt_xent(x, x.flip(1), impl=backend.impl), torch.tensor(2.88137))
@@ -185,7 +185,7 @@ def test_duplicates_are_negatives_unless_they_share_an_id(backend: Backend) -> N
 @pytest.mark.parametrize("loss", LOSSES)
 def test_normalisation(backend: Backend, loss: str, d: int, layout: str) -> None:
     """Rows from short to long, one without a direction, of any strides."""
-    n = 150  # more numbers than one thread takes
+    n = 150  # more elements than one thread takes
     views = {
         "rows": pair(n, d),
         "sliced rows": [z[::2, 1 : d + 1] for z in pair(2 * n, d + 3)],
@@ -216,7 +216,7 @@ def test_one_view_alone_has_a_gradient(backend: Backend) -> None:
 
 
 def test_derivatives_through_the_normalisation() -> None:
-    """In both modes, of second order and under torch.func, since it has a derivative of its own."""
+    """The normalisation defines its own derivative: both modes, second order and torch.func are tested."""
     x, y, tangent = torch.randn(3, 6, 4, dtype=torch.float64)
 
     def loss(x: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ def test_modules_learn_a_temperature() -> None:
         (MaskedInfoNCE(objective=objectives.decoupled), "MaskedInfoNCE(temperature=0.07, objective=decoupled)"),
         (ClipLoss(objective=objectives.ifm()), "ClipLoss(objective=ifm(eps=0.1, alpha=1.0))"),
     ],
-)  # fmt: skip
+)
 def test_modules_print_their_temperature_and_what_differs_from_the_defaults(
     module: torch.nn.Module, expected: str
 ) -> None:
@@ -59,12 +59,12 @@ def test_modules_print_their_temperature_and_what_differs_from_the_defaults(
 
 @pytest.mark.parametrize("module", [MaskedInfoNCE, NTXentLoss, ClipLoss])
 def test_modules_list_the_options_of_their_function(module: type[torch.nn.Module]) -> None:
-    """With equal defaults; what is not an option is a tensor, which `forward` takes."""
+    """Defaults are equal; all other parameters of the function are tensors, which `forward` takes."""
     function = {MaskedInfoNCE: masked_info_nce, NTXentLoss: nt_xent, ClipLoss: clip_loss}[module]
-    of_function = dict(inspect.signature(function).parameters)
-    of_module = inspect.signature(module).parameters
-    of_forward = inspect.signature(module.forward).parameters
-    assert of_module.keys() | of_forward.keys() == of_function.keys() | {"self"}
-    for name, parameter in of_module.items():
-        assert parameter.default == of_function[name].default
-        assert parameter.annotation == of_function[name].annotation
+    function_parameters = dict(inspect.signature(function).parameters)
+    module_parameters = inspect.signature(module).parameters
+    forward_parameters = inspect.signature(module.forward).parameters
+    assert module_parameters.keys() | forward_parameters.keys() == function_parameters.keys() | {"self"}
+    for name, parameter in module_parameters.items():
+        assert parameter.default == function_parameters[name].default
+        assert parameter.annotation == function_parameters[name].annotation

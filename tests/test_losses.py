@@ -40,7 +40,7 @@ def test_queue_form_without_labels_is_moco(backend: Backend) -> None:
 
 @pytest.mark.parametrize("objective", ["infonce", "dcl"])
 def test_equals_pytorch_metric_learning(backend: Backend, objective: str) -> None:
-    """Its `indices_tuple` says exactly who is whose positive and negative, so it can express MCL."""
+    """Its `indices_tuple` lists the positive and negative pairs, so it can express MCL."""
     losses = pytest.importorskip("pytorch_metric_learning.losses")
     n = 12
     x, y = pair(n)
@@ -71,8 +71,8 @@ def test_masked_info_nce_by_hand(backend: Backend, negatives: str, vector: bool)
         x, key, labels, key_labels, temperature=temperature, negatives=negatives, reduction="none", impl=backend.impl
     )
     ids = torch.arange(19)
-    who = [oracles.negatives_of(i, 19, labels, key_labels, ids, ids, negatives) for i in range(15)]
-    expected = oracles.info_nce_double_loop(x, y, key, 1 / temperature, who)
+    negative_indices = [oracles.negatives_of(i, 19, labels, key_labels, ids, ids, negatives) for i in range(15)]
+    expected = oracles.info_nce_double_loop(x, y, key, 1 / temperature, negative_indices)
     torch.testing.assert_close(got, torch.tensor(expected, dtype=torch.float64))
 
 
@@ -85,8 +85,8 @@ def test_queue_form_by_hand(backend: Backend) -> None:
     for given in ({}, {"ids": ids, "key_ids": queue_ids}):
         got = masked_info_nce(x, queue, labels, queue_labels, **options, **given)
         pairs = (ids, queue_ids) if given else (None, None)
-        who = [oracles.negatives_of(i, 20, labels, queue_labels, *pairs) for i in range(9)]
-        expected = oracles.info_nce_double_loop(x, y, queue, torch.tensor(1 / 0.3), who)
+        negative_indices = [oracles.negatives_of(i, 20, labels, queue_labels, *pairs) for i in range(9)]
+        expected = oracles.info_nce_double_loop(x, y, queue, torch.tensor(1 / 0.3), negative_indices)
         torch.testing.assert_close(got, torch.tensor(expected, dtype=torch.float64), rtol=1e-6, atol=1e-6)
 
 
@@ -96,8 +96,8 @@ def test_nt_xent_by_hand(backend: Backend) -> None:
     temperature = torch.linspace(0.1, 0.9, 16, dtype=torch.float64)
     got = nt_xent(x, y, labels, ids=ids, temperature=temperature, reduction="none", impl=backend.impl)
     z, both, sample = torch.cat((x, y)), labels.repeat(2), ids.repeat(2)
-    who = [oracles.negatives_of(i, 16, both, both, sample, sample) for i in range(16)]
-    expected = oracles.info_nce_double_loop(z, torch.cat((y, x)), z, 1 / temperature, who)
+    negative_indices = [oracles.negatives_of(i, 16, both, both, sample, sample) for i in range(16)]
+    expected = oracles.info_nce_double_loop(z, torch.cat((y, x)), z, 1 / temperature, negative_indices)
     torch.testing.assert_close(got, torch.tensor(expected, dtype=torch.float64))
     assert got[[5, 6, 13, 14]].tolist() == [0.0] * 4
 
@@ -110,10 +110,10 @@ def test_clip_loss_by_hand(backend: Backend) -> None:
         x, y, labels, text_labels=text_labels, ids=ids, logit_scale=4.0, reduction="none", impl=backend.impl
     )
     scale = torch.tensor(4.0)
-    of_image = [oracles.negatives_of(i, 8, labels, text_labels, ids, ids) for i in range(8)]
-    of_text = [oracles.negatives_of(i, 8, text_labels, labels, ids, ids) for i in range(8)]
-    image = oracles.info_nce_double_loop(x, y, y, scale, of_image)
-    text = oracles.info_nce_double_loop(y, x, x, scale, of_text)
+    image_negatives = [oracles.negatives_of(i, 8, labels, text_labels, ids, ids) for i in range(8)]
+    text_negatives = [oracles.negatives_of(i, 8, text_labels, labels, ids, ids) for i in range(8)]
+    image = oracles.info_nce_double_loop(x, y, y, scale, image_negatives)
+    text = oracles.info_nce_double_loop(y, x, x, scale, text_negatives)
     expected = (torch.tensor(image) + torch.tensor(text)).double() / 2
     torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
 
@@ -137,20 +137,17 @@ def test_extra_keys_are_negatives_and_share_no_id(backend: Backend) -> None:
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_negatives_modes_split_the_batch(backend: Backend, loss: str) -> None:
-    """exp of the LSE over the same cluster and over the different ones add up to that over all."""
+    """The exponentials of the LSE over the same and over different clusters add up to that over all."""
     x, y = pair(20, dtype=torch.float64)
     labels = torch.arange(20) % 3
-    terms = {
-        negatives: LOSSES[loss](
-            x, y, labels, negatives=negatives, objective=objectives.decoupled, reduction="none", normalize=True,
-            temperature=0.5, impl=backend.impl,
-        )
+    options = {"objective": objectives.decoupled, "reduction": "none", "temperature": 0.5, "impl": backend.impl}
+    same, different, every = (
+        LOSSES[loss](x, y, labels, negatives=negatives, normalize=True, **options)
         for negatives in ("same", "different", "all")
-    }  # fmt: skip
-    if loss != "clip_loss":  # whose result is the mean of two directions
-        torch.testing.assert_close(torch.logaddexp(terms["same"], terms["different"]), terms["all"])
-    plain = LOSSES[loss](x, y, objective=objectives.decoupled, reduction="none", temperature=0.5, impl=backend.impl)
-    torch.testing.assert_close(terms["all"], plain)
+    )
+    if loss != "clip_loss":  # its result is the mean of two directions
+        torch.testing.assert_close(torch.logaddexp(same, different), every)
+    torch.testing.assert_close(every, LOSSES[loss](x, y, **options))
 
 
 @pytest.mark.parametrize("loss", LOSSES)

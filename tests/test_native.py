@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import threading
@@ -16,6 +15,7 @@ from mcl_kernels import capabilities, masked_logsumexp, nt_xent
 from mcl_kernels.backends import native
 from tests.cases import make_case
 from tests.conftest import INSTRUCTION_SETS, use_instruction_set
+from tests.new_process import run_python
 
 pytestmark = pytest.mark.skipif(not native.describe()[0], reason=native.describe()[1])
 FORMS = ["self", "rows", "both"]
@@ -76,7 +76,7 @@ def test_an_unknown_instruction_set_is_named(monkeypatch: pytest.MonkeyPatch) ->
         masked_logsumexp(torch.randn(4, 3), impl="native")
 
 
-def test_auto_is_native_on_the_processor() -> None:
+def test_auto_is_native_on_a_cpu() -> None:
     x = torch.randn(300, 24)
     assert torch.equal(masked_logsumexp(x), masked_logsumexp(x, impl="native"))
     assert "native" in str(capabilities()["auto"]["reason"])
@@ -87,14 +87,6 @@ def test_native_refuses_other_devices() -> None:
         masked_logsumexp(torch.empty(4, 3, device="meta"), impl="native")
 
 
-def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """In a fresh process that may not take forever."""
-    return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=240,
-        env={**os.environ, **environment}, cwd=Path(__file__).parents[1],
-    )  # fmt: skip
-
-
 LOSS = """
 import os, sys, torch
 from mcl_kernels import masked_logsumexp
@@ -102,7 +94,7 @@ torch.set_num_threads(2)
 x = torch.randn(1500, 16, generator=torch.Generator().manual_seed(0), requires_grad=True)
 
 def gradient():
-    # Nothing of PyTorch's own here: in a forked child most of its operations wait for lost threads too.
+    # No operation of PyTorch itself: in a forked child most of them also wait for threads that do not exist.
     return torch.autograd.grad(masked_logsumexp(x, impl="native"), x, torch.ones(1500))[0]
 
 expected = gradient()
@@ -110,7 +102,7 @@ expected = gradient()
 
 
 def test_in_a_forked_child() -> None:
-    """The threads of the parent are not there, and waiting for them would last forever."""
+    """A child without the threads of its parent does not wait for them."""
     result = run_python(
         LOSS + "child = os.fork()\n"
         "if child == 0:\n"
@@ -122,7 +114,7 @@ def test_in_a_forked_child() -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="finds the OpenMP runtime of torch as Linux shows it")
 def test_in_a_nested_parallel_region() -> None:
-    """Both threads of an OpenMP region compute: each by itself, to the same bits, and without threads of their own."""
+    """Both threads of an OpenMP region compute, each alone, the same bits, and start no further threads."""
     result = run_python(
         LOSS + "import ctypes\n"
         "runtime = {line.split()[-1] for line in open('/proc/self/maps') if 'libgomp' in line}\n"
@@ -159,9 +151,9 @@ def test_in_a_data_loader_worker(context: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs the peak memory of Linux")
-@pytest.mark.parametrize(("what", "most"), [("masked_logsumexp", 3.0), ("nt_xent", 5.0)])
-def test_peak_memory(what: str, most: float) -> None:
-    """At most 3 (with normalisation: 5) times the rows in fp32, gradients included, the inputs not."""
+@pytest.mark.parametrize(("function", "max_ratio"), [("masked_logsumexp", 3.0), ("nt_xent", 5.0)])
+def test_peak_memory(function: str, max_ratio: float) -> None:
+    """At most 3 times the rows in fp32, 5 times with normalisation: gradients included, inputs excluded."""
     rows, d = 65536, 128
     result = run_python(f"""
 import pathlib, torch, mcl_kernels
@@ -170,13 +162,13 @@ def kib(field):
     return int(next(line.split()[1] for line in lines if line.startswith(field)))
 labels = torch.arange({rows}) % 128
 views = torch.randn({rows // 2}, {d}, requires_grad=True), torch.randn({rows // 2}, {d}, requires_grad=True)
-whole = torch.randn({rows}, {d}, requires_grad=True)
+all_rows = torch.randn({rows}, {d}, requires_grad=True)
 def grad(n):
-    if {what!r} == "nt_xent":
+    if {function!r} == "nt_xent":
         loss = mcl_kernels.nt_xent(*(view[: n // 2] if n < {rows} else view for view in views), labels[: n // 2])
         return torch.autograd.grad(loss, views)
-    loss = mcl_kernels.masked_logsumexp(whole[:n] if n < {rows} else whole, labels=labels[:n]).mean()
-    return torch.autograd.grad(loss, whole)
+    loss = mcl_kernels.masked_logsumexp(all_rows[:n] if n < {rows} else all_rows, labels=labels[:n]).mean()
+    return torch.autograd.grad(loss, all_rows)
 grad(512)
 pathlib.Path("/proc/self/clear_refs").write_text("5")
 before = kib("VmRSS")
@@ -184,9 +176,9 @@ grad({rows})
 print(1024 * (kib("VmHWM") - before))
 """)
     assert result.returncode == 0, result.stderr
-    assert int(result.stdout) <= most * rows * d * 4
+    assert int(result.stdout) <= max_ratio * rows * d * 4
 
 
-def test_losses_take_the_kernels() -> None:
+def test_losses_use_the_kernels() -> None:
     x, y = torch.randn(2, 200, 16)
     assert torch.equal(nt_xent(x, y), nt_xent(x, y, impl="native"))

@@ -1,4 +1,4 @@
-"""Which compiler builds the native kernels, what is remembered of one that fails, and what is said of it."""
+"""The compiler of the native kernels, the libraries that it builds, and the messages if it cannot."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from mcl_kernels.backends import library as _library
 from mcl_kernels.backends import native, native_cache
 from mcl_kernels.backends import native_build as _native_build
 from mcl_kernels.backends.native_build import NativeUnavailableError, find_compiler
-from tests.fake_compiler import Place, make_place
+from tests.fake_compiler import BuildSite, make_site
+from tests.new_process import run_python
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="nothing is built on Windows")
 CLANG = "Debian clang version 14.0.6"
@@ -25,17 +26,8 @@ USE = "import torch, mcl_kernels; print(mcl_kernels.masked_logsumexp(torch.eye(4
 
 
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
-    return make_place(tmp_path, monkeypatch)
-
-
-def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs code in a new process. An empty value removes the variable."""
-    merged = {name: value for name, value in {**os.environ, **environment}.items() if value}
-    return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=240, env=merged,
-        cwd=Path(__file__).parents[1],
-    )  # fmt: skip
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> BuildSite:
+    return make_site(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize(
@@ -48,61 +40,61 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str
         ('"g++', "No closing quotation"),
     ],
 )
-def test_a_compiler_that_is_named_is_never_replaced(
-    place: Place, value: str, reason: str, monkeypatch: pytest.MonkeyPatch
+def test_a_named_compiler_is_never_replaced(
+    site: BuildSite, value: str, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    launcher = place.compiler("launcher")
+    launcher = site.compiler("launcher")
     launcher.write_text('#!/bin/sh\necho "launcher: error: no $1" >&2; exit 1\n')
     value = value.format(bin=launcher.parent)
     monkeypatch.setenv("CXX", value)
     with pytest.raises(NativeUnavailableError, match=rf"CXX='{re.escape(value)}' cannot be used: .*{reason}.*unset it"):
         native._find_or_build()
-    assert not place.times_called()
+    assert not site.times_called()
 
 
-def test_launchers_and_options_of_the_compiler_are_used(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    launcher = place.compiler("ccache")
-    launcher.write_text(f'#!/bin/sh\necho launched "$@" >> {place.calls}\nexec "$@"\n')
-    compiler = place.compiler("my g++")  # a path with a space
+def test_launchers_and_options_of_the_compiler_are_used(site: BuildSite, monkeypatch: pytest.MonkeyPatch) -> None:
+    launcher = site.compiler("ccache")
+    launcher.write_text(f'#!/bin/sh\necho launched "$@" >> {site.calls}\nexec "$@"\n')
+    compiler = site.compiler("my g++")  # a path with a space
     monkeypatch.setenv("CXX", f"{launcher} '{compiler}' -m64")
     native._find_or_build()
-    launched = [line for line in place.calls.read_text().splitlines() if line.startswith("launched")]
+    launched = [line for line in site.calls.read_text().splitlines() if line.startswith("launched")]
     assert {line.split(" -m64 ")[0] for line in launched} == {f"launched {compiler}"}
     assert [sum(step in line for line in launched) for step in (" -c ", " -shared ")] == [1, 1]
-    assert len(place.libraries()) == 1
+    assert len(site.libraries()) == 1
     monkeypatch.setenv("CXX", str(compiler))
     assert find_compiler().command == [str(compiler)]
 
 
 @pytest.mark.parametrize("value", ["", "  "])
-def test_an_empty_cxx_names_no_compiler(place: Place, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", str(place.root / "bin"))
-    compiler = place.compiler("c++")
+def test_an_empty_cxx_names_no_compiler(site: BuildSite, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(site.root / "bin"))
+    compiler = site.compiler("c++")
     monkeypatch.setenv("CXX", value)
     assert find_compiler().command == [str(compiler)]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere torch's OpenMP runtime is that of LLVM")
 @pytest.mark.parametrize("version", [CLANG, "Intel(R) oneAPI DPC++/C++ Compiler 2025.0"])
-def test_clang_needs_the_openmp_runtime_of_llvm(place: Place, version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clang_needs_the_openmp_runtime_of_llvm(site: BuildSite, version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CXX")
-    monkeypatch.setenv("PATH", str(place.root / "bin"))
+    monkeypatch.setenv("PATH", str(site.root / "bin"))
     monkeypatch.setattr(_native_build, "_has_openmp_of_llvm", lambda: False)
     for name in ("c++", "clang++"):
-        place.compiler(name, version=version)
+        site.compiler(name, version=version)
     with pytest.raises(NativeUnavailableError, match=r"needs the OpenMP runtime of LLVM.*install g\+\+ \(apt"):
         native._find_or_build()
     monkeypatch.setenv("CXX", "clang++")
     with pytest.raises(NativeUnavailableError, match=r"CXX='clang\+\+' cannot be used: .*OpenMP runtime of LLVM"):
         native._find_or_build()
-    assert not place.times_called()
-    assert not place.failures()
+    assert not site.times_called()
+    assert not site.failures()
 
     monkeypatch.setattr(_native_build, "_has_openmp_of_llvm", lambda: True)
     assert find_compiler().version == version
     monkeypatch.delenv("CXX")
-    assert find_compiler().command == [str(place.root / "bin" / "c++")]
-    compiler = place.compiler("g++")
+    assert find_compiler().command == [str(site.root / "bin" / "c++")]
+    compiler = site.compiler("g++")
     assert find_compiler().command == [str(compiler)]
 
 
@@ -122,32 +114,32 @@ def test_the_openmp_runtime_is_the_one_that_torch_has_loaded() -> None:
         ("__attribute__((constructor)) static void end() { __builtin_trap(); }", "ended with signal", False),
     ],
 )
-def test_what_does_not_load_is_never_kept(
-    place: Place, source: str, reason: str, remembered: bool, monkeypatch: pytest.MonkeyPatch
+def test_a_library_that_does_not_load_is_never_kept(
+    site: BuildSite, source: str, reason: str, remembered: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_library, "check_loads", try_loading)
     monkeypatch.setenv("CXX", "g++")
-    (place.sources / "operators.cpp").write_text(source)
+    (site.sources / "operators.cpp").write_text(source)
     with pytest.raises(
         NativeUnavailableError, match=rf"the library that .*g\+\+ built does not load: .*{reason}"
     ) as error:
         native._find_or_build()
     assert "/proc/" not in str(error.value)
-    assert not place.libraries()
-    assert bool(place.failures()) == remembered
+    assert not site.libraries()
+    assert bool(site.failures()) == remembered
 
 
-def test_the_trial_sees_the_torch_of_this_process(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_trial_imports_the_torch_of_this_process(site: BuildSite, monkeypatch: pytest.MonkeyPatch) -> None:
     """A path may have been added at run time."""
-    package = place.root / "elsewhere" / "torch"
+    package = site.root / "elsewhere" / "torch"
     package.mkdir(parents=True)
-    (package / "__init__.py").write_text(f"open({str(place.root / 'imported')!r}, 'w')")
+    (package / "__init__.py").write_text(f"open({str(site.root / 'imported')!r}, 'w')")
     monkeypatch.setattr(sys, "path", [str(package.parent), *sys.path])
-    try_loading(place.library)
-    assert (place.root / "imported").exists()
+    try_loading(site.library)
+    assert (site.root / "imported").exists()
 
 
-# Programs in the place of Python: none, one that fails, that waits, that prints something else, that ends early.
+# Programs that replace Python: none, one that fails, that waits, that prints something else, that ends early.
 PROGRAMS = {
     "none": "",
     "fails": "exit 1",
@@ -158,29 +150,29 @@ PROGRAMS = {
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_a_program_that_embeds_python_loads_what_it_built(
-    place: Place, program: str, monkeypatch: pytest.MonkeyPatch
+def test_a_program_that_embeds_python_loads_the_library_it_built(
+    site: BuildSite, program: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """There `sys.executable` is empty, or starts something else."""
-    path = place.root / "program"
+    """In such a program `sys.executable` is empty, or starts something else."""
+    path = site.root / "program"
     path.write_text(f"#!/bin/sh\n{PROGRAMS[program]}\n")
     path.chmod(0o755)
     monkeypatch.setattr(_library, "check_loads", try_loading)
     monkeypatch.setattr(_library, "TRIAL_SECONDS", 1.0)
     monkeypatch.setattr(sys, "executable", "" if program == "none" else str(path))
     native._find_or_build()
-    assert len(place.libraries()) == 1
+    assert len(site.libraries()) == 1
 
 
-def test_a_frozen_program_is_not_started_again(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_frozen_program_is_not_started_again(site: BuildSite, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its `sys.executable` is the program itself, which would build in turn."""
-    started = place.root / "started"
-    path = place.root / "program"
+    started = site.root / "started"
+    path = site.root / "program"
     path.write_text(f"#!/bin/sh\ntouch {started}\n")
     path.chmod(0o755)
     monkeypatch.setattr(sys, "frozen", True, raising=False)
     monkeypatch.setattr(sys, "executable", str(path))
-    assert not try_loading(place.library)
+    assert not try_loading(site.library)
     assert not started.exists()
 
 
@@ -217,14 +209,14 @@ def test_another_c_library_is_another_library(tmp_path: Path, monkeypatch: pytes
 
 
 def test_a_relative_cache_home_is_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The XDG specification demands it: such a path would follow the working directory."""
+    """The XDG specification requires it: such a path would depend on the working directory."""
     monkeypatch.setenv("HOME", str(tmp_path))
     for value in ("relative", "./relative", "~/relative", ""):
         monkeypatch.setenv("XDG_CACHE_HOME", value)
         assert native_cache.cache_directory() == tmp_path / ".cache" / "mcl_kernels"
 
 
-def test_without_a_home_auto_says_so_once() -> None:
+def test_without_a_home_auto_warns_once() -> None:
     code = (
         "import pwd\ndef nobody(uid): raise KeyError(uid)\npwd.getpwuid = nobody\n"
         "from mcl_kernels import KMeans, capabilities\nfrom mcl_kernels.backends import native\n"
@@ -233,9 +225,9 @@ def test_without_a_home_auto_says_so_once() -> None:
         "mcl_kernels.masked_logsumexp(torch.eye(4), impl='native')"
     )
     result = run_python(code, HOME="", XDG_CACHE_HOME="")
-    told = "there is no directory for the built library: HOME is not set and the user has no entry"
-    assert result.stderr.count(f"several times slower: impl='native': {told}") == 1, result.stderr
-    assert f"NativeUnavailableError: {told}" in result.stderr
+    message = "there is no directory for the built library: HOME is not set and the user has no entry"
+    assert result.stderr.count(f"several times slower: impl='native': {message}") == 1, result.stderr
+    assert f"NativeUnavailableError: {message}" in result.stderr
     assert "set XDG_CACHE_HOME" in result.stderr
     assert "'available': False" in result.stdout
 
@@ -248,7 +240,7 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     assert f"{tmp_path}/file/mcl_kernels: Not a directory; set XDG_CACHE_HOME" in result.stderr
 
 
-def test_without_a_compiler_auto_says_so_once(tmp_path: Path) -> None:
+def test_without_a_compiler_auto_warns_once(tmp_path: Path) -> None:
     code = f"from mcl_kernels.backends import native; native.PACKAGE = native.PACKAGE / 'nothing'\n{USE}\n{USE}"
     nowhere = {"PATH": str(tmp_path), "CXX": "", "XDG_CACHE_HOME": str(tmp_path)}
     result = run_python(code, **nowhere)
@@ -260,11 +252,10 @@ def test_without_a_compiler_auto_says_so_once(tmp_path: Path) -> None:
     assert "NativeUnavailableError: no C++ compiler is on the PATH" in refused.stderr
 
 
-def test_capabilities_are_those_of_a_loss(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`describe` tries what a loss would do."""
+def test_describe_builds_as_a_loss_does(site: BuildSite, monkeypatch: pytest.MonkeyPatch) -> None:
     native._loaded.cache_clear()
     try:
-        place.compiler(command="echo 'x.cpp:1:1: error: no' >&2; exit 1")
+        site.compiler(command="echo 'x.cpp:1:1: error: no' >&2; exit 1")
         available, reason = native.describe()
         assert not available
         assert "x.cpp:1:1: error: no" in reason
@@ -274,7 +265,7 @@ def test_capabilities_are_those_of_a_loss(place: Place, monkeypatch: pytest.Monk
         native._loaded.cache_clear()
 
 
-def test_the_instruction_set_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_description_has_the_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
     if not native.describe()[0]:
         pytest.skip(native.describe()[1])
     monkeypatch.setenv("MCL_KERNELS_CPU", "portable")

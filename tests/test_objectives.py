@@ -16,7 +16,7 @@ N = torch.full((4,), 3.0, dtype=torch.float64)
 
 
 def evaluate(objective: objectives.ObjectiveLike, a: Tensor = A, s: Tensor = S) -> Tensor:
-    """As the losses call it; the logits are scale times a similarity, so a factor of the scale is one of s."""
+    """Calls an objective as the losses do; a factor of the scale is a factor of the logits s."""
     needs = objectives.needs_of(objective)
     b = tuple((factor * s).logsumexp(1) for factor in needs.scales or (1.0,))
     mixed = (torch.ones(4, dtype=torch.bool),) if needs.mixes_anchors else ()
@@ -104,13 +104,13 @@ def test_stays_in_logarithms(objective: objectives.ObjectiveLike) -> None:
 
 
 def test_an_objective_is_any_function() -> None:
-    """A margin, in one line, with no kernel touched."""
+    """A margin takes one line and no change of a kernel."""
     x, y = torch.randn(8, 4), torch.randn(8, 4)
     with_margin = nt_xent(x, y, objective=lambda a, b, n, scale: objectives.info_nce(a - 0.1 * scale, b))
     assert with_margin > nt_xent(x, y)
 
 
-def test_the_count_is_given_to_those_that_ask() -> None:
+def test_the_count_is_given_to_objectives_that_request_it() -> None:
     seen = []
 
     def spy(a: Tensor, b: Tensor, n: Tensor | None, scale: Tensor) -> Tensor:
@@ -122,7 +122,7 @@ def test_the_count_is_given_to_those_that_ask() -> None:
     spy.counts = True  # type: ignore[attr-defined]
     nt_xent(x, x, labels, objective=spy)
     assert seen[0] is None
-    # Where there is no negative the objective sees 1, a value that is safe to take the logarithm of.
+    # Without a negative the objective receives 1, whose logarithm is finite.
     assert seen[1] is not None
     assert seen[1].tolist() == [4, 4, 4, 1] * 2
 

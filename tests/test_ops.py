@@ -1,9 +1,8 @@
-"""The torch.library contract: schemas, fakes, autograd, compilation, what is saved and what is imported."""
+"""The torch.library contract: schemas, fakes, autograd, compilation, saved tensors and imports."""
 
 from __future__ import annotations
 
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -27,6 +26,7 @@ from mcl_kernels.logsumexp import ops
 from mcl_kernels.logsumexp.pairs import Plan
 from tests.cases import OBJECTIVES, make_case
 from tests.conftest import CPU_IMPLS
+from tests.new_process import run_python
 
 FUSED = [impl for impl in CPU_IMPLS if impl != "reference"]
 FORMS = [("self", None), ("rows", 40), ("both", 40)]
@@ -102,8 +102,8 @@ def test_double_backward_is_refused(impl: str) -> None:
 
 @pytest.mark.parametrize("impl", FUSED)
 @pytest.mark.parametrize(("form", "m"), FORMS)
-def test_saved_for_backward(form: str, m: int | None, impl: str) -> None:
-    """The inputs, the LSE and the plan; nothing that grows with N x M or the number of clusters."""
+def test_tensors_saved_for_backward(form: str, m: int | None, impl: str) -> None:
+    """Saved are inputs, LSE and plan; their size depends on neither N x M nor the number of clusters."""
     n, d = 400, 32
     case = make_case(n, None if m is None else 500, d, n_clusters=7)
     leaves = [x.requires_grad_() for x in (case.query, case.key) if x is not None]
@@ -125,7 +125,7 @@ def test_saved_for_backward(form: str, m: int | None, impl: str) -> None:
 
 
 class LargestTensor(TorchDispatchMode):
-    """The size of the largest tensor that any operation returns."""
+    """Records the number of elements of the largest tensor that an operation returns."""
 
     numel = 0
 
@@ -172,7 +172,7 @@ TRANSFORMS: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], object]] = 
 
 @pytest.mark.parametrize("impl", FUSED)
 @pytest.mark.parametrize("transform", TRANSFORMS)
-def test_transforms_that_a_fused_implementation_does_not_take_are_refused(transform: str, impl: str) -> None:
+def test_transforms_that_fused_implementations_lack_are_refused(transform: str, impl: str) -> None:
     x, y = torch.randn(2, 6, 3)
     for loss in (nt_xent, masked_info_nce, partial(clip_loss, logit_scale=2.0)):
         with pytest.raises(NotImplementedError, match="impl='reference'"):
@@ -227,7 +227,7 @@ COMPILED += [(loss, impl, "inductor") for loss in ("nt_xent", "clip_loss") for i
 @pytest.mark.slow
 @pytest.mark.parametrize(("loss", "impl", "compiler"), COMPILED)
 def test_compile(loss: str, impl: str, compiler: str) -> None:
-    """One graph, dynamic shapes, other label histograms: no recompilation, the eager value and gradients."""
+    """One graph with dynamic shapes serves all label histograms; value and gradients are the eager ones."""
     if compiler == "inductor" and not any(shutil.which(name) for name in ("g++", "clang++", "cl")):
         pytest.skip("inductor needs a C++ compiler")
     torch._dynamo.reset()
@@ -312,7 +312,7 @@ class Exported(torch.nn.Module):
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("name", EXPORTED)
 def test_export(name: str, strict: bool) -> None:
-    """Exported once, for a batch and a queue of any size."""
+    """A single export serves a batch and a queue of any size."""
     torch._dynamo.reset()
     function, n_inputs = EXPORTED[name], 5 if "queue" in name or "keys" in name else 3
 
@@ -328,14 +328,14 @@ def test_export(name: str, strict: bool) -> None:
         torch.testing.assert_close(exported(*inputs(*sizes)), function(*inputs(*sizes)))
 
 
-def run_python(code: str) -> str:
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+def output_of(code: str) -> str:
+    result = run_python(code)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
 
 def test_import_loads_torch_and_numpy_only() -> None:
-    loaded = run_python(
+    loaded = output_of(
         "import sys, torch, numpy; before = {name.split('.')[0] for name in sys.modules}\n"
         "import mcl_kernels; after = {name.split('.')[0] for name in sys.modules}\n"
         "print(*sorted(after - before))"
@@ -344,7 +344,7 @@ def test_import_loads_torch_and_numpy_only() -> None:
 
 
 def test_works_without_triton_and_without_a_compiler() -> None:
-    run_python(
+    output_of(
         "import os, sys; os.environ['PATH'] = ''; os.environ['CC'] = os.environ['CXX'] = '/nowhere'\n"
         "for name in ('triton', 'faiss', 'sklearn', 'matplotlib', 'rich', 'jinja2', 'safetensors'):\n"
         "    sys.modules[name] = None\n"

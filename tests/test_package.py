@@ -1,4 +1,4 @@
-"""What a user gets: the wheel, installed in an environment of its own, away from the checkout."""
+"""The package that users install: the wheel, in an environment of its own, away from the checkout."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def build(kind: str, tree: Path, into: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def distributions(tmp_path_factory: pytest.TempPathFactory) -> Distributions:
-    """Wheel of a checkout in which an earlier build has left a module that is no more."""
+    """Distributions of a checkout in which an earlier build has left a module that no longer exists."""
     directory = tmp_path_factory.mktemp("distributions")
     tree = copy_of_checkout(directory / "tree")
     for stale in ("ghost.py", "ghosts/__init__.py", "csrc/cpu/ghost.h", "lib/ghost.so"):
@@ -107,7 +107,7 @@ def test_a_checkout_is_not_built_into_itself(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_what_an_earlier_build_left_is_not_in_the_wheel(distributions: Distributions) -> None:
+def test_files_of_an_earlier_build_are_not_in_the_wheel(distributions: Distributions) -> None:
     assert not [name for name in distributions.wheel.namelist() if "ghost" in name]
 
 
@@ -121,7 +121,7 @@ def test_the_wheel_of_the_source_distribution_is_that_of_the_checkout(distributi
 
 @pytest.mark.slow
 def test_the_tests_of_the_source_distribution_run(distributions: Distributions) -> None:
-    """All are found, but for those that need a host library, and quick ones pass."""
+    """All tests are found, except those that need a host library, and quick ones pass."""
     pytest_there = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist")
     run(*pytest_there, "--collect-only", "--ignore", "tests/integrations", cwd=distributions.sources)
     run(*pytest_there, "tests/test_accuracy.py", "tests/test_errors.py", cwd=distributions.sources)
@@ -140,8 +140,8 @@ def test_each_integration_has_an_extra_and_integrations_is_all_of_them(distribut
         if match := re.fullmatch(r"([^;]+?) ?; extra == .([\w-]+).", line):
             required.setdefault(match[2], set()).add(match[1].replace(" ", ""))
     for path in (ROOT / "mcl_kernels" / "integrations").glob("[a-z]*.py"):
-        distribution, least = re.search(r'^require\("([^"]+)", "([^"]+)"', path.read_text(), re.MULTILINE).groups()
-        assert required[path.stem.replace("_", "-")] == {f"{distribution}>={least}"}
+        distribution, minimum = re.search(r'^require\("([^"]+)", "([^"]+)"', path.read_text(), re.MULTILINE).groups()
+        assert required[path.stem.replace("_", "-")] == {f"{distribution}>={minimum}"}
     (every,) = required["integrations"]
     hosts = re.fullmatch(r"mcl-kernels\[([\w,-]+)\]", every)[1].split(",")
     assert set(hosts) >= {path.stem.replace("_", "-") for path in (ROOT / "mcl_kernels/integrations").glob("[a-z]*.py")}
@@ -162,7 +162,7 @@ def test_the_wheel_in_a_fresh_environment(tmp_path: Path) -> None:
 
     venv.create(tmp_path / "venv", with_pip=True)
     python = tmp_path / "venv" / "bin" / "python"
-    # The torch that is installed here, so that the same build serves.
+    # Installs the torch of this environment, whose build then fits.
     torch_version = f"torch=={torch.__version__.split('+')[0]}"
     run(python, "-m", "pip", "install", "--quiet", wheel, torch_version)
     (tmp_path / "elsewhere").mkdir()
@@ -171,12 +171,12 @@ def test_the_wheel_in_a_fresh_environment(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_built_at_install_where_torch_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_installation_with_torch_builds_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without build isolation the library is in the package, and nothing is built on first use."""
     if not native.describe()[0]:
         pytest.skip(native.describe()[1])
     copy_of_checkout(tmp_path / "checkout")
-    # What an earlier build of other sources left behind would make the library that of nobody's sources.
+    # Headers of an earlier build must not be compiled into the library.
     built = f"lib.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
     stale = tmp_path / "checkout" / "build" / built / "mcl_kernels" / "csrc" / "cpu" / "removed.h"
     stale.parent.mkdir(parents=True)

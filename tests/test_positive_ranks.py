@@ -1,4 +1,4 @@
-"""Ranks of the positive against a double loop."""
+"""positive_ranks against a double loop, and its conventions for ties, NaN and overflow."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_against_a_double_loop(backend: Backend, negatives: str, queue: bool) ->
     assert len(set(expected)) > 5
 
 
-def test_top_1_is_what_the_logits_say(backend: Backend) -> None:
+def test_rank_0_is_the_argmax_of_the_logits(backend: Backend) -> None:
     x = torch.randn(50, 8)
     y = x + 0.8 * torch.randn(50, 8)
     logits = F.normalize(x) @ F.normalize(y).T
@@ -42,7 +42,7 @@ def test_top_1_is_what_the_logits_say(backend: Backend) -> None:
     assert 0 < correct.sum() < 50
 
 
-def test_has_no_gradient_and_takes_half_precision(backend: Backend) -> None:
+def test_ranks_have_no_gradient_and_take_half_precision(backend: Backend) -> None:
     x = torch.randn(9, 8, requires_grad=True)
     assert not positive_ranks(x, x, impl=backend.impl).requires_grad
     assert positive_ranks(x.bfloat16(), x, impl=backend.impl).tolist() == [0] * 9
@@ -50,7 +50,7 @@ def test_has_no_gradient_and_takes_half_precision(backend: Backend) -> None:
 
 @pytest.mark.parametrize("d", [3, 100, 1000])
 def test_ties_do_not_count(backend: Backend, d: int) -> None:
-    """A collapsed model, and a second copy of every positive: no key is nearer than the positive."""
+    """Keys equal to the positive, in a collapsed model or as a copy of it, are not nearer than the positive."""
     collapsed = torch.randn(1, d).expand(64, d)
     assert positive_ranks(collapsed, collapsed, impl=backend.impl).tolist() == [0] * 64
     x = torch.randn(64, d)

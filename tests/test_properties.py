@@ -1,4 +1,4 @@
-"""What holds for every input, tried on many."""
+"""Properties that hold for every input, tested on many."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def test_splitting_the_keys_adds_up(impl: str, batch, negatives: str, split: flo
             x, x[keys], labels, labels[keys], ids=ids, key_ids=ids[keys], negatives=negatives, impl=impl
         )
 
-    whole, parts = lse(slice(None)), (lse(slice(cut)), lse(slice(cut, None)))
-    torch.testing.assert_close(torch.logaddexp(*parts), whole)
+    all_keys, parts = lse(slice(None)), (lse(slice(cut)), lse(slice(cut, None)))
+    torch.testing.assert_close(torch.logaddexp(*parts), all_keys)
 
 
 @pytest.mark.parametrize("impl", CPU_IMPLS)
@@ -130,7 +130,7 @@ def test_composed_labels_rank_the_tuples(columns: list[tuple[int, int, int]]) ->
     assert got.tolist() == expected
 
 
-# Small ids make a table of pairs, large ones are sorted; of two of the last kind the product has no 64 bits.
+# Small ids are composed by a table of pairs, large ones by a sort; products of two of the last kind overflow int64.
 IDS = st.one_of(st.integers(-2, 4), st.integers(0, 10**6), st.integers(2**62, 2**63 - 1))
 
 

@@ -30,14 +30,14 @@ def test_no_other_kind_of_block() -> None:
 
 
 def test_python_blocks(tmp_path: Path) -> None:
-    """One after the other, as a reader who pastes them into one session."""
+    """Blocks run in order in one session, as a reader pastes them."""
     code = "\n".join(block for language, block in BLOCKS if language == "python")
     result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
 
 
 def test_commands_on_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One after the other, on features that a reader would have."""
+    """Commands run in order, on features as a reader has them."""
     monkeypatch.chdir(tmp_path)
     for stage in range(len(ON_FILES)):
         np.save(f"features-{stage}.npy", np.random.default_rng(stage).random((200, 8), dtype=np.float32))
@@ -51,9 +51,9 @@ def test_commands_on_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands(command: str, tmp_path: Path) -> None:
-    """`make demo` in its quick form; `make test` collects only, since it is what runs this test."""
+    """`make demo` runs in its quick form; `make test`, which runs this test, only collects."""
     binaries = Path(sys.executable).parent
-    if command.startswith("pip"):  # into an environment of its own, not over that of the tests
+    if command.startswith("pip"):  # into an environment of its own, not into that of the tests
         venv.create(tmp_path / "venv", with_pip=True)
         binaries = tmp_path / "venv" / "bin"
     environment = {

@@ -23,7 +23,7 @@ def zipf_labels(n: int = 3000, k: int = 40) -> Tensor:
     return torch.from_numpy(np.random.default_rng(0).choice(k, n, p=sizes / sizes.sum()))
 
 
-# As after two stages of K = 16 on 5,000 samples: no cluster fills a group of 64.
+# Labels as after two stages of K = 16 on 5,000 samples: no cluster fills a group of 64.
 MANY_SMALL = torch.arange(250).repeat_interleave(20)
 LABELS = {"zipf": zipf_labels(), "many small": MANY_SMALL, "one": torch.zeros(1000, dtype=torch.long)}
 
@@ -176,7 +176,7 @@ def test_any_sequence_of_iterations_is_resumed(
         if action == "resume":
             fresh = copy.deepcopy(reference)
             fresh.load_state_dict(sampler.state_dict())
-            # As Lightning does after it loads the state.
+            # Lightning calls this after it loads the state.
             fresh.set_epoch(fresh.epoch)
             sampler = pickle.loads(pickle.dumps(fresh))
             if number <= len(order):
@@ -219,7 +219,7 @@ def test_epochs_of_a_data_loader(workers: int, persistent: bool) -> None:
 
 def test_a_state_of_other_batches_is_refused() -> None:
     sampler = ClusterBatchSampler(MANY_SMALL, 256)
-    with pytest.raises(ValueError, match="state must be of a sampler with as many batches: got batch 20 of 19"):
+    with pytest.raises(ValueError, match="state must have at most as many batches as this sampler: got batch 20 of 19"):
         sampler.load_state_dict({"epoch": 0, "batches": 20})
 
 

@@ -330,7 +330,7 @@ def test_checking_an_iterable_needs_no_further_pass() -> None:
     fit_passes, passes = passes, 0
     next(iter(MultistageRunner(N, n_clusters=4))).finish(Counted(x))
     assert passes == fit_passes
-    with pytest.raises(TypeError, match="embeddings must be iterable again and again: got generator"):
+    with pytest.raises(TypeError, match="embeddings must be iterable more than once: got generator"):
         next(iter(MultistageRunner(N, n_clusters=4))).finish(part for part in x.split(7))
 
 
@@ -353,14 +353,14 @@ import resource, sys
 from pathlib import Path
 import torch
 from mcl_kernels.stages.pseudo_labels import compose_pairs
-from mcl_kernels.stages.files import mapped_labels, write_stage
+from mcl_kernels.stages.files import map_written_labels, write_stage
 
 def peak():
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 def finish(run, index, n):
     clusters = torch.arange(n).remainder_(10)
-    previous = mapped_labels(run, index - 1, None) if index else torch.zeros(1, dtype=torch.int32).expand(n)
+    previous = map_written_labels(run, index - 1, None) if index else torch.zeros(1, dtype=torch.int32).expand(n)
     before = peak()
     labels, pairs = compose_pairs(previous, clusters, torch.int32)
     write_stage(run, index, {"labels": labels, "tuples": pairs}, None, {})

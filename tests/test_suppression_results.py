@@ -1,4 +1,4 @@
-"""results.csv of experiments/suppression: what is written is read, in full precision, and damage is named."""
+"""results.csv of experiments/suppression: rows are read back in full precision, and damage is named."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Trifeature of experiments/suppression: its split, and what is rendered."""
+"""Trifeature of experiments/suppression: its split and its renderings."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def trifeatures(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dataset]:
         yield open_dataset("trifeature-56", samples=800, seed=0, directory=tmp_path_factory.mktemp("data"))
 
 
-def test_whole_combinations_are_held_out(trifeatures: Dataset) -> None:
+def test_complete_combinations_are_held_out(trifeatures: Dataset) -> None:
     columns = torch.stack(list(trifeatures.features.values()), dim=1)
     trained, held_out = (
         {tuple(row) for row in columns[part].tolist()} for part in (trifeatures.train, trifeatures.test)

@@ -1,4 +1,4 @@
-"""Everything PyTorch around the losses: what a training loop does to a model, done to one that ends in each loss."""
+"""Features of PyTorch that training loops use, applied to models that end in each loss."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FUSED = [impl for impl in CPU_IMPLS if impl != "reference"]
 
 
 class Contrastive(nn.Module):
-    """An encoder with dropout and a learned scale, and what it is trained by; `forward` returns the loss."""
+    """An encoder with a learned scale, and its loss; `forward` returns the loss."""
 
     def __init__(self, loss: str, impl: str = "auto") -> None:
         super().__init__()
@@ -136,7 +136,7 @@ def test_gradient_scaler(loss: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_parameters_in_half_precision(loss: str, dtype: torch.dtype) -> None:
-    """As under FSDP, no autocast: the loss in fp32, gradients in the dtype of the parameters, near the exact ones."""
+    """Without autocast, as under FSDP: an fp32 loss, gradients in the dtype of the parameters, near exact ones."""
     model = model_of(loss).to(dtype)
     a, b, labels = batch()
     value = model(a.to(dtype), b.to(dtype), labels)
@@ -163,14 +163,14 @@ def test_activation_checkpointing(loss: str) -> None:
 def test_gradient_accumulation(loss: str) -> None:
     """Gradients of batches of any sizes add up; the last may be a single sample."""
     model, sizes = model_of(loss), (16, 31, 1)
-    apart: dict[str, Tensor] = {}
+    summed: dict[str, Tensor] = {}
     for seed, n in enumerate(sizes):
         (model(*batch(n, seed)) * n / sum(sizes)).backward()
         for name, x in gradients(model).items():
-            apart[name] = apart[name] + x if name in apart else x
+            summed[name] = summed[name] + x if name in summed else x
     for seed, n in enumerate(sizes):
         (model(*batch(n, seed)) * n / sum(sizes)).backward()
-    assert_equal(gradients(model), apart, rtol=1e-4, atol=1e-7)
+    assert_equal(gradients(model), summed, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("n", [0, 1, 2, 3])
@@ -184,17 +184,17 @@ def test_smallest_batches(loss: str, n: int) -> None:
 
 
 def test_functional_call(loss: str) -> None:
-    """Stateless, with parameters of one's own, and `torch.func.grad` with respect to them."""
+    """The module is called with other parameters; gradients with respect to them are those of the module."""
     model = model_of(loss)
     parameters = {name: p.detach() for name, p in model.named_parameters()}
 
-    def of(parameters: dict[str, Tensor]) -> Tensor:
+    def call(parameters: dict[str, Tensor]) -> Tensor:
         return torch.func.functional_call(model, parameters, batch())  # type: ignore[no-any-return]
 
     expected = model(*batch())
-    torch.testing.assert_close(of(parameters), expected.detach())
+    torch.testing.assert_close(call(parameters), expected.detach())
     leaves = {name: p.clone().requires_grad_() for name, p in parameters.items()}
-    of(leaves).backward()
+    call(leaves).backward()
     expected.backward()
     got = {name: p.grad for name, p in leaves.items() if p.grad is not None}
     assert_equal(got, gradients(model))
@@ -220,7 +220,7 @@ def test_copies_of_modules(module: nn.Module, how: Callable[[Any], Any]) -> None
 
 
 def test_a_checkpoint_of_a_run_holds_the_queue() -> None:
-    """Stopped, loaded, and gone on: the bits of a run that was not stopped; a new stage relabels what is held."""
+    """A run that is saved and continued has the bits of an uninterrupted run; a new stage relabels the queue."""
 
     def steps(model: Contrastive, optimizer: torch.optim.Optimizer, seeds: range) -> list[float]:
         losses = []
@@ -239,14 +239,14 @@ def test_a_checkpoint_of_a_run_holds_the_queue() -> None:
         return model, torch.optim.AdamW(model.parameters(), lr=1e-2)
 
     model, optimizer = fresh()
-    whole = steps(model, optimizer, range(6))
+    uninterrupted = steps(model, optimizer, range(6))
     first, first_optimizer = fresh()
     steps(first, first_optimizer, range(3))
     saved = pickle.loads(pickle.dumps((first.state_dict(), first_optimizer.state_dict())))
     second, second_optimizer = fresh()
     second.load_state_dict(saved[0])
     second_optimizer.load_state_dict(saved[1])
-    assert steps(second, second_optimizer, range(3, 6)) == whole[3:]
+    assert steps(second, second_optimizer, range(3, 6)) == uninterrupted[3:]
     new_labels = torch.arange(240) % 7
     second.queue.relabel(new_labels)
     assert torch.equal(second.queue.labels, new_labels[second.queue.ids])

@@ -1,10 +1,8 @@
-"""Properties of the Triton implementation alone; its results are tested with those of every implementation."""
+"""Promises of the Triton implementation alone; its numbers are in the tests that every implementation runs."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,9 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mcl_kernels import masked_logsumexp
 from mcl_kernels.logsumexp import device_plan
+from mcl_kernels.logsumexp.inputs import Inputs, LseGradients, Wanted
 from mcl_kernels.logsumexp.pairs import Pairs, kept_pairs, make_plan
 from tests.accuracy import assert_accurate
 from tests.cases import Case, make_case
+from tests.new_process import run_python
 from tests.test_logsumexp import as_float64, run
 
 pytest.importorskip("triton.knobs", reason="the test extra brings it, where there is one")
@@ -29,7 +29,7 @@ FORMS = [("self", None, False), ("rows", 40, False), ("both", 40, True)]
 
 
 class Launches:
-    """Replaces a kernel and records the grids of its launches."""
+    """Replaces a kernel, and records the grids of its launches."""
 
     def __init__(self) -> None:
         self.grids: list[tuple[int, ...]] = []
@@ -55,23 +55,22 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
 def test_nothing_waits_for_the_device(
     launches: Launches, form: str, m: int | None, bidirectional: bool, negatives: str, dtype: torch.dtype
 ) -> None:
-    """Fake tensors raise if a value is read: planning and launching reads none."""
+    """Fake tensors raise if a value is read: planning and launching read none."""
     case = make_case(30, m, 8, dtype=dtype)
     with FakeTensorMode(allow_non_fake_inputs=False) as mode:
         query, key, *identities = (None if x is None else mode.from_tensor(x) for x in case)
-        scale, pairs = torch.ones(()), Pairs(*identities, negatives)
-        row_lse, column_lse, plan = triton.forward(query, key, scale, pairs, bidirectional)
-        gradients = torch.ones_like(row_lse), torch.ones_like(column_lse)
-        saved = query, key, scale, pairs, row_lse, column_lse, plan
-        shapes = [x.shape for x in triton.backward(*gradients, *saved, bidirectional, (True, True, True))]
+        inputs = Inputs(query, key, torch.ones(()), Pairs(*identities, negatives), bidirectional)
+        saved = triton.forward(inputs)
+        gradients = LseGradients(torch.ones_like(saved.row_lse), torch.ones_like(saved.column_lse))
+        shapes = [x.shape for x in triton.backward(inputs, saved, gradients, Wanted(True, True, True))]
     assert shapes == [case.query.shape, (0,) if case.key is None else case.key.shape, ()]
-    # A launch that finds dropped columns before each kernel; 1 forward and 1 backward, or one for each side.
+    # A launch finds the dropped columns before each kernel; forward and backward have one kernel for each side.
     sides = 1 if form == "self" else 2
     assert len(launches.grids) == 2 * ((2 if bidirectional else 1) + sides)
 
 
 class Operators(TorchDispatchMode):
-    """Counts operators: a lower bound of the launches on a GPU."""
+    """Counts operators, each of which a GPU launches at least once."""
 
     count = 0
 
@@ -80,12 +79,12 @@ class Operators(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(("m", "max_launches"), [(None, 12), (40, 18)])
-def test_planning_is_a_handful_of_launches(m: int | None, max_launches: int) -> None:
+@pytest.mark.parametrize(("m", "most"), [(None, 12), (40, 18)])
+def test_planning_is_a_handful_of_launches(m: int | None, most: int) -> None:
     case = make_case(30, m, 8)
     with Operators() as operators:
         make_plan(case.query, case.key, Pairs(case.labels, case.key_labels, case.ids, case.key_ids, "same"))
-    assert 0 < operators.count <= max_launches
+    assert 0 < operators.count <= most
 
 
 def test_the_grid_depends_on_the_rows_alone(launches: Launches) -> None:
@@ -93,7 +92,7 @@ def test_the_grid_depends_on_the_rows_alone(launches: Launches) -> None:
     for labels in (torch.zeros(300), torch.arange(300), torch.full((300,), -1)):
         launches.grids.clear()
         pairs = Pairs(labels.long(), None, torch.arange(300), None, "same")
-        triton.forward(torch.randn(300, 8), None, torch.ones(()), pairs, False)
+        triton.forward(Inputs(torch.randn(300, 8), None, torch.ones(()), pairs))
         grids.append(list(launches.grids))
     assert grids[0] == grids[1] == grids[2]
 
@@ -131,21 +130,21 @@ def test_tiles_that_are_visited(negatives: str, monkeypatch: pytest.MonkeyPatch)
     visited = 0
     for first in range(0, n, tiles.rows):
         rows = slice(first, first + tiles.rows)
-        attends = plan.key_begin[rows] < plan.key_end[rows]
-        if not attends.any():
+        has_keys = plan.key_begin[rows] < plan.key_end[rows]
+        if not has_keys.any():
             continue
-        begin, end = int(plan.key_begin[rows][attends].min()), int(plan.key_end[rows][attends].max())
+        begin, end = int(plan.key_begin[rows][has_keys].min()), int(plan.key_end[rows][has_keys].max())
         for start in range(begin, end, tiles.columns):
-            differ = sorted_labels[rows][attends].unsqueeze(1) != sorted_labels[start : start + tiles.columns]
+            differ = sorted_labels[rows][has_keys].unsqueeze(1) != sorted_labels[start : start + tiles.columns]
             visited += bool(negatives != "different" or differ.any())
     assert products == visited
-    # Negative labels cost no tile, and under "different" the huge cluster costs hardly any.
+    # Negative labels cost no tile, and under "different" the huge cluster costs almost none.
     max_visited = -(-n // tiles.rows) * -(-(n - sizes[0]) // tiles.columns)
     assert visited <= (max_visited // 2 if negatives == "different" else max_visited)
 
 
 def to_tf32(x: Tensor) -> Tensor:
-    """Cuts the mantissa to 10 bits behind the point: tensor cores do not read the others."""
+    """Cuts the mantissa to 10 bits: tensor cores read no others."""
     return (x.view(torch.int32) & ~0x1FFF).view(torch.float32)
 
 
@@ -156,11 +155,10 @@ def truncated(x: Tensor) -> Tensor:
 
 
 def multiply(a: Tensor, b: Tensor, precision: str) -> Tensor:
-    """Multiplies as tensor cores do and the interpreter does not: cuts operands, adds 8 exact products at a time to a
-    sum, and truncates each sum.
+    """Multiplies as tensor cores do: operands are cut, 8 exact products are added at a time, each sum is truncated.
 
-    tf32x3 starts new sums for each part of 16 features and adds them to the total, rounded to nearest. For half
-    precision only the operands are rounded: its sums are those of every product of that dtype.
+    tf32x3 has new sums for each part of 16 terms, which are added to the earlier ones with rounding to nearest. For
+    half precision only the rounding of the operands is emulated, not that of the sums.
     """
     if precision == "half":
         return a.float() @ b.float()
@@ -184,7 +182,7 @@ def add_products(sums: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 def emulated(case: Case, scale: float, precision: str) -> dict[str, Tensor]:
-    """LSE and gradient of the self form with the roundings of the kernels, for the weights of the LSE in `run`."""
+    """LSE and gradient of the self form with the roundings of the kernels; the LSE has the weights of `run`."""
     x, dtype = case.query, case.query.dtype
     keep = kept_pairs(Pairs(case.labels, case.labels, case.ids, case.ids, "same"))
     assert keep is not None
@@ -206,7 +204,7 @@ def emulated(case: Case, scale: float, precision: str) -> dict[str, Tensor]:
     ids=str,
 )
 def test_operands_as_the_tensor_cores_round_them(precision: str, dtype: torch.dtype, d: int, scale: float) -> None:
-    """As accurate as the definition; in tf32, which is opt-in, to the 11 bits of its operands."""
+    """Results are as accurate as the definition; in tf32, which users choose, to the 11 bits of its operands."""
     case = make_case(300, None, d, dtype=dtype)
     got = emulated(case, scale, precision)
     exact = run(as_float64(case), scale, "reference")
@@ -220,20 +218,16 @@ def test_operands_as_the_tensor_cores_round_them(precision: str, dtype: torch.dt
             assert_accurate(value, reference[name], exact[name], name)
 
 
-def run_python(code: str) -> subprocess.CompletedProcess[str]:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120, env=environment
-    )
+run_on_cpu = partial(run_python, TRITON_INTERPRET="")  # without the interpreter
 
 
 def test_on_a_cpu_without_the_interpreter() -> None:
-    result = run_python("import torch, mcl_kernels\nmcl_kernels.masked_logsumexp(torch.eye(3), impl='triton')")
+    result = run_on_cpu("import torch, mcl_kernels\nmcl_kernels.masked_logsumexp(torch.eye(3), impl='triton')")
     assert "impl='triton': computes on CUDA tensors: got device cpu" in result.stderr
 
 
 def test_without_triton() -> None:
-    result = run_python(
+    result = run_on_cpu(
         "import sys; sys.modules['triton'] = None\n"
         "import torch, mcl_kernels\n"
         "print(mcl_kernels.capabilities()['triton'])\n"
@@ -244,9 +238,9 @@ def test_without_triton() -> None:
     assert "use impl='auto'" in result.stderr
 
 
-def test_both_torch_settings_select_tf32() -> None:
-    """Once the newer setting was used, torch refuses to answer through the older one."""
-    result = run_python(
+def test_either_switch_of_torch_selects_tf32() -> None:
+    """Once the newer one was used, torch refuses to answer through the older one."""
+    result = run_on_cpu(
         "import torch; from mcl_kernels.backends import triton\n"
         "x = torch.eye(3)\n"
         "print(triton.product_precision(x, x, torch.ones(())))\n"
@@ -257,7 +251,7 @@ def test_both_torch_settings_select_tf32() -> None:
 
 
 def test_before_triton_3_4() -> None:
-    result = run_python(
+    result = run_on_cpu(
         "import sys, types; old = types.ModuleType('triton'); old.__version__ = '3.2.0'; sys.modules['triton'] = old\n"
         "import torch, mcl_kernels; mcl_kernels.masked_logsumexp(torch.eye(3), impl='triton')"
     )

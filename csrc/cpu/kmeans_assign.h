@@ -6,7 +6,7 @@
 
 namespace mcl::MCL_INSTRUCTION_SET {
 
-constexpr int64_t CLUSTER_ROWS = 96;  // of a block: a multiple of GROUP that fits the cache with a tile of centres
+constexpr int64_t CLUSTER_ROWS = 96;  // rows of a block: a multiple of GROUP, fits the cache with a tile of centres
 
 // A block of rows, their products with a tile of centres, and the nearest centres so far. The number of rows is padded
 // to full vectors.

@@ -132,7 +132,7 @@ constexpr T ROUNDING = T(sizeof(T) == 8 ? 0x1p-53 : 0x1p-24);
 
 // `squares` are |x|^2. A micro-kernel rounds at most DEPTH times, and a lane of the sums of few centres at most width /
 // LANES times; rows and centres relative to the offset are rounded, too. The bound is doubled, since |x| and s are
-// themselves rounded. `minimum` covers losses below the normal numbers.
+// themselves rounded. `minimum` bounds the errors of underflow.
 template <class T>
 ScoreErrors<T> score_errors(const PackedCenters<T>& centers, int64_t width, Vector<T> squares) {
   T norms[LANES<T>];

@@ -109,7 +109,7 @@ void multiply_block(const Clusters<T>& clusters, const PackedCenters<T>& centers
   }
 }
 
-// As cluster_rows, for at most FEW centres.
+// Assigns and adds rows like cluster_rows, with at most FEW centres.
 template <class T>
 void cluster_rows_to_few(const Clusters<T>& clusters, const PackedCenters<T>& centers, const FewBlock<T>& block,
                          int64_t begin, int64_t end, double* sums, int64_t* counts) {

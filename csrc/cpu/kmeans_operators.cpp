@@ -14,9 +14,9 @@ namespace {
 
 using ClusterPass = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
-constexpr int64_t PART_ROWS = 8 * 96;  // rows that a thread takes at a time: a multiple of a block's
+constexpr int64_t PART_ROWS = 8 * 96;  // rows that a thread takes at a time: a multiple of CLUSTER_ROWS
 
-// Sums and counts of each thread, which add their own rows; none if sums are not requested. Sums are exact, so their
+// Sums and counts for each thread, to which it adds its rows; none if sums are not requested. Sums are exact, so their
 // total has the same bits for any number of threads.
 struct ThreadSums {
   int64_t threads, centers, size;  // size: elements of a thread's sums

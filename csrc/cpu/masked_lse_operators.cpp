@@ -95,7 +95,7 @@ int64_t enough_tasks() {
 
 constexpr int64_t SMALL_WORKSPACE = 16 << 20;  // bytes of workspace that are always allowed, for any batch size
 
-// A problem without the inputs and outputs of one direction, and the memory that it refers to.
+// A problem without the fields of forward, backward and counting, and the memory that its pointers refer to.
 template <class T>
 struct PreparedProblem {
   const Inputs& inputs;
@@ -129,7 +129,8 @@ struct PreparedProblem {
   void run(TaskFunction<T> function, const Kernels<T>& kernels) const {
     if (schedule.tasks.empty()) return;
     const int64_t bytes = kernels.workspace_bytes(problem.width, schedule.max_rows, schedule.max_columns);
-    // With the gradients, memory is at most three times the rows for any number of threads.
+    // Twice the rows, or a small workspace: with the gradients, memory is at most three times the rows for any number
+    // of threads.
     const int64_t rows = inputs.query.size(0) + (inputs.self ? 0 : inputs.key.size(0));
     const int64_t affordable = std::max<int64_t>(2 * rows * problem.width * sizeof(T), SMALL_WORKSPACE) / bytes;
     const int64_t threads = std::min({thread_count(), schedule.max_concurrent, std::max<int64_t>(affordable, 1)});
@@ -184,7 +185,7 @@ void clear_rows(T* grad, const std::vector<bool>& visited, const int64_t* order,
     if (!visited[row]) std::fill_n(grad + order[row] * width, width, T(0));
 }
 
-// The gradient of the scale, from that of each sorted row.
+// Writes the gradient of the scale, given the gradient for the scale of each sorted row.
 template <class T>
 void write_grad_scale(const std::vector<T>& grad_rows, const int64_t* order, Tensor& grad_scale) {
   T* to = grad_scale.mutable_data_ptr<T>();

@@ -149,7 +149,7 @@ class MatrixBlocks {
   uint32_t* key_columns_;                 // [depth / 2, TILE]: pairs of features of its columns
   uint16_t *weights_, *weights_transposed_;  // [rows, columns] and [columns, rows] of the tile
 
-  // As pack_rows, for bfloat16 without conversion.
+  // Packs rows like pack_rows, but leaves them in bfloat16.
   float pack_side(const Side& side, int64_t begin, int64_t count, uint16_t* to) const {
     float largest = 0;
     for (int64_t r = 0; r < count; r++) {

@@ -20,10 +20,10 @@ struct ViewTensors {
              a.size(1)};
   }
 
-  // work(begin, end) for ranges that cover the samples, in parallel if there are enough of them.
+  // Calls work(begin, end) for ranges that cover the samples, in parallel if there are enough of them.
   template <class Work>
   void for_each_part(const Work& work) const {
-    constexpr int64_t MIN_ELEMENTS = 1 << 14;  // of a part: fewer do not repay a thread
+    constexpr int64_t MIN_ELEMENTS = 1 << 14;  // of a part: with fewer, a thread costs more than it saves
     const int64_t size = a.size(0);
     if (thread_count() == 1)
       work(0, size);

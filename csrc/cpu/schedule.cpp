@@ -24,9 +24,9 @@ struct Blocks {
 class Rounds {
  public:
   // The upper triangle of `blocks` against themselves, as a round-robin tournament: each block is paired with every
-  // other block once. Its pair with itself takes its idle round, or one last common round if the number is even.
+  // other block once. Its pair with itself takes its idle round, or a last round of all blocks if their number is even.
   void add_triangle(const Blocks& blocks) {
-    const int64_t players = blocks.count % 2 ? blocks.count : blocks.count - 1;  // that rotate
+    const int64_t players = blocks.count % 2 ? blocks.count : blocks.count - 1;  // blocks that rotate
     for (int64_t round = 0; round < players; round++) {
       const int64_t left = blocks.count - round;
       add_pair(left, blocks, round, players < blocks.count ? players : round);

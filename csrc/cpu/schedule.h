@@ -19,8 +19,8 @@ struct Schedule {
   int64_t max_concurrent = 0;                       // number of tasks that may run at once
 };
 
-// Each task packs its rows and passes over their gradients once, so blocks are the largest that leave `enough_tasks`
-// tasks able to run side by side.
+// Blocks are the largest that leave `enough_tasks` tasks able to run side by side, since each task packs its rows and
+// passes over their gradients once.
 Schedule make_schedule(const std::vector<Segment>& segments, int64_t queries, int64_t keys, bool self,
                        int64_t enough_tasks);
 

@@ -29,7 +29,6 @@ class Walk {
   }
 
   int64_t query_row(int64_t i) const { return problem.query.order[task.row_begin + i]; }
-  int64_t key_row(int64_t j) const { return problem.key.order[task.column_begin + j]; }
   T scale(int64_t i) const { return problem.scale[query_row(i) * problem.scale_stride]; }
   Factor<T> factor(int64_t i) const { return problem.scale_stride ? Factor<T>(scale(i)) : one_factor_; }
 

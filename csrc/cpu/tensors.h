@@ -36,7 +36,7 @@ inline bool forked = false;
 
 inline int64_t thread_count() { return forked || at::in_parallel_region() ? 1 : at::get_num_threads(); }
 
-// work(thread) for each thread 0 .. threads - 1.
+// Calls work(thread) for each thread 0 .. threads - 1.
 inline void parallel_for(int64_t threads, const std::function<void(int64_t)>& work) {
   if (threads == 1) {
     work(0);

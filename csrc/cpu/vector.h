@@ -87,7 +87,7 @@ inline Vector<T> shuffle(Vector<T> a, Vector<T> b, Mask<T> from) {
 #endif
 }
 
-// a0 b0 a1 b1 ... of the first (HALF 0) or the second half of the lanes.
+// Returns a0 b0 a1 b1 ... of the first (HALF 0) or the second half (HALF 1) of the lanes.
 template <class T, int HALF>
 inline Vector<T> interleave(Vector<T> a, Vector<T> b) {
   Mask<T> from;
@@ -161,8 +161,7 @@ inline T largest_lane(Vector<T> v) {
 
 constexpr double LOG2_E = 1.4426950408889634;
 
-// 2^n 2^f for |f| <= 1/2. `shifted` is n + EXP_SHIFT: its lowest bits are n, since the last bit of EXP_SHIFT is worth
-// 1.
+// 2^n 2^f for |f| <= 1/2. `shifted` is n + EXP_SHIFT: its lowest bits are n, since EXP_SHIFT has a last bit of value 1.
 constexpr float EXP_SHIFT = 12582912.0f;  // 1.5 * 2^23
 inline Vector<float> exp2_of_parts(Vector<float> shifted, Vector<float> f) {
   // The minimax polynomial of 2^f with value 1 at 0: relative error 2e-9 before rounding, 0.8e-7 after.
@@ -176,7 +175,8 @@ inline Vector<float> exp2_of_parts(Vector<float> shifted, Vector<float> f) {
   return (Vector<float>)((Bits)p + ((Bits)shifted << 23));
 }
 
-// A factor of logits, and the same divided by ln 2 to 48 bits: rounded to one float it would shift all logits one way.
+// A factor of logits, and the factor divided by ln 2 as high + low, 48 bits: rounded to one float, it would shift all
+// logits in the same direction.
 template <class T>
 struct Factor {
   Vector<T> natural, high, low;

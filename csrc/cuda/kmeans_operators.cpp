@@ -1,3 +1,4 @@
+// Binds the kernels of k-means to torch.
 #include "launch.h"
 #include "operators.h"
 #include "tensors.h"

@@ -1,3 +1,4 @@
+// Binds the kernels of masked_logsumexp to torch.
 #include "launch.h"
 #include "operators.h"
 #include "tensors.h"

@@ -37,6 +37,6 @@ LIBRARY_OF(MCL_NAMESPACE, library) {
       "sum_pieces(Tensor?[] samples, Tensor? inverse_norms, Tensor[] pieces, Tensor(a!) sums) -> ()",
       &mcl::sum_pieces);
   library.def("join_pieces(Tensor pieces, Tensor begin, Tensor end, Tensor(a!) sums) -> ()", &mcl::join_pieces);
-  // Compute capabilities, as in TORCH_CUDA_ARCH_LIST but separated by commas.
+  // Returns the compute capabilities, as in TORCH_CUDA_ARCH_LIST but separated by commas.
   library.def("architectures() -> str", [] { return std::string(EXPANDED_TEXT_OF(MCL_ARCHITECTURES)); });
 }

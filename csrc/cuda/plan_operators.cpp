@@ -1,3 +1,4 @@
+// Binds the kernels that plan the visiting order to torch.
 #include "launch.h"
 #include "operators.h"
 #include "tensors.h"

@@ -85,8 +85,8 @@ class FusedMultiplyAdds {
   }
 };
 
-// A fragment from shared memory. nvcc reads bfloat16's by generic loads of 4 bytes each, unless the instruction says
-// where they are: then it is one LDSM, as for float16.
+// Loads a fragment from shared memory. For bfloat16, nvcc emits generic loads of 4 bytes each, unless the instruction
+// names the state space: then it emits one LDSM, as for float16.
 template <class Fragment, class Operand>
 __device__ __forceinline__ void load_fragment(Fragment& fragment, const Operand* from, unsigned stride) {
   nvcuda::wmma::load_matrix_sync(fragment, from, stride);
@@ -108,7 +108,7 @@ MCL_LOAD_BF16(matrix_b, col_major, "b", "col")
 MCL_LOAD_BF16(matrix_b, row_major, "b", "row")
 #endif
 
-// The same on tensor cores: each warp holds FRAGMENTS_DOWN x FRAGMENTS_ACROSS fragments of the sums.
+// EDGE x EDGE sums on tensor cores: each warp has FRAGMENTS_DOWN x FRAGMENTS_ACROSS fragments of them.
 template <class Operand, int EDGE, int THREADS>
 class TensorCores {
  public:

@@ -35,7 +35,8 @@ T* mutable_pointer(const OptionalTensor& x) {
   return x ? x->mutable_data_ptr<T>() : nullptr;
 }
 
-// `operand`: the type of the product. Rows of another type are read element by element.
+// Describes the rows of x for a kernel that multiplies in the type `operand`: rows of another type are read element by
+// element.
 inline Matrix matrix(const Tensor& x, at::ScalarType operand) {
   const bool dense = x.size(1) <= 1 || x.stride(1) == 1;
   const bool aligned = reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0 &&

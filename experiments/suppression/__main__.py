@@ -112,13 +112,13 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    data = f"{', '.join(DEFAULTS)}; randbits with a number of bits after it, trifeature with one of pixels"
+    data = f"{', '.join(DEFAULTS)}; append the number of bits to randbits and the width in pixels to trifeature"
     add("data", nargs="?", metavar="DATA", help=data)
     add("methods", nargs="*", metavar="METHOD", default=["simclr", "mcl+simclr"], help=METHOD_FORMS)
-    add("--seeds", type=int, nargs="+", default=SEEDS, metavar="SEED")
+    add("--seeds", type=int, nargs="+", default=SEEDS, metavar="SEED", help="one run for each (default: 0 1 2)")
     for name in ("samples", "epochs", "stages", "clusters", "clusters-per-batch", "batch-size"):
         add(f"--{name}", type=int, help="instead of the default of the data")
-    add("--temperature", type=float)
+    add("--temperature", type=float, help="instead of the default of 0.2")
     add("--layer", choices=LAYERS, help="features that are clustered")
     add("--start", choices=STARTS, help="initial weights of a stage")
     add("--details", action="store_true", help="also train finished runs whose details are not in the directory")

@@ -1,4 +1,4 @@
-"""Details of a run, which the report draws but no table needs: a JSON file in the run's own directory."""
+"""Details of a run that only the report's figures need: a JSON file in the run's own directory."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ def probe(features: Tensor, data: Dataset) -> Probes:
     The accuracy of a feature with several columns (the bits of a code) is the mean over its columns.
 
     Args:
-        features: of all samples, [N, D].
+        features: features of all samples, [N, D].
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import StandardScaler
@@ -72,7 +72,7 @@ def find_neighbours(features: Sequence[Tensor], data: Dataset, seed: int) -> Nei
     """Finds the nearest neighbours of `N_ANCHORS` random held-out samples.
 
     Args:
-        features: of all samples by each encoder, [N, D] each.
+        features: features of all samples by each encoder, [N, D] each.
     """
     chosen = torch.from_numpy(np.random.default_rng(seed).choice(len(data.test), N_ANCHORS, replace=False))
     anchors = data.test[chosen]
@@ -94,7 +94,7 @@ def find_neighbours(features: Sequence[Tensor], data: Dataset, seed: int) -> Nei
 
 
 def recall(images: Tensor, texts: Tensor) -> Recall:
-    """Recall at 1, 5 and 10 of captions by images and of images by captions; row i of both is a pair. [N, D] each.
+    """Recall at 1, 5 and 10 of captions by images and of images by captions, [N, D] each; row i of both is a pair.
 
     Identical rows share their rank: each counts as found if one of them is, since captions may have the same words.
     """

@@ -1,4 +1,4 @@
-"""Results over seeds: runs that differ in their seed alone form a group."""
+"""Groups of results: runs that differ only in their seed."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Group:
 
     @property
     def is_default(self) -> bool:
-        """Returns whether all settings are the defaults of the data."""
+        """True if all settings are the defaults of the data."""
         return " " not in self.name
 
     @property
@@ -76,7 +76,7 @@ class Group:
 
     @property
     def lowest(self) -> Cell:
-        """Probe of the feature that is suppressed most."""
+        """Lowest probe of all features: how far the most suppressed one is read."""
         return self.over_seeds(lambda run: min(run.concatenation.values()))
 
     @property

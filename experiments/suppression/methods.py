@@ -1,8 +1,8 @@
 """The contrastive methods, each a few lines over the library.
 
 A method holds its networks and defines two functions: `forward` computes the embeddings of a batch, `loss` the loss of
-these embeddings and their pseudo labels. With one label for all samples it is the method as published, with the labels
-of a stage it is MCL on that method.
+these embeddings and their pseudo labels. One label for all samples gives the method as published, the labels of a stage
+give MCL on that method.
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ class SimCLR(nn.Module):
         return nt_xent(*embeddings, labels, temperature=self.settings.temperature, objective=self.objective)
 
     def after_step(self) -> None:
-        """Updates what is not trained by the optimizer."""
+        """Updates the tensors that the optimizer does not train."""
 
     def new_stage(self) -> None:
-        """Clears what depends on the pseudo labels of the previous stage."""
+        """Clears the tensors that depend on the pseudo labels of the previous stage."""
 
 
 class TemperatureSchedule(SimCLR):

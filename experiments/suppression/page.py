@@ -19,7 +19,7 @@ def write_page(groups: Groups, path: Path, directory: Path) -> Path:
     """Writes the report in one step; returns its path.
 
     Args:
-        directory: that holds the details of the runs that were trained here.
+        directory: directory with the details of the runs that were trained here.
     """
     from jinja2 import Environment
 
@@ -73,7 +73,7 @@ def _section(data: str, by_name: dict[str, Group], directory: Path) -> dict[str,
 
 
 def _mcl_section(group: Group | None, directory: Path) -> dict[str, Any] | None:
-    """Details of MCL's first run that has some, or the command that makes them."""
+    """Details of the first run of MCL that has details, or the command that makes them."""
     if group is None:
         return None
     section: dict[str, Any] = {"title": group.title, "continues": group.settings.start == "previous"}

@@ -36,10 +36,11 @@ class EncoderResult:
     """Results of one encoder.
 
     Attributes:
-        probes: accuracy of its own features.
-        seconds: of training; `loss_seconds` of the loss alone, its backward pass included.
-        clustering_seconds: of k-means on its features.
-        commit: at which it was trained; empty if that was not recorded.
+        probes: accuracy by feature of the data, from this encoder's output alone.
+        seconds: time of training.
+        loss_seconds: time of the loss alone, its backward pass included.
+        clustering_seconds: time of k-means on its features.
+        commit: commit at which it was trained; empty if that was not recorded.
     """
 
     probes: Probes
@@ -63,10 +64,11 @@ class RunResult:
     """Results of a run.
 
     Attributes:
-        commit: at which it was measured.
-        versions: of Python and of `PACKAGES`.
-        train_samples: `test_samples` are those held out, and the candidates of retrieval.
-        dimensions: of all encoders side by side.
+        commit: commit at which it was measured.
+        versions: versions of Python and of `PACKAGES`.
+        train_samples: number of training samples.
+        test_samples: number of held-out samples, which are the candidates of retrieval.
+        dimensions: width of all encoders' outputs side by side.
         classes: number of classes by feature.
         ami: adjusted mutual information of the clusters of each pair of encoders.
         concatenation: probes of all encoders side by side.
@@ -139,7 +141,7 @@ def _order(result: RunResult) -> tuple[Any, ...]:
 
 
 def _columns(rows: Sequence[Row]) -> list[str]:
-    """Columns of all rows, those of a feature together and before what follows the probes."""
+    """Columns of all rows; the probes of each feature are together, in the place of the first probe."""
     features = dict.fromkeys(feature for row in rows for feature in row["probed"].split())
     probes = [f"{part}probe_{feature}" for feature in features for part in ("", "encoder_", "soup_")]
     named = list(rows[0])

@@ -1,4 +1,4 @@
-"""A run from its settings to its row of results: trains what is missing, measures, writes."""
+"""One run, from its settings to its row of results: trains missing encoders, measures, writes."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def run(settings: RunSettings, results: Path, directory: Path) -> None:
 
     Args:
         results: the CSV.
-        directory: of raw data, caches, and what is trained.
+        directory: directory of raw data, caches and trained stages.
 
     Raises:
         ValueError: settings that do not fit the data, or stages of other settings under this name.

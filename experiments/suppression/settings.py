@@ -1,4 +1,4 @@
-"""Settings of a run: data, method, seed, and what a run sets apart from the defaults of its data."""
+"""Settings of a run: data, method, seed, and the defaults of each kind of data."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CLIP = {"layer": "projection", "start": "previous"}
 DEFAULTS: dict[str, dict[str, Any]] = {
     "randbits": {"samples": 5000, "epochs": 90},
     "fashion-randbits": {"samples": 5000, "epochs": 90},
-    # Six epochs are too few for a new network. A stage that continues from the previous one has trained for 18 at last.
+    # Six epochs a stage are too few for a new network. Stages that continue from the previous one train for 18 in all.
     "trifeature": {"samples": 16_000, "epochs": 18, "start": "previous"},
     "dominoes": {"samples": 5000, "epochs": 90},
     "dominoes-side": {"samples": 5000, "epochs": 90},
@@ -30,14 +30,14 @@ class RunSettings:
     Attributes:
         data: kind of data, followed by a number for some kinds: `randbits-8`, `trifeature-64`, `dominoes`.
         method: `simclr`, `moco`, ..., alone or after `mcl+`, `ensemble+` or `wide+`.
-        seed: of the random parts of the data, of networks, views and clusterings.
+        seed: seed of the random parts of the data, of networks, views and clusterings.
         samples: number of training samples; None: all.
-        epochs: of all stages, or of all members of an ensemble, together: every method reads the data equally often.
-        stages: number of stages of MCL, of members of an ensemble, or the factor by which a wide encoder is wider.
+        epochs: total of all stages, or of all members of an ensemble: every method reads the data equally often.
+        stages: number of stages of MCL or of members of an ensemble, or the factor by which a wide encoder is wider.
         clusters: K of each stage.
-        clusters_per_batch: of MCL's batches, which hold few clusters with many samples each.
-        batch_size: images, each in two views.
-        temperature: of the loss; the initial one for CLIP, which learns it.
+        clusters_per_batch: number of clusters in a batch of MCL, each with many samples.
+        batch_size: images of a batch, each in two views.
+        temperature: temperature of the loss; the initial one for CLIP, which learns it.
         learning_rate: maximum of a one-cycle schedule, which starts again in each stage.
         features: dimensions of an encoder's output.
         layer: features that are clustered: the encoder's output (`backbone`) or the head's (`projection`). Probes

@@ -1,4 +1,4 @@
-"""Tables of the results: claims and whether they hold, the overview of all methods, the sweep, the README's table."""
+"""Tables of the results: verdicts on the claims, the overview of all methods, the sweep, and the README's table."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Claim(NamedTuple):
 
 
 def claims(groups: Groups) -> list[Claim]:
-    """Expected results, and whether they hold."""
+    """Expected results, each with its verdict."""
     return [*threshold_claims(groups), *ordering_claims(groups)]
 
 
@@ -43,7 +43,7 @@ def threshold_claims(groups: Groups) -> Iterator[Claim]:
         yield Claim("randbits-8: MCL reads it at 0.90 or more", str(digit), _verdict(digit.mean >= 0.90))
         if "ensemble+simclr" in by_name:
             gain = digit.mean - by_name["ensemble+simclr"].probe("digit").mean
-            text = "randbits-8: MCL is above as many SimCLRs concatenated by 0.5 or more"
+            text = "randbits-8: MCL is above an ensemble of as many SimCLRs by 0.5 or more"
             yield Claim(text, f"{gain:.3f}", _verdict(gain >= 0.5))
 
 

@@ -20,7 +20,7 @@ class Viewmaker(nn.Module):
     resolution.
 
     Args:
-        channels: of the views.
+        channels: channels of the views.
         budget: mean absolute change of a view.
 
     Source: Tamkin et al. 2021 (arXiv 2010.07432), section 3, and its use as feature dropout (arXiv 2212.08378).

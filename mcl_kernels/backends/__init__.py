@@ -1,1 +1,1 @@
-"""Where each implementation runs, and the compiled libraries behind them."""
+"""Table of the backends, with the reasons where one does not run, and the compiled libraries behind them."""

@@ -1,7 +1,8 @@
-"""Finds the compiled CUDA kernels, builds them when the installation is asked to, and explains when it cannot.
+"""Finds the compiled CUDA kernels, or gives the reason why there are none; builds them during an installation.
 
-`csrc/cuda` is compiled against the torch that runs it, on `MCL_KERNELS_CUDA=1 pip install --no-build-isolation .` and
-at no other time. The library lies in the package, under a name made of torch's version and the content of the sources.
+`csrc/cuda` is compiled against the torch that runs it, only by `MCL_KERNELS_CUDA=1 pip install --no-build-isolation .`.
+The library lies in the package, under a name made of torch's version, the compiler's flags, the content of the sources
+and its own content.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ MIN_CAPABILITY = (7, 5)
 FLAGS = ["-O3", "-std=c++17"]
 # The toolkit's cooperative_groups.h includes libraries that ask for MSVC's newer preprocessor.
 FLAGS += ["-Xcompiler", "/Zc:preprocessor"] if os.name == "nt" else []
-# Of g++, nvcc, MSVC and linkers, not of ninja, which repeats a command.
+# Error lines of g++, nvcc, MSVC and linkers. Ninja's, which repeat a command, are not among them.
 ERROR = re.compile(r"error:|error (C|LNK)\d|fatal|ld: ")
 
 
@@ -64,10 +65,10 @@ def source_directory() -> Path:
 def build(sources: Path, directory: Path) -> Path:
     """Compiles the sources into a library in `directory`, which appears when it is complete. Returns its path.
 
-    The architectures are those of $TORCH_CUDA_ARCH_LIST, else those of the GPUs here.
+    The architectures are those of $TORCH_CUDA_ARCH_LIST, else those of the GPUs of this machine.
 
     Raises:
-        CudaUnavailableError: what is missing, or the compiler's first error.
+        CudaUnavailableError: with what is missing, or with the compiler's first error.
     """
     check_toolkit()
     from torch.utils import cpp_extension
@@ -101,7 +102,7 @@ def build(sources: Path, directory: Path) -> Path:
 
 
 def check_toolkit() -> None:
-    """Raises where this torch and this compiler cannot build the kernels."""
+    """Raises CudaUnavailableError if the installed torch and compiler cannot build the kernels."""
     if torch.version.cuda is None:
         raise CudaUnavailableError(
             f"torch {torch.__version__} is built without CUDA; install one that is built with that of your nvcc, "
@@ -122,27 +123,27 @@ def check_toolkit() -> None:
 
 
 def find_nvcc() -> str | None:
-    """The compiler of $CUDA_HOME, as torch understands it, or on the PATH."""
+    """Path of the compiler: in the CUDA_HOME that torch finds, else on the PATH."""
     from torch.utils.cpp_extension import CUDA_HOME
 
     return (CUDA_HOME and shutil.which("nvcc", path=str(Path(CUDA_HOME) / "bin"))) or shutil.which("nvcc")
 
 
 def nvcc_release(nvcc: str) -> str:
-    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout
-    release = re.search(r"release (\d+\.\d+)", said)
+    output = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout
+    release = re.search(r"release (\d+\.\d+)", output)
     return release[1] if release else "no version"
 
 
 def target_architectures() -> list[str]:
-    """Names as in TORCH_CUDA_ARCH_LIST: "7.5", or "9.0+PTX" for newer ones too."""
+    """Architectures to compile for, named as in TORCH_CUDA_ARCH_LIST: "7.5", or "9.0+PTX" for newer ones too."""
     listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
     if not listed:
         found = {torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())}
         listed = [f"{major}.{minor}" for major, minor in sorted(found)]
     if not listed:
         raise CudaUnavailableError(
-            "for which GPUs? torch sees none here; name their compute capabilities: "
+            "no GPU is detected to compile for; name compute capabilities: "
             + install_command(TORCH_CUDA_ARCH_LIST="7.5;8.0;9.0+PTX")
         )
     for name in listed:
@@ -166,9 +167,10 @@ def _code_flags(architectures: list[str]) -> list[str]:
 
 
 def runs_on(capability: tuple[int, int], architectures: list[str]) -> bool:
-    """Returns whether code for these architectures runs on a GPU: for an older minor version, or PTX of an older one.
+    """Returns whether code for these architectures runs on a GPU.
 
-    Code for an architecture with an `a` runs on that one alone.
+    Code runs on its own architecture and on later minor versions of it, PTX on all later ones. Code for an architecture
+    with an `a` ("9.0a") runs on that one only.
     """
     for name in architectures:
         number, _, ptx = name.partition("+")
@@ -183,7 +185,7 @@ def runs_on(capability: tuple[int, int], architectures: list[str]) -> bool:
 
 @cache
 def _loaded() -> str | None:
-    """Loads the library once a process. Returns the reason if that fails, else None."""
+    """Loads the library, once per process. Returns the reason if that fails, else None."""
     try:
         libraries = library.find_libraries(PACKAGE / "lib", library_stem(source_directory()))
     except CudaUnavailableError as error:
@@ -218,7 +220,7 @@ def _architectures() -> list[str]:
 
 
 def no_device() -> str | None:
-    """Returns why there are no CUDA tensors here, or None where there are."""
+    """Returns why torch has no CUDA device, or None if it has one."""
     if torch.cuda.is_available():
         return None
     built = "" if torch.version.cuda or torch.version.hip else f": torch {torch.__version__} is built without CUDA"
@@ -226,7 +228,7 @@ def no_device() -> str | None:
 
 
 def unavailable_reason(device: torch.device) -> str | None:
-    """Returns why the kernels do not compute on a device, or None."""
+    """Returns why the kernels do not compute on a device, None if they do."""
     if device.type != "cuda":
         missing = no_device()
         return f"computes on CUDA tensors: got device {device}{'; ' + missing if missing else ''}"
@@ -239,16 +241,16 @@ def unavailable_reason(device: torch.device) -> str | None:
     capability = torch.cuda.get_device_capability(device)
     architectures = _architectures()
     if not runs_on(capability, architectures):
-        mine = ".".join(map(str, capability))
+        name = ".".join(map(str, capability))
         return (
-            f"is built for compute capability {', '.join(architectures)}: got {mine}; "
-            f"{install_command(TORCH_CUDA_ARCH_LIST=mine)}"
+            f"is built for compute capability {', '.join(architectures)}: got {name}; "
+            f"{install_command(TORCH_CUDA_ARCH_LIST=name)}"
         )
     return None
 
 
 def describe() -> tuple[list[str], str]:
-    """Returns the types of device here that the kernels compute on, and their description or the reason."""
+    """Returns the types of device of this machine that the kernels compute on; their description, or why none."""
     missing = no_device()
     if reason := _loaded():
         return [], missing or reason

@@ -38,7 +38,7 @@ class LibraryError(RuntimeError):
 
 
 def is_intact(library: Path) -> bool:
-    """Returns whether the content is that of which the name holds the digest.
+    """Returns whether the digest in the name is that of the content.
 
     Raises:
         OSError: the content cannot be read now.
@@ -54,7 +54,7 @@ def find_libraries(directory: Path, stem: str) -> list[Path]:
 def keep(built: Path, directory: Path, stem: str) -> Path:
     """Moves a library into a directory of the same file system, after another process has loaded it.
 
-    Returns its path. When this returns, content and name are on disk.
+    Returns its path. Content and name are on disk then.
 
     Raises:
         LibraryError: the library does not load.
@@ -64,15 +64,16 @@ def keep(built: Path, directory: Path, stem: str) -> Path:
     _sync(built)
     kept = directory / f"{stem}-{_digest(built)}{built.suffix}"
     built.replace(kept)
-    with contextlib.suppress(OSError):  # a name that is lost costs another build, and no more
+    with contextlib.suppress(OSError):  # if the name is lost, the library is built again
         _sync(directory)
     return kept
 
 
 def check_loads(library: Path) -> bool:
-    """Raises LibraryError where the library does not load in another process, or ends it. Returns whether it did load.
+    """Loads the library in another process. Returns whether it loaded; raises LibraryError if it failed.
 
-    Where no such process can be started, as in a program that Python is embedded in or frozen into, nothing is raised.
+    A library that ends the process has failed. Returns False if no such process can be started, as in a program that
+    Python is embedded in or frozen into.
     """
     if not sys.executable or getattr(sys, "frozen", False):
         return False
@@ -82,7 +83,7 @@ def check_loads(library: Path) -> bool:
             command, stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8", errors="replace", check=False,
             timeout=TRIAL_SECONDS,
         )  # fmt: skip
-    except subprocess.TimeoutExpired:  # of another program than Python
+    except subprocess.TimeoutExpired:  # sys.executable is another program than Python
         return False
     lines = result.stdout.splitlines()
     if "tried" not in lines:
@@ -95,9 +96,10 @@ def check_loads(library: Path) -> bool:
 
 
 def load(library: Path) -> str | None:
-    """Loads a library whose operators then are in `torch.ops`. Returns the loader's reason if that fails, else None.
+    """Loads a library, which adds its operators to `torch.ops`. Returns the loader's reason if that fails, else None.
 
-    `torch.ops.load_library` would resolve the path, which the caller may have chosen so that nobody can replace it.
+    `torch.ops.load_library` would resolve the path: one through the descriptor of a directory, as `native_cache` uses,
+    would become a path whose directories others can replace.
     """
     try:
         ctypes.CDLL(str(library))
@@ -107,7 +109,7 @@ def load(library: Path) -> str | None:
 
 
 def _sync(path: Path) -> None:
-    if os.name == "nt":  # it syncs no directory, and no library that is loaded
+    if os.name == "nt":  # Windows can sync neither a directory nor a loaded library
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -1,7 +1,7 @@
-"""Finds the compiled CPU kernels, or builds them once and explains when it cannot.
+"""Finds the compiled CPU kernels or builds them once, or gives the reason why there are none.
 
-The library lies in the package where the installation built it, else in the user's cache, under a name made of torch's
-version, the compiler's flags, the content of the sources and its own content: another torch or another source is
+The library lies in the package if the installation built it, else in the user's cache, under a name made of torch's
+version, the compiler's flags, the content of the sources and its own content: another torch or another source has
 another file, and a damaged file is built again.
 """
 
@@ -30,7 +30,7 @@ from mcl_kernels.backends.native_cache import Cache, cache_directory, opened, sa
 
 
 def ops() -> Any:
-    """Operators of the kernels, which are built first where that is still to be done.
+    """Operators of the kernels. The first call of a process loads them, and builds them if there is no library yet.
 
     Raises:
         NativeUnavailableError: with the reason.
@@ -41,15 +41,15 @@ def ops() -> Any:
 
 
 def unavailable_reason(device: torch.device) -> str | None:
-    """Returns why the kernels do not compute on a device, or None. Builds and loads them."""
+    """Returns why the kernels do not compute on a device, None if they do. Loads them, as `ops`."""
     return f"computes on CPU tensors: got device {device}" if device.type != "cpu" else _loaded()
 
 
 def check(device: torch.device) -> None:
-    """Raises where the kernels do not compute on a device.
+    """Raises an error if the kernels do not compute on a device. Loads them, as `ops`.
 
     Raises:
-        ValueError: the device is no CPU.
+        ValueError: the device is not the CPU.
         NativeUnavailableError: with the reason.
     """
     if device.type != "cpu":
@@ -58,19 +58,19 @@ def check(device: torch.device) -> None:
 
 
 def describe() -> tuple[list[str], str]:
-    """Returns the types of device that the kernels compute on, and their instruction set or the reason. Loads them."""
+    """Returns the types of device of this machine that the kernels compute on; their description, or why none."""
     if reason := _loaded():
         return [], reason
     try:
         instruction_set = ops().instruction_set()
-    except RuntimeError as error:  # MCL_KERNELS_CPU names none
+    except RuntimeError as error:  # MCL_KERNELS_CPU names an instruction set that this CPU lacks
         return [], str(error)
     return ["cpu"], f"C++ kernels by tiles in sorted order (csrc/cpu), instruction set {instruction_set}"
 
 
 @cache
 def _loaded() -> str | None:
-    """Loads the library once a process. Returns the reason if that fails, else None."""
+    """Loads the library, once per process. Returns the reason if that fails, else None."""
     try:
         _find_or_build()
     except NativeUnavailableError as error:
@@ -99,7 +99,7 @@ def _is_intact(library: Path) -> bool:
 
 
 def _loads_changed(library: Path) -> bool:
-    """Loads an installed library that was changed after it was built, stripped for example, if another process can."""
+    """Loads an installed library that was changed after it was built (stripped, for example), after another process."""
     try:
         return libraries.check_loads(library) and libraries.load(library) is None
     except libraries.LibraryError:
@@ -130,7 +130,7 @@ def _load_or_build(sources: Path, stem: str) -> None:
 
 
 def _load_kept(cache: Cache, stem: str) -> bool:
-    """Loads the first library that this process can load: a home may be shared by machines of several systems."""
+    """Loads the first library that this process can load: machines of several systems may share a home directory."""
     return any(libraries.load(library) is None for library in cache.libraries(stem))
 
 

@@ -34,13 +34,13 @@ INSTRUCTION_SETS = {
     "kernels_avx2.cpp": ["-mavx2", "-mfma"],
 }
 INSTALL = "install one (apt install g++, dnf install gcc-c++, conda install gxx)"
-# An error in a line of a source, or of an option: the same compiler gives it again.
+# Errors in a line of a source or in an option: the same compiler reports them again.
 LASTING = re.compile(
     r":\d+: (fatal )?error: |undefined reference|cannot find -l"
     r"|error: .*(unrecognized|unknown|unsupported|bad value|invalid (value|argument))",
     re.I,
 )
-# Also behind the name of a source, where a disk is full or a header is not installed yet.
+# Errors that may be gone at the next try, such as a full disk. They may name a line of a source, too.
 PASSING = re.compile(
     r"no space left|quota exceeded|input/output error|cannot allocate|out of memory|memory exhausted"
     r"|too many open files|temporarily unavailable|read-only file system|stale file handle|file too large"
@@ -54,7 +54,7 @@ class NativeUnavailableError(RuntimeError):
 
 
 class RefusedError(NativeUnavailableError):
-    """The compiler refuses the sources or the flags, or the loader what was built of them, and will do so again."""
+    """The compiler rejects the sources or the flags, or the loader the library: another try would fail, too."""
 
 
 class Compiler(NamedTuple):
@@ -84,7 +84,7 @@ def library_stem(sources: Path) -> str:
 
 
 def _libc() -> str:
-    """Version of the C library: machines with different ones may share a home."""
+    """Version of the C library: machines with different ones may share a home directory."""
     with contextlib.suppress(AttributeError, OSError, ValueError):  # only glibc has it
         return os.confstr("CS_GNU_LIBC_VERSION") or ""
     return ""
@@ -94,7 +94,7 @@ def find_compiler() -> Compiler:
     """The C++ compiler: $CXX, with launcher and options, or the first known one on the PATH.
 
     Raises:
-        NativeUnavailableError: there is none that fits; $CXX is never replaced by another.
+        NativeUnavailableError: no compiler can be used; $CXX is never replaced by another.
     """
     if named := os.environ.get("CXX", "").strip():
         try:
@@ -134,7 +134,7 @@ def _checked_compiler(command: list[str]) -> Compiler:
 
 
 def _has_openmp_of_llvm() -> bool:
-    """Returns whether what Clang makes of OpenMP finds its functions in the runtime that torch has loaded."""
+    """Returns whether the OpenMP runtime that torch has loaded has the functions that code compiled by Clang calls."""
     import torch
 
     return hasattr(ctypes.CDLL(torch._C.__file__), "__kmpc_fork_call")
@@ -144,7 +144,7 @@ def build(sources: Path, directory: Path) -> Path:
     """Compiles the sources into a library in `directory`, which appears when it is complete. Returns its path.
 
     Raises:
-        RefusedError: the compiler refuses the sources, or the loader the library; the message holds the first error.
+        RefusedError: the compiler rejects the sources, or the loader the library; the message holds the first error.
         NativeUnavailableError: there is no compiler, or it failed for another reason, such as a full disk.
         OSError: the directory cannot be written.
     """
@@ -176,15 +176,15 @@ def build(sources: Path, directory: Path) -> Path:
 
 
 def operator_sources(sources: Path) -> list[Path]:
-    """Sources that include torch: the schemas, and the binding of each operation."""
+    """Sources that include torch: schemas, and the operators of each operation."""
     return sorted(sources.glob("*operators.cpp"))
 
 
 def kernel_sources(sources: Path) -> dict[Path, list[str]]:
     """Sources without torch that this machine compiles, each with the flags of its instruction set."""
-    intel = platform.machine() in ("x86_64", "AMD64")
+    is_x86 = platform.machine() in ("x86_64", "AMD64")
     names = [path.name for path in sorted({*sources.glob("*.cpp")} - {*operator_sources(sources)})]
-    return {sources / name: INSTRUCTION_SETS.get(name, []) for name in names if intel or name not in INSTRUCTION_SETS}
+    return {sources / name: INSTRUCTION_SETS.get(name, []) for name in names if is_x86 or name not in INSTRUCTION_SETS}
 
 
 def compile_and_link(sources: dict[Path, list[str]], flags: list[str], link: list[str], output: Path) -> None:
@@ -238,7 +238,7 @@ def _start(command: list[str]) -> subprocess.Popen[str]:
 
 
 def _first_error(errors: str, process: subprocess.Popen[str]) -> str:
-    # Without the driver's line behind the linker's own.
+    # The driver of the linker adds a line of its own, which is left out.
     lines = [line for line in errors.splitlines() if line.strip() and not re.search("ld returned|linker command", line)]
     ended = f"signal {-process.returncode}" if process.returncode < 0 else f"exit code {process.returncode}"
     return next((line for line in lines if re.search("error|ld: ", line, re.I)), lines[0] if lines else ended)

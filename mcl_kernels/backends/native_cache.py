@@ -1,4 +1,4 @@
-"""The directory of the user in which built libraries are kept: nothing in it is used that somebody else may replace."""
+"""The user's directory of built libraries. A library that another user could replace is not used."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mcl_kernels.backends.native_build import Compiler, NativeUnavailableError
 
 PR_GET_DUMPABLE = 3
 OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
-WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # file systems
+LOCK_UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 REMEMBERED_SECONDS = 24 * 3600
 ABANDONED_AFTER = 3600  # seconds: a build takes one or two minutes
 REMEMBERED_BYTES = 1 << 16
@@ -50,11 +50,11 @@ def cache_directory() -> Path:
 
 @contextmanager
 def opened(path: Path) -> Iterator[Cache]:
-    """Opens the cache in this directory, which is made where it is missing.
+    """Opens the cache in a directory, which is created if it does not exist.
 
     Raises:
-        NativeUnavailableError: it belongs to another user, others may write to it, or a call of the system fails in
-            the block.
+        NativeUnavailableError: the directory belongs to another user, others may write to it, or a system call fails
+            in the block.
     """
     try:
         descriptor = _open_or_make(path)
@@ -110,17 +110,17 @@ def _distrust(status: os.stat_result) -> str | None:
 class Cache:
     """An open directory whose owner and mode are checked.
 
-    Its files are reached through the descriptor where the system has /proc: renaming the directory, which the
-    owner of the one above it may do, then changes nothing.
+    Its files are reached through the descriptor if the system has /proc: whoever owns the parent directory may rename
+    this one and put another in its place, but the files stay those of the checked one.
     """
 
     def __init__(self, path: Path, descriptor: int) -> None:
         self.path = path
-        through_descriptor = Path(f"/proc/{os.getpid()}/fd/{descriptor}")  # of this process for compilers, too
+        through_descriptor = Path(f"/proc/{os.getpid()}/fd/{descriptor}")  # /proc/self would be a compiler's own
         self.directory = through_descriptor if through_descriptor.exists() and _is_open_to_children() else path
 
     def named(self, text: str) -> str:
-        """Returns the text with the name of the directory that the user knows."""
+        """Returns the text with the directory's path in place of the one through the descriptor."""
         return text.replace(str(self.directory), str(self.path))
 
     def libraries(self, stem: str) -> Iterator[Path]:
@@ -141,13 +141,13 @@ class Cache:
 
     @contextmanager
     def only_builder(self) -> Iterator[None]:
-        """Holds a lock that the system releases when the process ends, however it ends. Removes killed builds' files.
+        """Holds a lock that the system releases when the process ends, however it ends. Removes files of killed builds.
 
-        Says so before it waits for another process.
+        Prints a line before it waits for another process.
         """
         import fcntl
 
-        # Neither truncated nor followed: an earlier version let others write here, who may have planted a link.
+        # Not truncated, and no link is followed: in an earlier version others could write here, and plant a link.
         path = self.directory / "build.lock"
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
@@ -163,7 +163,7 @@ class Cache:
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
             self._clear_abandoned()
         except OSError as error:
-            if error.errno not in WITHOUT_LOCKS:
+            if error.errno not in LOCK_UNSUPPORTED:
                 raise
             # Two processes may then build the same; each keeps a complete library.
         try:
@@ -175,7 +175,7 @@ class Cache:
             os.close(descriptor)
 
     def _clear_abandoned(self) -> None:
-        """Removes what killed builds left. Where locks are those of one machine, another may be building now."""
+        """Removes old files of killed builds. New ones may be in use: some locks hold on one machine alone."""
         now = self.directory.stat().st_mtime
         for left in self.directory.glob(".build-*"):
             with contextlib.suppress(OSError):
@@ -183,7 +183,7 @@ class Cache:
                     shutil.rmtree(left, ignore_errors=True)
 
     def remembered_failure(self, stem: str, compiler: Compiler) -> str | None:
-        """Returns why this compiler failed within the last day: no process has to wait for it again."""
+        """Returns why this compiler failed within the last day, so that no process waits for it again; None if not."""
         path = self.directory / f"{stem}.failed"
         try:
             if not self._is_trusted(path) or path.stat().st_size > REMEMBERED_BYTES:
@@ -212,7 +212,7 @@ class Cache:
 
 
 def _is_open_to_children() -> bool:
-    """Returns whether other processes of this user can follow /proc/PID/fd, as after a change of user they cannot."""
+    """Returns whether other processes of this user can open /proc/PID/fd; after a change of user they cannot."""
     try:
         return bool(ctypes.CDLL(None).prctl(PR_GET_DUMPABLE) == 1)
     except (AttributeError, OSError):  # not Linux

@@ -1,7 +1,7 @@
-"""The table of backends: where each runs, and why it does not. `impl=` names one.
+"""Table of the backends: the devices on which each runs, or the reason why it does not. `impl=` names a row.
 
-A backend computes one or more operations, each in a module of its own that is imported when it is first called. Rows
-stand in the order in which "auto" prefers them. To add a backend: write its modules, and add a row.
+A backend computes one or more operations, each in a module of its own that is imported when it is first called. "auto"
+prefers earlier rows. To add a backend: write its modules, and add a row.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ class Backend(NamedTuple):
     """A row of the table."""
 
     modules: dict[str, str]  # by operation: the module that computes it
-    unavailable_reason: Callable[[torch.device], str | None]  # why it does not run on a device, or None
+    unavailable_reason: Callable[[torch.device], str | None]  # why it does not run on a device; None if it does
     describe: Callable[[], tuple[list[str], str]]  # types of device here that it runs on; its description, or why none
-    automatic_on: tuple[str, ...] = ()  # types of device on which "auto" picks it where it is available
-    check: Callable[[torch.device], None] | None = None  # raises where it is unavailable; None: a RuntimeError
+    automatic_on: tuple[str, ...] = ()  # types of device on which "auto" picks it if it is available
+    check: Callable[[torch.device], None] | None = None  # raises its own errors if it is unavailable on a device
 
 
 def _faiss_reason(device: torch.device) -> str | None:
@@ -42,8 +42,8 @@ def _describe_faiss() -> tuple[list[str], str]:
     return ([], reason) if reason else (_devices(), "k-means alone: a flat index of faiss finds the nearest centres")
 
 
-def _always(device: torch.device) -> None:
-    return None
+def _no_reason(device: torch.device) -> None:
+    """Reason why a backend that runs on every device is unavailable: none."""
 
 
 def _devices() -> list[str]:
@@ -77,17 +77,17 @@ TABLE = {
     ),
     "reference": Backend(
         {"logsumexp": "mcl_kernels.logsumexp.reference", "kmeans": "mcl_kernels.kmeans.reference"},
-        _always,
+        _no_reason,
         lambda: (_devices(), "dense PyTorch, differentiable to any order: the definition, stores the N x M matrix"),
     ),
     "blockwise": Backend(
         {"logsumexp": "mcl_kernels.logsumexp.blockwise"},
-        _always,
+        _no_reason,
         lambda: (_devices(), "PyTorch by tiles, in memory that grows with N + M; runs wherever torch does"),
     ),
 }
 FALLBACKS = {"logsumexp": "blockwise", "kmeans": "reference"}
-# Values of `impl` that an operation takes.
+# Values of `impl` for each operation.
 IMPLS = {
     operation: ("auto", *(name for name, backend in TABLE.items() if operation in backend.modules))
     for operation in FALLBACKS
@@ -98,8 +98,8 @@ def resolve(operation: str, impl: str, device: torch.device) -> str:
     """Name of the backend that computes an operation on a device: `impl` itself, or the choice of "auto".
 
     Raises:
-        TypeError, ValueError: `impl` is no name of a backend of the operation.
-        RuntimeError: the backend does not run here; the message has the reason. It is never replaced by another.
+        TypeError, ValueError: `impl` is no name of a backend of the operation, or "native" for a GPU.
+        RuntimeError: the backend does not run on the device, for the reason in the message. It is never replaced.
     """
     check_choice("impl", impl, IMPLS[operation])
     if impl == "auto":
@@ -116,7 +116,7 @@ def load(operation: str, impl: str) -> ModuleType:
 
 @cache
 def _automatic(operation: str, device: torch.device) -> str:
-    """The first backend that runs on the device; else the operation's fallback, with one warning that says why."""
+    """Name of the first backend that runs on the device; else the fallback, with a warning that holds the reasons."""
     reasons = []
     for name, backend in TABLE.items():
         if device.type in backend.automatic_on and operation in backend.modules:
@@ -146,7 +146,7 @@ def _check_available(impl: str, device: torch.device) -> None:
         raise RuntimeError(f"impl={impl!r}: {reason} (or use impl='auto')")
 
 
-# A compiled graph holds their results: building and loading are no part of it. This attribute is what
+# A compiled graph holds the results of these functions, without building and loading. The attribute is the one that
 # `torch.compiler.assume_constant_result` sets; the decorator itself would import the compiler with this module.
 _CONSTANT: tuple[Any, ...] = (_choose, _check_available)
 for _function in _CONSTANT:
@@ -154,9 +154,9 @@ for _function in _CONSTANT:
 
 
 def capabilities() -> dict[str, dict[str, object]]:
-    """Returns for each `impl` whether it is available here, for which devices, and why or why not.
+    """Availability of each `impl` on this machine, with its devices and a description or the reason.
 
-    This loads the native kernels, and builds them first if a loss would.
+    Loads the native kernels, and builds them first if there is no library yet.
 
     Returns:
         A dictionary from the name of each implementation, and "auto", to `available` (bool), `devices`

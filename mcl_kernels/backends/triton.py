@@ -42,7 +42,7 @@ def unavailable_reason(device: torch.device) -> str | None:
 
 
 def describe() -> tuple[list[str], str]:
-    """Returns the types of device here that the kernels compute on, and their description or the reason."""
+    """Returns the types of device of this machine that the kernels compute on; their description, or why none."""
     types = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     reasons = {name: unavailable_reason(torch.device(name)) for name in types}
     available = [name for name, reason in reasons.items() if reason is None]
@@ -62,7 +62,7 @@ def product_precision(x: Tensor, y: Tensor, accumulated: Tensor) -> str:
         return "half"
     try:
         highest = torch.get_float32_matmul_precision() == "highest"
-    except RuntimeError:  # torch refuses to answer after its newer setting was used
+    except RuntimeError:  # torch raises it once its newer setting was used
         highest = torch.backends.cuda.matmul.fp32_precision != "tf32"  # type: ignore[attr-defined]
     return "tf32x3" if highest else "tf32"
 

@@ -22,7 +22,7 @@ from mcl_kernels.kmeans.files import dump
 from mcl_kernels.stages.pseudo_labels import compose_pairs, label_dtype, shares_of_small_labels, starvation
 from mcl_kernels.stages.stored_labels import StoredLabels
 
-AMI_ROWS = 1 << 20  # at most: more are sampled
+MAX_AMI_ROWS = 1 << 20  # of more rows a sample is compared
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Options:
 
 
 def run(options: Options, report: Callable[[str], None]) -> None:
-    """Clusters, composes the clusters with the labels of earlier stages, writes labels, summary and centres."""
+    """Clusters the rows, composes clusters and labels of earlier stages, and writes labels, summary and centres."""
     kmeans = KMeans(
         options.clusters,
         metric=options.metric,
@@ -90,7 +90,7 @@ def run(options: Options, report: Callable[[str], None]) -> None:
         "labels": len(label_sizes),
         "unlabelled": n - int(label_sizes.sum()),
         "ami": ami,
-        "ami_rows": min(n, AMI_ROWS),
+        "ami_rows": min(n, MAX_AMI_ROWS),
         "cluster_sizes": cluster_sizes.tolist(),
         "label_sizes": label_sizes.tolist(),
         **shares_of_small_labels(label_sizes),
@@ -103,7 +103,7 @@ def run(options: Options, report: Callable[[str], None]) -> None:
 def _compare(
     options: Options, previous: Sequence[StoredLabels], clusters: Tensor, report: Callable[[str], None]
 ) -> dict[str, float | None]:
-    """Reports the AMI of the clusters with the labels in each earlier file; None where it cannot be computed."""
+    """Reports and returns the AMI of the clusters with each file of earlier labels; None if it cannot be computed."""
     ami: list[float | None] = [None] * len(previous)
     try:
         ami = [_ami(labels, clusters, options.seed) for labels in previous]
@@ -111,7 +111,7 @@ def _compare(
         report("AMI is not computed: it needs scikit-learn, pip install 'mcl-kernels[demo]'")
     except Exception as error:  # for example a broken installation: the labels do not depend on it
         report(f"AMI is not computed: {type(error).__name__}: {error}")
-    sampled = f" (of {AMI_ROWS:,} rows drawn at random)" if len(clusters) > AMI_ROWS else ""
+    sampled = f" (of {MAX_AMI_ROWS:,} rows drawn at random)" if len(clusters) > MAX_AMI_ROWS else ""
     for path, value in zip(options.previous, ami, strict=True):
         if value is not None:
             report(f"AMI with {path}: {value:.3f}{sampled}")
@@ -145,9 +145,9 @@ def _ami(labels: Tensor, clusters: Tensor, seed: int) -> float | None:
     """Adjusted mutual information of earlier labels with the clusters, over the rows that have a label, if any."""
     from sklearn.metrics import adjusted_mutual_info_score
 
-    if len(clusters) > AMI_ROWS:
+    if len(clusters) > MAX_AMI_ROWS:
         generator = torch.Generator().manual_seed(seed)
-        sample = torch.randint(len(clusters), (AMI_ROWS,), generator=generator, device="cpu")
+        sample = torch.randint(len(clusters), (MAX_AMI_ROWS,), generator=generator, device="cpu")
         labels, clusters = labels[sample], clusters[sample]
     labelled = labels >= 0
     return float(adjusted_mutual_info_score(labels[labelled], clusters[labelled])) if bool(labelled.any()) else None

@@ -206,7 +206,7 @@ def run(settings: Settings, output: Path, display: Display) -> Results:
 
 
 def restore(state: Any, data: RandBits) -> nn.Module:
-    """Backbone of a finished stage."""
+    """Returns the backbone of a finished stage."""
     backbone = make_backbone(1 + data.bits.shape[1])
     backbone.load_state_dict(state)
     return backbone

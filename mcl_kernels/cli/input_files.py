@@ -114,7 +114,7 @@ def _load(path: Path) -> Any:
             return _map_npy(path, file)
         if file.read(4) != b"PK\3\4":
             raise ValueError(
-                f"{path} cannot be read: it is no archive of torch.save; write it with torch.save(x, path)"
+                f"{path} cannot be read: it is not an archive of torch.save; write it with torch.save(x, path)"
             )
     try:
         with warnings.catch_warnings():
@@ -139,7 +139,7 @@ def _map_npy(path: Path, file: BinaryIO) -> Any:
     begin = file.read(header.MAGIC_LEN)
     if begin[:6] != header.MAGIC_PREFIX:
         raise ValueError(
-            f"{path} cannot be read: it is no .npy file, since it begins with {begin!r}; write it with "
+            f"{path} cannot be read: it is not a .npy file, since it begins with {begin!r}; write it with "
             "np.save(path, array)"
         )
     try:

@@ -1,4 +1,4 @@
-"""`mcl-kernels cluster`, `assign`, `demo` and `info`: the parser of their arguments, dispatch and exit status."""
+"""The command `mcl-kernels`: parses the arguments of its subcommands, runs one, and returns the exit status."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from mcl_kernels.cli.streams import one_line, safe_streams
 from mcl_kernels.kmeans.assign import METRICS
 
 DEMO_RESUMES = "the same command resumes after the last finished stage"
+FEATURES_HELP = "features, [rows, width]: .npy or .safetensors, read in chunks, or .pt, mapped"
 SIGPIPE = 13  # not defined by `signal` on Windows
 
 
@@ -109,7 +110,7 @@ def _run_demo(options: argparse.Namespace) -> None:
     path = write_report(results, output / "report.html")
     if options.quick:
         display.print_line("A quick run only checks that everything works: for the result, run again without --quick.")
-    display.print_line(f"chance is 0.10. Report with pictures: {path}")
+    display.print_line(f"Chance is 0.10. Report with pictures: {path}")
 
 
 def _replaced(out: Path) -> str:
@@ -126,6 +127,14 @@ def _fail(reason: str) -> int:
     return 1
 
 
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds the default of an option to its help, unless it has none."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        has_default = action.default not in (None, ()) and action.default is not False
+        return super()._get_help_string(action) if has_default else action.help
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mcl-kernels", description="Fast, exact contrastive learning with clusters.")
     parser.add_argument("--version", action="version", version=f"mcl-kernels {mcl_kernels.__version__}")
@@ -134,15 +143,18 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser(
         "demo",
         help="watch MCL recover digits that SimCLR suppresses (5,000 MNIST images, a few minutes on 2 cores)",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Trains SimCLR on digits next to a random code, then stages of MCL; prints a table of linear "
+        f"probes and writes a report. If it is interrupted, {DEMO_RESUMES}.",
+        formatter_class=_HelpFormatter,
     )
     demo.add_argument("--bits", type=int, default=8, help="constant random channels next to each image")
     demo.add_argument("--stages", type=int, default=3, help="stages, the first of which is SimCLR")
     demo.add_argument("--clusters", type=int, default=16, help="clusters of each stage")
-    demo.add_argument("--epochs", type=int, default=None, help="epochs of each stage (30; with --quick 2)")
+    demo.add_argument("--epochs", type=int, default=None, help="epochs of each stage (default: 30; with --quick 2)")
     demo.add_argument("--seed", type=int, default=0, help="seed of codes, networks, augmentation and clusterings")
-    demo.add_argument("--output", type=Path, help="directory of stages and report (runs/demo, runs/demo-quick, ...)")
-    demo.add_argument("--quick", action="store_true", help="1,000 images, 2 epochs: checks that everything works")
+    output_help = "directory of stages and report (default: runs/demo, runs/demo-quick, ...)"
+    demo.add_argument("--output", type=Path, help=output_help)
+    demo.add_argument("--quick", action="store_true", help="only check that everything works: 1,000 images, 2 epochs")
     _add_cluster(commands)
     _add_assign(commands)
     return parser
@@ -155,25 +167,25 @@ def _add_cluster(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="cluster a file of features, of any size, into a file of pseudo labels",
         description="Clusters features, composes the clusters with the labels of the earlier stages into dense pseudo "
         "labels, and writes these with a summary next to them (LABELS.json). It replaces the clustering script of the "
-        "paper's CLIP code, whose --MCL-label-path reads a .pt file of these labels. That script keeps only the last "
-        "stage when it accumulates them; this command keeps every stage.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        "paper's CLIP code, whose --MCL-label-path reads a .pt file of these labels. When that script accumulates "
+        "stages it keeps only the last one; this command keeps all of them.",
+        formatter_class=_HelpFormatter,
     )
     add = command.add_argument
-    add("features", type=Path, metavar="FEATURES", help=".npy or .safetensors, read in chunks, or .pt, mapped")
+    add("features", type=Path, metavar="FEATURES", help=FEATURES_HELP)
     add("--clusters", type=int, required=True, metavar="K", help="clusters of this stage")
     add("--out", type=Path, required=True, metavar="LABELS", help="pseudo labels to write: .npy (int32), .pt (int64)")
     previous_help = "labels of the earlier stages, in order: cluster ids of each, or this command's output for the last"
     add("--previous", type=Path, nargs="+", default=(), metavar="LABELS", help=previous_help)
     add("--tensor", metavar="NAME", help="name of the features in a file of several tensors")
-    add("--metric", choices=METRICS, default=defaults.metric, help="cosine needs no normalised features")
+    add("--metric", choices=METRICS, default=defaults.metric, help="metric; cosine needs no normalised features")
     add("--seed", type=int, default=defaults.seed, help="seed of the initialisation")
     add("--n-init", type=int, default=defaults.n_init, help="restarts; the best one is used")
     add("--max-iter", type=int, default=defaults.max_iter, help="iterations of a restart")
     add("--tol", type=float, default=defaults.tol, help="stop when the centres move less, as in scikit-learn")
     add("--batch-size", type=int, help="rows of a mini-batch; by default every iteration reads all rows")
-    add("--impl", choices=IMPLS["kmeans"], default=defaults.impl, help="implementation")
-    add("--centers", type=Path, metavar="CENTERS", help="centres to write for `assign`: .safetensors")
+    add("--impl", choices=IMPLS["kmeans"], default=defaults.impl, help="implementation of k-means")
+    add("--centers", type=Path, metavar="CENTERS", help="also write the centres, for `assign`: .safetensors")
 
 
 def _add_assign(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -181,12 +193,13 @@ def _add_assign(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "assign",
         help="find the nearest centres, saved by `cluster`, of a file of new features",
         description="Finds the nearest centre of each row, and writes the cluster ids with a summary next to them "
-        "(LABELS.json). For the features that were clustered they are the labels of `cluster` without --previous.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        "(LABELS.json). For the features that were clustered, these ids are the labels that `cluster` writes without "
+        "--previous.",
+        formatter_class=_HelpFormatter,
     )
     add = command.add_argument
-    add("features", type=Path, metavar="FEATURES", help=".npy or .safetensors, read in chunks, or .pt, mapped")
-    add("--centers", type=Path, required=True, metavar="CENTERS", help="written by cluster --centers or KMeans.save")
+    add("features", type=Path, metavar="FEATURES", help=FEATURES_HELP)
+    add("--centers", type=Path, required=True, metavar="CENTERS", help="centres, of cluster --centers or KMeans.save")
     add("--out", type=Path, required=True, metavar="LABELS", help="cluster ids to write: .npy (int32), .pt (int64)")
     add("--tensor", metavar="NAME", help="name of the features in a file of several tensors")
-    add("--impl", choices=IMPLS["kmeans"], default=assign.Options.impl, help="implementation")
+    add("--impl", choices=IMPLS["kmeans"], default=assign.Options.impl, help="implementation of k-means")

@@ -137,7 +137,7 @@ def neighbour_gallery(results: Results) -> Figure:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure, its size in inches, that needs no display."""
+    """Empty figure of this size in inches; needs no display."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), dpi=140, layout="constrained")

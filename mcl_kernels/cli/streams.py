@@ -1,4 +1,4 @@
-"""Standard streams of the commands: a line that cannot be printed is dropped, and the command continues."""
+"""Standard streams of the commands. A line that cannot be printed is dropped, and the command continues."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ def check_same_on_all_ranks(ranks: Ranks, device: torch.device, arguments: Mappi
 
 @contextmanager
 def agreement(ranks: Ranks, device: torch.device, arguments: Mapping[str, object]) -> Iterator[None]:
-    """Raises an error of the block on every rank, also if only one has it, or an error if `arguments` differ.
+    """Raises an error of the block on every rank, also if only one rank has it; or an error if `arguments` differ.
 
     Costs one all-reduce of two integers.
     """

@@ -25,7 +25,7 @@ def transport(shipments: Sequence[tuple[Route, list[Tensor]]], ranks: Ranks) -> 
 
     One node of autograd holds all routes: the backward passes of all ranks then communicate in the same order.
     """
-    loads = [_Load(route, len(tensors), len(tensors[0])) for route, tensors in shipments]
+    loads = [_Load(route, tensor_count=len(tensors), row_count=len(tensors[0])) for route, tensors in shipments]
     tensors = chain.from_iterable(tensors for _, tensors in shipments)
     arrived = _Exchange.apply(ranks, loads, *tensors)  # type: ignore[no-untyped-call]
     return [list(tensors) for tensors in _split_by_load(arrived, loads)]
@@ -49,8 +49,8 @@ class _Load(NamedTuple):
     """Tensors that travel by one route."""
 
     route: Route
-    tensors: int  # number of tensors
-    rows: int  # number of rows of each, before they are sent
+    tensor_count: int
+    row_count: int  # of each tensor, before it is sent
 
 
 class _Exchange(torch.autograd.Function):
@@ -70,8 +70,8 @@ class _Exchange(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         needed = ctx.needs_input_grad[2:]
-        needed_counts = [sum(flags) for flags in _split_by_load(needed, ctx.loads)]
-        loads = [load._replace(tensors=count) for load, count in zip(ctx.loads, needed_counts, strict=True) if count]
+        counts = [sum(flags) for flags in _split_by_load(needed, ctx.loads)]
+        loads = [load._replace(tensor_count=count) for load, count in zip(ctx.loads, counts, strict=True) if count]
         returned = _Return.apply(ctx.ranks, loads, *compress(grads, needed))  # type: ignore[no-untyped-call]
         return None, None, *_at_needed(needed, returned)
 
@@ -86,7 +86,7 @@ class _Return(torch.autograd.Function):
         for load, rows in zip(loads, _split_by_load(grads, loads), strict=True):
             route = load.route
             copies = _unpack(_all_to_all(_pack(rows), route.received, route.sent, ranks), rows)
-            returned += [sum_copies(grad, route, load.rows) for grad in copies]
+            returned += [sum_copies(grad, route, load.row_count) for grad in copies]
         return tuple(returned)
 
     @staticmethod
@@ -132,8 +132,8 @@ class _Scatter(torch.autograd.Function):
 
 def _split_by_load(values: Sequence[T], loads: list[_Load]) -> list[Sequence[T]]:
     """Splits values, one per tensor, into those of each load."""
-    ends = accumulate(load.tensors for load in loads)
-    return [values[end - load.tensors : end] for load, end in zip(loads, ends, strict=True)]
+    ends = accumulate(load.tensor_count for load in loads)
+    return [values[end - load.tensor_count : end] for load, end in zip(loads, ends, strict=True)]
 
 
 def _at_needed(needed: Sequence[bool], grads: Sequence[Tensor]) -> list[Tensor | None]:

@@ -1,8 +1,8 @@
-"""Losses of other libraries, computed by the fused kernels. Each host library has a file, and is imported only by it.
+"""Losses of other libraries (hosts), computed by the fused kernels. Each host has a module, which alone imports it.
 
     from lightly.loss import NTXentLoss                             # before
     from mcl_kernels.integrations.lightly import NTXentLoss         # after
 
-Each class subclasses the host's class of the same name, with the same arguments and one more for the pseudo labels.
-Without pseudo labels, value and gradients equal the host's, for any other labels passed. No N x N matrix is built.
+Each class subclasses the host's class of the same name and adds an argument for the pseudo labels. Without them, value
+and gradients equal the host's, unless the class documents a difference. No N x N matrix is built.
 """

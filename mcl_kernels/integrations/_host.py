@@ -1,4 +1,4 @@
-"""Helpers for the files of all hosts."""
+"""Helpers for the modules of all hosts."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def require(distribution: str, minimum: str, extra: str | None = None) -> None:
 
 
 def _release(version_text: str) -> list[int]:
-    """Major and minor version."""
+    """Major and minor version, to compare."""
     return [int(digits) for digits in re.findall(r"\d+", version_text)[:2]]
 
 
@@ -41,5 +41,5 @@ def as_scalar(value: Any) -> Any:
 
 
 def gathered(values: Tensor) -> Tensor:
-    """Labels of all ranks, equally many from each, in the order of the ranks."""
+    """Values of all ranks, equally many from each, in the order of the ranks."""
     return all_gather(values.contiguous(), ranks_of(dist.group.WORLD))

@@ -1,4 +1,4 @@
-"""The losses of lightly with negatives from within clusters."""
+"""NTXentLoss, DCLLoss and DCLWLoss of lightly, with negatives from the anchor's own cluster."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The loss of open_clip with negatives from within clusters."""
+"""ClipLoss of open_clip, with negatives from the anchor's own cluster."""
 
 from __future__ import annotations
 

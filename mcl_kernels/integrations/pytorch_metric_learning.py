@@ -1,4 +1,4 @@
-"""The NT-Xent loss of pytorch-metric-learning with negatives from within clusters."""
+"""NTXentLoss of pytorch-metric-learning, with negatives from the anchor's own cluster."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class NTXentLoss(host.NTXentLoss):  # type: ignore[misc]
     `ref_labels` is the same object as `labels`, or not given). `cluster_labels` are the pseudo labels: only samples of
     the same cluster are negatives. With the pairs of a miner (`indices_tuple`) the host computes the loss, with its
     memory use, from the negative pairs within a cluster. The loss differs from the host's in two cases: it is not
-    limited to 87.3, the logarithm of the host's smallest number; and it is not 0 for a single pair.
+    limited to 87.3, minus the log of the number that the host adds to probabilities, and it is not 0 for a single pair.
 
     Example:
         >>> import torch

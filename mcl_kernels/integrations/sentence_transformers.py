@@ -1,4 +1,4 @@
-"""The ranking loss of sentence-transformers with negatives from within clusters."""
+"""MultipleNegativesRankingLoss of sentence-transformers, with negatives from the anchor's own cluster."""
 
 from __future__ import annotations
 
@@ -94,5 +94,5 @@ class MultipleNegativesRankingLoss(host.MultipleNegativesRankingLoss):  # type: 
         return info_nce(a, torch.stack([*logsumexps.values(), *positives]).logsumexp(0)).mean()
 
     def get_config_dict(self) -> dict[str, Any]:
-        """Returns the host's configuration for the model card, with `cluster_labels`."""
+        """Returns the host's configuration for the model card, and `cluster_labels`."""
         return {**super().get_config_dict(), "cluster_labels": self.cluster_labels}

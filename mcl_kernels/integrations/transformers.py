@@ -1,4 +1,4 @@
-"""The CLIP model of transformers with negatives from within clusters, computed without logits."""
+"""CLIPModel of transformers, with negatives from the anchor's own cluster, computed without logits."""
 
 from __future__ import annotations
 

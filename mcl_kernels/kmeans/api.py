@@ -1,4 +1,4 @@
-"""`KMeans`: its arguments, checks and results, in scikit-learn's words."""
+"""The public class `KMeans`: arguments, checks and results, named as in scikit-learn."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch import Tensor
 from mcl_kernels._validate import as_integer, as_number, check_choice, check_same_width
 from mcl_kernels.backends.table import IMPLS
 from mcl_kernels.distributed.group import ranks_of
-from mcl_kernels.kmeans.assign import METRICS, check_range, find_nearest, finite_rows, implementation
-from mcl_kernels.kmeans.centers import middle_and_scale, summarize
+from mcl_kernels.kmeans.assign import METRICS, check_range, find_nearest, finite_rows, load_implementation
+from mcl_kernels.kmeans.centers import summarize, survey_columns
 from mcl_kernels.kmeans.dataset import Dataset
-from mcl_kernels.kmeans.files import Saved
+from mcl_kernels.kmeans.files import Saveable
 from mcl_kernels.kmeans.initial import draw_sample, initial_centers
-from mcl_kernels.kmeans.lloyd import Clustering, lloyd, mini_batches
+from mcl_kernels.kmeans.lloyd import Restart, lloyd, mini_batches
 from mcl_kernels.kmeans.passes import Problem, mean_variance
 from mcl_kernels.kmeans.rows import Array, ChunkedRows, Rows, RowsLike, open_rows
 from mcl_kernels.kmeans.team import Team, open_with_group
@@ -28,15 +28,15 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-class KMeans(Saved):
-    """Lloyd's k-means in scikit-learn's words, of data in memory or larger than it.
+class KMeans(Saveable):
+    """Lloyd's k-means, named as in scikit-learn, for data in memory or larger than memory.
 
         inertia = sum_i min_k |x_i - c_k|^2                             metric="euclidean"
         inertia = sum_i min_k (1 - <x_i, c_k> / (|x_i| |c_k|))          metric="cosine" (spherical k-means)
 
-    Labels are right for any data: in units from 1e-30 to 1e30, far from 0, with rows or centres far from the others. A
-    distance that rounding could decide is computed from differences in fp64. All distances are computed in fp64 if
-    their squares would leave the range of fp32.
+    Labels are correct for any data: of magnitudes from 1e-30 to 1e30, far from 0, with rows or centres far from the
+    others. If rounding could decide which centre is nearest, distances are computed from differences in fp64. All
+    distances are computed in fp64 if their squares would leave the range of fp32.
 
     Every iteration reads every row once. Sums over the data are fp64 and exact: the same for any number of threads and
     any chunks. Random numbers come from a separate generator, so that the same seed gives the same clusters and
@@ -201,7 +201,7 @@ class KMeans(Saved):
 
         def open_local() -> Rows:
             rows = open_rows("x", x)
-            implementation(self.impl, rows.device)  # raises if it does not run on this rank
+            load_implementation(self.impl, rows.device)  # raises if it does not run on this rank
             if self.batch_size is not None and isinstance(rows, ChunkedRows):
                 raise ValueError("batch_size with a group draws rows of x: got an iterable, which is read in order")
             return rows
@@ -216,13 +216,11 @@ class KMeans(Saved):
         check_range(data.name, torch.stack((low, high)))
         sample = draw_sample(data, self.n_clusters, generator)
         spread = high.double() - low.double()
-        surveyed = data.compute_on_first(
-            lambda: middle_and_scale(sample, self.metric, spread).to(compute_dtype(sample))
-        )
+        surveyed = data.compute_on_first(lambda: survey_columns(sample, self.metric, spread).to(compute_dtype(sample)))
         summary = summarize(data.n, low, high, surveyed, self.metric, self.init)
-        return Problem(data, summary, self.metric, implementation(self.impl, data.device)), sample
+        return Problem(data, summary, self.metric, load_implementation(self.impl, data.device)), sample
 
-    def _run(self, problem: Problem, sample: Tensor, tol: float, generator: torch.Generator) -> Clustering:
+    def _run(self, problem: Problem, sample: Tensor, tol: float, generator: torch.Generator) -> Restart:
         """Runs one restart."""
         public_dtype = compute_dtype(sample)
 

@@ -47,19 +47,19 @@ def assign_clusters(x: RowsLike, centers: Tensor | Array, *, metric: str = "eucl
 def find_nearest(
     x: RowsLike, centers: Tensor | Array, metric: str, impl: str, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`assign_clusters` by a given implementation, with products of a given dtype."""
+    """Computes `assign_clusters` with a given implementation and products of a given dtype."""
     rows, centers = open_rows("x", x), finite_rows("centers", centers)
     check_same_width("centers", centers, rows.name, rows.like)
     if len(centers) == 0:
         raise ValueError("centers must have at least one row: got 0")
-    module = implementation(impl, rows.device)
+    module = load_implementation(impl, rows.device)
     labels, distances, begin = [], [], 0
     with torch.autocast(rows.device.type, enabled=False):
         wide = compute_dtype(rows.like, centers)
         prepared = prepare(centers.to(wide), metric, dtype=torch.float64 if wide == torch.float64 else dtype)
         for chunk in rows.chunks():
             chunk_labels, chunk_distances = module.assign(chunk, prepared)
-            # A row that is not finite has such a distance: no pass to check x is needed.
+            # The distance of a row that is not finite is not finite either: x needs no pass of its own for the check.
             if not math.isfinite(float(chunk_distances.sum())):
                 rows.refuse_not_finite(chunk, begin)
                 check_range(rows.name, chunk)
@@ -72,13 +72,13 @@ def find_nearest(
     return torch.cat(labels), torch.cat(distances)
 
 
-def implementation(impl: str, device: torch.device) -> ModuleType:
+def load_implementation(impl: str, device: torch.device) -> ModuleType:
     """Returns the module that computes passes; raises if `impl` does not run on the device."""
     return load("kmeans", resolve("kmeans", impl, device))
 
 
 def check_range(name: str, x: Tensor) -> None:
-    """Raises if squared distances would overflow fp64, to which computations in other dtypes switch before overflow."""
+    """Raises if squared distances would overflow fp64. Narrower dtypes are replaced by fp64 before they overflow."""
     width = x.shape[1]
     largest, limit = float(x.abs().max()), math.sqrt(torch.finfo(torch.float64).max / (8 * width))
     if largest > limit:

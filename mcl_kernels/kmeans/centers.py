@@ -172,8 +172,8 @@ def unit_rows(x: Tensor) -> Tensor:
     return torch.where(is_unit, x, scaled / torch.where(norm > 0, norm, 1.0))
 
 
-def middle_and_scale(x: Tensor, metric: str, spread: Tensor) -> Tensor:
-    """Median of each column, and its scale: the median of the nonzero distances to that median. [2, D].
+def survey_columns(x: Tensor, metric: str, spread: Tensor) -> Tensor:
+    """Median of each column, and its scale, [2, D]: the median of the nonzero distances to that median.
 
     A few far rows change neither. For cosine the median is replaced by 0. The scale is 0 if all entries of the column
     are equal. `spread` [D] is the largest entry less the smallest one.
@@ -186,7 +186,7 @@ def middle_and_scale(x: Tensor, metric: str, spread: Tensor) -> Tensor:
     distances = np.sort(np.ascontiguousarray(np.abs(rows - middle).T), axis=1)
     zeros = (distances == 0).sum(1)
     scale = np.take_along_axis(distances, (zeros + len(rows) - 1)[:, None] // 2, axis=1).squeeze(1)
-    # Other entries are so rare that the drawn rows have none: search all rows.
+    # The drawn rows hold only the median, but other rows differ: take the scale from all rows.
     is_rare = (scale == 0) & (spread.cpu().numpy() > 0)
     for column in np.flatnonzero(is_rare).tolist():
         column_distances = np.abs(x[:, column].double().cpu().numpy() - middle[column])
@@ -197,7 +197,13 @@ def middle_and_scale(x: Tensor, metric: str, spread: Tensor) -> Tensor:
 def summarize(
     rows: int, low: Tensor, high: Tensor, middle_and_scale: Tensor, metric: str, init: Tensor | str = ""
 ) -> Summary:
-    """Returns the summary of `rows` rows between `low` and `high`, [D] each; with given centres, of these too."""
+    """Returns the summary of `rows` rows.
+
+    Args:
+        low, high: smallest and largest entry of each column, [D] each.
+        middle_and_scale: result of `survey_columns`.
+        init: initial centres, if given; their distances have to be in the range of the dtype too.
+    """
     middle, scale = middle_and_scale
     largest = torch.maximum(high.double() - middle.double(), middle.double() - low.double())
     farthest, dtype = float(largest.max()), middle.dtype

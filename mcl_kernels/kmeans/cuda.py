@@ -30,7 +30,7 @@ from mcl_kernels.kmeans.gpu_common import (
     score_limits,
 )
 
-TILE_ROWS = 64  # rows of a block's tile; half as many for fp64, which is for checks
+TILE_ROWS = 64  # rows of a block's tile; 32 in fp64
 HIGH_BITS = 22  # bits of the first of an fp32 entry's two integers
 
 # Fixed-point format of entries (see `fixed_point`): rounding of the last integer, scale of the first, value of 1 in the
@@ -47,7 +47,7 @@ def assign(x: Tensor, centers: Centers) -> tuple[Tensor, Tensor]:
 def assign_and_sum(x: Tensor, centers: Centers) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`assign`, and in the same pass the sum of each centre's rows relative to the offset, and their count."""
     k, width = centers.points.shape
-    rounding = _rounding_of(centers)
+    rounding = _entry_rounding(centers)
     if k > MAX_SUMMED_CENTERS or k * width > MAX_SUMMED_ELEMENTS:
         labels, distances, index, inverse_norms = _assign(x, centers)
         sums, counts = _sum_by_label(x, centers, rounding, labels, inverse_norms)
@@ -88,7 +88,8 @@ def _assign(
     return labels, distances, settle(x, centers, labels, distances, undecided), inverse_norms
 
 
-def _rounding_of(centers: Centers) -> _Rounding:
+def _entry_rounding(centers: Centers) -> _Rounding:
+    """Returns the fixed-point format of the entries of rows."""
     if centers.points.dtype == torch.float64:
         return centers.rounding[0], None, None
     first_scale, last_rounding, last_value = fixed_point(centers, HIGH_BITS)

@@ -1,6 +1,6 @@
 """The data set of a fit: the rows of all processes of a team, one process after the other in the order of their ranks.
 
-Positions are those in the data set. `held` are the positions of the rows of this process.
+A position is the index of a row in the data set. `held` is the range of positions that this process has.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Dataset:
         return bounds[:, 0].amin(0), bounds[:, 1].amax(0)
 
     def chunks(self) -> Iterator[tuple[slice, Tensor]]:
-        """Yields the rows of this process in chunks, each with its slice of them."""
+        """Yields the rows of this process in chunks, each with its slice of these rows."""
         begin = 0
         with self.team.keeping_errors():
             for chunk in self.rows.chunks():
@@ -77,13 +77,13 @@ class Dataset:
             yield self._take_held(index.sort().values)
 
     def compute_on_first(self, compute: Callable[[], Tensor]) -> Tensor:
-        """Returns rows like centres that the first process computes, on every process: others may round otherwise."""
+        """Computes rows in the dtype of centres on the first process; returns these, bit for bit, on every process."""
         return self.team.compute_on_first(compute, self.centers_like)
 
     def _take_held(self, index: Tensor) -> Tensor:
         with self.team.keeping_errors():
             return self.rows.take(index[self._is_held(index)] - self.held.start)
-        return self.rows.like
+        return self.rows.like  # after an error, which the next reduction raises
 
     def _is_held(self, index: Tensor) -> Tensor:
         return (index >= self.held.start) & (index < self.held.stop)

@@ -27,7 +27,7 @@ class _Assignment(NamedTuple):
 
     labels: Tensor  # int32 [rows]
     distances: Tensor  # [rows]
-    min_distance: float  # rows at most this far from their centre equal it, as far as rounding tells
+    min_distance: float  # rows at most this far from their centre are equal to it within rounding
 
 
 def fill_empty(partition: Partition, centers: Centers) -> int:

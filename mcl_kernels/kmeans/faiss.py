@@ -1,7 +1,7 @@
-"""One pass over the data by a flat index of faiss, on the GPUs that it supports; for comparisons with another engine.
+"""One pass over the data by a flat index of faiss, on the GPUs that it supports; for comparison with another library.
 
-The results are as right as those of the other implementations. faiss computes in fp32, in an order that depends on the
-rows of a chunk; where that could decide which of two centres is nearer, distances are computed from differences.
+Results are as accurate as those of the other implementations. faiss computes in fp32, in an order that depends on the
+rows of a chunk. If that could decide which of two centres is nearer, distances are computed from differences.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def assign(x: Tensor, centers: Centers) -> tuple[Tensor, Tensor]:
         labels[rows] = nearest[:, 0].clamp(min=0).to(x.device)  # -1 where a row is not finite
         if len(points) > 1:
             undecided[rows] = _undecided(values, slab, largest, centers.cosine).to(x.device)
-        # From differences: those of faiss lose digits near a centre.
+        # Computed from differences: the distances of faiss lose digits near a centre.
         if centers.cosine:
             undecided[rows] |= (relative == 0).all(1)  # `settle` sets the distance of a row without a direction
             distances[rows] = (relative - points[labels[rows]]).square().sum(1) / 2
@@ -62,7 +62,7 @@ def assign_and_sum(x: Tensor, centers: Centers) -> tuple[Tensor, Tensor, Tensor,
 def _undecided(values: Tensor, slab: Tensor, largest: Tensor, cosine: bool) -> Tensor:
     """Returns whether rounding could give a row another label, bool [N].
 
-    `values` are those of faiss for the two nearest centres, products for cosine and else squared distances.
+    `values` are the results of faiss for the two nearest centres: products for cosine, else squared distances.
     """
     squares, width = slab.square().sum(1), slab.shape[1]
     if cosine:

@@ -22,13 +22,13 @@ RESULTS = ("inertia_", "n_iter_", "init_rows_", "history_")
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
-class Saved:
-    """Base of `KMeans` that writes it to a file and reads it."""
+class Saveable:
+    """Base class of `KMeans` with `save` and `load`."""
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Saves the centres, the settings and the results of `fit`, in the safetensors format.
 
-        `labels_`, which are as many as the rows, and a `group` are not saved. The file is replaced in one step.
+        `labels_`, one for each row, and a `group` are not saved. The file is replaced in one step.
 
         Args:
             path: the file to write, in a directory that exists.
@@ -116,7 +116,7 @@ def dump(kmeans: Any) -> bytes:
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors, and settings with results, of a file whose checksum is right."""
+    """Reads a file and checks it by its checksum; returns its tensors, and its settings and results."""
     from safetensors import SafetensorError, safe_open
 
     open_regular(path).close()
@@ -135,7 +135,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except (SafetensorError, RecursionError) as error:
         raise ValueError(f"{path} is not a k-means that save wrote: {error}") from None
     if not isinstance(fields, dict):
-        raise ValueError(f"{path} is not a k-means that save wrote: its settings are no dictionary")
+        raise ValueError(f"{path} is not a k-means that save wrote: its settings are not a dictionary")
     return tensors, fields
 
 

@@ -1,4 +1,4 @@
-"""Shared by the implementations for GPUs: factors of the products, limits of rounding, exact sums.
+"""Helpers of the implementations for GPUs: factors of the products, limits of rounding, exact sums.
 
 With few centres, the pass that finds the labels also adds up rows: each program keeps private partial sums. With many
 centres, rows are sorted by label and cut into pieces of one cluster each. Neither way needs an atomic addition.
@@ -17,15 +17,15 @@ from mcl_kernels.kmeans.centers import Centers
 
 # Up to this many centres (and K x D elements) each program keeps private partial sums; those of all programs fit in L2.
 MAX_SUMMED_CENTERS, MAX_SUMMED_ELEMENTS = 32, 1 << 14
-PROGRAMS = 2  # for each multiprocessor
-INTERPRETED_PROGRAMS = 2  # on a CPU
+PROGRAMS = 2  # per multiprocessor
+INTERPRETED_PROGRAMS = 2  # in total, in the interpreter on a CPU
 PIECE_ROWS = 256  # sums of this many integers fit in 32 bits
 ENTRY_BITS = 35  # bits of an fp32 entry in fixed point
 
 # Twice the relative error of a factor: fp32 as three products of tf32, centres as two parts of 16 bits.
 FACTOR_ERRORS = {"ieee": 0.0, "fp32": 0.0, "tf32x3": 2.0**-19}
 HALF_FACTOR_ERRORS = {torch.bfloat16: 2.0**-15, torch.float16: 2.0**-20}
-FP16_UNDERFLOW = 2.0**-34  # error of elements below the normal numbers of fp16, relative to the largest centre
+FP16_UNDERFLOW = 2.0**-34  # error of elements in the subnormal range of fp16, relative to the largest centre
 
 
 class Factors(NamedTuple):
@@ -43,7 +43,7 @@ class Factors(NamedTuple):
 
 
 class Pieces(NamedTuple):
-    """Pieces of at most PIECE_ROWS rows of one cluster: N / PIECE_ROWS + K pieces, the last ones of which are empty."""
+    """Pieces of at most PIECE_ROWS rows of one cluster; there are N / PIECE_ROWS + K, and the last ones are empty."""
 
     order: Tensor  # int64 [N], original row indices sorted by label
     begin: Tensor  # int64 [pieces], positions in `order`

@@ -64,9 +64,9 @@ def initial_centers(problem: Problem, sample: Tensor, n_clusters: int, init: str
 
 
 def _squared_distances_among(x: Tensor, offset: Tensor) -> Callable[[Tensor], Tensor]:
-    """Returns a function: for an index of rows, |x_i - x_j|^2 of its rows i and all rows j, fp64 [rows, N].
+    """Returns a function of an index of rows: |x_i - x_j|^2 for each row i of it and all rows j, fp64 [len(index), N].
 
-    Equal rows have distance 0 exactly.
+    The distance of equal rows is exactly 0.
     """
     relative = x - offset
     squares, tiny = relative.square().sum(1), torch.finfo(x.dtype).tiny
@@ -74,7 +74,7 @@ def _squared_distances_among(x: Tensor, offset: Tensor) -> Callable[[Tensor], Te
     def squared_distances(index: Tensor) -> Tensor:
         scale = squares[index].unsqueeze(1) + squares
         squared = scale - 2 * multiply(relative[index], relative)
-        # Where the rounding of the product would matter, distances are computed from differences.
+        # The product loses the digits of small distances, which are therefore computed from differences.
         close = squared <= 1e-3 * scale + tiny
         squared = squared.double()
         for i, row in enumerate(index.tolist()):

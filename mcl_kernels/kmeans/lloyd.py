@@ -18,7 +18,7 @@ from mcl_kernels.kmeans.team import Team
 _log = logging.getLogger(__name__)
 
 
-class Clustering(NamedTuple):
+class Restart(NamedTuple):
     """Result of one restart."""
 
     centers: Tensor  # [K, D]
@@ -27,10 +27,10 @@ class Clustering(NamedTuple):
     history: list[dict[str, Any]]
 
 
-def lloyd(problem: Problem, points: Tensor, max_iter: int, tol: float) -> Clustering:
+def lloyd(problem: Problem, points: Tensor, max_iter: int, tol: float) -> Restart:
     """Clusters the rows: iterates from the centres `points` until they move by at most `tol` (summed squared shift).
 
-    They do not move if no label changes. The inertia never rises. Empty clusters are filled before the update
+    Centres do not move if no label changes. The inertia never rises. Empty clusters are filled before the update
     (`fill_empty`).
     """
     history: list[dict[str, Any]] = []
@@ -51,7 +51,7 @@ def lloyd(problem: Problem, points: Tensor, max_iter: int, tol: float) -> Cluste
 
 def mini_batches(
     problem: Problem, points: Tensor, max_iter: int, tol: float, batch_size: int, generator: torch.Generator
-) -> Clustering:
+) -> Restart:
     """Clusters the rows by mini-batches (Sculley 2010, rate 1 / count).
 
     Each batch moves a centre to the mean of all rows that batches have assigned to it so far. An iteration is a number
@@ -82,10 +82,10 @@ def mini_batches(
 
 
 def _with_bar(max_iter: int, team: Team) -> Iterator[int]:
-    """Numbers of the iterations. The first process logs them, and after 2 s shows a progress bar on a terminal."""
+    """Yields iteration numbers. The first process logs them, and after 2 s shows a progress bar on a terminal."""
     from tqdm import tqdm
 
-    disable = None if team.rank == 0 else True  # None: only if the output is no terminal
+    disable = None if team.rank == 0 else True  # None: only if the output is not a terminal
     for number in tqdm(range(max_iter), desc="k-means", unit="iteration", delay=2, leave=False, disable=disable):
         if team.rank == 0:
             _log.info("k-means: iteration %d of at most %d", number + 1, max_iter)
@@ -105,7 +105,7 @@ def _record(
     }
 
 
-def _finish(problem: Problem, points: Tensor, history: list[dict[str, Any]]) -> Clustering:
+def _finish(problem: Problem, points: Tensor, history: list[dict[str, Any]]) -> Restart:
     """Returns labels, as `predict` finds them, and inertia for the last centres.
 
     Empty clusters are filled, or left out if there is no row to move.
@@ -116,7 +116,7 @@ def _finish(problem: Problem, points: Tensor, history: list[dict[str, Any]]) -> 
         labels, inertia, counts = label_rows(problem, prepare(points, problem.metric, dtype=problem.summary.dtype))
         is_occupied = counts > 0
         if bool(is_occupied.all()):
-            return Clustering(points, labels, inertia, history)
+            return Restart(points, labels, inertia, history)
         partition, centers = Partition(problem, len(points)), problem.prepare(points)
         partition.update(centers)
         if fills_left and (splits := fill_empty(partition, centers)):

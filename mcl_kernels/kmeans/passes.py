@@ -1,4 +1,4 @@
-"""Passes over the data set of a fit: labels, and sums of each cluster's rows that are followed from pass to pass."""
+"""Passes over the data set of a fit: labels, and sums of each cluster's rows that are updated from pass to pass."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class Problem(NamedTuple):
 class Partition:
     """Clusters of the rows as of the last pass: sums [levels, K, D], counts [K] and the objective, of all processes.
 
-    `labels`, int32, are those of this process's rows. They are stored if later passes add up only what changed: if the
-    implementation does so itself, or if the sums have several levels. Otherwise they are None.
+    `labels` are int32, of this process's rows. They are stored only if later passes add up changes alone, since the
+    implementation has `follow` or since the sums have several levels. Otherwise `labels` is None.
     """
 
     def __init__(self, problem: Problem, n_clusters: int) -> None:
@@ -90,7 +90,7 @@ def sum_clusters(implementation: ModuleType, x: Tensor, centers: Centers) -> tup
 def _sum_changes(
     implementation: ModuleType, x: Tensor, centers: Centers, labels: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`sum_clusters`, less the sums and counts by the earlier `labels`, int32 [N], which are updated in place."""
+    """Computes `sum_clusters` minus the sums and counts by earlier `labels`, int32 [N], which are updated in place."""
     if hasattr(implementation, "follow"):
         distances, sums, counts = implementation.follow(x, centers, labels)
         return distances, _by_level(sums, centers), counts

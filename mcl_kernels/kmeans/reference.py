@@ -39,7 +39,7 @@ def assign_and_sum(x: Tensor, centers: Centers) -> tuple[Tensor, Tensor, Tensor,
 
 
 def _assign_tile(tile: Tensor, centers: Centers) -> tuple[Tensor, Tensor, Tensor]:
-    """Labels, distances, and which rows are undecided: rounding could give them another label."""
+    """Labels, distances, and a mask of the undecided rows, to which rounding could give another label."""
     rows = unit_rows(tile) if centers.cosine else tile - centers.offset
     points = centers.points - centers.offset
     half_norms = points.square().sum(1) / 2

@@ -1,8 +1,8 @@
 """Sources of rows: a tensor or an array in memory, the file behind a memory map, or an iterable of chunks.
 
 A pass reads the rows in order, in chunks; results are the same for any sizes of chunks. A file is read, not mapped,
-because touched pages of a map count as resident memory. There are two buffers: one is filled while the caller computes
-with the other.
+because touched pages of a map count as resident memory. Of its two buffers one is filled while the caller computes with
+the other.
 """
 
 from __future__ import annotations
@@ -33,13 +33,15 @@ _log = logging.getLogger(__name__)
 
 
 class Rows:
-    """Rows [N, width] of one dtype and device, named after the argument that they came as.
+    """Rows [N, width] of one dtype and device.
 
-    `like` is an empty tensor of the same width, dtype and device. `rows` is N, or None for an iterable that was not
-    read yet.
+    Attributes:
+        name: name of the argument, for errors.
+        like: an empty tensor of the same width, dtype and device.
+        n_rows: N; None for an iterable that was not read yet.
     """
 
-    rows: int | None = None
+    n_rows: int | None = None
     _surveyed: tuple[int, Tensor, Tensor] | None = None
 
     def __init__(self, name: str, like: Tensor) -> None:
@@ -66,7 +68,7 @@ class Rows:
 
     def count(self) -> int:
         """Number of rows; read from the data if it is not known."""
-        return self.survey()[0] if self.rows is None else self.rows
+        return self.survey()[0] if self.n_rows is None else self.n_rows
 
     def survey(self) -> tuple[int, Tensor, Tensor]:
         """Returns the number of rows, and the smallest and the largest entry of each column.
@@ -107,7 +109,7 @@ class TensorRows(Rows):
             raise ValueError(f"{name} must hold values: got a tensor on the device meta")
         # Implementations need contiguous rows: one copy here instead of one in every pass.
         self.x = x.detach().contiguous() if x.stride(1) != 1 else x.detach()
-        self.rows = len(x)
+        self.n_rows = len(x)
 
     def chunks(self) -> Iterator[Tensor]:
         yield self.x
@@ -122,7 +124,7 @@ class TensorRows(Rows):
 class FileRows(Rows):
     """Rows of a file: the first one begins at byte `position`, the others follow every `row_bytes`."""
 
-    rows: int
+    n_rows: int
 
     def __init__(
         self,
@@ -134,29 +136,29 @@ class FileRows(Rows):
         row_bytes: int | None = None,
     ) -> None:
         super().__init__(name, torch.empty(0, shape[1], dtype=dtype, device="cpu"))
-        self.path, self.position, self.rows = path, position, shape[0]
+        self.path, self.position, self.n_rows = path, position, shape[0]
         self.width_bytes = self.width * dtype.itemsize
         self.row_bytes = self.width_bytes if row_bytes is None else row_bytes
         available = max(os.stat(path).st_size - position, 0)
-        if available < self._extent(self.rows):
+        if available < self._extent(self.n_rows):
             raise self._truncated(available // self.row_bytes)
 
     def chunks(self) -> Iterator[Tensor]:
         size = _chunk_rows(self.row_bytes)
-        n_buffers, buffer_bytes = 2 if self.rows > size else 1, self._extent(min(size, self.rows))
+        n_buffers, buffer_bytes = 2 if self.n_rows > size else 1, self._extent(min(size, self.n_rows))
         buffers = [torch.empty(buffer_bytes, dtype=torch.uint8, device="cpu") for _ in range(n_buffers)]
         with open(self.path, "rb", buffering=0) as file, ThreadPoolExecutor(1) as reader:
 
             def read(begin: int) -> Tensor:
-                rows, buffer = min(size, self.rows - begin), buffers[begin // size % 2]
+                rows, buffer = min(size, self.n_rows - begin), buffers[begin // size % 2]
                 self._read(file, begin, buffer.numpy().data[: self._extent(rows)])
                 return buffer.as_strided((rows, self.width_bytes), (self.row_bytes, 1)).view(self.dtype)
 
             ahead = reader.submit(read, 0)
-            for begin in range(0, max(self.rows, 1), size):  # a file without rows has one empty chunk
+            for begin in range(0, max(self.n_rows, 1), size):  # a file without rows has one empty chunk
                 chunk = ahead.result()
-                _log.info("%s: row %s of %s", self.name, f"{begin:,}", f"{self.rows:,}")
-                if begin + size < self.rows:
+                _log.info("%s: row %s of %s", self.name, f"{begin:,}", f"{self.n_rows:,}")
+                if begin + size < self.n_rows:
                     ahead = reader.submit(read, begin + size)
                 yield chunk
 
@@ -181,7 +183,7 @@ class FileRows(Rows):
         return (rows - 1) * self.row_bytes + self.width_bytes if rows else 0
 
     def _truncated(self, row: int) -> ValueError:
-        return ValueError(f"{self.name} ends in row {row} of {self.rows}: {os.fspath(self.path)} is truncated")
+        return ValueError(f"{self.name} ends in row {row} of {self.n_rows}: {os.fspath(self.path)} is truncated")
 
 
 def _read_at(file: io.FileIO, position: int, into: memoryview) -> int:
@@ -197,7 +199,7 @@ class ChunkedRows(Rows):
 
     def __init__(self, name: str, x: Iterable[Any]) -> None:
         if iter(x) is x:
-            raise TypeError(f"{name} must be iterable again and again: got {type(x).__name__}, which ends for good")
+            raise TypeError(f"{name} must be iterable more than once: got {type(x).__name__}, which is read once")
         first = next(_checked_chunks(name, x), None)
         if first is None:
             raise ValueError(f"{name} must yield at least one chunk: got none")
@@ -223,10 +225,10 @@ class ChunkedRows(Rows):
                 if filled == size:
                     yield buffer
                     filled = 0
-        if rows == 0 or self.rows not in (None, rows):
-            earlier = self.rows or "at least one"
+        if rows == 0 or self.n_rows not in (None, rows):
+            earlier = self.n_rows or "at least one"
             raise ValueError(f"{self.name} must yield the same rows in every pass: got {rows} after {earlier}")
-        self.rows = rows
+        self.n_rows = rows
         if filled:
             yield buffer[:filled]
 
@@ -277,7 +279,7 @@ def open_rows(name: str, x: object) -> Rows:
 
 
 def _described_chunk(name: str, chunk: object) -> str:
-    """Text for an error: the type of a chunk that is no tensor, and the remedy."""
+    """Text for an error: the type of a chunk that is not a tensor, and the remedy."""
     kind = type(chunk).__name__
     if isinstance(chunk, Mapping):
         return f"{kind} with the keys {list(chunk)}; give the rows alone"
@@ -295,7 +297,7 @@ def _chunk_rows(row_bytes: int) -> int:
 
 
 def _open_map(name: str, x: np.memmap[Any, Any], path: str, mapped: mmap.mmap) -> FileRows:
-    """Opens the file of a memory map, or of a slice of one whose rows are in ascending order."""
+    """Opens the file of a memory map, or of a slice of a map whose rows are in ascending order."""
     like = as_tensor(name, np.empty((0, *x.shape[1:]), x.dtype))
     check_embeddings(name, torch.empty(x.shape, dtype=like.dtype, device="meta"))
     row_bytes, entry_bytes = x.strides

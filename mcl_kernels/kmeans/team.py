@@ -44,7 +44,7 @@ class Team:
         return x
 
     def decide(self, decision: bool) -> bool:
-        """Returns the decision of the first process: on other machines rounding may lead to another one."""
+        """Returns the decision of the first process, since on other machines rounding may lead to another one."""
         return bool(self.broadcast(torch.tensor([int(decision)], device="cpu")))
 
     def compute_on_first(self, compute: Callable[[], Tensor], like: Tensor) -> Tensor:
@@ -52,10 +52,10 @@ class Team:
         return compute()
 
     def join(self, rows: Tensor, is_own: Tensor) -> Tensor:
-        """Returns rows that the processes have in parts: `rows` are those of this process, in the order of `is_own`.
+        """Returns all rows on every process, from the rows that each process has.
 
         Args:
-            rows: [own rows, D]; anything after an error.
+            rows: rows of this process, [own rows, D], in the order of `is_own`; ignored after an error.
             is_own: bool [N], true for the rows of this process; each row is of exactly one process.
         """
         return rows

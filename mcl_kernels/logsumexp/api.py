@@ -25,14 +25,14 @@ from mcl_kernels.normalize import compute_dtype
 
 
 class Names(NamedTuple):
-    """The caller's own words for the arguments, in error messages."""
+    """Names of arguments in error messages, as in the signature of the public function."""
 
     query: str = "query"
     key: str = "key"
     key_labels: str = "key_labels"
 
 
-OWN_NAMES = Names()
+DEFAULT_NAMES = Names()
 
 
 def check_pairs(
@@ -45,9 +45,9 @@ def check_pairs(
     negatives: str,
     *,
     key_is_query: bool,
-    names: Names = OWN_NAMES,
+    names: Names = DEFAULT_NAMES,
 ) -> Pairs:
-    """Pairs of checked labels and ids. Where key i belongs to query i (`key_is_query`), one side's serve both."""
+    """Pairs of checked labels and ids. If key i belongs to query i (`key_is_query`), one side is enough."""
     check_choice("negatives", negatives, NEGATIVES)
     if negatives == "different" and labels is None and key_labels is None:
         raise ValueError("negatives='different' needs labels: got labels=None")
@@ -70,14 +70,14 @@ def check_pairs(
 
 
 def check_scale(name: str, value: float | Tensor, query: Tensor, dtype: torch.dtype) -> Tensor:
-    """Factor of the logits, or temperature, as a tensor [] or [N] that keeps its graph.
+    """Scale or temperature as a tensor [] or [N] of `dtype`; a given tensor keeps its graph.
 
-    [1], the shape that FSDP2 gives a learned number, becomes [].
+    [1], the shape of a learned scalar under FSDP2, becomes [].
     """
     if not isinstance(value, Tensor):
         number = as_number(name, value, "a number or a tensor")
         if torch.finfo(dtype).max < abs(number) < math.inf:
-            raise ValueError(f"{name} must leave logits a factor in the range of {dtype}: got the factor {number:.3g}")
+            raise ValueError(f"{name} must be in the range of {dtype}: got {number:.3g}")
         return torch.full((), number, dtype=dtype, device=query.device)
     if not value.dtype.is_floating_point:
         raise TypeError(f"{name} must be a float or a floating point tensor: got {value.dtype}")
@@ -133,7 +133,7 @@ def masked_logsumexp(
     bidirectional: bool = False,
     impl: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """The log of the summed exponentials of each query's logits with its negatives.
+    """Log of the summed exponentials of each query's logits with its negatives.
 
         s_ij   = scale_i * <q_i, k_j>
         keep   = match(y_i, y_j) and u_i != u_j
@@ -165,6 +165,7 @@ def masked_logsumexp(
     Raises:
         TypeError: an argument of the wrong type or dtype.
         ValueError: shapes, lengths, devices or options that do not fit; each message names the argument.
+        RuntimeError: an implementation that is not available.
 
     Source: the denominator of the loss of "Learning the Unlearned: Mitigating Feature Suppression in
     Contrastive Learning" (ECCV 2024, arXiv 2402.11816).

@@ -4,9 +4,9 @@
     backward  W_ij = where(keep_ij, gb_i exp(s_ij - b_i) + gc_j exp(s_ij - c_j), 0)
               dq_i = scale_i sum_j W_ij k_j,  dk_j = sum_i scale_i W_ij q_i,  dscale_i = sum_j W_ij <q_i, k_j>
 
-The self form is the bidirectional one with c = b and gc = gb, read from its rows alone. Rows and keys are
-visited in the order of the plan: a tile of rows is compared with the keys from the first of its clusters to the last.
-Rows with a negative label, which may hold anything, are in no tile.
+The self form is the bidirectional one with c = b and gc = gb, of which only the sums over rows are computed. Queries
+and keys are visited in the order of the plan: a tile of queries is compared with the keys from the first of its
+clusters to the last. Rows with a negative label, which may hold any values, are in no tile.
 
 Cost in products over the kept pairs, rounded up to tiles: 1 forward; backward 2 (self), 3 (otherwise).
 Memory beyond inputs and outputs: a few tiles, and fp32 gradients while half-precision ones are summed.
@@ -65,7 +65,7 @@ def _tiles(plan: Plan, query: _Side, key: _Side, negatives: str) -> Iterator[_Ti
         return None if values is None else values[tile]
 
     for rows, first, last, uniform in _row_tiles(plan):
-        # All rows have all keys of one range: only "different" compares labels within it.
+        # Where all rows have all keys of one range, only "different" compares labels within it.
         matched = uniform and negatives != "different"
         row_labels, column_labels = (None, None) if matched else (query.labels, key.labels)
         query_rows = query.rows(rows)
@@ -77,9 +77,9 @@ def _tiles(plan: Plan, query: _Side, key: _Side, negatives: str) -> Iterator[_Ti
 
 
 def _row_tiles(plan: Plan) -> Iterator[tuple[slice, int, int, bool]]:
-    """Tiles of sorted rows that have keys: the rows, their range of keys, and whether all of them have all of it.
+    """Yields tiles of sorted rows that have keys: the rows, the range of their keys, whether all rows have all of it.
 
-    A tile ends with a cluster where it can, so that no row is multiplied with the keys of another cluster.
+    A tile ends with a cluster if that is possible, so that no row is multiplied with the keys of another cluster.
     """
     begin, end = plan.key_begin.tolist(), plan.key_end.tolist()
     start = next((i for i in range(len(begin)) if begin[i] < end[i]), len(begin))  # rows without keys are first

@@ -1,16 +1,16 @@
-"""The operation in CUDA C++: `csrc/cuda`, for GPUs and systems that Triton is not for.
+"""The operation in CUDA C++: `csrc/cuda`, for GPUs and systems on which Triton is unavailable.
 
     forward   b_i = log sum_j exp(s_ij), and c_j alike with rows and columns exchanged
     backward  W_ij = where(keep_ij, gb_i exp(s_ij - b_i) + gc_j exp(s_ij - c_j), 0)
               dq_i = scale_i sum_j W_ij k_j,  dk_j = sum_i scale_i W_ij q_i,  dscale_i = sum_j W_ij <q_i, k_j>
 
-Each block owns a tile of sorted rows and writes each of them once: no atomics, and sums in one order. Rows meet the
-columns from the first of their first cluster to the last of their last, which is read on the device: the grid depends
-on N alone, and nothing waits for the GPU.
+Each block owns a tile of sorted rows and writes each of them once: no atomics, and sums in one order. A tile of rows is
+compared with the columns from the first of its first cluster to the last of its last one. That range is read on the
+device, so the grid depends on N alone, and nothing waits for the GPU.
 
 Cost in products over the kept pairs, rounded up to tiles: forward 1 (2 where bidirectional); backward 2 (self), 4
-(otherwise), and one more a side for every 256 features but the first. fp16 and bf16 are multiplied on tensor cores
-(bf16 before compute capability 8.0 is not), fp32 and mixed inputs in fp32.
+(otherwise), and one more per side for every 256 features but the first. fp16 is multiplied on tensor cores, and so is
+bf16 from compute capability 8.0 on; fp32 and mixed inputs are multiplied in fp32.
 Memory beyond inputs and outputs: the plan and a few vectors [N] and [M].
 """
 
@@ -27,8 +27,8 @@ from mcl_kernels.logsumexp import gpu_common
 from mcl_kernels.logsumexp.gpu_common import Rows, Side, Terms
 
 
-def _pairs(ops: Any, rows: Rows, columns: Side, scale: Tensor, negatives: str) -> tuple[Any, ...]:
-    """The arguments of every kernel of one side's rows against the other's."""
+def _common_arguments(ops: Any, rows: Rows, columns: Side, scale: Tensor, negatives: str) -> tuple[Any, ...]:
+    """Returns the arguments that the forward and the backward kernel share."""
     side = rows.side
     values, column_values = gpu_common.dropped_values(side, columns, negatives)
     dropped: tuple[Tensor | None, ...] = (None, None)
@@ -48,7 +48,7 @@ def _run_forward(
     rows: Rows, columns: Side, scale: Tensor, negatives: str, result: Tensor, threshold: Tensor | None
 ) -> None:
     ops = cuda.ops()
-    ops.masked_lse_forward(*_pairs(ops, rows, columns, scale, negatives), threshold, result)
+    ops.masked_lse_forward(*_common_arguments(ops, rows, columns, scale, negatives), threshold, result)
 
 
 def _run_backward(
@@ -64,7 +64,7 @@ def _run_backward(
     absent = None, None
     fp16_scale = terms.fp16_scale if _multiplies_float16(rows.side, columns) else None
     ops.masked_lse_backward(
-        *_pairs(ops, rows, columns, scale, negatives),
+        *_common_arguments(ops, rows, columns, scale, negatives),
         [*(terms.row or absent), *(terms.column or absent), terms.column_scale, fp16_scale],
         grad_x,
         grad_scale,

@@ -1,8 +1,8 @@
-"""The plan of the implementations for GPUs: by `csrc/cuda/plan.cuh` where that is built, else by torch's sorts.
+"""The plan of the implementations for GPUs: by `csrc/cuda/plan.cuh` if that is built, else by torch's sorts.
 
-Planning is a large part of the step of a small batch, and nearly all of it is launches: here it is one. Each row is
-looked for in every tile of 1,024 rows, so above `MAX_ROWS` torch's sorts are cheaper (an estimate, not measured). With
-more than a tile a side the blocks wait for one another, and all of them must fit the GPU at once.
+Planning is a large part of the step of a small batch, and nearly all of its time is that of launches: the kernel needs
+one. It searches every tile of 1,024 rows for each row, so above `MAX_ROWS` torch's sorts are cheaper (an estimate, not
+measured). If a side has more than one tile, blocks wait for one another, and all of them must fit the GPU at once.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ def make_plan(query: Tensor, key: Tensor | None, pairs: Pairs) -> Plan:
     return Plan(order, key_order, begin, end)
 
 
-def query_ranges(pairs: Pairs, made: Plan) -> tuple[Tensor, Tensor]:
+def query_ranges(pairs: Pairs, plan: Plan) -> tuple[Tensor, Tensor]:
     """Begin and end of each sorted key's range of sorted queries, int64 [M]."""
-    n, m = len(made.query_order), len(made.key_order)
+    n, m = len(plan.query_order), len(plan.key_order)
     labels, key_labels, ids, key_ids = _contiguous(pairs)
-    if not _runs_on_kernels(made.key_order.device, n, m):
-        return torch_plan.key_ranges(made.key_order, key_labels, made.query_order, labels, pairs.negatives)
-    begin, end = torch.empty_like(made.key_order), torch.empty_like(made.key_order)
+    if not _runs_on_kernels(plan.key_order.device, n, m):
+        return torch_plan.key_ranges(plan.key_order, key_labels, plan.query_order, labels, pairs.negatives)
+    begin, end = torch.empty_like(plan.key_order), torch.empty_like(plan.key_order)
     cuda.ops().make_plan(
         begin, [key_labels, key_ids, labels, ids], m, n, False, NEGATIVES.index(pairs.negatives),
         None, begin, end, None, _workspace(begin, n, m),

@@ -1,8 +1,8 @@
-"""The launches of a forward and a backward pass, which the implementations for GPUs share.
+"""Launches of a forward and a backward pass, which the implementations for GPUs share.
 
 A kernel owns the rows of one side, queries or keys, and compares them with the other side's rows, its columns: each row
 is written once, so sums need no atomics and have one order. A bidirectional call therefore launches the kernel twice,
-once a side.
+once per side.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def dropped_values(rows: Side, columns: Side, negatives: str) -> tuple[Tensor | 
 
 
 def compares_ids(rows: Side, negatives: str) -> bool:
-    """Returns whether ids are compared pair by pair: under "different" a row's own sample may have other labels."""
+    """Returns whether ids are compared pair by pair: under "different" rows of one sample may have different labels."""
     return negatives == "different" and rows.ids is not None
 
 
@@ -111,7 +111,7 @@ def backward(
             grad_scale if wanted.scale else None,
         )  # fmt: skip
     if wants_key:
-        # A vector of scales differs from column to column of the keys' rows: there it is a part of the weights.
+        # A vector of scales belongs to the queries, which are the columns here: it goes into their weights.
         varies = scale.ndim > 0
         if varies:
             grad_row = grad_row * scale

@@ -1,4 +1,4 @@
-"""The two values that pass between the operation and its implementations.
+"""Values that pass between the operation and its implementations.
 
 A public function checks its arguments and packs them into `Inputs`; everything below takes that value. A forward
 returns `Saved`, and a backward takes both.
@@ -25,9 +25,9 @@ class Inputs(NamedTuple):
 
     @classmethod
     def of_self(cls, query: Tensor, scale: Tensor, pairs: Pairs) -> Inputs:
-        """Self form; `pairs` has the ids and labels of the queries.
+        """Inputs of the self form; `pairs` has the ids and labels of the queries.
 
-        With a scale of each row the logits are not symmetric: then it is the rectangle of the queries with themselves.
+        With a scale per row the logits are not symmetric: then the queries are given as the keys, too.
         """
         labels, _, ids, _, negatives = pairs
         inputs = cls(query, None, scale, Pairs(labels, None, ids, None, negatives))
@@ -39,14 +39,14 @@ class Inputs(NamedTuple):
         return self.query if self.key is None else self.key
 
     def rectangle(self) -> Inputs:
-        """Inputs with the keys given: the self form becomes the queries against a second reference to them."""
+        """Inputs with a key: in the self form the queries are given as the keys, too."""
         if self.key is not None:
             return self
         labels, _, ids, _, negatives = self.pairs
         return self._replace(key=self.query, pairs=Pairs(labels, labels, ids, ids, negatives))
 
     def swapped(self) -> Inputs:
-        """Inputs with queries and keys exchanged; the key is given, and the scale is one number."""
+        """Inputs with queries and keys exchanged, for inputs with a key and a scale []."""
         return self._replace(query=self.keys, key=self.query, pairs=self.pairs.swapped())
 
     def tensors(self) -> list[Tensor | None]:

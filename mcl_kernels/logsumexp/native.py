@@ -8,8 +8,8 @@ Rows are sorted by (label, id) and compared in blocks, one task for each pair of
 one order, so the bits of a result depend on the machine (its instructions and number of cores) but not on the number of
 threads. In the self form a pair is computed once, for both its rows.
 
-Cost in products over the kept pairs: 0.5 + 1.5 (self), 1 + 3 (otherwise). Memory beyond inputs and outputs: the
-blocks in work, at most 2 (N + M) D fp32 or 16 MiB; fp32 gradients of half-precision inputs.
+Cost in products over the kept pairs, forward + backward: 0.5 + 1.5 (self), 1 + 3 (otherwise). Memory beyond inputs and
+outputs: the blocks in work, at most 2 (N + M) D fp32 or 16 MiB; fp32 gradients of half-precision inputs.
 """
 
 from __future__ import annotations

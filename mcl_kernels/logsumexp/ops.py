@@ -153,9 +153,9 @@ def _(*arguments):  # type: ignore[no-untyped-def]
 
 
 def _refuse_transforms(*inputs: Tensor) -> None:
-    """Raises where a derivative is asked for that the fused ops lack: they have plain reverse mode alone.
+    """Raises for derivatives that the fused ops do not have: all but plain reverse mode.
 
-    In forward mode PyTorch would drop the tangents without a word; in `torch.func.grad` its own error is about an
+    In forward mode PyTorch would drop the tangents without an error; in `torch.func.grad` its own error is about an
     autograd.Function.
     """
     unpack: Callable[[Tensor], Any] = forward_ad.unpack_dual

@@ -56,7 +56,7 @@ class Plan(NamedTuple):
 def make_plan(query: Tensor, key: Tensor | None, pairs: Pairs) -> Plan:
     """Sorts both sides and finds the range of keys of each query, without a host synchronisation.
 
-    With labels and ids these are 12 operators in the self form and 18 otherwise, 2 and 4 of them sorts.
+    With labels and ids under "same" these are 12 operators in the self form and 18 otherwise, 2 and 4 of them sorts.
     """
     labels, key_labels, ids, key_ids, negatives = pairs
     query_order = _visiting_order(query, labels, ids, negatives)

@@ -42,6 +42,6 @@ def count_above(inputs: Inputs, threshold: Tensor) -> Tensor:
 
 
 def _rows(x: Tensor, labels: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Rows in the dtype of the logits, 0 where a negative label matches nothing: an unfilled slot may hold anything."""
+    """Rows in the dtype of the logits; 0 for a negative label, whose row matches nothing and may hold any values."""
     x = x.to(dtype)
     return x if labels is None else x.masked_fill((labels < 0).unsqueeze(1), 0.0)

@@ -94,14 +94,15 @@ def clip_loss(
     if ranks is None:
         return options.reduce(per_anchor.bidirectional(inputs, objective, impl))
     bidirectional = sharded.bidirectional if labels is None or text_labels is None else sharded.bidirectional_split
-    loss, samples = bidirectional(inputs, sharded.Call(objective, impl, ranks, options.needed_exchange()))
+    call = sharded.Call(objective, impl, ranks, options.needed_exchange())
+    loss, samples = bidirectional(inputs, call)
     return options.reduce(loss, ranks, samples)
 
 
 def _check_logit_scale(logit_scale: float | Tensor, image_features: Tensor, dtype: torch.dtype) -> Tensor:
     """Scale of the logits, []."""
     if not isinstance(logit_scale, Tensor):
-        check_positive("logit_scale", logit_scale)
+        check_positive("logit_scale", logit_scale, "a number or a tensor")
     elif logit_scale.numel() != 1:
         raise ValueError(f"logit_scale must be one number: got shape {list(logit_scale.shape)}")
     else:

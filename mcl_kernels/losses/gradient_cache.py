@@ -80,9 +80,9 @@ def cached_backward(
             first = _Outputs.of(_call(encode, batch))
             if _versions(batch) != before:
                 raise ValueError("encode must leave its batch as it was, since it is given it again: it wrote into it")
-            # Without a graph a parameter that is returned as it is has its own.
+            # A parameter that encode returns as it is requires a gradient even here.
             encoded.append(_Outputs(first.names, [x.detach() for x in first.tensors]))
-    # Autocast keeps the weights that it has cast, here without a graph.
+    # Autocast caches the weights that it has cast; those cast above have no graph.
     torch.clear_autocast_cache()
     names = encoded[0].names
     if other := [outputs.names for outputs in encoded if outputs.names != names]:
@@ -180,7 +180,7 @@ def _leaf(parts: tuple[Tensor, ...]) -> Tensor:
 
 
 def _shares(leaf: Tensor, sizes: Sequence[int]) -> Sequence[Tensor | None]:
-    """Gradient of each batch's rows. A scalar is one for all batches: the last batch has its gradient."""
+    """Gradient of each batch's rows. That of a scalar, which all batches share, is left to the last batch."""
     if leaf.grad is None:
         return [None] * len(sizes)
     if leaf.ndim:

@@ -45,10 +45,10 @@ def masked_info_nce(
         b_i    = log sum_{j: y_j = y_i, u_j != u_i} exp(<q_i, k_j> / t_i)
         loss_i = objective(a_i, b_i) = log(1 + exp(b_i - a_i)) by default
 
-    With `positive=None` key i is the positive of query i and keys past N are extra negatives; with
-    `positive=p` (the queue form of MoCo) p is not among the keys. **A queue needs `positive=`**: without it its first
-    N rows are taken for the positives. Without labels this is plain InfoNCE. An anchor
-    without negatives has loss 0 and gradient 0. NaN or infinity in an embedding is never turned into a finite loss.
+    With `positive=None` key i is the positive of query i and keys past N are extra negatives; with `positive=p` (the
+    queue form of MoCo) p is not among the keys. **A queue needs `positive=`**: without it its first N rows are taken
+    for the positives. Without labels this is plain InfoNCE. An anchor without negatives has loss 0 and gradient 0. NaN
+    or infinity in an embedding is never turned into a finite loss.
 
     Args:
         query: [N, D], float16, bfloat16, float32 or float64, any strides.
@@ -68,29 +68,32 @@ def masked_info_nce(
         normalize: L2-normalise all three in fp32, rounded once to the dtype they came in.
         reduction: "mean" over all N anchors (those without negatives included; 0 for N = 0), "sum" or "none".
         impl: see `masked_logsumexp`.
-        group: None: the batch is that of this process. Or a process group whose ranks hold a shard each, of any length
-            (`torch.distributed.group.WORLD`: all ranks); equal labels, and equal ids, mean the same on all of them, and
-            default ids differ. Every rank calls, and gets W / N times the sum over its share of the N anchors of all
-            W ranks: the mean of what they get is the loss of the whole batch, and so are, once averaged as
-            `DistributedDataParallel` does, the gradients of parameters and temperature (those of embeddings are
-            W times as large). "sum" is spread in the same way; "none" gives the losses of this rank's rows.
-            An error before anything is exchanged, such as an argument that is refused on one rank, is raised on every
-            rank in that call: there the error itself, elsewhere a ValueError that names the rank. The ranks stay in
-            step, and may go on. Only this rank hears of an error in `group` itself, in the objective, or in the
-            backward pass: end the process then, or the others wait until the group's timeout.
-        exchange: "cluster" sends the rows of each cluster to the rank that compares them, or to several if the cluster
-            is large: with clusters, about its own batch for each rank. "gather" sends all keys to all ranks. "auto"
-            takes what is done first (`plan_exchange`); it gathers where an anchor needs more than its cluster: other
-            `negatives`, `reduction="none"`, an objective that mixes anchors.
+        group: None: no communication; the batch is this process's own. Or a process group whose ranks hold a shard
+            each, of any length (`torch.distributed.group.WORLD`: all ranks). Equal labels, and equal ids, mean the same
+            on all ranks, and default ids differ. Every rank calls the loss, and receives W / N times the sum over its
+            share of the N anchors of all W ranks. The mean over ranks is the loss of the whole batch; gradients of
+            parameters and temperature, averaged as `DistributedDataParallel` does, are those of the whole batch
+            (gradients of embeddings are W times as large). "sum" is spread in the same way; "none" returns the losses
+            of this rank's rows.
+            An error before rows are exchanged, such as a wrong argument on one rank, is raised on every rank in that
+            call: there the error itself, elsewhere a ValueError that names the rank. The ranks stay in step and may
+            continue. An error in `group` itself, in the objective or in the backward pass is raised on its own rank
+            alone: end the process then, or the others wait until the group's timeout.
+        exchange: "cluster" sends the rows of each cluster to the rank that compares them, or to several ranks if the
+            cluster is large; with many clusters each rank receives about as many rows as its own batch has. "gather"
+            sends all keys to all ranks. "auto" picks the exchange with the lower estimated time (`plan_exchange`), and
+            gathers where an anchor needs more than its cluster: other `negatives`, `reduction="none"`, an objective
+            that mixes anchors.
 
     Returns:
         A scalar, or [N] with `reduction="none"`; fp32, or fp64 where an input is fp64.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
-        ValueError: shapes, lengths, devices or options that do not fit, or that are not alike on all ranks; each
-            message names the argument. With `group`, an error of another rank too.
-        RuntimeError: a rank that is gone, or did not come within the timeout of the group.
+        ValueError: shapes, lengths, devices or options that do not fit, or that differ between ranks; each message
+            names the argument. With `group`, an error of another rank, too.
+        RuntimeError: an implementation that is not available; a rank that has ended, or has not called the loss within
+            the group's timeout.
 
     Source: "Learning the Unlearned" (ECCV 2024, arXiv 2402.11816), the loss L_j of stage j.
 
@@ -115,10 +118,10 @@ def masked_info_nce(
     if ranks is None:
         return options.reduce(per_anchor.query_to_key(inputs, positive, objective, impl, is_queue=is_queue))
     if isinstance(temperature, Tensor) and temperature.ndim:
-        # On a rank with one row [1] may also be its part of a vector: over ranks it is one everywhere.
+        # On a rank with one row [1] may be its part of a vector [N], so every rank sends a scale with each row.
         inputs = inputs._replace(scale=scale.expand(query.shape[0]))
-    shared = sharded.Call(objective, impl, ranks, options.needed_exchange())
-    loss, anchors = sharded.query_to_key(inputs, positive, shared, is_queue=is_queue)
+    call = sharded.Call(objective, impl, ranks, options.needed_exchange())
+    loss, anchors = sharded.query_to_key(inputs, positive, call, is_queue=is_queue)
     return options.reduce(loss, ranks, anchors)
 
 
@@ -133,7 +136,7 @@ def check_query_key(
     negatives: str,
     ranks: Ranks | None = None,
 ) -> Pairs:
-    """Pairs of the query-key form, after its rows, labels and ids are checked."""
+    """Pairs of queries and keys, with rows, labels and ids checked."""
     check_embeddings("query", query)
     check_embeddings("key", key)
     check_same_width("key", key, "query", query)
@@ -152,7 +155,7 @@ def check_query_key(
 def query_key_positive(
     query: Tensor, key: Tensor, positive: Tensor | None, normalize: bool, impl: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and the positive of each query, normalised if asked for."""
+    """Queries, keys and the positive of each query, normalised if `normalize` is true."""
     if normalize:
         query, key = normalize_rows(query, impl), normalize_rows(key, impl)
         positive = None if positive is None else normalize_rows(positive, impl)
@@ -162,7 +165,7 @@ def query_key_positive(
 class MaskedInfoNCE(LossModule):
     """`masked_info_nce` as a module: each query against its positive and the keys of its own cluster.
 
-    The first loss with a `LabelledQueue` is 0, since the queue is empty at first. MoCo's is full of random rows.
+    The first loss with a `LabelledQueue` is 0, since that queue begins empty; MoCo's begins full of random rows.
 
     Args:
         temperature: t > 0, a float, a tensor [] or [1], or a vector [N]. A Parameter is learned. The values of a tensor

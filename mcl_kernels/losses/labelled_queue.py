@@ -87,7 +87,7 @@ class LabelledQueue(nn.Module):
 
         Args:
             embeddings: [N, D] in any floating point dtype, cast to that of the queue; of more than `size` rows the
-                last are kept. In a distributed run those of all ranks, gathered, so that all queues are the same.
+                last are kept. In a distributed run the embeddings of all ranks, gathered, so that all queues are equal.
             labels: pseudo labels, integers [N]; None: one cluster, the label 0 that a first stage gives every sample.
             ids: ids of the samples, integers [N], which `relabel` needs; None: unknown, -1.
         """
@@ -126,9 +126,8 @@ class LabelledQueue(nn.Module):
         Raises:
             ValueError: an id in the queue has no entry in `labels`.
         """
-        labels = check_integer_vector(
-            "labels", labels
-        )  # a stage's may be a memory map: only entries of the queue's ids are read
+        # Labels of a stage may be a memory map: only entries of the queue's ids are read.
+        labels = check_integer_vector("labels", labels)
         ids = self.ids.to(labels.device)
         if int(ids.max()) >= len(labels):
             raise ValueError(

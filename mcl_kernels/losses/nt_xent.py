@@ -67,7 +67,7 @@ def nt_xent(
     """
     options = Options(negatives, objective, normalize, reduction, impl, group, exchange)
     ranks = None if group is None else ranks_of(group)
-    # [1] is one number as [] is, and not the vector [2N] of another rank, which is described alike.
+    # The ranks compare [1] as [], since its description would equal that of a vector [2N] on another rank.
     is_one = isinstance(temperature, Tensor) and temperature.shape == (1,)
     compared = temperature.reshape(()) if is_one else temperature  # type: ignore[union-attr]
     agreed = options.agreed_call(
@@ -88,8 +88,8 @@ def nt_xent(
         inputs = Inputs.of_self(rows, scale, sample_pairs.repeated(2))
         return options.reduce(per_anchor.views(inputs, cosine, objective, impl))
     unit_a, unit_b = rows.chunk(2)
-    shared = sharded.Call(objective, impl, ranks, options.needed_exchange())
-    loss, samples = sharded.views(unit_a, unit_b, scale, sample_pairs, shared)
+    call = sharded.Call(objective, impl, ranks, options.needed_exchange())
+    loss, samples = sharded.views(unit_a, unit_b, scale, sample_pairs, call)
     return options.reduce(loss, ranks, 2 * samples)
 
 

@@ -25,7 +25,7 @@ REDUCTIONS = ("mean", "sum", "none")
 
 
 class Options(NamedTuple):
-    """How a loss is computed. The functions document each option."""
+    """Options of a loss. Its function documents each of them."""
 
     negatives: str
     objective: ObjectiveLike
@@ -36,7 +36,7 @@ class Options(NamedTuple):
     exchange: str
 
     def check(self) -> None:
-        """Raises where an option has the wrong type or value; `resolve` checks `impl`."""
+        """Raises for an option of the wrong type or value; `resolve` checks `impl`, and `ranks_of` checks `group`."""
         check_choice("negatives", self.negatives, NEGATIVES)
         check_choice("reduction", self.reduction, REDUCTIONS)
         check_choice("exchange", self.exchange, EXCHANGES)
@@ -44,7 +44,7 @@ class Options(NamedTuple):
         check_objective(self.objective)
 
     def needed_exchange(self) -> str:
-        """The exchange of a call: "gather" where an anchor needs more than its cluster."""
+        """Exchange of a call: "gather" if an anchor needs more than its cluster, else the option itself."""
         needing_all = {
             f"negatives={self.negatives!r}": self.negatives != "same",
             "reduction='none'": self.reduction == "none",
@@ -56,7 +56,7 @@ class Options(NamedTuple):
         return "gather" if reasons else self.exchange
 
     def agreed_call(self, ranks: Ranks | None, loss: str, **arguments: object) -> AbstractContextManager[None]:
-        """Raises on every rank an error inside, or where the arguments differ between ranks; without ranks, nothing."""
+        """Context that raises an error in it, or one for arguments that differ, on every rank; empty without ranks."""
         if ranks is None:
             return nullcontext()
         # A rank that fails may have none of its tensors on the device of the others.
@@ -80,7 +80,7 @@ class Options(NamedTuple):
 
 
 def row_ids(rows: Tensor, ranks: Ranks | None) -> Tensor:
-    """Ids of the samples of rows, int64 [N]: row indices, which differ between ranks."""
+    """Default ids of the samples, int64 [N]: row indices, made to differ between ranks."""
     return torch.arange(rows.shape[0], device=rows.device) if ranks is None else ranks.row_ids(rows)
 
 
@@ -88,7 +88,7 @@ def inverse_temperature(temperature: float | Tensor, query: Tensor, dtype: torch
     """Checked scale of the logits, [] or [N]."""
     if isinstance(temperature, Tensor):
         return check_scale("temperature", temperature, query, dtype).reciprocal()
-    check_positive("temperature", temperature)
+    check_positive("temperature", temperature, "a number or a tensor")
     inverse = 1.0 / temperature
     if inverse > torch.finfo(dtype).max:
         raise ValueError(f"temperature is too small for logits of {dtype}: got {temperature}")
@@ -96,7 +96,7 @@ def inverse_temperature(temperature: float | Tensor, query: Tensor, dtype: torch
 
 
 class LossModule(nn.Module):
-    """Base of the losses as modules: options are given and checked once, tensors are given to `forward`."""
+    """Base of the losses as modules: the constructor checks the options, `forward` takes the tensors."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
@@ -134,7 +134,7 @@ class LossModule(nn.Module):
 def check_module_temperature(temperature: object) -> None:
     """Raises for a temperature that no batch accepts; the length of a vector is checked with the batch."""
     if not isinstance(temperature, Tensor):
-        check_positive("temperature", temperature)
+        check_positive("temperature", temperature, "a number or a tensor")
     elif not temperature.dtype.is_floating_point:
         raise TypeError(f"temperature must be a float or a floating point tensor: got {temperature.dtype}")
     elif temperature.ndim > 1:

@@ -1,4 +1,4 @@
-"""The loss of each anchor, of rows that are at hand: compositions of the masked log-sum-exp in plain PyTorch."""
+"""The loss of each anchor, from rows on this process: compositions of the masked log-sum-exp in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mcl_kernels.losses.lonely import watch
 from mcl_kernels.normalize import row_dot
 from mcl_kernels.objectives import ObjectiveLike, needs_of
 
-# Vectors of all anchors from those of the anchors at hand, and where these are in them.
+# Concatenates vectors of this rank's anchors with those of all other ranks; also returns the slice of this rank's.
 GatherVectors = Callable[[Sequence[Tensor]], tuple[list[Tensor], slice]]
 
 
@@ -32,10 +32,10 @@ def query_to_key(
     Args:
         inputs: queries and keys, one-directional.
         positive: [N, D].
-        objective: of each anchor.
+        objective: loss of each anchor.
         impl: name of a backend.
         is_queue: the positives are not among the keys.
-        gather: for an objective that mixes anchors, where `inputs` holds some of them.
+        gather: gathers vectors of all anchors, for an objective that mixes anchors; None: `inputs` holds all of them.
     """
     positive_logit = inputs.scale * row_dot(inputs.query, positive, inputs.scale.dtype)
     lse = [b for b, _ in _log_sum_exps(inputs, objective, impl)]

@@ -1,4 +1,4 @@
-"""Accuracy of a contrastive batch without its logits."""
+"""Ranks of the positives among their negatives, which give a batch's accuracy without its logits."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from mcl_kernels.objectives import ObjectiveLike
 
 
 class Call(NamedTuple):
-    """What the ranks of a call share."""
+    """Options of a call over ranks."""
 
     objective: ObjectiveLike
     impl: str
@@ -83,19 +83,19 @@ def bidirectional(inputs: Inputs, call: Call) -> tuple[Tensor, int]:
 
 
 def bidirectional_split(inputs: Inputs, call: Call) -> tuple[Tensor, int]:
-    """`bidirectional` where captions have labels of their own: a pair's two directions may be on different ranks.
+    """`bidirectional` if captions have labels of their own: the directions of a pair may be on different ranks.
 
-    The sum of the losses is that of the pairs.
+    Returns half the loss of each direction unless the rows stay in order: only the sum is that of the pairs' losses.
     """
     inputs = inputs._replace(bidirectional=False)
     image_loss, total = query_to_key(inputs, inputs.keys, call)
     text_loss, _ = query_to_key(inputs.swapped(), inputs.query, call)
-    if call.exchange == "gather":  # it keeps the order of the rows
+    if call.exchange == "gather":  # rows stay in order
         return (image_loss + text_loss) / 2, total
     return torch.cat((image_loss, text_loss)) / 2, total
 
 
 def _blocks_loss(inputs: Inputs, positive: Tensor, call: Call, *, is_queue: bool = False) -> Tensor:
-    """The loss of anchors that are some of the batch's."""
+    """The loss of anchors, not all of the batch: an objective that mixes anchors gathers the others."""
     gather = partial(gather_vectors, ranks=call.ranks)
     return per_anchor.query_to_key(inputs, positive, call.objective, call.impl, is_queue=is_queue, gather=gather)

@@ -1,4 +1,4 @@
-"""Multistage training: the labels of each stage, and the clustering that makes those of the next."""
+"""Multistage training: the pseudo labels of each stage, and the clustering that makes the labels of the next one."""
 
 from mcl_kernels.stages.pseudo_labels import compose_labels
 from mcl_kernels.stages.representation import ConcatEncoder, model_soup

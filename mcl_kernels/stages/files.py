@@ -37,6 +37,7 @@ MISSING, WRONG_DIGEST = "the file is missing", f"its SHA-256 is not the one in {
 
 
 def stage_directory(run: Path, index: int) -> Path:
+    """Directory of a finished stage."""
     return run / f"stage-{index}"
 
 
@@ -130,11 +131,11 @@ def read_stage(run: Path, index: int) -> tuple[dict[str, Tensor], StoredLabels, 
     return {"centers": centers, "tuples": tuples}, labels, description
 
 
-def mapped_labels(run: Path, index: int, labels: Tensor) -> StoredLabels:
+def map_written_labels(run: Path, index: int, labels: Tensor) -> StoredLabels:
     """Maps the labels of a stage that was just written from its file; keeps them in memory if that is impossible."""
     try:
         return map_labels(stage_directory(run, index) / LABELS)
-    except (OSError, MemoryError):  # the number of mapped files is limited
+    except (OSError, MemoryError):  # for example too many mapped files
         return StoredLabels(labels)
 
 

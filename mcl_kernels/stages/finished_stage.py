@@ -1,4 +1,4 @@
-"""The results of a stage: composed from its clustering, and kept in memory or read from files."""
+"""The results of a stage, composed from its clustering; they are kept in memory or read from files."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ def _write_stage(run: Path, stage: ComposedStage, configuration: Mapping[str, An
     arrays = {"centers": stage.centers, "tuples": stage.tuples, "labels": stage.labels}
     description = {"configuration": configuration, "statistics": stage.statistics}
     stage_files.write_stage(run, stage.index, arrays, stage.state, description)
-    labels = stage_files.mapped_labels(run, stage.index, stage.labels)
+    labels = stage_files.map_written_labels(run, stage.index, stage.labels)
     read_state = partial(stage_files.read_state, run, stage.index)
     return FinishedStage(stage.index, stage.centers, labels, stage.tuples, stage.statistics, read_state)
 
@@ -82,10 +82,10 @@ def _read_stage(run: Path, index: int) -> tuple[dict[str, Any], FinishedStage]:
     return description["configuration"], stage
 
 
-def _check_configuration(run: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
-    for name in here:
-        if there[name] != here[name]:
+def _check_configuration(run: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    for name in expected:
+        if found[name] != expected[name]:
             raise ValueError(
                 f"directory {run} holds a run of another configuration: "
-                f"{name} is {there[name]!r} there and {here[name]!r} here; choose another directory"
+                f"{name} is {found[name]!r} there and {expected[name]!r} here; choose another directory"
             )

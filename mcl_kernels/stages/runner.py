@@ -43,7 +43,7 @@ class MultistageRunner:
 
     Iterating yields the stages that are not finished yet, so the same script resumes a run that was killed.
 
-    With a `group` (under torchrun, say) every rank has a runner and goes through the same stages:
+    With a `group` (under torchrun, say) every rank has a runner and runs the same stages:
     `stage.batch_sampler` yields a rank's part of each batch, and `stage.finish` takes the embeddings of `stage.shard`
     and clusters them over all ranks. The first rank writes; all ranks must see the directory. The files do not depend
     on the number of ranks: a run can be resumed with another.
@@ -58,7 +58,7 @@ class MultistageRunner:
         metric: metric of the clustering, "cosine" or "euclidean".
         seed: seed of clusterings and batch samplers.
         keys: a distinct string per sample (a file name, say), for `Stage.labels_of`.
-        group: None, or a `torch.distributed` process group over whose ranks the run is spread.
+        group: None, or a `torch.distributed` process group whose ranks share the run.
 
     Raises:
         ValueError: sizes that do not fit, or settings that differ between ranks; a directory that holds a run of

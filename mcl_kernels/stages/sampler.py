@@ -44,9 +44,9 @@ class ClusterBatchSampler(Sampler[list[int]]):
             other batches.
         seed: seed of the order. Every rank computes the same order from (seed, epoch), without communication.
         rank, world_size: part of each global batch that this process loads.
-        small: treatment of the remainder of each cluster, less than g samples. "merge": the remainders are packed,
+        small: treatment of the remainder of each cluster, fewer than g samples. "merge": the remainders are packed,
             cluster by cluster, into mixed batches; only N mod G samples are left out of an epoch, different ones in the
-            next. "drop": they are left out, different ones in each epoch; clusters of less than g samples are never
+            next. "drop": they are left out, different ones in each epoch; clusters of fewer than g samples are never
             drawn.
 
     Attributes:
@@ -157,7 +157,9 @@ class ClusterBatchSampler(Sampler[list[int]]):
             raise ValueError(f"state must have the keys 'epoch' and 'batches': got {list(state)}")
         batches = as_integer("state['batches']", state["batches"], least=0)
         if batches > len(self):
-            raise ValueError(f"state must be of a sampler with as many batches: got batch {batches} of {len(self)}")
+            raise ValueError(
+                f"state must have at most as many batches as this sampler: got batch {batches} of {len(self)}"
+            )
         self._begin_at(as_integer("state['epoch']", state["epoch"], least=0), batches)
         self._is_chosen = False
 

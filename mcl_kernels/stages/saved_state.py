@@ -1,6 +1,6 @@
 """Serializes the state of a finished stage, and loads it: in safetensors if that can hold it, else in PyTorch's format.
 
-No objects are unpickled: PyTorch's format is read with `weights_only=True`, once already before it is written.
+No objects are unpickled: PyTorch's format is read with `weights_only=True`, once before a file is written.
 """
 
 from __future__ import annotations

@@ -75,7 +75,7 @@ class StoredLabels(Tensor):
 
 
 def map_labels(path: Path) -> StoredLabels:
-    """Labels of a .npy file, which is mapped: labels that are not read take no memory."""
+    """Maps the labels of a .npy file; labels that are not read take no memory."""
     file = _file_at(path.absolute())
     return StoredLabels(as_tensor(str(path), np.load(path, mmap_mode="r", allow_pickle=False)), file)
 

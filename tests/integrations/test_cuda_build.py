@@ -36,7 +36,7 @@ def toolkit() -> str | None:
 
 
 def unavailable_reason() -> str | None:
-    """Reason for which the kernels cannot be built here, or None."""
+    """Returns why the kernels cannot be built here, or None."""
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA"
     home = toolkit()
@@ -90,7 +90,7 @@ def test_an_installation_links_loads_and_describes_its_kernels(tmp_path: Path) -
 def test_an_installation_without_a_gpu_architecture(tmp_path: Path) -> None:
     result = install(tmp_path / "site", TORCH_CUDA_ARCH_LIST="", CUDA_VISIBLE_DEVICES="")
     assert result.returncode != 0
-    assert "MCL_KERNELS_CUDA=1: for which GPUs? torch sees none here; name" in result.stderr
+    assert "MCL_KERNELS_CUDA=1: no GPU is detected to compile for; name" in result.stderr
 
 
 def test_an_installation_with_an_nvcc_of_another_major_version(tmp_path: Path) -> None:

@@ -14,10 +14,10 @@ from experiments.suppression.data.trifeature import Trifeature
 
 DATASETS = {
     "randbits-B": "MNIST digits with a random code of B constant channels, B from 0 to 16",
-    "fashion-randbits-B": "Fashion-MNIST garments with such a code",
+    "fashion-randbits-B": "Fashion-MNIST garments with a code of B channels",
     "trifeature-S": "10 shapes x 10 textures x 10 colours, S pixels wide, S from 16 to 224",
     "dominoes": "MNIST digits and Fashion-MNIST garments in two channels",
-    "dominoes-side": "the same side by side",
+    "dominoes-side": "MNIST digits and Fashion-MNIST garments side by side",
     "emoji": "emoji, with Google's and Twitter's pictures as the two views",
     "emoji-captions": "Google's pictures of emoji and their captions",
 }
@@ -32,8 +32,8 @@ def open_dataset(
 
     Args:
         samples: number of training samples; None: the default of its kind.
-        seed: of the random parts of the data themselves.
-        directory: of the archives; expensive arrays are cached in its `cache`.
+        seed: seed of the random parts of the data themselves.
+        directory: directory of the archives; expensive arrays are cached in its `cache`.
     """
     if match := re.fullmatch(r"(fashion-)?randbits-(\d|1[0-6])", name):
         source, feature = (fashion_mnist(), "garment") if match[1] else (mnist(directory), "digit")

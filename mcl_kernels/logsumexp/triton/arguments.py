@@ -1,6 +1,6 @@
 """Arguments of the kernels, as their launchers build them: tensors in groups, sizes, constants and launch options.
 
-A group is one argument. Triton compiles a kernel for the fields that are None, and for those that are 1.
+A group is one argument. Triton specialises a kernel on the fields that are None and on those that are 1.
 """
 
 from __future__ import annotations
