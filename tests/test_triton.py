@@ -139,8 +139,8 @@ def test_tiles_that_are_visited(negatives: str, monkeypatch: pytest.MonkeyPatch)
             visited += bool(negatives != "different" or differ.any())
     assert products == visited
     # Negative labels cost no tile, and under "different" the huge cluster costs almost none.
-    most = -(-n // tiles.rows) * -(-(n - sizes[0]) // tiles.columns)
-    assert visited <= (most // 2 if negatives == "different" else most)
+    max_visited = -(-n // tiles.rows) * -(-(n - sizes[0]) // tiles.columns)
+    assert visited <= (max_visited // 2 if negatives == "different" else max_visited)
 
 
 def to_tf32(x: Tensor) -> Tensor:

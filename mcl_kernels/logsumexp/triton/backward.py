@@ -36,13 +36,13 @@ def pair_weights(
 
 @triton.jit
 def add_to_gradient(
-    sums, weights, columns, column_tile, first_feature, width,
-    GRADIENTS: tl.constexpr, CHUNK: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    sums, weights, columns, column_tile, first_feature, width, GRADIENTS: tl.constexpr, CHUNK: tl.constexpr,
+    ONE_PART: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Returns the sums, a tensor for each CHUNK of features, with sum_j W_ij y_j of a tile added."""
     added = ()
     for chunk in tl.static_range(GRADIENTS // CHUNK):
-        if column_tile.features is not None and CHUNK == GRADIENTS:
+        if ONE_PART and CHUNK == GRADIENTS:
             features = column_tile.features
         else:
             first = first_feature + chunk * CHUNK
@@ -70,11 +70,12 @@ def store_gradient(
 
 @triton.jit(do_not_specialize=["n"])
 def backward_kernel(
-    rows,  # RowArguments of N rows
-    columns,  # ColumnArguments
+    # Pointers before the groups that hold integers: in another order it takes a few more registers on sm_100.
     terms,  # TermArguments
     grad_x,  # [N, D] or None
     grad_scale,  # [N] or None
+    rows,  # RowArguments of N rows
+    columns,  # ColumnArguments
     n, width,
     SCALE_STRIDE: tl.constexpr, SKIPS_TILES: tl.constexpr,
     OPERAND: tl.constexpr, ACCUMULATOR: tl.constexpr, PRECISION: tl.constexpr,
@@ -98,26 +99,26 @@ def backward_kernel(
     compared = column_range(tile, SKIPS_TILES, COLUMNS)
     for start in range(compared.begin, compared.stop, COLUMNS):
         others = load_columns(
-            columns, skip_hole(start, compared), compared.end, width, COLUMNS, FEATURES, ONE_PART, OPERAND
+            columns, skip_hole(start, compared, SKIPS_TILES), compared.end, width, COLUMNS, FEATURES, ONE_PART, OPERAND
         )
         products = multiply_tiles(
-            rows, tile, columns, others, width, ROWS, COLUMNS, FEATURES, OPERAND, ACCUMULATOR, PRECISION
+            rows, tile, columns, others, width, ROWS, COLUMNS, FEATURES, ONE_PART, OPERAND, ACCUMULATOR, PRECISION
         )
         if terms.column_scale is not None:
             logits = products * tl.load(terms.column_scale + others.column)[None, :]
         else:
             logits = products * tile.scale[:, None]
         weights = pair_weights(logits, terms, row_lse, row_weight, others.column, ROWS, COLUMNS, ACCUMULATOR)
-        weights = where_kept(weights, 0.0, tile, columns, others, COLUMNS)
+        weights = where_kept(weights, 0.0, rows, tile, columns, others, COLUMNS)
         if grad_scale is not None:
             # Products of pairs that are not kept may be NaN: weights of 0 do not remove them.
-            scale_sums += tl.sum(where_kept(weights * products, 0.0, tile, columns, others, COLUMNS), 1)
+            scale_sums += tl.sum(where_kept(weights * products, 0.0, rows, tile, columns, others, COLUMNS), 1)
         if grad_x is not None:
             if fp16_scale is not None:
                 weights = weights * fp16_scale
             weights = rounded(weights, OPERAND)
             sums = add_to_gradient(
-                sums, weights, columns, others, first_feature, width, GRADIENTS, CHUNK, OPERAND, PRECISION
+                sums, weights, columns, others, first_feature, width, GRADIENTS, CHUNK, ONE_PART, OPERAND, PRECISION
             )
 
     if grad_scale is not None:

@@ -44,17 +44,17 @@ def forward_kernel(
     compared = column_range(tile, SKIPS_TILES, COLUMNS)
     for start in range(compared.begin, compared.stop, COLUMNS):
         others = load_columns(
-            columns, skip_hole(start, compared), compared.end, width, COLUMNS, FEATURES, ONE_PART, OPERAND
+            columns, skip_hole(start, compared, SKIPS_TILES), compared.end, width, COLUMNS, FEATURES, ONE_PART, OPERAND
         )
         products = multiply_tiles(
-            rows, tile, columns, others, width, ROWS, COLUMNS, FEATURES, OPERAND, ACCUMULATOR, PRECISION
+            rows, tile, columns, others, width, ROWS, COLUMNS, FEATURES, ONE_PART, OPERAND, ACCUMULATOR, PRECISION
         )
         if threshold is None:
-            logits = where_kept(products * tile.scale[:, None], float("-inf"), tile, columns, others, COLUMNS)
+            logits = where_kept(products * tile.scale[:, None], float("-inf"), rows, tile, columns, others, COLUMNS)
             maximum, total = add_to_logsumexp(maximum, total, logits)
         else:
             above = tl.where(products <= limit, 0, 1)
-            total += tl.sum(where_kept(above, 0, tile, columns, others, COLUMNS), 1).to(tl.int64)
+            total += tl.sum(where_kept(above, 0, rows, tile, columns, others, COLUMNS), 1).to(tl.int64)
     if threshold is None:
         total = finite_or_zero(maximum) + tl.log(total)
     tl.store(result + tile.row, total, mask=tile.valid)

@@ -15,6 +15,7 @@ import triton.language as tl
 from mcl_kernels.backends.triton_device import load_features, multiply
 
 
+# Triton 3.6 cannot return None in a tuple: a field that a kernel does not use holds some tensor.
 class RowTile(NamedTuple):
     """Sorted rows of a program."""
 
@@ -22,12 +23,12 @@ class RowTile(NamedTuple):
     valid: Any  # [ROWS], false past the last row
     begin: Any  # [ROWS], the sorted columns that each row attends to
     end: Any
-    drop_begin: Any  # [ROWS], those among them that it drops, or None
+    drop_begin: Any  # [ROWS], those among them that it drops, if rows drop any
     drop_end: Any
-    ids: Any  # [ROWS] or None
+    ids: Any  # [ROWS], if rows have them
     scale: Any  # [ROWS]
     offsets: Any  # [ROWS], of their features
-    features: Any  # [ROWS, FEATURES] if all features are one part, else None
+    features: Any  # [ROWS, FEATURES], if all features are one part
 
 
 class ColumnTile(NamedTuple):
@@ -37,17 +38,17 @@ class ColumnTile(NamedTuple):
     column: Any  # [COLUMNS], original row indices
     valid: Any  # [COLUMNS], false past the last column
     offsets: Any  # [COLUMNS], of their features
-    features: Any  # [COLUMNS, FEATURES] if all features are one part, else None
+    features: Any  # [COLUMNS, FEATURES], if all features are one part
 
 
 class ColumnRange(NamedTuple):
-    """Sorted columns that a tile of rows is compared with: begin to end without `hole` ones from hole_begin on."""
+    """Sorted columns that a tile of rows is compared with: begin to end, with SKIPS_TILES without those of a hole."""
 
     begin: Any
     end: Any
     stop: Any  # end less the length of the hole: where a loop over the remaining columns stops
-    hole_begin: Any  # None: there is no hole
-    hole: Any
+    hole_begin: Any
+    hole: Any  # its length
 
 
 @triton.jit
@@ -61,7 +62,7 @@ def load_rows(
     row = tl.load(rows.order + sorted_row, mask=valid, other=0)
     begin = tl.load(rows.begin + sorted_row, mask=valid, other=0).to(tl.int32)
     end = tl.load(rows.end + sorted_row, mask=valid, other=0).to(tl.int32)
-    drop_begin, drop_end, ids, features = None, None, None, None
+    drop_begin, drop_end, ids, features = end, end, row, row
     if rows.drop_begin is not None:
         drop_begin = tl.load(rows.drop_begin + sorted_row, mask=valid, other=0)
         drop_end = tl.load(rows.drop_end + sorted_row, mask=valid, other=0)
@@ -84,7 +85,7 @@ def load_columns(
     valid = sorted_column < end
     column = tl.load(columns.order + sorted_column, mask=valid, other=0)
     offsets = column * columns.stride
-    features = None
+    features = column
     if ONE_PART:
         features = load_features(columns.x, offsets, valid, columns.step, width, 0, FEATURES, OPERAND)
     return ColumnTile(start, column, valid, offsets, features)
@@ -93,11 +94,11 @@ def load_columns(
 @triton.jit
 def multiply_tiles(
     rows, row_tile, columns, column_tile, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr, FEATURES: tl.constexpr,
-    OPERAND: tl.constexpr, ACCUMULATOR: tl.constexpr, PRECISION: tl.constexpr,
+    ONE_PART: tl.constexpr, OPERAND: tl.constexpr, ACCUMULATOR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Returns the products <x_i, y_j> of a tile [ROWS, COLUMNS]."""
     products = tl.zeros((ROWS, COLUMNS), ACCUMULATOR)
-    if row_tile.features is not None:
+    if ONE_PART:
         products = multiply(row_tile.features, tl.trans(column_tile.features), products, PRECISION)
     else:
         for first in range(0, width, FEATURES):
@@ -113,7 +114,7 @@ def multiply_tiles(
 def column_range(row_tile, SKIPS_TILES: tl.constexpr, COLUMNS: tl.constexpr):
     """Returns the ColumnRange of a tile of rows, with SKIPS_TILES without the tiles of columns that every row drops."""
     begin, end = union(row_tile.begin, row_tile.end)
-    stop, hole_begin, hole = end, None, None
+    stop, hole_begin, hole = end, end, end
     if SKIPS_TILES:
         hole_begin, hole = dropped_tiles(row_tile, begin, end, COLUMNS)
         stop = end - hole
@@ -121,9 +122,9 @@ def column_range(row_tile, SKIPS_TILES: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def skip_hole(start, columns):
+def skip_hole(start, columns, SKIPS_TILES: tl.constexpr):
     """Returns the sorted column at `start` in a ColumnRange without its hole."""
-    if columns.hole is not None:
+    if SKIPS_TILES:
         start = tl.where(start < columns.hole_begin, start, start + columns.hole)
     return start
 
@@ -150,26 +151,26 @@ def dropped_tiles(row_tile, begin, end, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def where_kept(values, otherwise, row_tile, columns, column_tile, COLUMNS: tl.constexpr):
+def where_kept(values, otherwise, rows, row_tile, columns, column_tile, COLUMNS: tl.constexpr):
     """Returns the values of a tile, `otherwise` for pairs that are not kept.
 
     Masks are computed only for tiles in which a pair may not be kept.
     """
     start, stop = column_tile.start, column_tile.start + COLUMNS
     mixed = (tl.max(row_tile.begin, 0) > start) | (tl.min(row_tile.end, 0) < stop)
-    if row_tile.drop_begin is not None:
+    if rows.drop_begin is not None:
         drop_begin, drop_end = union(row_tile.drop_begin, row_tile.drop_end)
         mixed = mixed | ((drop_begin < stop) & (drop_end > start))
-    if row_tile.ids is not None:
+    if rows.ids is not None:
         mixed = True
     if mixed:
         sorted_column = (start + tl.arange(0, COLUMNS))[None, :]
         keep = (sorted_column >= row_tile.begin[:, None]) & (sorted_column < row_tile.end[:, None])
-        if row_tile.drop_begin is not None:
+        if rows.drop_begin is not None:
             keep = keep & (
                 (sorted_column < row_tile.drop_begin[:, None]) | (sorted_column >= row_tile.drop_end[:, None])
             )
-        if row_tile.ids is not None:
+        if rows.ids is not None:
             column_ids = tl.load(columns.ids + column_tile.column, mask=column_tile.valid, other=0)
             keep = keep & (row_tile.ids[:, None] != column_ids[None, :])
         values = tl.where(keep, values, otherwise)
