@@ -95,7 +95,7 @@ def command(directory: Path) -> list[Any]:
     summary = []
     for name, previous in (("first.pt", ()), ("second.npy", (directory / "first.pt",))):
         options = Options(directory / "x.npy", clusters=3, previous=previous, out=directory / name)
-        run(options, say=lambda _: None)
+        run(options, report=lambda _: None)
         summary.append(json.loads((directory / f"{name}.json").read_text())["sha256"])
     return summary
 
