@@ -90,7 +90,7 @@ class LseGradients(NamedTuple):
 
 
 class Wanted(NamedTuple):
-    """Whether the gradient of each input is needed."""
+    """Flags: the inputs whose gradient is needed."""
 
     query: bool
     key: bool
