@@ -15,7 +15,10 @@ from mcl_kernels.logsumexp.pairs import Pairs, Plan, repeat
 
 
 class Inputs(NamedTuple):
-    """Checked arguments of the operation, on one device."""
+    """Checked arguments of the operation, on one device.
+
+    Other inputs are made by `Inputs(...)`: torch 2.6 does not compile `_replace`, nor a slice of `pairs`.
+    """
 
     query: Tensor  # [N, D]
     key: Tensor | None  # [M, D]; None is the self form: the keys are the queries
@@ -43,15 +46,22 @@ class Inputs(NamedTuple):
         if self.key is not None:
             return self
         labels, _, ids, _, negatives = self.pairs
-        return self._replace(key=self.query, pairs=Pairs(labels, labels, ids, ids, negatives))
+        return Inputs(
+            self.query, self.query, self.scale, Pairs(labels, labels, ids, ids, negatives), self.bidirectional
+        )
 
     def swapped(self) -> Inputs:
         """Inputs with queries and keys exchanged, for inputs with a key and a scale []."""
-        return self._replace(query=self.keys, key=self.query, pairs=self.pairs.swapped())
+        return Inputs(self.keys, self.query, self.scale, self.pairs.swapped(), self.bidirectional)
+
+    def scaled(self, factor: float) -> Inputs:
+        """Inputs with the scale multiplied by a factor."""
+        return Inputs(self.query, self.key, self.scale * factor, self.pairs, self.bidirectional)
 
     def tensors(self) -> list[Tensor | None]:
         """Tensors in the order of the operators' schemas."""
-        return [self.query, self.key, self.scale, *self.pairs[:4]]
+        labels, key_labels, ids, key_ids, _ = self.pairs
+        return [self.query, self.key, self.scale, labels, key_labels, ids, key_ids]
 
     def flatten(self) -> tuple[Any, ...]:
         """Tensors, then options, in the order of the operators' schemas."""

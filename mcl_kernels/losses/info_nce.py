@@ -119,7 +119,7 @@ def masked_info_nce(
         return options.reduce(per_anchor.query_to_key(inputs, positive, objective, impl, is_queue=is_queue))
     if isinstance(temperature, Tensor) and temperature.ndim:
         # On a rank with one row [1] may be its part of a vector [N], so every rank sends a scale with each row.
-        inputs = inputs._replace(scale=scale.expand(query.shape[0]))
+        inputs = Inputs(query, key, scale.expand(query.shape[0]), pairs)
     call = sharded.Call(objective, impl, ranks, options.needed_exchange())
     loss, anchors = sharded.query_to_key(inputs, positive, call, is_queue=is_queue)
     return options.reduce(loss, ranks, anchors)

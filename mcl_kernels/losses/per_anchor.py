@@ -67,7 +67,7 @@ def _log_sum_exps(inputs: Inputs, objective: ObjectiveLike, impl: str) -> list[t
     factors = needs_of(objective).scales
     if factors is None:
         return [compute(inputs, impl)]
-    return [compute(inputs._replace(scale=inputs.scale * factor), impl) for factor in factors]
+    return [compute(inputs.scaled(factor), impl) for factor in factors]
 
 
 def _counts(inputs: Inputs, objective: ObjectiveLike) -> Tensor | None:

@@ -87,7 +87,7 @@ def bidirectional_split(inputs: Inputs, call: Call) -> tuple[Tensor, int]:
 
     Returns half the loss of each direction unless the rows stay in order: only the sum is that of the pairs' losses.
     """
-    inputs = inputs._replace(bidirectional=False)
+    inputs = Inputs(inputs.query, inputs.key, inputs.scale, inputs.pairs)
     image_loss, total = query_to_key(inputs, inputs.keys, call)
     text_loss, _ = query_to_key(inputs.swapped(), inputs.query, call)
     if call.exchange == "gather":  # rows stay in order
