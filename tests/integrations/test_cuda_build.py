@@ -18,7 +18,7 @@ SCRIPT = """
 import mcl_kernels, torch
 from mcl_kernels.backends import cuda as _cuda
 assert "site" in mcl_kernels.__file__, mcl_kernels.__file__
-operators = _cuda._compiled()
+operators = _cuda.ops()
 print(operators.architectures())
 assert operators.masked_lse_forward and operators.assign_clusters and operators.make_plan
 print(mcl_kernels.capabilities()["cuda"]["reason"])
