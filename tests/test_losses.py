@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from mcl_kernels import clip_loss, masked_info_nce, nt_xent, objectives
 from tests import oracles
@@ -173,3 +174,24 @@ def test_tiny_batches(backend: Backend, loss: str, objective: objectives.Objecti
     if n < 2:
         assert value == 0
         assert (x.grad == 0).all()
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_hard_negatives_are_weighted_by_their_own_scale(backend: Backend, loss: str) -> None:
+    """beta = 1: log n + log sum exp(2 s) - log sum exp(s) of the negatives in place of their log-sum-exp."""
+    x, y = (F.normalize(z) for z in pair(9, dtype=torch.float64))
+    objective = objectives.hard_negative(1.0)
+    got = LOSSES[loss](x, y, objective=objective, temperature=0.5, normalize=True, reduction="sum", impl=backend.impl)
+
+    def anchors(query: Tensor, key: Tensor, excluded: Tensor, positive: Tensor) -> Tensor:
+        logits = (2.0 * query @ key.T).masked_fill(excluded, -torch.inf)
+        hard = (~excluded).sum(1).log() + (2.0 * logits).logsumexp(1) - logits.logsumexp(1)
+        return F.softplus(hard - 2.0 * (query * positive).sum(1)).sum()
+
+    own = torch.eye(9, dtype=torch.bool)
+    expected = {
+        "masked_info_nce": lambda: anchors(x, y, own, y),
+        "nt_xent": lambda: anchors(torch.cat((x, y)), torch.cat((x, y)), own.repeat(2, 2), torch.cat((y, x))),
+        "clip_loss": lambda: (anchors(x, y, own, y) + anchors(y, x, own, x)) / 2,
+    }
+    torch.testing.assert_close(got, expected[loss]())
