@@ -36,6 +36,5 @@ def backward(inputs: Inputs, saved: Saved, grads: LseGradients, wanted: Wanted) 
 
 def count_above(inputs: Inputs, threshold: Tensor) -> Tensor:
     """Number of kept keys of each query with not (<q_i, k_j> <= threshold_i): NaN counts as above; int64 [N]."""
-    tensors = [inputs.query, inputs.keys, inputs.scale, *inputs.pairs[:4]]
-    count: Tensor = ops().count_above(tensors, threshold, inputs.pairs.negatives)
+    count: Tensor = ops().count_above(inputs.tensors(), threshold, inputs.pairs.negatives)
     return count
