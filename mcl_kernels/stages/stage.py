@@ -152,13 +152,14 @@ class Stage:
         Returns:
             The finished stage, which is also appended to `runner.finished`.
 
+        With a group an error of one rank is raised on every rank, on the others as a ValueError that names it.
+
         Raises:
             TypeError, ValueError: embeddings of another length, with NaN, ...; a state that cannot be loaded safely.
             OSError: the directory cannot be written; earlier stages are intact and finish() can be called again.
             FileExistsError: another process finished this stage.
             RuntimeError: the stage is finished already; or another rank is gone: a stage it left on disk is kept for
                 the next run.
-            With a group an error of one rank is raised on every rank, on the others as a ValueError that names it.
 
         Warns:
             RuntimeWarning: the stage is saved, but its directory could not be synced: a power failure may undo it.
