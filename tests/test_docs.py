@@ -18,6 +18,7 @@ from mcl_kernels import objectives
 from mcl_kernels.cli import main as command_line
 from tests.pages import BLOCK, PAGES, ROOT, all_blocks, blocks, run_python_blocks, text_of
 
+TAGS = {"a", "br", "details", "https", "img", "summary"}
 LANGUAGES = {"bash", "diff", "powershell", "python", "text"}
 README = text_of("README.md")
 API = "".join(text_of(page) for page in PAGES if page.startswith("docs/api/"))
@@ -56,6 +57,13 @@ def test_the_readme_is_one_page() -> None:
 def test_no_other_kind_of_block(page: str) -> None:
     assert text_of(page).count("```") == 2 * len(all_blocks(page))
     assert {block.language for block in all_blocks(page)} <= LANGUAGES
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_formulas_are_code(page: str) -> None:
+    """Outside of code `<q, k>` is taken for a tag, and not shown."""
+    text = re.sub(r"`[^`\n]*`|^ {4}.*$", "", BLOCK.sub("", text_of(page)), flags=re.MULTILINE)
+    assert set(re.findall(r"<(\w+)", text)) <= TAGS
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
