@@ -23,7 +23,7 @@ LANGUAGES = {"bash", "diff", "powershell", "python", "text"}
 README = text_of("README.md")
 API = "".join(text_of(page) for page in PAGES if page.startswith("docs/api/"))
 MAKEFILE, METADATA = ((ROOT / name).read_text(encoding="utf-8") for name in ("Makefile", "pyproject.toml"))
-REPOSITORY = "https://github.com/mcl-kernels/mcl-kernels"
+REPOSITORY = re.search(r'^Homepage = "(.+)"$', METADATA, re.MULTILINE)[1]
 OF_A_SHELL = ("cd", "export", "source")
 
 
@@ -129,6 +129,12 @@ def run_help(module: str) -> str:
 @pytest.mark.parametrize("module", OWN_MODULES)
 def test_modules_have_a_help(module: str) -> None:
     assert "usage" in run_help(module)
+
+
+def test_one_address_of_the_repository() -> None:
+    for name in ("CHANGELOG.md", "CITATION.cff", "SECURITY.md", "mkdocs.yml", "pyproject.toml"):
+        addresses = re.findall(r"https://github\.com/[\w-]+/[\w-]+", (ROOT / name).read_text(encoding="utf-8"))
+        assert set(addresses) == {REPOSITORY}, name
 
 
 @pytest.mark.parametrize("page", PAGES)
