@@ -5,6 +5,7 @@ comma := ,
 OLDEST := .venv-oldest
 BENCH := .venv-bench
 INTEGRATIONS := .venv-integrations
+DOCS := .venv-docs
 DEMO_FLAGS ?=
 CASES ?=
 RUNS ?=
@@ -14,7 +15,7 @@ QUICK := not (triton or cuda or blockwise or faiss or avx512 or avx2 or portable
 SANITIZED := $(addprefix tests/test_,device_plan.py logsumexp.py kmeans.py kmeans_passes.py)
 SANITIZE = PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1
 
-.PHONY: demo quick fix test sanitize test-oldest test-integrations lint types bench suppression gpu clean
+.PHONY: demo quick fix test sanitize test-oldest test-integrations lint types docs docs-serve bench suppression gpu clean
 
 demo: $(VENV)/installed-demo
 	$(VENV)/bin/mcl-kernels demo $(DEMO_FLAGS)
@@ -58,6 +59,14 @@ lint: $(VENV)/installed-test
 
 types: $(VENV)/installed-test
 	$(VENV)/bin/mypy
+
+# The pages of docs/ and the docstrings as a site, build/site; a warning is an error.
+docs: $(DOCS)/installed
+	$(DOCS)/bin/mkdocs build --strict
+
+# The site at http://127.0.0.1:8000, built again at each change.
+docs-serve: $(DOCS)/installed
+	$(DOCS)/bin/mkdocs serve --watch mcl_kernels
 
 # Measures every case of benchmarks/cases.py, or CASES='zipf clip', into benchmarks/results.csv, and draws the README's
 # figure. Without CASES also k-means, into benchmarks/clustering.csv, and the losses over ranks, into benchmarks/scale.csv.
@@ -111,5 +120,10 @@ $(BENCH)/installed: pyproject.toml constraints-bench.txt
 	$(BENCH)/bin/python -m pip install --quiet --constraint constraints-bench.txt --editable '.[bench,gpu,test]'
 	touch $@
 
+$(DOCS)/installed: pyproject.toml constraints.txt
+	test -x $(DOCS)/bin/python || $(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(OLDEST) $(BENCH) $(INTEGRATIONS) build dist *.egg-info
+	rm -rf $(VENV) $(OLDEST) $(BENCH) $(INTEGRATIONS) $(DOCS) build dist *.egg-info

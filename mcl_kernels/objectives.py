@@ -1,7 +1,7 @@
 """Objectives: the loss of an anchor from its positive logit a and the log-sum-exp b of its negatives.
 
 An objective is a function `(a, b, n, scale) -> loss`, or an instance of `Objective`, elementwise in vectors of one
-entry per anchor, with
+entry per anchor, fp32 or fp64, with
 
     a      positive logits, scale * <q, p>
     b      log sum exp of the negatives' logits
@@ -114,6 +114,9 @@ class decoupled_weighted(Objective):  # noqa: N801
     Args:
         sigma: width of the weights, in units of cosine similarity.
 
+    Raises:
+        TypeError, ValueError: a sigma that is no positive number, in the constructor.
+
     Source: Yeh et al. 2022 (arXiv 2110.06848), equation 7, and its public code.
 
     Example:
@@ -145,6 +148,9 @@ class ifm(Objective):  # noqa: N801
         eps: perturbation of each similarity, applied before the division by the temperature.
         alpha: weight of the perturbed loss.
 
+    Raises:
+        TypeError, ValueError: an eps or alpha that is no number of at least 0, in the constructor.
+
     Source: Robinson et al. 2021 (arXiv 2106.11230), equation 5, and its public code.
 
     Example:
@@ -173,6 +179,9 @@ class debiased(Objective):  # noqa: N801
 
     Args:
         tau_plus: prior probability that a negative has the anchor's own class, in [0, 1).
+
+    Raises:
+        TypeError, ValueError: a tau_plus that is no number in [0, 1), in the constructor.
 
     Source: Chuang et al. 2020 (arXiv 2007.00224), equation 8.
 
@@ -210,6 +219,9 @@ class hard_negative(Objective):  # noqa: N801
 
     Args:
         beta: concentration of the weights e^(beta s); 0 is InfoNCE.
+
+    Raises:
+        TypeError, ValueError: a beta that is no number of at least 0, in the constructor.
 
     Source: Robinson et al. 2021 (arXiv 2010.04592), equation 4, without the debiasing term.
 

@@ -43,6 +43,11 @@ class ExchangePlan:
         sent, received: bytes of the forward pass, int64 [W], with those of the argument check and the histogram.
         grad_sent, grad_received: bytes of the backward pass, int64 [W].
         operations: floating-point operations of both passes, fp64 [W].
+
+    Example:
+        >>> plan = plan_exchange([1000] * 64, world_size=16, exchange="gather")
+        >>> plan.owners, plan.bytes.shape, plan.bytes_imbalance
+        ((), torch.Size([16]), 1.0)
     """
 
     exchange: str
@@ -100,6 +105,8 @@ def plan_exchange(
 
     Raises:
         TypeError, ValueError: an argument of a wrong type, shape or value.
+
+    Source: an all-reduce is counted as a ring (Patarasuk and Yuan 2009), which sends the fewest bytes.
 
     Example:
         >>> plan = plan_exchange([1000] * 64, world_size=16)

@@ -28,6 +28,9 @@ class NTXentLoss(host.NTXentLoss):  # type: ignore[misc]
     for its random initial rows and for rows of a step without labels. Each stage needs a new loss, since its labels
     differ. With `gather_distributed`, pass the labels of this rank's rows.
 
+    Raises:
+        TypeError, ValueError: from `forward`: labels that are not integers [N]; views of different shapes.
+
     Example:
         >>> import torch
         >>> from mcl_kernels.integrations.lightly import NTXentLoss
@@ -83,6 +86,9 @@ class NTXentLoss(host.NTXentLoss):  # type: ignore[misc]
 
 class DCLLoss(host.DCLLoss):  # type: ignore[misc]
     """`lightly.loss.DCLLoss` with `labels`, computed by `nt_xent`. The constructor is the host's, with `weight_fn`.
+
+    Raises:
+        TypeError, ValueError: from `forward`: labels that are not integers [N]; views of different shapes.
 
     Example:
         >>> import torch

@@ -22,6 +22,10 @@ class ClipLoss(host.ClipLoss):  # type: ignore[misc]
     rank's rows; they are gathered together with the features. The host adds a `logit_bias` to every logit, which
     changes neither loss; its gradient is 0.
 
+    Raises:
+        TypeError, ValueError: from `forward`: labels that are not integers [N]; features that do not fit together;
+            `use_horovod` over several ranks.
+
     Example:
         >>> import torch
         >>> from mcl_kernels.integrations.open_clip import ClipLoss

@@ -30,6 +30,10 @@ class NTXentLoss(host.NTXentLoss):  # type: ignore[misc]
     memory use, from the negative pairs within a cluster. The loss differs from the host's in two cases: it is not
     limited to 87.3, minus the log of the number that the host adds to probabilities, and it is not 0 for a single pair.
 
+    Raises:
+        TypeError, ValueError: another distance, in the constructor; from `forward`: labels or cluster labels of another
+            length, cluster labels that are not integers, cluster labels for one side only.
+
     Example:
         >>> import torch
         >>> from mcl_kernels.integrations.pytorch_metric_learning import NTXentLoss

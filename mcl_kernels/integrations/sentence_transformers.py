@@ -28,6 +28,10 @@ class MultipleNegativesRankingLoss(host.MultipleNegativesRankingLoss):  # type: 
     the data set) **is the pseudo label** of an anchor and its documents, including hard negatives. By default that
     label is ignored, as in the host.
 
+    Raises:
+        TypeError, ValueError: `hardness_mode`, another similarity, or a `cluster_labels` that is no bool, in the
+            constructor; with `cluster_labels=True` a batch without labels, or with labels that are not integers [N].
+
     Example: for a data set with columns anchor, positive and label
 
         loss = MultipleNegativesRankingLoss(model, cluster_labels=True)

@@ -25,6 +25,9 @@ class CLIPModel(host.CLIPModel):  # type: ignore[misc]
     holds the pseudo labels, and the collator must add `return_loss=True`, as for the host. `labels` are ignored, as in
     the host.
 
+    Raises:
+        TypeError, ValueError: from `forward`: clusters that are not integers [N].
+
     Example: `model = CLIPModel.from_pretrained(path)`, then `model(**inputs, return_loss=True, clusters=labels).loss`.
     """
 

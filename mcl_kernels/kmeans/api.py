@@ -153,6 +153,12 @@ class KMeans(Saveable):
                 memory as a whole; or an iterable of chunks of rows (a DataLoader, say), which is iterated once for each
                 pass and has to yield the same rows in the same order every time. With a group, the shard of this rank,
                 which may have no rows: [0, D].
+
+        Returns:
+            This object.
+
+        Raises:
+            TypeError, ValueError: rows that the class lists.
         """
         rows, team = self._open(x)
         if isinstance(self.init, Tensor):
@@ -185,6 +191,10 @@ class KMeans(Saveable):
         """Returns the nearest centre of each row of x (anything that `fit` takes), int64 [N].
 
         Ranks of a group call it independently.
+
+        Raises:
+            RuntimeError: `fit` was not called.
+            TypeError, ValueError: rows that the class lists, or of another width than those of `fit`.
         """
         if not hasattr(self, "cluster_centers_"):
             raise RuntimeError("this KMeans has no clusters yet: call fit(x) first")

@@ -36,6 +36,8 @@ def assign_clusters(x: RowsLike, centers: Tensor | Array, *, metric: str = "eucl
     Raises:
         TypeError, ValueError: as `KMeans`.
 
+    Source: the assignment step of Lloyd 1982.
+
     Example:
         >>> assign_clusters(torch.tensor([[1.0], [4.0]]), torch.tensor([[0.0], [5.0]]))
         (tensor([0, 1]), tensor([1., 1.]))

@@ -225,6 +225,8 @@ def count_negatives(
     Raises:
         TypeError, ValueError: as `masked_logsumexp`.
 
+    Source: N in Chuang et al. 2020 (arXiv 2007.00224), equation 8, within clusters as in arXiv 2402.11816.
+
     Example:
         >>> count_negatives(torch.tensor([0, 0, 0, 1, -1]))
         tensor([2, 2, 2, 0, 0])

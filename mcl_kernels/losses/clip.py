@@ -156,6 +156,7 @@ class ClipLoss(LossModule):
         text_labels: Tensor | None = None,
         ids: Tensor | None = None,
     ) -> Tensor:
+        """Computes the loss of a batch; the arguments are those of `clip_loss`."""
         return clip_loss(
             image_features, text_features, labels, logit_scale=logit_scale, text_labels=text_labels, ids=ids,
             **self.options,

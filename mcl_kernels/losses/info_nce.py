@@ -216,6 +216,7 @@ class MaskedInfoNCE(LossModule):
         ids: Tensor | None = None,
         key_ids: Tensor | None = None,
     ) -> Tensor:
+        """Computes the loss of a batch; the arguments are those of `masked_info_nce`."""
         return masked_info_nce(
             query, key, labels, key_labels, temperature=self.temperature, positive=positive, ids=ids, key_ids=key_ids,
             **self.options,

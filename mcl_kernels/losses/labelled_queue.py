@@ -50,7 +50,7 @@ class LabelledQueue(nn.Module):
         ids: the ids of their samples, int64 [size], -1 where never filled or not given.
 
     Raises:
-        TypeError, ValueError: a size or dim below 1; tensors whose type, shape or device does not fit.
+        TypeError, ValueError: a size or dim that is no integer of at least 1; a dtype that is not floating point.
 
     Source: He et al. 2020 (arXiv 1911.05722), section 3.2; the labels are those of arXiv 2402.11816.
 
@@ -90,6 +90,9 @@ class LabelledQueue(nn.Module):
                 last are kept. In a distributed run the embeddings of all ranks, gathered, so that all queues are equal.
             labels: pseudo labels, integers [N]; None: one cluster, the label 0 that a first stage gives every sample.
             ids: ids of the samples, integers [N], which `relabel` needs; None: unknown, -1.
+
+        Raises:
+            TypeError, ValueError: tensors whose type, shape or device does not fit; each message names the argument.
         """
         check_embeddings("embeddings", embeddings)
         if embeddings.shape[1] != self.embeddings.shape[1]:
@@ -124,6 +127,7 @@ class LabelledQueue(nn.Module):
                 -1.
 
         Raises:
+            TypeError: labels that are not integers.
             ValueError: an id in the queue has no entry in `labels`.
         """
         # Labels of a stage may be a memory map: only entries of the queue's ids are read.

@@ -136,4 +136,5 @@ class NTXentLoss(LossModule):
     def forward(
         self, view_a: Tensor, view_b: Tensor, labels: Tensor | None = None, *, ids: Tensor | None = None
     ) -> Tensor:
+        """Computes the loss of a batch; the arguments are those of `nt_xent`."""
         return nt_xent(view_a, view_b, labels, temperature=self.temperature, ids=ids, **self.options)

@@ -45,7 +45,9 @@ def positive_ranks(
         int64 [N].
 
     Raises:
-        TypeError, ValueError: as `masked_info_nce`.
+        TypeError, ValueError, RuntimeError: as `masked_info_nce`.
+
+    Source: the accuracy of the contrastive task that MoCo's public code prints (He et al. 2020, arXiv 1911.05722).
 
     Example:
         >>> query = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])

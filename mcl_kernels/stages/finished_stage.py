@@ -28,6 +28,8 @@ class FinishedStage:
         statistics: inertia, iterations, cluster_sizes, label_sizes, clustering_seconds; small_labels, the share of the
             labels that have one or two samples, and samples_in_small_labels, the share of the samples that have such a
             label.
+
+    Example: see `Stage`.
     """
 
     index: int
@@ -44,7 +46,11 @@ class FinishedStage:
 
     @property
     def state(self) -> Mapping[str, Any] | None:
-        """A copy of the state given to `finish`, on the CPU; read and checked on every access."""
+        """A copy of the state given to `finish`, on the CPU; read and checked on every access.
+
+        Raises:
+            RuntimeError: a damaged or missing file, which is named.
+        """
         return self._read_state()
 
 

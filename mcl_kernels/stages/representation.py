@@ -24,9 +24,6 @@ class ConcatEncoder(nn.Module):
         encoders: a module per stage; each maps the same input to [B, D_s].
         normalize: "joint", "stage" or None.
 
-    Returns:
-        From `forward`, [B, D_0 + D_1 + ...].
-
     Raises:
         TypeError: encoders that are not modules.
         ValueError: no encoder, an unknown `normalize`, or an output that is not [B, D].
@@ -54,6 +51,7 @@ class ConcatEncoder(nn.Module):
         self.normalize = normalize
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Returns the concatenated outputs of the encoders, [B, D_0 + D_1 + ...]."""
         outputs = [encoder(*args, **kwargs) for encoder in self.encoders]
         for index, output in enumerate(outputs):
             check_embeddings(f"output of encoder {index}", output)

@@ -51,8 +51,8 @@ class MultistageRunner:
     Args:
         n_samples: size of the data set.
         n_stages: stages to run, or to read of a run that has more; a finished run can be continued with more.
-        n_clusters: clusters K of each stage. In the measurements of the README (K of 4, 8, 16, 32 and 64 for 5,000
-            images) 4 was too few, and more than 16 gained little; many small clusters leave few negatives.
+        n_clusters: clusters K of each stage. In the study of feature suppression (K of 4, 8, 16, 32 and 64 for
+            5,000 images) 4 was too few, and more than 16 gained little; many small clusters leave few negatives.
         directory: directory of the finished stages, relative to the working directory of this call; None keeps them in
             memory. One process at a time trains in it; others may read the finished stages.
         metric: metric of the clustering, "cosine" or "euclidean".
@@ -142,7 +142,11 @@ class MultistageRunner:
                     )
 
     def indices_of(self, keys: Sequence[str]) -> Tensor:
-        """Returns the positions of the samples with these keys, int64 [B]."""
+        """Returns the positions of the samples with these keys, int64 [B].
+
+        Raises:
+            ValueError: the runner has no keys, or not this one.
+        """
         if self._keys is None:
             raise ValueError("keys were not given to the runner: MultistageRunner(..., keys=[...])")
         return self._keys.indices_of(keys)

@@ -51,6 +51,15 @@ class Stage:
         labels: pseudo labels, int64 [n_samples] on the CPU; all 0 in stage 0, which is the plain loss. Read-only.
             Stored as int32, and in a run with a directory in the memory map of a file. `labels[index]` reads only the
             labels it returns; any other operation makes a temporary copy of all labels, 8 bytes a sample.
+
+    Source: "Learning the Unlearned" (ECCV 2024, arXiv 2402.11816), section 3.
+
+    Example:
+        >>> from mcl_kernels import MultistageRunner
+        >>> stage = next(iter(MultistageRunner(8, n_stages=2, n_clusters=2)))
+        >>> finished = stage.finish(torch.eye(2).repeat(4, 1))
+        >>> stage.index, stage.labels.tolist(), len(finished.labels.unique())
+        (0, [0, 0, 0, 0, 0, 0, 0, 0], 2)
     """
 
     def __init__(self, run: Run, index: int) -> None:
@@ -72,7 +81,7 @@ class Stage:
 
         A sampler that serves all epochs of the stage advances by itself. If each epoch makes its own, pass `epoch`.
         `rank` and `world_size` default to those of the runner's group, or to 0 and 1 without one. Under accelerate
-        they must be 0 and 1: see `ClusterBatchSampler`.
+        they must be 0 and 1: see `ClusterBatchSampler`, which describes the arguments and errors.
         """
         if rank is None and world_size is None:
             rank, world_size = self._run.ranks.rank, self._run.ranks.world_size
@@ -94,7 +103,11 @@ class Stage:
         return self._run.ranks.part_of(self._run.n_samples)
 
     def labels_of(self, keys: Sequence[str]) -> Tensor:
-        """Returns the labels of the samples with these keys, int64 [B]; for loops whose batches have no index."""
+        """Returns the labels of the samples with these keys, int64 [B]; for loops whose batches have no index.
+
+        Raises:
+            ValueError: the runner has no keys, or not this one.
+        """
         return self.labels[self._run.indices_of(keys)]
 
     def assign(self, previous_embeddings: Sequence[Tensor]) -> Tensor | None:
@@ -152,13 +165,14 @@ class Stage:
         Returns:
             The finished stage, which is also appended to `runner.finished`.
 
+        With a group an error of one rank is raised on every rank, on the others as a ValueError that names it.
+
         Raises:
             TypeError, ValueError: embeddings of another length, with NaN, ...; a state that cannot be loaded safely.
             OSError: the directory cannot be written; earlier stages are intact and finish() can be called again.
             FileExistsError: another process finished this stage.
             RuntimeError: the stage is finished already; or another rank is gone: a stage it left on disk is kept for
                 the next run.
-            With a group an error of one rank is raised on every rank, on the others as a ValueError that names it.
 
         Warns:
             RuntimeWarning: the stage is saved, but its directory could not be synced: a power failure may undo it.
