@@ -46,7 +46,7 @@ build/sanitized-%: $(wildcard csrc/*.h csrc/*/* tests/cuda_on_cpu/*) tests/sanit
 # With the lower bounds of pyproject.toml, the oldest releases that `pip install mcl-kernels` accepts. Slow tests, and tests
 # that do not depend on the version of torch, are left out.
 test-oldest: $(OLDEST)/installed
-	$(OLDEST)/bin/python -m pytest -n logical -m 'not slow' $(addprefix --ignore tests/,test_benchmarks.py test_demo.py test_package.py test_readme.py integrations)
+	$(OLDEST)/bin/python -m pytest -n logical -m 'not slow' $(addprefix --ignore tests/,test_benchmarks.py test_demo.py test_docs.py test_package.py integrations)
 
 # With the host libraries, and the newest torch that has a torchvision. It is a build with CUDA, against which the kernels
 # in CUDA C++ are linked if there is an nvcc.

@@ -18,7 +18,7 @@ from mcl_kernels.stages.representation import ConcatEncoder, model_soup
 from mcl_kernels.stages.runner import MultistageRunner
 from mcl_kernels.stages.sampler import ClusterBatchSampler
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 __all__ = [
     "ClipLoss",

@@ -17,6 +17,7 @@ import pytest
 
 pytest.importorskip("mlxtend", reason="the demo extra is not installed")
 
+import mcl_kernels
 from mcl_kernels.cli.demo import run
 from mcl_kernels.cli.demo_results import Row, Settings
 from mcl_kernels.cli.main import main
@@ -121,7 +122,7 @@ def test_mcl_recovers_the_digits_that_simclr_suppresses(tmp_path: Path) -> None:
 def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info"]) == 0
     printed = capsys.readouterr().out
-    for word in ("mcl_kernels 0.1.0", "torch", "blockwise", "reference", "cuda", "scikit-learn"):
+    for word in (f"mcl_kernels {mcl_kernels.__version__}", "torch", "blockwise", "reference", "cuda", "scikit-learn"):
         assert word in printed
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from mcl_kernels.integrations import _host
+from tests.pages import PAGES, text_of
 
 
 @pytest.mark.parametrize(
@@ -62,13 +63,13 @@ assert not hosts & set(sys.modules), hosts & set(sys.modules)
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 SWAPS = re.findall(
-    r"\| `(from \S+ import (\w+))`.*? \| `(from (mcl_kernels\.integrations\.\S+) import (\w+))` \|", README
+    r"\| `(from \S+ import (\w+))`.*? \| `(from (mcl_kernels\.integrations\.\S+) import (\w+))` \|",
+    "".join(map(text_of, PAGES)),
 )
 
 
-def test_the_readme_lists_every_host() -> None:
+def test_the_pages_list_every_host() -> None:
     files = {path.stem for path in (Path(_host.__file__).parent).glob("[!_]*.py")}
     assert {module.rpartition(".")[2] for _, _, _, module, _ in SWAPS} == files
 
