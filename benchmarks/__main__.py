@@ -1,4 +1,4 @@
-"""Measures the named cases and draws the README's figure: `python -m benchmarks [CASE ...]`.
+"""Measures the named cases and draws the figure of batch sizes: `python -m benchmarks [CASE ...]`.
 
 Rows are written to results.csv, where those of other cases stay. p20, p50 and p80 are seconds of forward and backward.
 ratio is a peer's p50 over ours, fraction_of_limit is (minimal operations / rate of a large product) / p50; all are from
@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.cases import CASES, Case
-from benchmarks.conditions import conditions
+from benchmarks.conditions import IMAGES, conditions
 from benchmarks.figure import draw
 from benchmarks.measure import Row, in_fresh_process, measure_once, measure_peak, read_rows, time_case, write_rows
 from mcl_kernels.backends.table import resolve
@@ -111,7 +111,7 @@ def main() -> int:
             continue
         save(results, case, [{**row, **recorded} for row in rows])
     if options.draw or "batch-size" in {case.name for case in chosen} - set(failed):
-        draw(results, results.with_name(f"{gpu}batch_size.png"))
+        draw(results, (options.csv.parent if options.csv else IMAGES) / f"{gpu}batch_size.png")
     return 1 if failed else 0
 
 
