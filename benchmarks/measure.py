@@ -233,7 +233,8 @@ def in_fresh_process(measure: Callable[..., Any], *arguments: object) -> Any:
     """Result of a function in a process that has imported torch and computed nothing."""
     # Forks of a server that has imported torch save 3 s per process, compared with spawn.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["benchmarks.measure"])
+    # Torch alone: a process forked from one that has imported mcl_kernels computes with one thread.
+    context.set_forkserver_preload(["torch"])
     for name in ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE"):  # tuning of one machine, which users do not have
         os.environ.pop(name, None)
     receiver, sender = context.Pipe(duplex=False)
