@@ -60,29 +60,14 @@ def draw(results: Path, figure_path: Path) -> None:
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     thin = {"color": "black", "linewidth": 1}
-    line(
-        time,
-        ours,
-        limit,
-        **thin,
-        linestyle="--",
-        label="limit: minimal operations at the speed of a large matrix product",
-    )
-    line(
-        memory,
-        ours,
-        memory_bound,
-        **thin,
-        linestyle=":",
-        label="bound on the memory of mcl_kernels: 10 N D fp32 values",
-    )
+    speed = "limit: minimal operations at the speed of a large matrix product"
+    bound = "bound on the memory of mcl_kernels: 10 N D fp32 values"
+    line(time, ours, limit, **thin, linestyle="--", label=speed)
+    line(memory, ours, memory_bound, **thin, linestyle=":", label=bound)
     time.set_title("time of forward and backward, ms", fontsize=10)
     memory.set_title("peak memory above that of the inputs, MiB", fontsize=10)
-    first = ours[0]
-    figure.suptitle(
-        f"NT-Xent within {first['clusters']} clusters, D = {first['d']}, {first['dtype']}, {first['threads']} threads",
-        fontsize=11,
-    )
+    title = "NT-Xent within {clusters} clusters, D = {d}, {dtype}, {threads} threads"
+    figure.suptitle(title.format(**ours[0]), fontsize=11)
     lines = {each.get_label(): each for axes in (time, memory) for each in axes.get_lines()}
     figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     figure.savefig(figure_path)

@@ -2,8 +2,8 @@
 
 The model is that of `scale_model`. The measurements use processes of one thread that communicate over gloo on this
 machine. The bytes that each sends and receives are counted and must equal those of `plan_exchange`. Seconds are those
-of the slowest process, the median over steps. One, two and four processes take turns. With more processes than cores,
-seconds are the cost of a step, not the gain of another rank.
+of the slowest process: their median over steps, p20 and p80. One, two and four processes take turns. With more
+processes than cores, seconds are the cost of a step, not the gain of another rank.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import tempfile
 import time
 from datetime import timedelta
@@ -23,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.conditions import IMAGES, conditions
-from benchmarks.measure import Row, read_rows, write_rows
+from benchmarks.measure import Row, quantiles, read_rows, write_rows
 from benchmarks.scale_model import LABELS, SAMPLES_PER_RANK, VIEWS, D, imbalance, model_rows
 from benchmarks.traffic import count_traffic
 from mcl_kernels import nt_xent, plan_exchange
@@ -36,8 +35,8 @@ ROUNDING = 8  # bytes: the plan rounds the shares of an all-reduce
 
 COLUMNS = (
     "kind", "contender", "labels", "clusters", "world", "batch", "features", "dtype", "sent", "received", "grad_sent",
-    "grad_received", "bytes", "bytes_imbalance", "operations", "operations_imbalance", "memory", "seconds", "threads",
-    "versions", "processor", "commit",
+    "grad_received", "bytes", "bytes_imbalance", "operations", "operations_imbalance", "memory", "seconds", "p20",
+    "p80", "threads", "versions", "processor", "commit",
 )  # fmt: skip
 
 
@@ -120,6 +119,7 @@ def _rows_of_world(turns: tuple[list[dict[str, Any]], ...], n: int, clusters: in
         sent, received, grad_sent, grad_received = counts.reshape(world, 4).max(0).tolist()
         larger_direction = counts.sum(1).max(1)
         seconds = np.concatenate([np.max([result["seconds"][case] for result in turn], axis=0) for turn in turns])
+        spread = quantiles(seconds.tolist())
         rows.append(
             {
                 "kind": "measured", "contender": f"ours, {exchange}" if world > 1 else "ours, one process",
@@ -127,7 +127,7 @@ def _rows_of_world(turns: tuple[list[dict[str, Any]], ...], n: int, clusters: in
                 "sent": sent, "received": received, "grad_sent": grad_sent, "grad_received": grad_received,
                 "bytes": int(larger_direction.max()), "bytes_imbalance": imbalance(larger_direction), "memory": "",
                 "operations": float(plan.operations.max()), "operations_imbalance": plan.operations_imbalance,
-                "seconds": statistics.median(seconds.tolist()), "threads": 1,
+                "seconds": spread["p50"], "p20": spread["p20"], "p80": spread["p80"], "threads": 1,
             }
         )  # fmt: skip
     return rows
