@@ -36,7 +36,7 @@ def run(case: Case, sizes: tuple[int, ...], device: torch.device) -> list[Row]:
         else:
             measured, skipped = in_fresh_process(time_case, case.name, n, device)
             for peer, reason in skipped.items():
-                print(f"{case.name:<15} {peer} skipped: {reason}", flush=True)
+                print(f"{case.name:<22} {peer} skipped: {reason}", flush=True)
         for row in measured:
             if not case.once:
                 row["peak_bytes"] = in_fresh_process(measure_peak, case.name, n, device, row["peer"])
@@ -56,7 +56,7 @@ def _largest(case: Case, device: torch.device) -> int:
 def _line(row: Row) -> str:
     fraction, ratio = row["fraction_of_limit"], row.get("ratio")
     return (
-        f"{row['case']:<15} {row['peer']:<26} N {row['n']:>9,}  {1e3 * row['p50']:>10.2f} ms"
+        f"{row['case']:<22} {row['peer']:<26} N {row['n']:>9,}  {1e3 * row['p50']:>10.2f} ms"
         f"  {row['peak_bytes'] / 2**20:>8.1f} MiB"
         + (f"  {fraction:>6.1%} of the limit" if fraction else " " * 21)
         + (f"  {ratio:.2f}x ours" if ratio else "")
@@ -87,7 +87,7 @@ def main() -> int:
         parser.error(f"no such case: {', '.join(sorted(unknown))}; there are {', '.join(names)}")
     if options.list:
         for case in CASES:
-            print(f"{case.name:<15} {case.reason} [{case.target}]")
+            print(f"{case.name:<22} {case.reason} [{case.target}]")
         return 0
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -106,7 +106,7 @@ def main() -> int:
         try:
             rows = run(case, (options.n,) if options.n else case.sizes_on(device), device)
         except RuntimeError as error:  # the other cases are still measured
-            print(f"{case.name:<15} FAILED: {error}", flush=True)
+            print(f"{case.name:<22} FAILED: {error}", flush=True)
             failed.append(case.name)
             continue
         save(results, case, [{**row, **recorded} for row in rows])

@@ -124,7 +124,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=4.0, help="size of the file (default: 4)")
     parser.add_argument("--turns", type=int, default=5, help="turns of the contenders (default: 5)")
-    parser.add_argument("--directory", type=Path, default=Path("."), help="where the file is written (default: here)")
+    parser.add_argument("--directory", type=Path, default=Path("runs"), help="of the file (default: runs)")
     parser.add_argument("--csv", type=Path, default=RESULTS, help="another CSV")
     options = parser.parse_args()
     n = int(options.gigabytes * 1e9) // (4 * D)
@@ -132,6 +132,7 @@ def main() -> None:
         "n": n, "d": D, "k": CLUSTERS, "iterations": ITERATIONS, "threads": torch.get_num_threads(),
         **conditions(torch.device("cpu")),
     }  # fmt: skip
+    options.directory.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=options.directory) as directory:  # removed after an error, too
         path = Path(directory) / "features.npy"
         write_file(path, n)

@@ -3,7 +3,7 @@
     python -m experiments.suppression randbits-8 simclr mcl+simclr        two methods, three seeds each
     python -m experiments.suppression randbits-8 sweep                    K, stages, clusters per batch, layer, start
     python -m experiments.suppression trifeature-64 mcl+ifm --clusters 32 another K
-    python -m experiments.suppression                                     all runs of the report: a day on 2 cores
+    python -m experiments.suppression                                     all runs of the report: 13 hours on one thread
     python -m experiments.suppression --report                            only the report, from results.csv
 
 A run that has a row in results.csv is not repeated. With --details a run is repeated unless its loss curves, sizes of
