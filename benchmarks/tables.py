@@ -112,7 +112,7 @@ def small_batches() -> str:
     rows = [row for row in read_rows(BENCHMARKS / "results.csv") if row["case"].startswith("small-batches")]
 
     def first(row: dict[str, str]) -> list[str]:
-        return [row["d"], "10 clusters" if row["case"].endswith("k10") else "none", f"{int(row['n']):,}"]
+        return [f"{int(row['d']):,}", "10 clusters" if row["case"].endswith("k10") else "none", f"{int(row['n']):,}"]
 
     return _sweep(rows, first, ["D", "labels", "N"], (DENSE, LOOP))
 
