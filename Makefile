@@ -68,12 +68,15 @@ docs: $(DOCS)/installed
 docs-serve: $(DOCS)/installed
 	$(DOCS)/bin/mkdocs serve --watch mcl_kernels
 
-# Measures every case of benchmarks/cases.py, or CASES='zipf clip', into benchmarks/results.csv, and draws the README's
-# figure. Without CASES also k-means, into benchmarks/clustering.csv, and the losses over ranks, into benchmarks/scale.csv.
+# Measures every case of benchmarks/cases.py, or CASES='zipf clip', into benchmarks/results.csv, and draws the figure of
+# batch sizes. Without CASES also k-means, the losses over ranks, a whole step, k-means of a file of 4 GB and the build of
+# the kernels, each into a CSV of its name. Ends with the tables of README and docs.
 bench: $(BENCH)/installed
 	$(BENCH)/bin/python -m benchmarks $(CASES)
-	test -n '$(CASES)' || $(BENCH)/bin/python -m benchmarks.clustering
-	test -n '$(CASES)' || $(BENCH)/bin/python -m benchmarks.scale
+	test -n '$(CASES)' || for name in clustering scale whole_step large_file build_time; do \
+	    $(BENCH)/bin/python -m benchmarks.$$name || exit 1; \
+	done
+	$(BENCH)/bin/python -m benchmarks.tables
 
 # The study of feature suppression: all runs, or RUNS='randbits-8 simclr mcl+simclr'. Runs with a row in
 # experiments/suppression/results.csv are not repeated, interrupted ones resume. Ends with a report, runs/suppression.html.

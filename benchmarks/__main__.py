@@ -1,4 +1,4 @@
-"""Measures the named cases and draws the README's figure: `python -m benchmarks [CASE ...]`.
+"""Measures the named cases and draws the figure of batch sizes: `python -m benchmarks [CASE ...]`.
 
 Rows are written to results.csv, where those of other cases stay. p20, p50 and p80 are seconds of forward and backward.
 ratio is a peer's p50 over ours, fraction_of_limit is (minimal operations / rate of a large product) / p50; all are from
@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.cases import CASES, Case
-from benchmarks.conditions import conditions
+from benchmarks.conditions import IMAGES, conditions
 from benchmarks.figure import draw
 from benchmarks.measure import Row, in_fresh_process, measure_once, measure_peak, read_rows, time_case, write_rows
 from mcl_kernels.backends.table import resolve
@@ -36,7 +36,7 @@ def run(case: Case, sizes: tuple[int, ...], device: torch.device) -> list[Row]:
         else:
             measured, skipped = in_fresh_process(time_case, case.name, n, device)
             for peer, reason in skipped.items():
-                print(f"{case.name:<15} {peer} skipped: {reason}", flush=True)
+                print(f"{case.name:<22} {peer} skipped: {reason}", flush=True)
         for row in measured:
             if not case.once:
                 row["peak_bytes"] = in_fresh_process(measure_peak, case.name, n, device, row["peer"])
@@ -56,7 +56,7 @@ def _largest(case: Case, device: torch.device) -> int:
 def _line(row: Row) -> str:
     fraction, ratio = row["fraction_of_limit"], row.get("ratio")
     return (
-        f"{row['case']:<15} {row['peer']:<26} N {row['n']:>9,}  {1e3 * row['p50']:>10.2f} ms"
+        f"{row['case']:<22} {row['peer']:<26} N {row['n']:>9,}  {1e3 * row['p50']:>10.2f} ms"
         f"  {row['peak_bytes'] / 2**20:>8.1f} MiB"
         + (f"  {fraction:>6.1%} of the limit" if fraction else " " * 21)
         + (f"  {ratio:.2f}x ours" if ratio else "")
@@ -87,7 +87,7 @@ def main() -> int:
         parser.error(f"no such case: {', '.join(sorted(unknown))}; there are {', '.join(names)}")
     if options.list:
         for case in CASES:
-            print(f"{case.name:<15} {case.reason} [{case.target}]")
+            print(f"{case.name:<22} {case.reason} [{case.target}]")
         return 0
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -106,12 +106,12 @@ def main() -> int:
         try:
             rows = run(case, (options.n,) if options.n else case.sizes_on(device), device)
         except RuntimeError as error:  # the other cases are still measured
-            print(f"{case.name:<15} FAILED: {error}", flush=True)
+            print(f"{case.name:<22} FAILED: {error}", flush=True)
             failed.append(case.name)
             continue
         save(results, case, [{**row, **recorded} for row in rows])
     if options.draw or "batch-size" in {case.name for case in chosen} - set(failed):
-        draw(results, results.with_name(f"{gpu}batch_size.png"))
+        draw(results, (options.csv.parent if options.csv else IMAGES) / f"{gpu}batch_size.png")
     return 1 if failed else 0
 
 

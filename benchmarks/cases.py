@@ -111,10 +111,10 @@ def zipf_clusters(n: int) -> Tensor:
     return torch.arange(len(sizes)).repeat_interleave(sizes)[torch.randperm(n, generator=_generator())]
 
 
-def two_views(n: int, make_labels: Callable[[int], Tensor] = one_cluster) -> LossInputs:
-    view_a, view_b = (_normal(n, 128, seed) for seed in (0, 1))
+def two_views(n: int, d: int = 128, make_labels: Callable[[int], Tensor] = one_cluster) -> LossInputs:
+    view_a, view_b = (_normal(n, d, seed) for seed in (0, 1))
     labels = make_labels(n)
-    return LossInputs((view_a, view_b), _label_arguments(labels), *_minimal_work(labels.repeat(2), 128))
+    return LossInputs((view_a, view_b), _label_arguments(labels), *_minimal_work(labels.repeat(2), d))
 
 
 def unit_rows(n: int, d: int = 128, make_labels: Callable[[int], Tensor] = one_cluster) -> LossInputs:
@@ -173,6 +173,12 @@ def _limit(name: str, d: int, make_labels: Callable[[int], Tensor], reason: str)
     return Case(name, reason, _LIMIT, (8192,), make, own_logsumexp, gpu_sizes=(65536,))
 
 
+def _small(suffix: str, d: int, sizes: tuple[int, ...], make_labels: Callable[[int], Tensor], reason: str) -> Case:
+    make = partial(two_views, d=d, make_labels=make_labels)
+    peers = (DENSE,) if make_labels is one_cluster else (DENSE, LOOP)
+    return Case(f"small-batches{suffix}", reason, "none: it shows where the gain ends", sizes, make, own_nt_xent, peers)
+
+
 def _half(case: Case, reason: str) -> Case:
     fp32 = Contender("own, fp32", own_logsumexp, dtype=torch.float32)
     name = case.name.replace("limit", "bf16")
@@ -227,6 +233,11 @@ CASES = (
         (replace(DENSE, largest=8192), LOOP),  # at 16,384 a dense step takes most of a minute and 16 GiB
         gpu_sizes=(256, 1024, 4096, 16384, 65536),
     ),
+    # Below the smallest usual batch, and with the width of a ResNet-50.
+    _small("", 128, (16, 32, 64, 128, 256, 512), one_cluster, "small batches: the cost of a call counts"),
+    _small("-k10", 128, (16, 32, 64, 128, 256, 512), ten_clusters, "the same within clusters of a few samples"),
+    _small("-wide", 2048, (32, 256), one_cluster, "wide rows, few of them: the time of plain PyTorch is in products"),
+    _small("-wide-k10", 2048, (32, 256), ten_clusters, "the same within clusters of a few samples"),
     Case(
         "cubic-memory", "pytorch-metric-learning's largest batch in 4 GiB", "none: it shows the limit of the peer",
         (), partial(two_views, make_labels=ten_clusters), own_nt_xent, (METRIC_LEARNING,), cap_bytes=4 << 30,

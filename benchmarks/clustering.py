@@ -2,7 +2,7 @@
 
 The time of an iteration is (time of 21 iterations - time of one) / 20, from the same centres. Assignment is timed
 separately. The contenders' OpenMP runtimes conflict within one process: each contender has its own process, they take
-turns, and the median over the turns is reported. faiss samples the data by default: here it reads all rows. With
+turns, and p20, p50 and p80 are those of the turns. faiss samples the data by default: here it reads all rows. With
 `--device cuda` a GPU clusters 16 times as many rows, with plain PyTorch as a contender, into gpu_clustering.csv.
 """
 
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.conditions import conditions
-from benchmarks.measure import in_fresh_process, write_rows
+from benchmarks.measure import Row, in_fresh_process, quantiles, read_rows, write_rows
 from mcl_kernels import KMeans, assign_clusters
 from mcl_kernels.backends import cuda
 
@@ -28,7 +28,8 @@ HERE = Path(__file__).parent
 TURNS = 5
 ITERATIONS = 20
 COLUMNS = (
-    "case", "contender", "n", "d", "k", "threads", "p50", "ratio", "target", "versions", "processor", "commit",
+    "case", "contender", "n", "d", "k", "threads", "p20", "p50", "p80", "ratio", "target", "versions",
+    "processor", "commit",
 )  # fmt: skip
 
 
@@ -161,7 +162,6 @@ def main() -> None:
     recorded = conditions(torch.device(options.device))
     if not gpu:
         recorded["versions"] += "".join(f"; {name} {version(name)}" for name in ("faiss-cpu", "scikit-learn"))
-    rows = []
     for case in GPU_CASES if gpu else CASES:
         if options.cases and case.name not in options.cases:
             continue
@@ -175,12 +175,13 @@ def main() -> None:
         for _ in range(TURNS):
             for name in names:
                 seconds[name].append(in_fresh_process(measure, name, case, options.device))
-        medians = {name: statistics.median(times) for name, times in seconds.items()}
-        for name, median in medians.items():
+        rows: list[Row] = []
+        spreads = {name: quantiles(times) for name, times in seconds.items()}
+        for name, spread in spreads.items():
             own = "ours, assignment" if "assignment" in name else "ours"
-            ratio = "" if name == own else median / medians[own]
+            ratio = "" if name == own else spread["p50"] / spreads[own]["p50"]
             print(
-                f"{case.name:<9} {name:<18} {1e3 * median:>8.1f} ms"
+                f"{case.name:<9} {name:<18} {1e3 * spread['p50']:>8.1f} ms"
                 + (f"  {ratio:.2f}x ours" if ratio else "")
                 + (f", at least {case.targets[name]}" if case.targets.get(name) else ""),
                 flush=True,
@@ -188,11 +189,18 @@ def main() -> None:
             rows.append(
                 {
                     "case": case.name, "contender": name, "n": case.n, "d": case.d, "k": case.k,
-                    "threads": torch.get_num_threads(), "p50": median,
+                    "threads": torch.get_num_threads(), **spread,
                     "ratio": ratio, "target": case.targets.get(name) or "", **recorded,
                 }
             )  # fmt: skip
-    write_rows(results, COLUMNS, rows)
+        save(results, case.name, rows)
+
+
+def save(results: Path, case: str, rows: list[Row]) -> None:
+    """Replaces the rows of one case, in the order of the cases."""
+    order = [known.name for known in CASES]
+    kept = [row for row in read_rows(results) if row["case"] != case]
+    write_rows(results, COLUMNS, sorted(kept + rows, key=lambda row: order.index(row["case"])))
 
 
 if __name__ == "__main__":

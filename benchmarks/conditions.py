@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parents[1]
+IMAGES = ROOT / "docs" / "images"
 PACKAGES = ("torch", "triton", "lightly", "pytorch-metric-learning", "inf-cl", "memeff")
 
 

@@ -1,4 +1,4 @@
-"""Draws the README's figure of batch sizes from results.csv."""
+"""Draws the figure of batch sizes from results.csv."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from benchmarks.measure import read_rows
 # Peers of the case "batch-size", and the single point of "cubic-memory": that peer has no larger batch.
 STYLES = {
     "ours": ("mcl_kernels", "#1b6ca8", "o"),
-    "eager, dense mask": ("eager, dense mask", "#c0392b", "s"),
-    "eager, loop over clusters": ("eager, loop over clusters", "#6b7280", "D"),
-    "pytorch-metric-learning": ("pytorch-metric-learning, its largest N in 4 GiB", "#7d3c98", "^"),
+    "eager, dense mask": ("PyTorch, dense mask", "#c0392b", "s"),
+    "eager, loop over clusters": ("PyTorch, loop over clusters", "#6b7280", "D"),
+    "pytorch-metric-learning": ("pytorch-metric-learning, largest N in 4 GiB", "#7d3c98", "^"),
 }
 
 
@@ -44,7 +44,7 @@ def draw(results: Path, figure_path: Path) -> None:
     def memory_bound(row: dict[str, str]) -> float:
         return 5 * 2 * int(row["n"]) * int(row["d"]) * 4 / 2**20
 
-    figure = Figure(figsize=(9, 4.1), dpi=140, layout="constrained")
+    figure = Figure(figsize=(8, 4.6), dpi=150, layout="constrained")
     time, memory = figure.subplots(1, 2)
     for axes, value in ((time, milliseconds), (memory, mebibytes)):
         for peer, (label, color, marker) in STYLES.items():
@@ -56,14 +56,18 @@ def draw(results: Path, figure_path: Path) -> None:
         axes.set_yscale("log")
         axes.set_xticks(sizes, [f"{n:,}" for n in sizes], rotation=30)
         axes.minorticks_off()
-        axes.set_xlabel("batch size N (2N rows)")
+        axes.set_xlabel("batch size N")
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     thin = {"color": "black", "linewidth": 1}
-    line(time, ours, limit, **thin, linestyle="--", label="limit: least operations / rate of a product")
-    line(memory, ours, memory_bound, **thin, linestyle=":", label="ours at most: 5 x 2N x D fp32")
-    time.set_title("time of forward + backward, ms", fontsize=10)
-    memory.set_title("peak memory above the inputs, MiB", fontsize=10)
+    speed = "limit: minimal operations at the speed of a large matrix product"
+    bound = "bound on the memory of mcl_kernels: 10 N D fp32 values"
+    line(time, ours, limit, **thin, linestyle="--", label=speed)
+    line(memory, ours, memory_bound, **thin, linestyle=":", label=bound)
+    time.set_title("time of forward and backward, ms", fontsize=10)
+    memory.set_title("peak memory above that of the inputs, MiB", fontsize=10)
+    title = "NT-Xent within {clusters} clusters, D = {d}, {dtype}, {threads} threads"
+    figure.suptitle(title.format(**ours[0]), fontsize=11)
     lines = {each.get_label(): each for axes in (time, memory) for each in axes.get_lines()}
-    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     figure.savefig(figure_path)

@@ -1,4 +1,4 @@
-"""A model, not a measurement: a loss's operations at a GPU's full rates (`python -m benchmarks.gpu_model`).
+"""A model, not a measurement: a loss's operations at a GPU's peak rates (`python -m benchmarks.gpu_model`).
 
     time = max(2 D units pairs / tensor rate, bytes / bandwidth) + exponentials / special-function rate
 
@@ -16,10 +16,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from benchmarks.conditions import IMAGES
 from benchmarks.gpu_kernels import INF_CL, MEMEFF, own_units, peer_units
 from mcl_kernels.logsumexp.triton.tile_table import choose_tiles
 
-HERE = Path(__file__).parent
 D = 512
 SIZES = tuple(1 << power for power in range(12, 21))
 
@@ -102,7 +102,7 @@ def equal_clusters(n: int, k: int) -> np.ndarray:
 def curves(device: Device) -> dict[str, list[float]]:
     """Seconds of CLIP's loss at each of SIZES."""
     lines = {
-        "Inf-CL (fp32 only, as tf32)": [
+        "Inf-CL (tf32; it has no bf16)": [
             seconds(peer_clip(INF_CL[0], device.architecture, n, D), device, "tf32", D) for n in SIZES
         ],
         "memeff (bf16)": [seconds(peer_clip(MEMEFF[0], device.architecture, n, D), device, "bf16", D) for n in SIZES],
@@ -127,10 +127,10 @@ def draw(figure_path: Path) -> None:
         axes.set_xticks(SIZES[::2], [f"{n // 1024:,}k" for n in SIZES[::2]])
         axes.minorticks_off()
         axes.set_title(device.name, fontsize=10)
-        axes.set_xlabel("batch size N (pairs)")
+        axes.set_xlabel("batch size N (pairs), 1k = 1,024")
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("ms at full rates")
+    panels[0].set_ylabel("time at the peak rates of the GPU, ms")
     figure.suptitle(f"A model, not a measurement: CLIP's loss and gradients, D = {D}", fontsize=11)
     figure.legend(
         *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=8
@@ -140,9 +140,9 @@ def draw(figure_path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--figure", type=Path, default=HERE / "gpu_model.png")
+    parser.add_argument("--figure", type=Path, default=IMAGES / "gpu_model.png")
     options = parser.parse_args()
-    print(f"A model, not a measurement: CLIP's loss and gradients, D = {D}, ms at full rates")
+    print(f"A model, not a measurement: CLIP's loss and gradients, D = {D}, ms at peak rates")
     for device in DEVICES:
         print(f"\n{device.name:<28}" + "".join(f"{n:>11,}" for n in SIZES))
         for label, line in curves(device).items():

@@ -14,7 +14,7 @@ import resource
 import statistics
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -154,18 +154,23 @@ def _status(field: str) -> int:
 
 
 def _row(case: Case, contender: Contender, n: int, inputs: LossInputs, seconds: list[float], rate: float) -> Row:
-    device, in_order = inputs.leaves[0].device, sorted(seconds)
-    p20, p80 = (in_order[round(q * (len(in_order) - 1))] for q in (0.2, 0.8))
-    p50 = statistics.median(in_order)
+    device, spread = inputs.leaves[0].device, quantiles(seconds)
     return {
         "case": case.name, "peer": contender.name,
         "impl": resolve("logsumexp", contender.impl, device) if contender.own else "",
         "n": n, "d": inputs.leaves[0].shape[1], "clusters": inputs.clusters,
         "dtype": str(contender.dtype or case.dtype).removeprefix("torch."),
-        "threads": contender.threads or torch.get_num_threads(), "p20": p20, "p50": p50, "p80": p80,
+        "threads": contender.threads or torch.get_num_threads(), **spread,
         # The limit is for all threads.
-        "fraction_of_limit": None if contender.threads else inputs.operations / rate / p50,
+        "fraction_of_limit": None if contender.threads else inputs.operations / rate / spread["p50"],
     }  # fmt: skip
+
+
+def quantiles(seconds: Iterable[float]) -> dict[str, float]:
+    """Median of measurements, and those of them at 20 and 80 percent."""
+    in_order = sorted(seconds)
+    p20, p80 = (in_order[round(q * (len(in_order) - 1))] for q in (0.2, 0.8))
+    return {"p20": p20, "p50": statistics.median(in_order), "p80": p80}
 
 
 def _product(device: torch.device) -> Callable[[], Tensor]:
@@ -233,7 +238,8 @@ def in_fresh_process(measure: Callable[..., Any], *arguments: object) -> Any:
     """Result of a function in a process that has imported torch and computed nothing."""
     # Forks of a server that has imported torch save 3 s per process, compared with spawn.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["benchmarks.measure"])
+    # Torch alone: a process forked from one that has imported mcl_kernels computes with one thread.
+    context.set_forkserver_preload(["torch"])
     for name in ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE"):  # tuning of one machine, which users do not have
         os.environ.pop(name, None)
     receiver, sender = context.Pipe(duplex=False)

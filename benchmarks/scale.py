@@ -2,8 +2,8 @@
 
 The model is that of `scale_model`. The measurements use processes of one thread that communicate over gloo on this
 machine. The bytes that each sends and receives are counted and must equal those of `plan_exchange`. Seconds are those
-of the slowest process, the median over steps. One, two and four processes take turns. With more processes than cores,
-seconds are the cost of a step, not the gain of another rank.
+of the slowest process: their median over steps, p20 and p80. One, two and four processes take turns. With more
+processes than cores, seconds are the cost of a step, not the gain of another rank.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import tempfile
 import time
 from datetime import timedelta
@@ -22,8 +21,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from benchmarks.conditions import conditions
-from benchmarks.measure import Row, read_rows, write_rows
+from benchmarks.conditions import IMAGES, conditions
+from benchmarks.measure import Row, quantiles, read_rows, write_rows
 from benchmarks.scale_model import LABELS, SAMPLES_PER_RANK, VIEWS, D, imbalance, model_rows
 from benchmarks.traffic import count_traffic
 from mcl_kernels import nt_xent, plan_exchange
@@ -36,8 +35,8 @@ ROUNDING = 8  # bytes: the plan rounds the shares of an all-reduce
 
 COLUMNS = (
     "kind", "contender", "labels", "clusters", "world", "batch", "features", "dtype", "sent", "received", "grad_sent",
-    "grad_received", "bytes", "bytes_imbalance", "operations", "operations_imbalance", "memory", "seconds", "threads",
-    "versions", "processor", "commit",
+    "grad_received", "bytes", "bytes_imbalance", "operations", "operations_imbalance", "memory", "seconds", "p20",
+    "p80", "threads", "versions", "processor", "commit",
 )  # fmt: skip
 
 
@@ -120,6 +119,7 @@ def _rows_of_world(turns: tuple[list[dict[str, Any]], ...], n: int, clusters: in
         sent, received, grad_sent, grad_received = counts.reshape(world, 4).max(0).tolist()
         larger_direction = counts.sum(1).max(1)
         seconds = np.concatenate([np.max([result["seconds"][case] for result in turn], axis=0) for turn in turns])
+        spread = quantiles(seconds.tolist())
         rows.append(
             {
                 "kind": "measured", "contender": f"ours, {exchange}" if world > 1 else "ours, one process",
@@ -127,7 +127,7 @@ def _rows_of_world(turns: tuple[list[dict[str, Any]], ...], n: int, clusters: in
                 "sent": sent, "received": received, "grad_sent": grad_sent, "grad_received": grad_received,
                 "bytes": int(larger_direction.max()), "bytes_imbalance": imbalance(larger_direction), "memory": "",
                 "operations": float(plan.operations.max()), "operations_imbalance": plan.operations_imbalance,
-                "seconds": statistics.median(seconds.tolist()), "threads": 1,
+                "seconds": spread["p50"], "p20": spread["p20"], "p80": spread["p80"], "threads": 1,
             }
         )  # fmt: skip
     return rows
@@ -142,18 +142,18 @@ def draw(results: Path, figure_path: Path) -> None:
     styles = {
         "ours, cluster": ("mcl_kernels, exchange='cluster'", "#1b6ca8", "o", "-"),
         "ours, gather": ("mcl_kernels, exchange='gather'", "#5dade2", "D", "-"),
-        "dense, gather": ("all-gather, dense mask (open_clip's local_loss)", "#c0392b", "s", "--"),
+        "dense, gather": ("all-gather and a dense mask (open_clip, local_loss)", "#c0392b", "s", "--"),
         "ring": ("ring (Inf-CL)", "#7d3c98", "^", "--"),
     }  # fmt: skip
     panels = {
-        "seconds": ("time of a step, ms", 1e3),
-        "bytes": ("sent or received, whichever is more, MB", 1e-6),
-        "memory": ("rows, their gradients, logits, GB", 1e-9),
+        "seconds": ("time of forward and backward, ms", 1e3),
+        "bytes": ("bytes sent or received (the larger), MB", 1e-6),
+        "memory": ("memory of rows, gradients and logits, GB", 1e-9),
     }
     own_bytes = VIEWS * SAMPLES_PER_RANK * int(rows[0]["features"]) * getattr(torch, rows[0]["dtype"]).itemsize
     limits = {
-        "bytes": (2 * own_bytes, "a rank's own rows and their gradients", ":"),
-        "memory": (80e9, "a GPU of 80 GB", "-."),
+        "bytes": (2 * own_bytes, "size of the rows of one rank and their gradients", ":"),
+        "memory": (80e9, "memory of a GPU with 80 GB", "-."),
     }
     worlds = sorted({int(row["world"]) for row in rows})
     figure = Figure(figsize=(10.5, 6.6), dpi=140, layout="constrained")
@@ -178,13 +178,13 @@ def draw(results: Path, figure_path: Path) -> None:
             if labels == "balanced":
                 axes.set_title(title, fontsize=10)
             else:
-                axes.set_xlabel("ranks")
+                axes.set_xlabel("number of ranks")
         clusters = int(rows[0]["clusters"])
-        shape = {"balanced": "equal", "zipf": "Zipf"}[labels]
-        grid_row[0].set_ylabel(f"{clusters:,} {shape} clusters")
+        shape = {"balanced": "equal clusters", "zipf": "clusters of Zipf sizes"}[labels]
+        grid_row[0].set_ylabel(f"{clusters:,} {shape}")
     figure.suptitle(
-        "A model, not a measurement: NT-Xent and its gradients on the busiest rank, "
-        f"{SAMPLES_PER_RANK:,} samples a rank, D = {rows[0]['features']}, {rows[0]['dtype']}",
+        "A model, not a measurement: NT-Xent with gradients on the busiest rank, "
+        f"{SAMPLES_PER_RANK:,} samples per rank, D = {rows[0]['features']}, {rows[0]['dtype']}",
         fontsize=11,
     )
     lines = {line.get_label(): line for axes in grid[0] for line in axes.get_lines()}
@@ -204,8 +204,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model-only", action="store_true", help="keep the measured rows of the CSV")
     parser.add_argument("--draw", action="store_true", help="only draw the figure from the CSV")
-    parser.add_argument("--csv", type=Path, default=HERE / "scale.csv", help="another CSV, with its figure next to it")
+    parser.add_argument("--csv", type=Path, help="another CSV, with its figure next to it")
     options = parser.parse_args()
+    results = options.csv or HERE / "scale.csv"
     if not options.draw:
         recorded = conditions(torch.device("cpu"))
         rows = [{**row, **recorded, "processor": ""} for row in model_rows()]
@@ -215,14 +216,14 @@ def main() -> None:
                 print(_line(row))
         measured: list[Row] = []
         if options.model_only:
-            measured = [row for row in read_rows(options.csv) if row["kind"] == "measured"]
+            measured = [row for row in read_rows(results) if row["kind"] == "measured"]
         else:
             print(f"Measured: processes of one thread on {os.cpu_count()} cores", flush=True)
             for row in measured_rows(MEASURED_WORLDS, MEASURED_N, MEASURED_CLUSTERS, STEPS, TURNS):
                 print(_line(row))
                 measured.append({**row, **recorded})
-        write_rows(options.csv, COLUMNS, rows + measured)
-    draw(options.csv, options.csv.with_suffix(".png"))
+        write_rows(results, COLUMNS, rows + measured)
+    draw(results, results.with_suffix(".png") if options.csv else IMAGES / "scale.png")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import clustering, gpu_model, measure, scale, scale_model
+from benchmarks import build_time, clustering, gpu_model, large_file, measure, scale, scale_model, tables
+from benchmarks.__main__ import COLUMNS
+from benchmarks.cases import CASES, Case
+from mcl_kernels import nt_xent
 from mcl_kernels.logsumexp.pairs import Pairs, make_plan
 from tests import emulated_cuda
 
@@ -167,3 +171,88 @@ def test_an_unknown_case_is_named() -> None:
     result = run("zipfy")
     assert result.returncode == 2
     assert "no such case: zipfy" in result.stderr
+
+
+def threads_after_a_loss() -> int:
+    nt_xent(torch.randn(4, 8), torch.randn(4, 8))
+    return torch.get_num_threads()
+
+
+def test_a_fresh_process_computes_with_all_threads() -> None:
+    """Although mcl_kernels limits a process to one thread that is forked from a process with mcl_kernels."""
+    code = (
+        "from benchmarks.measure import in_fresh_process; from tests.test_benchmarks import threads_after_a_loss;"
+        "print(in_fresh_process(threads_after_a_loss))"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert result.stdout == "2\n", result.stderr
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case.name.startswith("small-batches")], ids=lambda case: case.name
+)
+def test_contenders_of_small_batches_agree(case: Case) -> None:
+    for contender in case.contenders_on(measure.CPU)[1:]:
+        measure.check_agreement(case, contender, case.sizes[0])
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="needs posix_fadvise")
+def test_a_fit_of_a_file_reads_it_in_each_pass(tmp_path: Path) -> None:
+    path = tmp_path / "features.npy"
+    large_file.write_file(path, 1000)
+    timed = large_file.time_fit(path, "dropped") | large_file.time_dd(path, "dropped")
+    assert list(timed) == ["k-means", "k-means, an iteration", "dd"]
+    size = path.stat().st_size
+    passes = 1 + large_file.ITERATIONS + 1  # the survey, and the labels of the last centres
+    assert passes * size < timed["k-means"][1] + 4096 < (passes + 2) * size  # 2: rows of the initialisation
+    assert timed["dd"][1] == size
+    assert all(seconds > 0 for seconds, _ in timed.values())
+
+
+@pytest.mark.slow
+def test_the_first_loss_compiles_the_kernels(tmp_path: Path) -> None:
+    compiling = build_time.seconds_of_first_loss(str(tmp_path))
+    assert build_time.seconds_of_first_loss(str(tmp_path)) < compiling
+    assert list(tmp_path.glob("mcl_kernels/*"))
+
+
+def test_tables_of_the_pages_are_those_of_the_csv_files() -> None:
+    for page in tables.pages():
+        text = page.read_text(encoding="utf-8")
+        assert tables.with_tables(text) == text, f"{page.name}: run `python -m benchmarks.tables`"
+
+
+def test_a_table_is_replaced_between_its_markers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(tables.TABLES, "demo", lambda: "new\n")
+    text = "before\n<!-- table: demo -->\nold\n<!-- end -->\nafter\n"
+    assert tables.with_tables(text) == text.replace("old", "new")
+    assert tables.with_tables("no table") == "no table"
+    with pytest.raises(KeyError, match="unknown"):
+        tables.with_tables(text.replace("demo", "unknown"))
+
+
+def test_a_table_without_measurements_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "BENCHMARKS", tmp_path)
+    monkeypatch.setattr(tables, "EXPERIMENTS", tmp_path)
+    for name in ("six-results", "losses", "batch-size", "whole-step", "kmeans", "kmeans-files", "build-time", "demo"):
+        assert tables.TABLES[name]() == "Not measured yet.\n"
+
+
+def test_a_table_has_the_spread_and_the_conditions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fixed = {"d": 128, "clusters": 10, "peak_bytes": 3 << 20, "threads": 2, "versions": "python 3.11.7; torch 2.6; x 1"}
+    times = {"ours": (0.009, 0.010, 0.0123), tables.DENSE: (1.49, 1.5, 1.61)}
+    rows = [
+        {"case": "batch-size", "peer": peer, "n": 4096, "p20": p20, "p50": p50, "p80": p80, "ratio": p50 / 0.01}
+        | fixed
+        | {"processor": "A CPU", "commit": "abc"}
+        for peer, (p20, p50, p80) in times.items()
+    ]
+    measure.write_rows(tmp_path / "results.csv", COLUMNS, rows)
+    monkeypatch.setattr(tables, "BENCHMARKS", tmp_path)
+    lines = tables.batch_size().splitlines()
+    assert lines[2].startswith(
+        "| 4,096 | 10.0 ms (9.00 to 12.3), 3.00 MiB | 1.50 s (1.49 to 1.61), 3.00 MiB: 150 times |"
+    )
+    assert lines[-1].endswith("A CPU, 2 threads, python 3.11.7, torch 2.6, commit abc.")

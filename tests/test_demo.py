@@ -18,6 +18,8 @@ import pytest
 pytest.importorskip("mlxtend", reason="the demo extra is not installed")
 
 import mcl_kernels
+from benchmarks.measure import read_rows
+from experiments.demo import run_seed, save
 from mcl_kernels.cli.demo import run
 from mcl_kernels.cli.demo_results import Row, Settings
 from mcl_kernels.cli.main import main
@@ -104,6 +106,20 @@ def test_a_killed_demo_resumes(tmp_path: Path) -> None:
     again = run(settings, tmp_path, display := Recorder())
     assert display.trained == ["stage 1: MCL", "stage 2: MCL"]
     assert [row.name for row in again.stages] == ["stage 0: SimCLR", "stage 1: MCL", "stage 2: MCL"]
+
+
+def test_seeds_of_the_demo_are_rows(tmp_path: Path) -> None:
+    """A finished seed is read again, and keeps the rows of the others."""
+    csv = tmp_path / "demo.csv"
+    for seed in (1, 0, 1):
+        settings = Settings(samples=256, epochs=1, stages=1, clusters=2, bits=1, seed=seed)
+        save(csv, seed, run_seed(settings, tmp_path))
+    rows = read_rows(csv)
+    names = ["ceiling: SimCLR, no bits", "stage 0: SimCLR", "all stages, concatenated"]
+    assert [(row["seed"], row["name"]) for row in rows] == [(seed, name) for seed in "01" for name in names]
+    assert all(0 <= float(row["digit_probe"]) <= 1 and row["commit"] for row in rows)
+    assert [row["pseudo_labels"] for row in rows[:3]] == ["", "1", ""]
+    assert (tmp_path / "demo-seed1").is_dir()
 
 
 @pytest.mark.slow

@@ -3,7 +3,7 @@
     python -m experiments.suppression randbits-8 simclr mcl+simclr        two methods, three seeds each
     python -m experiments.suppression randbits-8 sweep                    K, stages, clusters per batch, layer, start
     python -m experiments.suppression trifeature-64 mcl+ifm --clusters 32 another K
-    python -m experiments.suppression                                     all runs of the report: a day on 2 cores
+    python -m experiments.suppression                                     all runs of the report: 13 hours on one thread
     python -m experiments.suppression --report                            only the report, from results.csv
 
 A run that has a row in results.csv is not repeated. With --details a run is repeated unless its loss curves, sizes of
@@ -24,6 +24,7 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
+from benchmarks.conditions import IMAGES
 from experiments.suppression.groups import group_results
 from experiments.suppression.methods import METHODS
 from experiments.suppression.page import write_page
@@ -34,8 +35,7 @@ from experiments.suppression.settings import DEFAULTS, LAYERS, REGIMES, STARTS, 
 from experiments.suppression.suite import SEEDS, SUITE, runs_of
 from experiments.suppression.tables import readme_table
 
-HERE = Path(__file__).parent
-RESULTS = HERE / "results.csv"
+RESULTS = Path(__file__).with_name("results.csv")
 METHOD_FORMS = f"{', '.join(METHODS)}, alone or after {', '.join(f'{regime}+' for regime in REGIMES)}, or sweep"
 CHANGEABLE = (
     "samples", "epochs", "stages", "clusters", "clusters_per_batch", "batch_size", "temperature", "layer", "start",
@@ -70,7 +70,7 @@ def _report(options: argparse.Namespace) -> None:
         raise ValueError(f"{options.results} holds no finished run")
     print(readme_table(groups))
     if options.results == RESULTS:
-        readme_figure(groups, HERE / "suppression.png")
+        readme_figure(groups, IMAGES / "suppression.png")
     print(f"report: {write_page(groups, options.output, options.directory)}")
 
 

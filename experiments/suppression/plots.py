@@ -24,9 +24,9 @@ COLORS = ("#1b6ca8", "#d1603d", "#2e8b57", "#8e5ea2", "#c9a227")
 # Four uses of the same epochs: label, colour and marker.
 CONTROL_STYLES = {
     "simclr": ("SimCLR", REFERENCE, "o"),
-    "wide+simclr": ("SimCLR, as wide", "#a3a8b0", "s"),
-    "ensemble+simclr": ("SimCLRs, concatenated", COLORS[1], "^"),
-    "mcl+simclr": ("MCL, concatenated", COLORS[0], "D"),
+    "wide+simclr": ("SimCLR, three times as wide", "#a3a8b0", "s"),
+    "ensemble+simclr": ("three SimCLR encoders, concatenated", COLORS[1], "^"),
+    "mcl+simclr": ("three stages of MCL, concatenated", COLORS[0], "D"),
 }
 
 
@@ -115,8 +115,8 @@ def draw_against_bits(axes: Axes, by_bits: dict[int, dict[str, Group]]) -> None:
     axes.axhline(0.1, color=REFERENCE, linestyle=":", linewidth=1, label="chance")
     axes.set_xticks(sorted(by_bits))
     axes.set_ylim(0, 1.05)
-    axes.set_xlabel("bits beside each image")
-    axes.set_ylabel("linear probe of the image's class")
+    axes.set_xlabel("bits next to each image")
+    axes.set_ylabel("probe accuracy, class of the image")
     axes.legend(frameon=False, fontsize=9)
 
 
@@ -287,11 +287,12 @@ def readme_figure(groups: Groups, path: Path) -> Path:
         axes.set_xticks(range(len(features)), features)
         axes.set_ylim(0, 1.12)
         axes.set_title(data, fontsize=10)
-    panels[0].set_ylabel("linear probe, held out")
+    panels[0].set_ylabel("accuracy of a linear probe")
     if len(by_bits) > 1:
         draw_against_bits(panels[-1], by_bits)
         panels[-1].get_legend().remove()
-        panels[-1].set_title("randbits: digit", fontsize=10)
+        panels[-1].text(0.02, 0.12, "chance", color=REFERENCE, fontsize=9, transform=panels[-1].get_yaxis_transform())
+        panels[-1].set_title("digit of randbits", fontsize=10)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     for axes in figure.axes:

@@ -91,25 +91,17 @@ def overview(groups: Groups) -> list[tuple[str, list[Cell | None], float | None]
 
 
 def readme_table(groups: Groups) -> str:
-    """Markdown table: a row for each of four uses of the same epochs, a column for each of `overview_columns`."""
-    columns = overview_columns(groups)
-    rows = {
+    """Markdown table: a row for each of `overview_columns`, a column for each of four uses of the same epochs."""
+    titles = {
         "simclr": "SimCLR",
-        "wide+simclr": "SimCLR, as many dimensions",
-        "ensemble+simclr": "three SimCLRs, concatenated",
-        "mcl+simclr": "**MCL, three stages, concatenated**",
+        "wide+simclr": "SimCLR, three times as wide",
+        "ensemble+simclr": "three SimCLR encoders, concatenated",
+        "mcl+simclr": "three stages of MCL, concatenated",
     }
-    seeds = sorted({len(groups[data][name].runs) for data, _ in columns for name in rows if name in groups[data]})
-    number = " to ".join(str(n) for n in dict.fromkeys((seeds[0], seeds[-1]))) if seeds else "no"
-    lines = [
-        f"| linear probes, mean of {number} seed{'s' * (seeds != [1])} | "
-        + " | ".join(f"{data} {feature}" for data, feature in columns)
-        + " |",
-        "|---|" + "---|" * len(columns),
-    ]
-    for name, title in rows.items():
-        values = [f"{groups[data][name].probe(f).mean:.2f}" if name in groups[data] else "" for data, f in columns]
-        lines.append(f"| {title} | " + " | ".join(values) + " |")
+    lines = [f"| probe | {' | '.join(titles.values())} |", "|---|" + "---|" * len(titles)]
+    for data, feature in overview_columns(groups):
+        values = [str(groups[data][name].probe(feature)) if name in groups[data] else "" for name in titles]
+        lines.append(f"| {data}: {feature} | {' | '.join(values)} |")
     return "\n".join(lines)
 
 
