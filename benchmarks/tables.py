@@ -20,7 +20,7 @@ from benchmarks.measure import read_rows
 from benchmarks.model_tables import gpu_static, ranks, scale
 from experiments.suppression.groups import group_results
 from experiments.suppression.results import read_results
-from experiments.suppression.tables import readme_table
+from experiments.suppression.tables import probe_table
 
 BENCHMARKS, EXPERIMENTS = ROOT / "benchmarks", ROOT / "experiments"
 TABLE = re.compile(r"(?<=<!-- table: )([\w-]+)( -->\n).*?(?=<!-- end -->)", re.DOTALL)
@@ -231,7 +231,7 @@ def suppression() -> str:
         "Held-out accuracy of linear probes, mean ± standard deviation of 3 seeds. "
         f"All {len(results)} runs of the study: {hours:.1f} hours of training, on one thread each"
     )
-    return readme_table(group_results(results)) + "\n" + conditions_line(rows, note)
+    return probe_table(group_results(results)) + "\n" + conditions_line(rows, note)
 
 
 TABLES: dict[str, Callable[[], str]] = {

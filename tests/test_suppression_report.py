@@ -13,7 +13,7 @@ from experiments.suppression import plots
 from experiments.suppression.details import details_path, read_details, run_directory, write_details
 from experiments.suppression.groups import cell, group_results
 from experiments.suppression.page import write_page
-from experiments.suppression.tables import claims, overview, readme_table, sweep
+from experiments.suppression.tables import claims, overview, probe_table, sweep
 from mcl_kernels.cli.report import WRONG
 from tests.made_up_results import DIGITS, TRIFEATURE, controls, made_up, made_up_details
 
@@ -79,11 +79,11 @@ def test_claims_are_measured_and_can_fail():
     assert claims({}) == []
 
 
-def test_the_readme_table_has_the_results_of_the_runs():
+def test_the_probe_table_has_the_results_of_the_runs():
     groups = group_results(
         [*controls(), made_up("trifeature-64", "simclr", 0, {"shape": 0.9, "texture": 0.7, "color": 1.0})]
     )
-    header, _, digit, *_, color = readme_table(groups).splitlines()
+    header, _, digit, *_, color = probe_table(groups).splitlines()
     assert header.startswith("| probe | SimCLR | SimCLR, three times as wide |")
     assert digit.startswith("| randbits-8: digit | 0.100 ± 0.000 |")
     assert digit.endswith("| 0.930 ± 0.030 |")
@@ -202,14 +202,14 @@ def test_the_gallery_marks_the_agreement_of_each_feature():
     assert to_hex(axes[0].spines["top"].get_edgecolor()) == WRONG
 
 
-def test_the_readme_figure_of_other_data(tmp_path):
+def test_the_probe_figure_of_other_data(tmp_path):
     for index, runs in enumerate(
         ([made_up("dominoes", "simclr", 0, {"digit": 0.5})], [made_up("emoji-captions", "clip", 0, {"category": 0.5})])
     ):
-        assert plots.readme_figure(group_results(runs), tmp_path / f"{index}.png").stat().st_size > 1000
+        assert plots.probe_figure(group_results(runs), tmp_path / f"{index}.png").stat().st_size > 1000
 
 
-def test_the_readme_figure(tmp_path):
-    path = plots.readme_figure(group_results([*controls(), *controls("randbits-2")]), tmp_path / "figure.png")
+def test_the_probe_figure(tmp_path):
+    path = plots.probe_figure(group_results([*controls(), *controls("randbits-2")]), tmp_path / "figure.png")
     with Image.open(path) as image:
         assert image.size[0] > image.size[1] > 300

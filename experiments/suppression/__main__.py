@@ -28,12 +28,12 @@ from benchmarks.conditions import IMAGES
 from experiments.suppression.groups import group_results
 from experiments.suppression.methods import METHODS
 from experiments.suppression.page import write_page
-from experiments.suppression.plots import readme_figure
+from experiments.suppression.plots import probe_figure
 from experiments.suppression.results import read_results
 from experiments.suppression.runs import run, start_process, unfinished
 from experiments.suppression.settings import DEFAULTS, LAYERS, REGIMES, STARTS, RunSettings
 from experiments.suppression.suite import SEEDS, SUITE, runs_of
-from experiments.suppression.tables import readme_table
+from experiments.suppression.tables import probe_table
 
 RESULTS = Path(__file__).with_name("results.csv")
 METHOD_FORMS = f"{', '.join(METHODS)}, alone or after {', '.join(f'{regime}+' for regime in REGIMES)}, or sweep"
@@ -68,9 +68,9 @@ def _report(options: argparse.Namespace) -> None:
     groups = group_results(read_results(options.results))
     if not groups:
         raise ValueError(f"{options.results} holds no finished run")
-    print(readme_table(groups))
+    print(probe_table(groups))
     if options.results == RESULTS:
-        readme_figure(groups, IMAGES / "suppression.png")
+        probe_figure(groups, IMAGES / "suppression.png")
     print(f"report: {write_page(groups, options.output, options.directory)}")
 
 

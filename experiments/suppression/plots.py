@@ -265,8 +265,8 @@ def sweep(found: dict[str, list[tuple[Any, Group]]]) -> Figure:
     return figure
 
 
-def readme_figure(groups: Groups, path: Path) -> Path:
-    """Writes the README's figure: four uses of the same epochs, on two data sets and against the number of bits.
+def probe_figure(groups: Groups, path: Path) -> Path:
+    """Writes the figure of probes: four uses of the same epochs, on two data sets and against the number of bits.
 
     Results without these data sets are shown for their first data set.
     """

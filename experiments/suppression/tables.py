@@ -1,4 +1,4 @@
-"""Tables of the results: verdicts on the claims, the overview of all methods, the sweep, and the README's table."""
+"""Tables of the results: verdicts on the claims, the overview of all methods, the sweep, and the table of probes."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def overview(groups: Groups) -> list[tuple[str, list[Cell | None], float | None]
     return rows
 
 
-def readme_table(groups: Groups) -> str:
+def probe_table(groups: Groups) -> str:
     """Markdown table: a row for each of `overview_columns`, a column for each of four uses of the same epochs."""
     titles = {
         "simclr": "SimCLR",
