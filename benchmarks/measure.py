@@ -26,6 +26,7 @@ from benchmarks.peers import Contender
 from mcl_kernels.backends.table import resolve
 
 BUDGET = 3.0  # seconds for the passes of one contender
+MAX_PASSES = 200  # of one contender; a few milliseconds vary more than seconds
 CPU = torch.device("cpu")
 PRODUCT = {"cpu": 2048, "cuda": 8192}  # rows and columns of the product that defines the limit
 
@@ -187,18 +188,23 @@ def _rate(case: Case, seconds: list[float], device: torch.device) -> float:
 
 
 def _in_turns(steps: dict[str, Callable[[], object]], device: torch.device) -> dict[str, list[float]]:
-    """Seconds of each step. Slow steps are called less often, but over the same period of time."""
+    """Seconds of each step. Slow steps are called less often, but over the same period of time.
+
+    Each turn begins with another step, so that none always follows the one that leaves the caches full.
+    """
     if device.type == "cuda":
         for step in steps.values():
             step()  # compiles the kernels
     first = {name: _seconds(step, device) for name, step in steps.items()}  # warm-up, and the cost of a call
-    passes = {name: max(3 if t < 5 else 2, min(20, int(BUDGET / t))) for name, t in first.items()}
+    passes = {name: max(3 if t < 5 else 2, min(MAX_PASSES, int(BUDGET / t))) for name, t in first.items()}
     rounds = max(passes.values())
     seconds: dict[str, list[float]] = {name: [] for name in steps}
+    names = list(steps)
     for turn in range(rounds):
-        for name, step in steps.items():
+        begin = turn % len(names)
+        for name in names[begin:] + names[:begin]:
             if turn * passes[name] // rounds != (turn - 1) * passes[name] // rounds:
-                seconds[name].append(_seconds(step, device))
+                seconds[name].append(_seconds(steps[name], device))
     return seconds
 
 
