@@ -1,4 +1,5 @@
-# Every target makes its own virtual environment; only Python >= 3.10 is needed.
+# Every target makes its own virtual environment. Needed: Python >= 3.10, a C++ compiler, and a package index: torch for
+# Linux comes with CUDA, several GB, unless the index has its CPU build.
 PYTHON ?= python3
 VENV := .venv
 comma := ,

@@ -41,8 +41,8 @@ class KMeans(Saveable):
     Every iteration reads every row once. Sums over the data are fp64 and exact: the same for any number of threads and
     any chunks. Random numbers come from a separate generator, so that the same seed gives the same clusters and
     PyTorch's global random state does not change. Memory beyond the data: N labels twice, of 4 and 8 bytes; two copies
-    of the sample for the initialisation; two chunks of 64 MiB if the data is not a tensor or an array; N labels and
-    distances more if a cluster is empty.
+    of the sample for the initialisation, three for cosine; two chunks of 64 MiB if the data is not a tensor or an
+    array; N labels and distances more if a cluster is empty.
 
     With a `group`, each rank passes its shard of the rows, and all ranks fit together. The clusters are those of one
     process with the shards one after the other and the same seed, bit for bit if the ranks run the same build on the
