@@ -135,7 +135,8 @@ def _load_kept(cache: Cache, stem: str) -> bool:
 
 
 def _build(cache: Cache, sources: Path) -> Path:
-    say(f"building the native CPU kernels for torch {torch.__version__}, once, in about half a minute, into {cache.path}")
+    version = torch.__version__
+    say(f"building the native CPU kernels for torch {version}, once, in about half a minute, into {cache.path}")
     started = time.monotonic()
     library = build(sources, cache.directory)
     say(f"built in {time.monotonic() - started:.0f} s")
