@@ -122,9 +122,9 @@ def test_a_fit_is_the_same_for_any_number_of_threads(width: int, dtype: torch.dt
     x = torch.randn(70_000, width, generator=torch.Generator().manual_seed(0), dtype=dtype)
     threads, fits = torch.get_num_threads(), []
     try:
-        for count in (1, 2, 5):
+        for count in (1, 2, 3):
             torch.set_num_threads(count)
-            fits.append(KMeans(5, max_iter=4).fit(x if count != 5 else x.T.contiguous().T))
+            fits.append(KMeans(5, max_iter=2).fit(x if count != 3 else x.T.contiguous().T))
     finally:
         torch.set_num_threads(threads)
     for fit in fits[1:]:
