@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
 
 from mcl_kernels.backends import native
 from mcl_kernels.backends.table import IMPLS, TABLE, device_types
@@ -37,10 +36,11 @@ BACKENDS = [Backend("cpu", "native", name) for name in INSTRUCTION_SETS]
 BACKENDS += [Backend(DEVICES[-1], "triton")]
 BACKENDS += [Backend(device, "cuda") for device in DEVICES]  # on a CPU emulated
 BACKENDS += [Backend(device, impl) for device in DEVICES for impl in ("blockwise", "reference")]
-# Kernels that run on this CPU many times slower than elsewhere: interpreted, and emulated thread by thread.
-EMULATED = [Backend("cpu", "triton"), Backend("cpu", "cuda")]
 listed = {backend.impl for backend in BACKENDS}
 assert listed == set(IMPLS["logsumexp"]) - {"auto"}, "BACKENDS must list every backend of the operation in the table"
+# Kernels that run on this CPU many times slower than elsewhere: interpreted, and emulated thread by thread.
+EMULATED = [Backend("cpu", "triton"), Backend("cpu", "cuda")]
+EMULATED_IMPLS = [backend.impl for backend in EMULATED]
 
 
 if emulated_cuda.unavailable_reason() is None:
@@ -73,19 +73,6 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr(device_plan, "_is_built", lambda device: False)  # as most installations are
     with torch.device(backend.device) if backend.device != "cpu" else contextlib.nullcontext():
         yield backend
-
-
-EMULATED_IMPLS = [backend.impl for backend in EMULATED]
-
-
-def examples(impl: str, number: int = 40) -> settings:
-    """Returns settings of hypothesis: with `number` examples, and a few where kernels are emulated."""
-    return settings(
-        max_examples=number // 12 if impl in EMULATED_IMPLS and not torch.cuda.is_available() else number,
-        deadline=None,
-        derandomize=True,
-        suppress_health_check=[HealthCheck.function_scoped_fixture],
-    )
 
 
 # For what is composed of the operation in PyTorch, as objectives are: emulated kernels add no code path to it.

@@ -20,7 +20,8 @@ from mcl_kernels.kmeans.assign import find_nearest
 from mcl_kernels.kmeans.centers import survey_columns, unit_rows
 from mcl_kernels.kmeans.initial import _squared_distances_among
 from tests import kmeans_cases
-from tests.conftest import Backend, examples, use_instruction_set
+from tests.conftest import EMULATED, Backend, use_instruction_set
+from tests.hypothesis_settings import examples
 from tests.kmeans_cases import normal
 
 backend = kmeans_cases.backend  # a fixture
@@ -88,7 +89,7 @@ def near(smallest: Tensor, metric: str) -> Tensor:
 
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
 def test_labels_equal_those_of_fp64(backend: Backend, metric: str) -> None:
-    @examples(backend.impl, 100)
+    @examples(100, emulated=backend in EMULATED)
     @given(data(metric))
     def check(drawn: Data) -> None:
         x, centers = drawn.x.to(backend.device), drawn.centers.to(backend.device)
@@ -106,7 +107,7 @@ def test_labels_equal_those_of_fp64(backend: Backend, metric: str) -> None:
 def test_a_fit_equals_that_of_fp64(backend: Backend, metric: str) -> None:
     """One iteration on all rows or on mini-batches; then labels and inertia of the resulting centres."""
 
-    @examples(backend.impl, 60)
+    @examples(60, emulated=backend in EMULATED)
     @given(data(metric), st.sampled_from(["given", "k-means++"]), st.sampled_from([None, None, 25]))
     def check(drawn: Data, init: str, batch_size: int | None) -> None:
         x, centers = drawn.x.to(backend.device), drawn.centers.to(backend.device)

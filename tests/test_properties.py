@@ -13,7 +13,8 @@ from torch import Tensor
 
 from mcl_kernels import KMeans, compose_labels, count_negatives, masked_logsumexp, nt_xent
 from mcl_kernels.stages import pseudo_labels
-from tests.conftest import CPU_IMPLS, examples
+from tests.conftest import CPU_IMPLS, EMULATED_IMPLS
+from tests.hypothesis_settings import examples
 
 
 @st.composite
@@ -32,7 +33,7 @@ MODES = st.sampled_from(["same", "different", "all"])
 
 @pytest.mark.parametrize("impl", CPU_IMPLS)
 def test_permuting_the_batch_permutes_the_result(impl: str) -> None:
-    @examples(impl)
+    @examples(emulated=impl in EMULATED_IMPLS)
     @given(batch=batches(), negatives=MODES, random=st.randoms(use_true_random=False))
     def check(batch, negatives: str, random) -> None:  # type: ignore[no-untyped-def]
         x, labels, ids = batch
@@ -46,7 +47,7 @@ def test_permuting_the_batch_permutes_the_result(impl: str) -> None:
 
 @pytest.mark.parametrize("impl", CPU_IMPLS)
 def test_splitting_the_keys_adds_up(impl: str) -> None:
-    @examples(impl)
+    @examples(emulated=impl in EMULATED_IMPLS)
     @given(batch=batches(), negatives=MODES, split=st.floats(0, 1))
     def check(batch, negatives: str, split: float) -> None:  # type: ignore[no-untyped-def]
         x, labels, ids = batch
@@ -65,7 +66,7 @@ def test_splitting_the_keys_adds_up(impl: str) -> None:
 
 @pytest.mark.parametrize("impl", CPU_IMPLS)
 def test_a_duplicate_with_the_same_id_changes_nothing_for_its_sample(impl: str) -> None:
-    @examples(impl)
+    @examples(emulated=impl in EMULATED_IMPLS)
     @given(batch=batches())
     def check(batch) -> None:  # type: ignore[no-untyped-def]
         x, labels, _ = batch
@@ -83,7 +84,7 @@ def test_a_duplicate_with_the_same_id_changes_nothing_for_its_sample(impl: str) 
 
 @pytest.mark.parametrize("impl", CPU_IMPLS)
 def test_merging_all_clusters_gives_the_plain_loss(impl: str) -> None:
-    @examples(impl)
+    @examples(emulated=impl in EMULATED_IMPLS)
     @given(batch=batches())
     def check(batch) -> None:  # type: ignore[no-untyped-def]
         x, labels, ids = batch
@@ -95,7 +96,7 @@ def test_merging_all_clusters_gives_the_plain_loss(impl: str) -> None:
 
 @pytest.mark.parametrize("impl", CPU_IMPLS)
 def test_bidirectional_is_both_single_directions(impl: str) -> None:
-    @examples(impl)
+    @examples(emulated=impl in EMULATED_IMPLS)
     @given(batch=batches(), negatives=MODES)
     def check(batch, negatives: str) -> None:  # type: ignore[no-untyped-def]
         x, labels, ids = batch
@@ -114,7 +115,7 @@ def test_bidirectional_is_both_single_directions(impl: str) -> None:
     check()
 
 
-@examples("native")
+@examples()
 @given(batch=batches(), negatives=MODES)
 def test_the_count_is_the_log_sum_exp_of_zeros(batch, negatives: str) -> None:  # type: ignore[no-untyped-def]
     x, labels, ids = batch
@@ -123,7 +124,7 @@ def test_the_count_is_the_log_sum_exp_of_zeros(batch, negatives: str) -> None:  
     torch.testing.assert_close(lse.exp(), count.double())
 
 
-@examples("native")
+@examples()
 @given(
     n=st.integers(1, 60), k=st.integers(1, 12), d=st.integers(1, 4), seed=st.integers(0, 99),
     metric=st.sampled_from(["euclidean", "cosine"]), init=st.sampled_from(["random", "k-means++"]),
@@ -142,7 +143,7 @@ def test_inertia_never_rises(n: int, k: int, d: int, seed: int, metric: str, ini
     assert kmeans.labels_.unique().tolist() == list(range(len(kmeans.cluster_centers_)))
 
 
-@examples("native")
+@examples()
 @given(columns=st.lists(st.tuples(st.integers(-1, 3), st.integers(-1, 3), st.integers(-1, 3)), max_size=40))
 def test_composed_labels_rank_the_tuples(columns: list[tuple[int, int, int]]) -> None:
     first, second, third = torch.tensor(columns, dtype=torch.long).reshape(-1, 3).unbind(1)
@@ -158,7 +159,7 @@ IDS = st.one_of(st.integers(-2, 4), st.integers(0, 10**6), st.integers(2**62, 2*
 
 @pytest.mark.parametrize("chunk", [1, 7, 1 << 20])
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-@examples("native")
+@examples()
 @given(pairs=st.lists(st.tuples(IDS, IDS), max_size=40))
 def test_composed_pairs_are_those_of_a_sort(dtype: torch.dtype, chunk: int, pairs: list[tuple[int, int]]) -> None:
     both = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2)
