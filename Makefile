@@ -16,13 +16,19 @@ QUICK := not (triton or cuda or blockwise or faiss or avx512 or avx2 or portable
 SANITIZED := $(addprefix tests/test_,device_plan.py logsumexp.py kmeans.py kmeans_passes.py)
 SANITIZE = PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1
 
-.PHONY: demo quick fix test sanitize test-oldest test-integrations lint types docs docs-serve bench suppression gpu clean
+.PHONY: demo quick fix test test-slow sanitize test-oldest test-integrations lint types docs docs-serve bench suppression gpu clean
 
 demo: $(VENV)/installed-demo
 	$(VENV)/bin/mcl-kernels demo $(DEMO_FLAGS)
 
+# Worksteal: neighbours of a file run in one process, which starts their ranks and builds their programs once.
+PYTEST := -m pytest -n logical --dist worksteal
+
 test: $(VENV)/installed-test
-	$(VENV)/bin/python -m pytest -n logical --ignore tests/integrations
+	$(VENV)/bin/python $(PYTEST) -m 'not slow' --ignore tests/integrations
+
+test-slow: $(VENV)/installed-test
+	$(VENV)/bin/python $(PYTEST) -m slow --ignore tests/integrations
 
 # Fast tests for while you work: native and reference kernels, one instruction set, no slow tests; under 90 s on two cores.
 quick: $(VENV)/installed-test
@@ -44,15 +50,18 @@ sanitize: build/sanitized-address,undefined build/sanitized-thread build/sanitiz
 build/sanitized-%: $(wildcard csrc/*.h csrc/*/* tests/cuda_on_cpu/*) tests/sanitized_kernels.cpp tests/sanitized_cuda.cpp mcl_kernels/backends/native_build.py | $(VENV)/installed-test
 	$(VENV)/bin/python -m tests.build_sanitized '$*' $@
 
-# With the lower bounds of pyproject.toml, the oldest releases that `pip install mcl-kernels` accepts. Slow tests, and tests
-# that do not depend on the version of torch, are left out.
+NO_TORCH := $(addprefix tests/test_,benchmarks.py cli.py demo.py docs.py durable.py gpu_static.py native_cache.py native_failures.py output_files.py package.py run_lock.py) $(wildcard tests/test_suppression_*.py)
+
+# With the lower bounds of pyproject.toml, the oldest releases that `pip install mcl-kernels` accepts. Left out are slow tests,
+# files whose subject is not torch (commands, files, builds, experiments), and kernels that are the same code with every
+# torch: emulated CUDA, and all instruction sets but the newest.
 test-oldest: $(OLDEST)/installed
-	$(OLDEST)/bin/python -m pytest -n logical -m 'not slow' $(addprefix --ignore tests/,test_benchmarks.py test_demo.py test_docs.py test_package.py integrations)
+	$(OLDEST)/bin/python $(PYTEST) -m 'not slow' -k 'not (cuda or avx2 or portable)' --ignore tests/integrations $(addprefix --ignore ,$(NO_TORCH))
 
 # With the host libraries, and the newest torch that has a torchvision. It is a build with CUDA, against which the kernels
 # in CUDA C++ are linked if there is an nvcc.
 test-integrations: $(INTEGRATIONS)/installed
-	$(INTEGRATIONS)/bin/python -m pytest -n logical tests/integrations mcl_kernels/integrations
+	$(INTEGRATIONS)/bin/python $(PYTEST) tests/integrations mcl_kernels/integrations
 
 lint: $(VENV)/installed-test
 	$(VENV)/bin/ruff check .

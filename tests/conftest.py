@@ -38,6 +38,9 @@ BACKENDS += [Backend(device, "cuda") for device in DEVICES]  # on a CPU emulated
 BACKENDS += [Backend(device, impl) for device in DEVICES for impl in ("blockwise", "reference")]
 listed = {backend.impl for backend in BACKENDS}
 assert listed == set(IMPLS["logsumexp"]) - {"auto"}, "BACKENDS must list every backend of the operation in the table"
+# Kernels that run on this CPU many times slower than elsewhere: interpreted, and emulated thread by thread.
+EMULATED = [Backend("cpu", "triton"), Backend("cpu", "cuda")]
+EMULATED_IMPLS = [backend.impl for backend in EMULATED]
 
 
 if emulated_cuda.unavailable_reason() is None:
@@ -72,9 +75,8 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         yield backend
 
 
-def is_slow(backend: Backend) -> bool:
-    """Returns whether a backend is interpreted: too slow to check gradients element by element."""
-    return backend == Backend("cpu", "triton")
+# For what is composed of the operation in PyTorch, as objectives are: emulated kernels add no code path to it.
+composed = pytest.mark.parametrize("backend", [x for x in BACKENDS if x not in EMULATED], ids=str, indirect=True)
 
 
 def use_instruction_set(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,9 +91,9 @@ def use_instruction_set(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.skip(str(error))
 
 
-@pytest.fixture(scope="module", params=[2, 4], ids=lambda n: f"{n} ranks")
+@pytest.fixture(scope="session", params=[2, 4], ids=lambda n: f"{n} ranks")
 def ranks(request: pytest.FixtureRequest) -> Iterator[RankPool]:
-    """Processes that communicate over gloo, kept for a module."""
+    """Processes that communicate over gloo, kept for all modules: they take seconds to start."""
     with RankPool(request.param) as pool:
         yield pool
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mcl_kernels.backends.table import IMPLS
-from tests.conftest import DEVICES, Backend, unavailable_reason, use_instruction_set
+from tests.conftest import DEVICES, EMULATED, Backend, unavailable_reason, use_instruction_set
 
 BACKENDS = [
     *(Backend("cpu", "native", name) for name in ("avx512", "avx2", "portable")),
@@ -16,6 +16,8 @@ BACKENDS = [
     *(Backend(device, "reference") for device in DEVICES),
     Backend("cpu", "faiss"),
 ]
+# For fits, which are composed of passes: tests of passes cover emulated kernels.
+composed = pytest.mark.parametrize("backend", [x for x in BACKENDS if x not in EMULATED], ids=str, indirect=True)
 listed = {backend.impl for backend in BACKENDS}
 assert listed == set(IMPLS["kmeans"]) - {"auto"}, "BACKENDS must list every backend of k-means in the table"
 

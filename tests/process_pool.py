@@ -1,4 +1,4 @@
-"""A pool of processes that communicate over gloo; since they take seconds to start, the tests of a module share one."""
+"""A pool of processes that communicate over gloo; since they take seconds to start, all tests share one."""
 
 from __future__ import annotations
 

@@ -61,6 +61,7 @@ def test_a_barrier_that_is_left_out_is_detected(sanitized: Path, barrier: str) -
     assert "ThreadSanitizer" in result.stderr or "WRONG" in result.stdout, result.stderr
 
 
+@pytest.mark.slow
 @needs_emulation
 def test_bfloat16_before_its_tensor_cores(tmp_path: Path) -> None:
     """On sm_75 it is multiplied by fused multiply-adds, which the emulated library does not choose."""

@@ -14,6 +14,7 @@ from mcl_kernels.logsumexp import device_plan
 from mcl_kernels.logsumexp import pairs as pairs_module
 from mcl_kernels.logsumexp.pairs import NEGATIVES, Pairs
 from tests.conftest import DEVICES, Backend, unavailable_reason
+from tests.hypothesis_settings import examples
 
 
 @pytest.fixture(scope="module", params=[Backend(device, "cuda") for device in DEVICES], ids=str)
@@ -61,6 +62,7 @@ def test_the_plan_equals_that_of_torch(device: str, n: int, m: int | None, ident
     assert_same_plan(n, m, make_pairs(n, m, negatives, "labels" in identities, "ids" in identities), device)
 
 
+@examples()
 @given(
     labels=st.lists(st.integers(-2, 4), max_size=40),
     key_labels=st.lists(st.integers(-2, 4), max_size=40),

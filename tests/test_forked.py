@@ -92,9 +92,6 @@ class Items(torch.utils.data.Dataset):
     def __len__(self): return len(CALLS)
     def __getitem__(self, index): return [z.detach().clone() for z in list(CALLS.values())[index]()]
 
-expected = {name: call() for name, call in CALLS.items()}
-torch.set_num_threads(2)
-x.exp()
 warnings.filterwarnings("error", "mcl_kernels: this process was forked")  # a worker has one thread already
 options = {"num_workers": 1, "multiprocessing_context": context, "timeout": 60}
 loader = torch.utils.data.DataLoader(Items(), batch_size=None, **options)
@@ -112,14 +109,10 @@ def output(code: str, impl: str) -> str:
     return result.stdout.strip()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", IMPLS)
-def test_a_forked_child_computes_what_its_parent_does(impl: str) -> None:
-    assert output(IN_CHILDREN, impl) == "{}"
-
-
-@pytest.mark.parametrize("impl", IMPLS)
-def test_a_forked_worker_of_a_data_loader_computes_what_its_parent_does(impl: str) -> None:
-    assert output(IN_A_WORKER, impl) == "[]"
+def test_forked_children_and_workers_of_a_data_loader_compute_what_their_parent_does(impl: str) -> None:
+    assert output(IN_CHILDREN + IN_A_WORKER, impl) == "{}\n[]"
 
 
 def test_a_number_of_threads_set_in_a_forked_child_is_kept() -> None:

@@ -169,6 +169,7 @@ def fail_on_last_rank(how: str) -> None:
         ("killed", 5.0, ("RuntimeError|DistBackendError", "the process ended")),
     ],
 )
+@pytest.mark.slow
 def test_a_rank_that_fails_ends_the_others(how: str, timeout: float, errors: tuple[str, str]) -> None:
     with RankPool(2, timeout=timeout) as pool:
         pool.run(time.time)

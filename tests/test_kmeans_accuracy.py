@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -20,7 +20,8 @@ from mcl_kernels.kmeans.assign import find_nearest
 from mcl_kernels.kmeans.centers import survey_columns, unit_rows
 from mcl_kernels.kmeans.initial import _squared_distances_among
 from tests import kmeans_cases
-from tests.conftest import Backend, is_slow, use_instruction_set
+from tests.conftest import EMULATED, Backend, use_instruction_set
+from tests.hypothesis_settings import examples
 from tests.kmeans_cases import normal
 
 backend = kmeans_cases.backend  # a fixture
@@ -86,18 +87,9 @@ def near(smallest: Tensor, metric: str) -> Tensor:
     return smallest * (1 + 1e-9) + (1e-14 * smallest.sqrt() + 1e-30 if metric == "cosine" else 0.0)
 
 
-def examples(backend: Backend, number: int) -> settings:
-    return settings(
-        max_examples=number // 5 if is_slow(backend) or backend.impl == "cuda" else number,
-        deadline=None,
-        suppress_health_check=[HealthCheck.function_scoped_fixture],
-        derandomize=True,
-    )
-
-
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
 def test_labels_equal_those_of_fp64(backend: Backend, metric: str) -> None:
-    @examples(backend, 100)
+    @examples(100, emulated=backend in EMULATED)
     @given(data(metric))
     def check(drawn: Data) -> None:
         x, centers = drawn.x.to(backend.device), drawn.centers.to(backend.device)
@@ -115,7 +107,7 @@ def test_labels_equal_those_of_fp64(backend: Backend, metric: str) -> None:
 def test_a_fit_equals_that_of_fp64(backend: Backend, metric: str) -> None:
     """One iteration on all rows or on mini-batches; then labels and inertia of the resulting centres."""
 
-    @examples(backend, 60)
+    @examples(60, emulated=backend in EMULATED)
     @given(data(metric), st.sampled_from(["given", "k-means++"]), st.sampled_from([None, None, 25]))
     def check(drawn: Data, init: str, batch_size: int | None) -> None:
         x, centers = drawn.x.to(backend.device), drawn.centers.to(backend.device)

@@ -12,7 +12,7 @@ from mcl_kernels.kmeans.assign import find_nearest, load_implementation
 from mcl_kernels.kmeans.centers import Summary, prepare, summarize, survey_columns
 from mcl_kernels.kmeans.triton import tile_table
 from tests import kmeans_cases
-from tests.conftest import Backend, is_slow, unavailable_reason
+from tests.conftest import EMULATED, Backend, unavailable_reason
 from tests.kmeans_cases import blobs, normal
 
 backend, device, impl = kmeans_cases.backend, kmeans_cases.device, kmeans_cases.impl
@@ -29,7 +29,7 @@ def test_a_row_gets_the_same_label_in_any_batch(backend: Backend, metric: str) -
     # Random directions and many clusters give near-ties, which another rounding would decide otherwise.
     if backend.impl == "faiss":
         pytest.skip("labels of near-ties depend on the rows around")
-    x, slow = normal(3000, 48, backend.device), is_slow(backend)
+    x, slow = normal(3000, 48, backend.device), backend in EMULATED
     kmeans = KMeans(20 if slow else 200, metric=metric, max_iter=3, impl=backend.impl).fit(x)
     for size in (1, 7, 256, 1025):
         n_rows = min(20 * size if slow or size == 1 else 3000, 3000)
@@ -118,7 +118,7 @@ def check_pass(backend: Backend, x: Tensor, k: int, metric: str) -> None:
 def test_one_pass(
     backend: Backend, poisoned_memory: None, metric: str, n: int, d: int, k: int, dtype: torch.dtype
 ) -> None:
-    if is_slow(backend):  # fewer centres; in one case still more than a tile
+    if backend in EMULATED:  # fewer centres; in one case still more than a tile
         n, k = min(n, 2100), min(k, 270 if (metric, dtype) == ("euclidean", torch.float32) else 40)
     check_pass(backend, (normal(n, 2 * d, backend.device) + 3).to(dtype)[:, ::2], k, metric)
 
@@ -156,7 +156,7 @@ def test_sums_are_the_same_in_any_order(backend: Backend, metric: str, k: int) -
     """The order of rows, the number of threads and the chunks change no bit."""
     if backend.impl == "faiss":
         pytest.skip("labels of near-ties depend on the rows around")
-    n = 2500 if is_slow(backend) else 5000
+    n = 2500 if backend in EMULATED else 5000
     x = normal(n, 37, backend.device).exp()
     centers = prepare(x[:k], metric, summary_of(x, metric, n))
 
@@ -166,13 +166,13 @@ def test_sums_are_the_same_in_any_order(backend: Backend, metric: str, k: int) -
     labels, distances, sums, counts = run(x)
     threads = torch.get_num_threads()
     try:
-        for count in (1,) if is_slow(backend) else (1, 2, 5):
+        for count in (1,) if backend in EMULATED else (1, 2, 5):
             torch.set_num_threads(count)
             assert all(map(torch.equal, run(x), (labels, distances, sums, counts)))
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(run(x.flip(0))[2], sums)
-    parts = [run(part) for part in x.split(1300 if is_slow(backend) else 700)]
+    parts = [run(part) for part in x.split(1300 if backend in EMULATED else 700)]
     assert torch.equal(sum(part[2] for part in parts), sums)
     assert torch.equal(torch.cat([part[0] for part in parts]), labels)
     assert torch.equal(torch.cat([part[1] for part in parts]), distances)

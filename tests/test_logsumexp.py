@@ -9,7 +9,7 @@ from torch import Tensor
 from mcl_kernels import count_negatives, masked_logsumexp
 from tests.accuracy import assert_accurate, relative_error
 from tests.cases import Case, make_case
-from tests.conftest import Backend
+from tests.conftest import EMULATED, Backend
 from tests.oracles import negatives_of
 
 # 0 to 3 rows: no tile, no pair, one pair. 70: below a tile. 300 and 530: tiles that are full and ragged.
@@ -17,6 +17,8 @@ SELF_SHAPES = [("self", n, None) for n in (0, 1, 2, 3, 70, 530)]
 SHAPES = SELF_SHAPES + [(form, n, m) for form in ("rows", "both") for n, m in ((0, 5), (5, 0), (1, 1), (300, 530))]
 # 1 and 3: shorter than a vector; 17, 200 and 1000: ragged; 64 to 4096: sizes that models use.
 FEATURES = [1, 3, 17, 64, 96, 200, 512, 768, 1000, 1152, 4096]
+# On GPUs widths differ in the padding of a tile, and in the number of parts of a row: 1152 has several.
+GPU_FEATURES = [3, 64, 200, 1152]
 FORMS = ["self", "rows", "both"]
 
 
@@ -76,13 +78,16 @@ def test_one_row_and_one_column_beyond_a_tile(backend: Backend, poisoned_memory:
 @pytest.mark.parametrize("form", FORMS)
 def test_clusters_of_many_tiles(backend: Backend, form: str, n_clusters: int | None) -> None:
     """A cluster that many threads share, and several that are computed by one thread each."""
-    case = make_case(2700, None if form == "self" else 2000, 24, n_clusters=n_clusters, device=backend.device)
+    n, m = (700, 600) if backend in EMULATED else (2700, 2000)
+    case = make_case(n, None if form == "self" else m, 24, n_clusters=n_clusters, device=backend.device)
     check(case, 5.0, backend, bidirectional=form == "both")
 
 
 @pytest.mark.parametrize("d", FEATURES)
 @pytest.mark.parametrize("form", FORMS)
 def test_features(backend: Backend, poisoned_memory: None, d: int, form: str) -> None:
+    if backend in EMULATED and d not in GPU_FEATURES:
+        pytest.skip("takes the same path as another width")
     case = make_case(70, None if form == "self" else 90, d, device=backend.device)
     check(case, 10.0, backend, bidirectional=form == "both")
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mcl_kernels import clip_loss, masked_info_nce, objectives
 from tests.cases import OBJECTIVES
-from tests.conftest import Backend, is_slow
+from tests.conftest import Backend, composed
 from tests.loss_cases import LOSSES, pair
 
 
@@ -42,6 +42,7 @@ def test_the_positive_is_computed_from_the_rounded_rows(backend: Backend) -> Non
     torch.testing.assert_close(got, torch.tensor(0.0), rtol=0, atol=2e-5)
 
 
+@composed
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("loss", LOSSES)
 def test_temperature_gradient(backend: Backend, loss: str, objective: objectives.ObjectiveLike) -> None:
@@ -59,9 +60,10 @@ def test_temperature_gradient(backend: Backend, loss: str, objective: objectives
     if n is not None:
         temperatures.append(torch.linspace(0.1, 0.8, n, dtype=torch.float64).requires_grad_())
     for temperature in temperatures:
-        assert torch.autograd.gradcheck(function, (temperature,), fast_mode=is_slow(backend))
+        assert torch.autograd.gradcheck(function, (temperature,))
 
 
+@composed
 @pytest.mark.parametrize("n", [1, 2, 12])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_a_temperature_of_shape_1_is_a_scalar(backend: Backend, loss: str, n: int) -> None:
@@ -79,6 +81,7 @@ def test_a_temperature_of_shape_1_is_a_scalar(backend: Backend, loss: str, n: in
     assert torch.equal(grad_x, grad_x_1)
 
 
+@composed
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("loss", LOSSES)
 def test_embedding_gradient_with_a_lonely_anchor(
@@ -88,9 +91,10 @@ def test_embedding_gradient_with_a_lonely_anchor(
     labels = torch.tensor([0, 0, 4, 0, 0])
     options = {"objective": objective, "reduction": "none", "impl": backend.impl}
     function = functools.partial(LOSSES[loss], labels=labels, **options)
-    assert torch.autograd.gradcheck(function, (x, y), fast_mode=is_slow(backend))
+    assert torch.autograd.gradcheck(function, (x, y))
 
 
+@composed
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_clip_is_both_directions_with_labels_of_their_own(
     backend: Backend, objective: objectives.ObjectiveLike

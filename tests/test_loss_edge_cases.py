@@ -11,10 +11,11 @@ from mcl_kernels import clip_loss, nt_xent, objectives
 from tests import oracles
 from tests.accuracy import assert_accurate
 from tests.cases import OBJECTIVES
-from tests.conftest import Backend
+from tests.conftest import Backend, composed
 from tests.loss_cases import LOSSES, pair
 
 
+@composed
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("loss", LOSSES)
 def test_every_sample_its_own_cluster(backend: Backend, loss: str, objective: objectives.ObjectiveLike) -> None:
@@ -28,6 +29,7 @@ def test_every_sample_its_own_cluster(backend: Backend, loss: str, objective: ob
         assert (leaf.grad == 0).all()
 
 
+@composed
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("label", [7, -1])
@@ -57,6 +59,7 @@ def test_lonely_anchors_leave_the_others_alone(backend: Backend, loss: str) -> N
     torch.testing.assert_close(each.view(-1, 12)[:, others].flatten(), alone)
 
 
+@composed
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("loss", LOSSES)
 def test_one_cluster_is_the_plain_loss(backend: Backend, loss: str, objective: objectives.ObjectiveLike) -> None:
@@ -81,6 +84,7 @@ def test_bad_embeddings_never_give_a_finite_loss(
     assert not LOSSES[loss](x, y, labels, normalize=normalize, impl=backend.impl).isfinite()
 
 
+@composed
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("loss", LOSSES)
 def test_zero_rows_under_normalize(backend: Backend, loss: str, dtype: torch.dtype) -> None:
@@ -104,6 +108,7 @@ def unit_and_norm(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return scaled / norm, largest, norm
 
 
+@composed
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("loss", LOSSES)
 def test_rows_of_any_length_under_normalize(backend: Backend, loss: str, dtype: torch.dtype) -> None:
@@ -159,6 +164,7 @@ def test_logit_scale_100_in_bfloat16(backend: Backend) -> None:
     torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-6)
 
 
+@composed
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_exponentials_beyond_fp32(backend: Backend, objective: objectives.ObjectiveLike) -> None:
     x, y = (z.requires_grad_() for z in pair(12))
@@ -181,6 +187,7 @@ def test_duplicates_are_negatives_unless_they_share_an_id(backend: Backend) -> N
     torch.testing.assert_close(shared, decoupled + torch.log(torch.tensor(2.0)))
 
 
+@composed
 @pytest.mark.parametrize("layout", ["rows", "sliced rows", "every other column"])
 @pytest.mark.parametrize("d", [3, 16, 17, 200])
 @pytest.mark.parametrize("loss", LOSSES)

@@ -10,7 +10,7 @@ from torch import Tensor
 from mcl_kernels import clip_loss, masked_info_nce, nt_xent, objectives
 from tests import oracles
 from tests.cases import OBJECTIVES
-from tests.conftest import Backend
+from tests.conftest import Backend, composed
 from tests.loss_cases import LOSSES, pair
 
 
@@ -161,6 +161,7 @@ def test_reductions(backend: Backend, loss: str) -> None:
     torch.testing.assert_close(LOSSES[loss](x, y, labels, reduction="mean", impl=backend.impl), each.sum() / len(each))
 
 
+@composed
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("n", [0, 1, 2, 3])

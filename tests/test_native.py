@@ -112,6 +112,7 @@ def test_in_a_forked_child() -> None:
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="finds the OpenMP runtime of torch as Linux shows it")
 def test_in_a_nested_parallel_region() -> None:
     """Both threads of an OpenMP region compute, each alone, the same bits, and start no further threads."""
@@ -134,15 +135,15 @@ def test_in_a_nested_parallel_region() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("context", ["fork", "spawn"])
-def test_in_a_data_loader_worker(context: str, tmp_path: Path) -> None:
+def test_in_a_spawned_data_loader_worker(tmp_path: Path) -> None:
+    """`tests/test_forked.py` has forked ones."""
     script = tmp_path / "loader.py"
     script.write_text(
         LOSS + "class Losses(torch.utils.data.Dataset):\n"
         "    def __len__(self): return 4\n"
         "    def __getitem__(self, index): return gradient()\n"
         "if __name__ == '__main__':\n"
-        f"    loader = torch.utils.data.DataLoader(Losses(), num_workers=2, multiprocessing_context={context!r})\n"
+        "    loader = torch.utils.data.DataLoader(Losses(), num_workers=2, multiprocessing_context='spawn')\n"
         "    assert all(torch.equal(batch[0], expected) for batch in loader)\n"
     )
     command = [sys.executable, str(script)]
@@ -150,6 +151,7 @@ def test_in_a_data_loader_worker(context: str, tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs the peak memory of Linux")
 @pytest.mark.parametrize(("function", "max_ratio"), [("masked_logsumexp", 3.0), ("nt_xent", 5.0)])
 def test_peak_memory(function: str, max_ratio: float) -> None:

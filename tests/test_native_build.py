@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -278,20 +279,31 @@ def test_the_description_has_the_instruction_set(monkeypatch: pytest.MonkeyPatch
     assert torch.ops.mcl_kernels_native.instruction_set() in native.describe()[1]
 
 
-@pytest.mark.slow
-def test_two_processes_build_it_once(tmp_path: Path) -> None:
-    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
-    both = [
-        subprocess.Popen([sys.executable, "-c", USE], env=environment, stdout=-1, stderr=-1, text=True)
-        for _ in range(2)
-    ]
-    outputs = [process.communicate(timeout=240) for process in both]
-    assert [process.returncode for process in both] == [0, 0], outputs
-    assert outputs[0][0] == outputs[1][0]
-    notices = "".join(error for _, error in outputs)
+def test_two_processes_build_it_once(site: BuildSite) -> None:
+    started, may_go_on = site.root / "started", site.root / "may_go_on"
+    site.compiler(command=f"touch {started}; while [ ! -e {may_go_on} ]; do sleep 0.05; done")
+    code = (
+        "import sys; from pathlib import Path; from mcl_kernels.backends import native\n"
+        "native.source_directory = lambda: Path(sys.argv[1]); native._find_or_build()"
+    )
+
+    def start() -> subprocess.Popen[str]:
+        return subprocess.Popen([sys.executable, "-c", code, str(site.sources)], stderr=subprocess.PIPE, text=True)
+
+    first = start()
+    while not started.exists():
+        assert first.poll() is None
+        time.sleep(0.05)
+    second = start()
+    notices = second.stderr.readline()
+    assert "waiting for another process" in notices
+    may_go_on.touch()
+    notices += "".join(process.communicate(timeout=120)[1] for process in (first, second))
+    assert [first.returncode, second.returncode] == [0, 0], notices
     for notice in ("building the native CPU kernels", "built in", "waiting for another process"):
         assert notices.count(notice) == 1
-    (library,) = (tmp_path / "mcl_kernels").glob("*.so")
-    again = subprocess.run([sys.executable, "-c", USE], env=environment, capture_output=True, text=True, check=True)
-    assert again.stderr == ""
-    assert [path.suffix for path in library.parent.iterdir() if path != library] == [".lock"]
+    calls = site.times_called()
+    with start() as third:
+        assert third.communicate(timeout=120)[1] == ""
+    assert site.times_called() == calls == 2
+    assert sorted(path.suffix for path in site.cache.iterdir()) == [".lock", ".so"]

@@ -8,15 +8,13 @@ from typing import Any
 import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from torch import Tensor
 
 from mcl_kernels import KMeans, compose_labels, count_negatives, masked_logsumexp, nt_xent
 from mcl_kernels.stages import pseudo_labels
-from tests.conftest import CPU_IMPLS
-
-settings.register_profile("mcl_kernels", deadline=None, max_examples=40, derandomize=True)
-settings.load_profile("mcl_kernels")
+from tests.conftest import CPU_IMPLS, EMULATED_IMPLS
+from tests.hypothesis_settings import examples
 
 
 @st.composite
@@ -34,67 +32,90 @@ MODES = st.sampled_from(["same", "different", "all"])
 
 
 @pytest.mark.parametrize("impl", CPU_IMPLS)
-@given(batch=batches(), negatives=MODES, random=st.randoms(use_true_random=False))
-def test_permuting_the_batch_permutes_the_result(impl: str, batch, negatives: str, random) -> None:  # type: ignore[no-untyped-def]
-    x, labels, ids = batch
-    order = torch.tensor(random.sample(range(len(x)), len(x)), dtype=torch.long)
-    lse = masked_logsumexp(x, labels=labels, ids=ids, negatives=negatives, impl=impl)
-    permuted = masked_logsumexp(x[order], labels=labels[order], ids=ids[order], negatives=negatives, impl=impl)
-    torch.testing.assert_close(permuted, lse[order])
+def test_permuting_the_batch_permutes_the_result(impl: str) -> None:
+    @examples(emulated=impl in EMULATED_IMPLS)
+    @given(batch=batches(), negatives=MODES, random=st.randoms(use_true_random=False))
+    def check(batch, negatives: str, random) -> None:  # type: ignore[no-untyped-def]
+        x, labels, ids = batch
+        order = torch.tensor(random.sample(range(len(x)), len(x)), dtype=torch.long)
+        lse = masked_logsumexp(x, labels=labels, ids=ids, negatives=negatives, impl=impl)
+        permuted = masked_logsumexp(x[order], labels=labels[order], ids=ids[order], negatives=negatives, impl=impl)
+        torch.testing.assert_close(permuted, lse[order])
+
+    check()
 
 
 @pytest.mark.parametrize("impl", CPU_IMPLS)
-@given(batch=batches(), negatives=MODES, split=st.floats(0, 1))
-def test_splitting_the_keys_adds_up(impl: str, batch, negatives: str, split: float) -> None:  # type: ignore[no-untyped-def]
-    x, labels, ids = batch
-    cut = int(split * len(x))
+def test_splitting_the_keys_adds_up(impl: str) -> None:
+    @examples(emulated=impl in EMULATED_IMPLS)
+    @given(batch=batches(), negatives=MODES, split=st.floats(0, 1))
+    def check(batch, negatives: str, split: float) -> None:  # type: ignore[no-untyped-def]
+        x, labels, ids = batch
+        cut = int(split * len(x))
 
-    def lse(keys: slice) -> Tensor:
-        return masked_logsumexp(
-            x, x[keys], labels, labels[keys], ids=ids, key_ids=ids[keys], negatives=negatives, impl=impl
+        def lse(keys: slice) -> Tensor:
+            return masked_logsumexp(
+                x, x[keys], labels, labels[keys], ids=ids, key_ids=ids[keys], negatives=negatives, impl=impl
+            )
+
+        all_keys, parts = lse(slice(None)), (lse(slice(cut)), lse(slice(cut, None)))
+        torch.testing.assert_close(torch.logaddexp(*parts), all_keys)
+
+    check()
+
+
+@pytest.mark.parametrize("impl", CPU_IMPLS)
+def test_a_duplicate_with_the_same_id_changes_nothing_for_its_sample(impl: str) -> None:
+    @examples(emulated=impl in EMULATED_IMPLS)
+    @given(batch=batches())
+    def check(batch) -> None:  # type: ignore[no-untyped-def]
+        x, labels, _ = batch
+        if len(x) == 0:
+            return
+        ids = torch.arange(len(x))
+        lse = masked_logsumexp(x, labels=labels, ids=ids, impl=impl)
+        with_copy = masked_logsumexp(
+            torch.cat((x, x[:1])), labels=torch.cat((labels, labels[:1])), ids=torch.cat((ids, ids[:1])), impl=impl
+        )
+        torch.testing.assert_close(with_copy[[0, -1]], lse[[0, 0]])
+
+    check()
+
+
+@pytest.mark.parametrize("impl", CPU_IMPLS)
+def test_merging_all_clusters_gives_the_plain_loss(impl: str) -> None:
+    @examples(emulated=impl in EMULATED_IMPLS)
+    @given(batch=batches())
+    def check(batch) -> None:  # type: ignore[no-untyped-def]
+        x, labels, ids = batch
+        merged = nt_xent(x, x + 1, torch.zeros_like(labels), ids=ids, impl=impl)
+        torch.testing.assert_close(merged, nt_xent(x, x + 1, ids=ids, impl=impl))
+
+    check()
+
+
+@pytest.mark.parametrize("impl", CPU_IMPLS)
+def test_bidirectional_is_both_single_directions(impl: str) -> None:
+    @examples(emulated=impl in EMULATED_IMPLS)
+    @given(batch=batches(), negatives=MODES)
+    def check(batch, negatives: str) -> None:  # type: ignore[no-untyped-def]
+        x, labels, ids = batch
+        key, key_labels, key_ids = x[::2] + 1, labels[::2].flip(0), ids[::2]
+        options = {"negatives": negatives, "impl": impl}
+        rows, columns = masked_logsumexp(
+            x, key, labels, key_labels, ids=ids, key_ids=key_ids, bidirectional=True, **options
+        )
+        torch.testing.assert_close(
+            rows, masked_logsumexp(x, key, labels, key_labels, ids=ids, key_ids=key_ids, **options)
+        )
+        torch.testing.assert_close(
+            columns, masked_logsumexp(key, x, key_labels, labels, ids=key_ids, key_ids=ids, **options)
         )
 
-    all_keys, parts = lse(slice(None)), (lse(slice(cut)), lse(slice(cut, None)))
-    torch.testing.assert_close(torch.logaddexp(*parts), all_keys)
+    check()
 
 
-@pytest.mark.parametrize("impl", CPU_IMPLS)
-@given(batch=batches())
-def test_a_duplicate_with_the_same_id_changes_nothing_for_its_sample(impl: str, batch) -> None:  # type: ignore[no-untyped-def]
-    x, labels, _ = batch
-    if len(x) == 0:
-        return
-    ids = torch.arange(len(x))
-    lse = masked_logsumexp(x, labels=labels, ids=ids, impl=impl)
-    with_copy = masked_logsumexp(
-        torch.cat((x, x[:1])), labels=torch.cat((labels, labels[:1])), ids=torch.cat((ids, ids[:1])), impl=impl
-    )
-    torch.testing.assert_close(with_copy[[0, -1]], lse[[0, 0]])
-
-
-@pytest.mark.parametrize("impl", CPU_IMPLS)
-@given(batch=batches())
-def test_merging_all_clusters_gives_the_plain_loss(impl: str, batch) -> None:  # type: ignore[no-untyped-def]
-    x, labels, ids = batch
-    merged = nt_xent(x, x + 1, torch.zeros_like(labels), ids=ids, impl=impl)
-    torch.testing.assert_close(merged, nt_xent(x, x + 1, ids=ids, impl=impl))
-
-
-@pytest.mark.parametrize("impl", CPU_IMPLS)
-@given(batch=batches(), negatives=MODES)
-def test_bidirectional_is_both_single_directions(impl: str, batch, negatives: str) -> None:  # type: ignore[no-untyped-def]
-    x, labels, ids = batch
-    key, key_labels, key_ids = x[::2] + 1, labels[::2].flip(0), ids[::2]
-    options = {"negatives": negatives, "impl": impl}
-    rows, columns = masked_logsumexp(
-        x, key, labels, key_labels, ids=ids, key_ids=key_ids, bidirectional=True, **options
-    )
-    torch.testing.assert_close(rows, masked_logsumexp(x, key, labels, key_labels, ids=ids, key_ids=key_ids, **options))
-    torch.testing.assert_close(
-        columns, masked_logsumexp(key, x, key_labels, labels, ids=key_ids, key_ids=ids, **options)
-    )
-
-
+@examples()
 @given(batch=batches(), negatives=MODES)
 def test_the_count_is_the_log_sum_exp_of_zeros(batch, negatives: str) -> None:  # type: ignore[no-untyped-def]
     x, labels, ids = batch
@@ -103,6 +124,7 @@ def test_the_count_is_the_log_sum_exp_of_zeros(batch, negatives: str) -> None:  
     torch.testing.assert_close(lse.exp(), count.double())
 
 
+@examples()
 @given(
     n=st.integers(1, 60), k=st.integers(1, 12), d=st.integers(1, 4), seed=st.integers(0, 99),
     metric=st.sampled_from(["euclidean", "cosine"]), init=st.sampled_from(["random", "k-means++"]),
@@ -121,6 +143,7 @@ def test_inertia_never_rises(n: int, k: int, d: int, seed: int, metric: str, ini
     assert kmeans.labels_.unique().tolist() == list(range(len(kmeans.cluster_centers_)))
 
 
+@examples()
 @given(columns=st.lists(st.tuples(st.integers(-1, 3), st.integers(-1, 3), st.integers(-1, 3)), max_size=40))
 def test_composed_labels_rank_the_tuples(columns: list[tuple[int, int, int]]) -> None:
     first, second, third = torch.tensor(columns, dtype=torch.long).reshape(-1, 3).unbind(1)
@@ -136,6 +159,7 @@ IDS = st.one_of(st.integers(-2, 4), st.integers(0, 10**6), st.integers(2**62, 2*
 
 @pytest.mark.parametrize("chunk", [1, 7, 1 << 20])
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@examples()
 @given(pairs=st.lists(st.tuples(IDS, IDS), max_size=40))
 def test_composed_pairs_are_those_of_a_sort(dtype: torch.dtype, chunk: int, pairs: list[tuple[int, int]]) -> None:
     both = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2)

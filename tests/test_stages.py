@@ -372,6 +372,7 @@ for name, n in (("small", 1 << 20), ("large", 1 << 24)):
 """
 
 
+@pytest.mark.slow
 def test_peak_memory_of_composing_and_saving(tmp_path: Path) -> None:
     """Per sample: an int32 label, and in later stages the mapped label of the earlier stage."""
     result = subprocess.run(

@@ -63,6 +63,7 @@ def test_equals_the_run_of_one_process(ranks: RankPool, tmp_path: Path, in_memor
         assert run(tmp_path / "run", alone=True) == expected  # read back
 
 
+@pytest.mark.slow
 def test_resumes_with_another_number_of_ranks(ranks: RankPool, tmp_path: Path) -> None:
     expected = run(None, 3, alone=True)
     run(tmp_path, 1, alone=True)
@@ -120,6 +121,7 @@ def run_with_slow_writer(directory: Path, seconds: float) -> list[list[Any]]:
         return run(directory, 1)
 
 
+@pytest.mark.slow
 def test_waiting_for_the_writer_does_not_time_out(tmp_path: Path) -> None:
     with RankPool(2, timeout=3.0) as pool:
         assert pool.run(run_with_slow_writer, tmp_path, 7.0) == [run(None, 1, alone=True)] * 2
@@ -261,6 +263,7 @@ stage.finish(x[stage.shard.start : stage.shard.stop], state={"w": torch.zeros(3)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", ["alone", "killed too"])
 def test_a_stage_on_disk_survives_the_death_of_another_rank(tmp_path: Path, when: str) -> None:
     command = [sys.executable, "-c", DYING, str(tmp_path)]

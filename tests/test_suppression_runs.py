@@ -26,8 +26,13 @@ ROOT = Path(__file__).parents[1]
 EMBED = runs.embed
 
 
-@pytest.mark.parametrize("regime", ["", "mcl+", "ensemble+", "wide+"])
-@pytest.mark.parametrize("objective", METHODS)
+# A regime calls an objective by its interface: every objective in one regime, and every regime with images and pairs.
+TRAINED = [("mcl+", objective) for objective in METHODS]
+TRAINED += [(regime, objective) for regime in ("", "ensemble+", "wide+") for objective in ("simclr", "clip")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("regime", "objective"), TRAINED)
 def test_every_method_trains_and_is_measured(objective, regime, tmp_path):
     settings = replace(SETTINGS, method=regime + objective)
     result, details = run_tiny(settings, tmp_path)
@@ -51,6 +56,7 @@ def test_every_method_trains_and_is_measured(objective, regime, tmp_path):
     assert result.encoders[0].commit == result.commit  # trained and measured
 
 
+@pytest.mark.slow
 def test_a_run_that_starts_from_the_previous_stage_has_a_soup(tmp_path):
     """`--layer projection --start previous` trains other stages than the default."""
     fresh, fresh_details = run_tiny(replace(SETTINGS, method="mcl+clip"), tmp_path)
@@ -63,9 +69,17 @@ def test_a_run_that_starts_from_the_previous_stage_has_a_soup(tmp_path):
     assert fresh_details.curves[0] == previous_details.curves[0]
 
 
-@pytest.mark.parametrize("regime", ["mcl", "ensemble"])
-@pytest.mark.parametrize("start", ["fresh", "previous"])
-@pytest.mark.parametrize("layer", ["backbone", "projection"])
+# Each value of a setting twice: what one decides does not depend on the others.
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("regime", "start", "layer"),
+    [
+        ("mcl", "fresh", "backbone"),
+        ("mcl", "previous", "projection"),
+        ("ensemble", "fresh", "projection"),
+        ("ensemble", "previous", "backbone"),
+    ],
+)
 def test_labels_weights_and_layer_of_a_stage(tmp_path, regime, start, layer):
     """Only MCL has pseudo labels, only `previous` has initial weights, and the chosen layer is clustered."""
     trained, clustered = [], []
@@ -185,6 +199,7 @@ def test_wrong_options_are_named(tmp_path):
     assert "--jobs must be at least 1: got 0" in idle.stderr
 
 
+@pytest.mark.slow
 def test_runs_of_the_committed_results_are_not_repeated(tmp_path):
     shutil.copy(RESULTS, tmp_path)
     skipped = command(tmp_path, "randbits-8", "simclr", "mcl+simclr")

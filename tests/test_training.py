@@ -82,8 +82,12 @@ def loss(request: pytest.FixtureRequest) -> str:
     return name
 
 
+# Every loss with one of the fused operators, and one loss with the others.
+COMPILED = [(loss, "native") for loss in LOSSES] + [("nt_xent", impl) for impl in FUSED if impl != "native"]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("impl", FUSED)
+@pytest.mark.parametrize(("loss", "impl"), COMPILED)
 def test_compiled_with_the_model(loss: str, impl: str) -> None:
     """Encoder and loss are one graph, for batches of any size, the last and smallest too: two graphs at most."""
     torch._dynamo.reset()
