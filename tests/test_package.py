@@ -149,7 +149,8 @@ def test_each_integration_has_an_extra_and_integrations_is_all_of_them(distribut
 
 
 @pytest.mark.slow
-def test_the_wheel_in_a_fresh_environment(tmp_path: Path) -> None:
+def test_the_wheel_in_a_fresh_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package works without the checkout, and builds the library on first use."""
     run(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", tmp_path, ROOT)
     (wheel,) = tmp_path.glob("mcl_kernels-*.whl")
     names = zipfile.ZipFile(wheel).namelist()
@@ -166,8 +167,13 @@ def test_the_wheel_in_a_fresh_environment(tmp_path: Path) -> None:
     torch_version = f"torch=={torch.__version__.split('+')[0]}"
     run(python, "-m", "pip", "install", "--quiet", wheel, torch_version)
     (tmp_path / "elsewhere").mkdir()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     assert run(python, "-c", SCRIPT, cwd=tmp_path / "elsewhere") == "done\n"
-    assert "blockwise" in run(tmp_path / "venv" / "bin" / "mcl-kernels", "info", cwd=tmp_path)
+    shown = run(tmp_path / "venv" / "bin" / "mcl-kernels", "info", cwd=tmp_path)
+    assert re.search(r"^impl blockwise +yes", shown, re.MULTILINE)
+    if native.describe()[0]:
+        assert re.search(r"^impl native +yes", shown, re.MULTILINE)
+        assert len(list((tmp_path / "cache" / "mcl_kernels").glob("*.so"))) == 1
 
 
 @pytest.mark.slow
