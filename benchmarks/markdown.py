@@ -55,11 +55,11 @@ def conditions_line(rows: Rows, note: str, *packages: str) -> str:
 
     versions = [version for text in values("versions") for version in text.split("; ")]
     shown = [version for version in dict.fromkeys(versions) if version.split(" ")[0] in ("python", "torch", *packages)]
-    threads = values("threads")
+    threads, commits = values("threads"), values("commit")
     parts = [
         *values("processor"),
         *([f"{' or '.join(threads)} thread{'s' * (threads != ['1'])}"] if threads else []),
         *shown,
-        f"commit {', '.join(values('commit'))}",
+        f"commit {', '.join(commits)}" if len(commits) <= 3 else f"{len(commits)} commits",
     ]
     return f"\n{note}. {', '.join(parts)}.\n"

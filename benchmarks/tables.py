@@ -11,7 +11,7 @@ import argparse
 import re
 import statistics
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from benchmarks.conditions import ROOT
@@ -81,25 +81,39 @@ def six_results() -> str:
 
 
 def losses() -> str:
+    used, body = [], []
+    for ours, name, peers in _loss_cases():
+        used += [ours, *peers] if peers else []
+        first = [name, f"{seconds(ours)}, {mebibytes(ours)}"]
+        for row in peers:
+            theirs = f"{seconds(row)}, {mebibytes(row)}"
+            body.append([*first, PLAIN.get(row["peer"], row["peer"]), theirs, factor(float(row["ratio"]))])
+            first = [""] * 2
+    header = ["forward and backward", "mcl_kernels", "against", "theirs", "times faster"]
+    return markdown(header, body) + conditions_line(used, f"{median(used)}, peak memory above the inputs", "lightly")
+
+
+def limits() -> str:
+    used, body = [], []
+    for ours, name, peers in _loss_cases():
+        if not peers or ours["dtype"] == "bfloat16":
+            used.append(ours)
+            body.append([name, seconds(ours), mebibytes(ours), f"{float(ours['fraction_of_limit']):.2f}"])
+    header = ["forward and backward", "time", "memory", "share of the limit"]
+    return markdown(header, body) + conditions_line(used, f"{median(used)}, peak memory above the inputs")
+
+
+def _loss_cases() -> Iterator[tuple[dict[str, str], str, Rows]]:
+    """Yields our row of each case and size, its title, and the rows of its peers."""
     rows = [row for row in read_rows(BENCHMARKS / "results.csv") if row["case"] in LOSSES]
     rows = [row for row in rows if row["case"] != "clusters-10" or row["peer"] not in (DENSE, LOOP)]  # see batch_size
-    body = []
     for case, title in LOSSES.items():
         for ours in (row for row in rows if (row["case"], row["peer"]) == (case, "ours")):
             clusters = int(ours["clusters"])
             labels = f"{clusters:,} clusters" if clusters > 1 else "no labels"
             name = title.format(n=int(ours["n"]), d=ours["d"], labels=labels, dtype=ours["dtype"])
-            first = [name, f"{seconds(ours)}, {mebibytes(ours)}", f"{float(ours['fraction_of_limit']):.2f}"]
-            peers = [
-                [PLAIN.get(row["peer"], row["peer"]), f"{seconds(row)}, {mebibytes(row)}", factor(float(row["ratio"]))]
-                for row in rows
-                if (row["case"], row["n"]) == (case, ours["n"]) and row["peer"] != "ours"
-            ]
-            for peer in peers or [[""] * 3]:
-                body.append([*first, *peer])
-                first = [""] * 3
-    header = ["forward and backward", "mcl_kernels", "share of the limit", "against", "theirs", "times faster"]
-    return markdown(header, body) + conditions_line(rows, f"{median(rows)}, peak memory above the inputs", "lightly")
+            same = [row for row in rows if (row["case"], row["n"]) == (case, ours["n"])]
+            yield ours, name, [row for row in same if row["peer"] != "ours"]
 
 
 def batch_size() -> str:
@@ -235,9 +249,10 @@ def suppression() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "six-results": six_results, "losses": losses, "batch-size": batch_size, "small-batches": small_batches,
-    "whole-step": whole_step, "kmeans": kmeans, "kmeans-files": kmeans_files, "build-time": build_time, "demo": demo,
-    "suppression": suppression, "ranks": ranks, "scale": scale, "gpu-static": gpu_static,
+    "six-results": six_results, "losses": losses, "limits": limits, "batch-size": batch_size,
+    "small-batches": small_batches, "whole-step": whole_step, "kmeans": kmeans, "kmeans-files": kmeans_files,
+    "build-time": build_time, "demo": demo, "suppression": suppression, "ranks": ranks, "scale": scale,
+    "gpu-static": gpu_static,
 }  # fmt: skip
 
 

@@ -24,6 +24,13 @@ def directory(request: pytest.FixtureRequest, tmp_path: Path) -> Path | None:
     return tmp_path / "run" if request.param == "disk" else None
 
 
+def test_a_finished_stage_is_shown_on_one_line() -> None:
+    runner = MultistageRunner(64, n_stages=1, n_clusters=4)
+    for stage in runner:
+        finished = stage.finish(torch.randn(64, 8))
+    assert repr(finished) == "FinishedStage(index=0, 4 centers of width 8, 4 pseudo labels)"
+
+
 def test_labels_compose_from_stage_to_stage(directory: Path | None) -> None:
     runner = MultistageRunner(N, n_clusters=4, directory=directory)
     expected = torch.zeros(N, dtype=torch.long)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ from mcl_kernels.stages.saved_state import State, load_state
 from mcl_kernels.stages.stored_labels import StoredLabels
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class FinishedStage:
     """Results of a stage that was finished in this process or an earlier one.
 
@@ -37,7 +37,12 @@ class FinishedStage:
     labels: StoredLabels
     tuples: Tensor
     statistics: dict[str, Any]
-    _read_state: Callable[[], Mapping[str, Any] | None] = field(repr=False)
+    _read_state: Callable[[], Mapping[str, Any] | None]
+
+    def __repr__(self) -> str:
+        """The index and sizes, on one line: a run has thousands of labels."""
+        k, d = self.centers.shape
+        return f"FinishedStage(index={self.index}, {k} centers of width {d}, {len(self.tuples)} pseudo labels)"
 
     @property
     def clusters(self) -> Tensor:
