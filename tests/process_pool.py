@@ -13,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -103,5 +104,5 @@ def _serve(pipe: Connection, directory: Path, rank: int, world_size: int, timeou
             return
         try:
             pipe.send((False, function(*arguments)))
-        except Exception:
+        except (Exception, pytest.fail.Exception):
             pipe.send((True, traceback.format_exc()))
