@@ -22,7 +22,7 @@ def factor(value: float) -> str:
 
 
 def median(rows: Rows) -> str:
-    """What `seconds` shows of these rows."""
+    """Name of what `seconds` shows of these rows."""
     return "Median (p20 to p80)" if any(row.get("p20") for row in rows) else "Median"
 
 
