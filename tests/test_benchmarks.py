@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +56,16 @@ def test_a_row_for_each_contender(tmp_path: Path) -> None:
         assert row["processor"]
         assert row["commit"]
     assert (tmp_path / "batch_size.png").stat().st_size > 10_000
+
+
+def test_each_step_is_the_first_of_some_turns() -> None:
+    """The step before leaves the caches full, which no contender may suffer alone."""
+    called: list[str] = []
+    seconds = measure._in_turns({name: partial(called.append, name) for name in "abc"}, measure.CPU)
+    turns = [called[begin : begin + 3] for begin in range(3, len(called), 3)]  # after the warm-up
+    assert {turn[0] for turn in turns} == set("abc")
+    assert all(sorted(turn) == list("abc") for turn in turns)
+    assert {name: len(times) for name, times in seconds.items()} == dict.fromkeys("abc", measure.MAX_PASSES)
 
 
 @pytest.mark.parametrize("contender", ["ours", "reference", "ours, assignment", "scikit-learn", "x.sum()"])
