@@ -49,29 +49,29 @@ def six_results() -> str:
     def add(what: str, section: str, peer: str, ours: str, theirs: str, gain: str) -> None:
         body.append([f"[{what}](docs/results.md#{section})", peer, ours, theirs, gain])
 
-    for case, n, peer, what, section in (
-        ("batch-size", 4096, DENSE, "`nt_xent`, 10 clusters, N = 4,096: time", "batch-size"),
-        ("batch-size", 4096, LOOP, "`nt_xent`, 10 clusters, N = 4,096: time", "batch-size"),
-        ("plain-nt-xent", 2048, "lightly", "`nt_xent`, no labels, N = 2,048: time", "losses"),
-        ("batch-size", 8192, DENSE, "`nt_xent`, 10 clusters, N = 8,192: memory", "batch-size"),
+    for case, n, peer, labels, quantity, section in (
+        ("batch-size", 4096, DENSE, "10 clusters", "time", "batch-size"),
+        ("batch-size", 4096, LOOP, "10 clusters", "time", "batch-size"),
+        ("plain-nt-xent", 2048, "lightly", "no labels", "time", "losses"),
+        ("batch-size", 8192, DENSE, "10 clusters", "memory", "batch-size"),
     ):
         found = {row["peer"]: row for row in losses if (row["case"], row["n"]) == (case, str(n))}
         if {"ours", peer} <= set(found):
             pair = ours, theirs = found["ours"], found[peer]
             used += pair
-            if what.endswith("memory"):
-                gain = f"{factor(float(theirs['peak_bytes']) / float(ours['peak_bytes']))} times less"
-                add(what, section, PLAIN.get(peer, peer), *map(mebibytes, pair), gain)
+            if quantity == "memory":
+                cell, gain = mebibytes, f"{factor(float(theirs['peak_bytes']) / float(ours['peak_bytes']))} times less"
             else:
-                gain = f"{factor(float(theirs['ratio']))} times faster"
-                add(what, section, PLAIN.get(peer, peer), *map(seconds, pair), gain)
+                cell, gain = seconds, f"{factor(float(theirs['ratio']))} times faster"
+            what = f"`nt_xent`, {labels}, N = {n:,}: {quantity}"
+            add(what, section, PLAIN.get(peer, peer), *map(cell, pair), gain)
     found = {row["contender"]: row for row in read_rows(BENCHMARKS / "clustering.csv") if row["case"] == "wide"}
     if "scikit-learn" in found:
         pair = ours, theirs = found["ours"], found["scikit-learn"]
         used += pair
         what = f"k-means, {int(ours['n']):,} rows, D = {ours['d']}, K = {ours['k']}: time of an iteration"
         add(what, "k-means", "scikit-learn", *map(seconds, pair), f"{factor(float(theirs['ratio']))} times faster")
-    probes = _demo_probes("digit_probe")
+    probes = _by_stage(read_rows(EXPERIMENTS / "demo.csv"), "digit_probe")
     simclr, mcl = (_over_seeds(probes.get(name, [])) for name in ("stage 0: SimCLR", "all stages, concatenated"))
     if simclr and mcl:
         add("demo, digits next to a code: accuracy of the digit, MCL", "the-demo", "SimCLR", mcl, simclr, "")
@@ -198,16 +198,17 @@ def kmeans_files() -> str:
 def build_time() -> str:
     rows = read_rows(BENCHMARKS / "build_time.csv")
     body = [[row["compiler"], row["cores"], seconds(row)] for row in rows]
-    note = "Median (lowest to highest) of 3 new processes with an empty cache"
+    turns = " or ".join(dict.fromkeys(row["turns"] for row in rows))
+    note = f"Median (lowest to highest) of {turns} new processes with an empty cache"
     return markdown(["compiler", "cores", "first loss"], body) + conditions_line(rows, note)
 
 
-def _demo_probes(column: str) -> dict[str, list[float]]:
-    """Values of a column over seeds, by name of the stage."""
-    probes: dict[str, list[float]] = {}
-    for row in read_rows(EXPERIMENTS / "demo.csv"):
-        probes.setdefault(row["name"], []).extend([float(row[column])] if row[column] else [])
-    return probes
+def _by_stage(rows: Rows, column: str) -> dict[str, list[float]]:
+    """Values of a column of the demo over seeds, by name of the stage."""
+    values: dict[str, list[float]] = {}
+    for row in rows:
+        values.setdefault(row["name"], []).extend([float(row[column])] if row[column] else [])
+    return values
 
 
 def _over_seeds(values: list[float], digits: int = 3) -> str:
@@ -222,7 +223,7 @@ def _over_seeds(values: list[float], digits: int = 3) -> str:
 def demo() -> str:
     rows = read_rows(EXPERIMENTS / "demo.csv")
     columns = {"digit_probe": 3, "bit_probe": 3, "pseudo_labels": 0, "seconds": 0}
-    probes = {column: _demo_probes(column) for column in columns}
+    probes = {column: _by_stage(rows, column) for column in columns}
     names = list(dict.fromkeys(row["name"] for row in rows))
     body = [
         [name, *(_over_seeds(probes[column][name], digits) for column, digits in columns.items())] for name in names
@@ -245,7 +246,7 @@ def suppression() -> str:
         "Held-out accuracy of linear probes, mean ± standard deviation of 3 seeds. "
         f"All {len(results)} runs of the study: {hours:.1f} hours of training, on one thread each"
     )
-    return probe_table(group_results(results)) + "\n" + conditions_line(rows, note)
+    return probe_table(group_results(results)) + conditions_line(rows, note)
 
 
 TABLES: dict[str, Callable[[], str]] = {

@@ -68,7 +68,7 @@ def _report(options: argparse.Namespace) -> None:
     groups = group_results(read_results(options.results))
     if not groups:
         raise ValueError(f"{options.results} holds no finished run")
-    print(probe_table(groups))
+    print(probe_table(groups), end="")
     if options.results == RESULTS:
         probe_figure(groups, IMAGES / "suppression.png")
     print(f"report: {write_page(groups, options.output, options.directory)}")

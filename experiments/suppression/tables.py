@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from benchmarks.markdown import markdown
 from experiments.suppression.groups import Cell, Group, Groups
 from experiments.suppression.suite import SWEEP, SWEEP_DATA
 
@@ -98,11 +99,11 @@ def probe_table(groups: Groups) -> str:
         "ensemble+simclr": "three SimCLR encoders, concatenated",
         "mcl+simclr": "three stages of MCL, concatenated",
     }
-    lines = [f"| probe | {' | '.join(titles.values())} |", "|---|" + "---|" * len(titles)]
+    body = []
     for data, feature in overview_columns(groups):
         values = [str(groups[data][name].probe(feature)) if name in groups[data] else "" for name in titles]
-        lines.append(f"| {data}: {feature} | {' | '.join(values)} |")
-    return "\n".join(lines)
+        body.append([f"{data}: {feature}", *values])
+    return markdown(["probe", *titles.values()], body)
 
 
 def sweep(groups: Groups) -> dict[str, list[tuple[Any, Group]]]:

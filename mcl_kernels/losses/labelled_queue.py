@@ -87,7 +87,8 @@ class LabelledQueue(nn.Module):
 
         Args:
             embeddings: [N, D] in any floating point dtype, cast to that of the queue; of more than `size` rows the
-                last are kept. In a distributed run the embeddings of all ranks, gathered, so that all queues are equal.
+                last are kept. In a distributed run: this rank's own for a loss with `group=`; without it those of all
+                ranks, gathered. Gathered keys and `group=` together count each key once for every rank.
             labels: pseudo labels, integers [N]; None: one cluster, the label 0 that a first stage gives every sample.
             ids: ids of the samples, integers [N], which `relabel` needs; None: unknown, -1.
 
