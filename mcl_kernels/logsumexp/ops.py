@@ -1,4 +1,4 @@
-"""The torch.library contract of the fused implementations: schemas, fakes, autograd.
+"""The fused implementations as differentiable functions: `eager.py` calls one, these operators stand for it in graphs.
 
 One forward op and one backward op serve them all: `str impl` picks the module that computes, since several
 implementations live on the same device. The forward op returns the LSE and the plan, and autograd saves those and the
@@ -23,9 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn import Parameter
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from mcl_kernels.backends.table import load
-from mcl_kernels.logsumexp import reference
+from mcl_kernels.logsumexp import eager, reference
 from mcl_kernels.logsumexp.inputs import Inputs, LseGradients, Saved, Wanted
 from mcl_kernels.logsumexp.pairs import Plan
 
@@ -48,8 +50,20 @@ def compute(inputs: Inputs, impl: str) -> tuple[Tensor, Tensor]:
     if impl == "reference":
         return reference.logsumexp(inputs)
     _refuse_transforms(inputs.query, inputs.keys, inputs.scale)
+    if not _is_traced(inputs):
+        return eager.logsumexp(inputs, impl)
     row_lse, column_lse, *_ = masked_logsumexp(*inputs.flatten(), impl)
     return row_lse, column_lse
+
+
+def _is_traced(inputs: Inputs) -> bool:
+    """Returns whether the call must be an operator: it is compiled, transformed, or sees fake or wrapped tensors."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or _get_current_dispatch_mode() is not None
+        or any(type(x) not in (Tensor, Parameter) for x in inputs.tensors() if x is not None)
+    )
 
 
 @torch.library.custom_op(
@@ -137,20 +151,15 @@ def _backward(ctx: Any, grad_row: Tensor, grad_column: Tensor, *grad_plan: None)
 masked_logsumexp.register_autograd(_backward, setup_context=_save_for_backward)
 
 
-def _refuse_double_backward(ctx: Any, *grads: Tensor) -> None:
-    raise RuntimeError(
-        "masked_logsumexp: the backward of a fused implementation is not differentiable; "
-        "for second derivatives call it with impl='reference'"
-    )
-
-
-masked_logsumexp_backward.register_autograd(_refuse_double_backward)
+masked_logsumexp_backward.register_autograd(eager.refuse_double_backward)
 
 
 def count_above(inputs: Inputs, threshold: Tensor, impl: str) -> Tensor:
     """Number of kept keys of each query with not (<q_i, k_j> <= threshold_i): NaN counts as above; int64 [N]."""
     if impl == "reference":
         return reference.count_above(inputs, threshold)
+    if not _is_traced(inputs):
+        return eager.count_above(inputs, threshold, impl)
     count: Tensor = fused_count_above(*inputs.flatten(), threshold, impl)
     return count
 
