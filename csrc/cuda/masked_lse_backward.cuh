@@ -206,7 +206,7 @@ cudaError_t launch_backward(BackwardProblem<Sum<Operand>> problem, int64_t progr
   using S = BackwardShape<Operand>;
   using Memory = BackwardMemory<Operand>;
   static_assert(S::EDGE == Shape<T>::EDGE);
-  if (problem.pairs.rows.n == 0) return cudaSuccess;
+  if (problem.pairs.rows.n == 0 || (!problem.grad_x && !problem.grad_scale)) return cudaSuccess;
   const auto kernel = masked_lse_backward_kernel<Operand>;
   const int64_t width = problem.pairs.width;
   const int64_t parts = problem.grad_x ? (width + S::GRADIENTS - 1) / S::GRADIENTS : 1;

@@ -1,10 +1,10 @@
 // How blocks share the products of all row tiles: in equal parts, whatever the labels are.
 //
-// A unit is a row tile against one of the column tiles of its span; a row tile without columns has one unit, too. The W
-// units are numbered by row tile, and program g of G does units g W / G .. (g + 1) W / G - 1. G depends on the sizes and
-// the device alone; W is read on the device, so nothing waits for it. A row tile within one program is finished by it.
-// Of any other, each program writes its part to a slot of a workspace, slot 2 g for the program's first row tile and
-// 2 g + 1 for its last, and a second kernel adds the parts in the order of the programs.
+// A unit is a row tile against one of the column tiles of its span; a row tile without columns has one unit, too. The
+// W units are numbered by row tile, and program g of G does units g W / G .. (g + 1) W / G - 1. G depends on the sizes
+// and the device alone; W is read on the device, so nothing waits for it. A row tile within one program is finished by
+// it. Of any other, each program writes its part to a slot of a workspace, slot 2 g for the program's first row tile
+// and 2 g + 1 for its last, and a second kernel adds the parts in a fixed order.
 #pragma once
 
 #include "launch.h"
@@ -46,8 +46,8 @@ class Program {
       const int column = span.first + int(other - begin) * EDGE;
       return column < span.hole_begin ? column : column + span.hole_end - span.hole_begin;
     };
-    stretch = {row_tile_,       complete ? -1 : slot_, start_of(unit), past == end ? span.last : start_of(past - 1) + EDGE,
-               span.hole_begin, span.hole_end};
+    const int last = past == end ? span.last : start_of(past - 1) + EDGE;
+    stretch = {row_tile_, complete ? -1 : slot_, start_of(unit), last, span.hole_begin, span.hole_end};
     row_tile_++;
     slot_ |= 1;
     return true;
@@ -75,9 +75,9 @@ __device__ __forceinline__ bool find_cut(const WorkList& work, int second, Cut& 
   return true;
 }
 
-// Fills the work list of a kernel whose row tiles have EDGE rows. `requested`: the number of programs, of `parts` blocks
-// each; 0 for as many as the device holds at once. There are at most as many as units are possible, and as MAX_PARTIALS
-// holds the slots of.
+// Fills the work list of a kernel whose row tiles have EDGE rows. `requested`: the number of programs, of `parts`
+// blocks each; 0 for as many as the device holds at once. There are at most as many as units are possible, and as
+// MAX_PARTIALS holds the slots of.
 template <class Shared, int EDGE, class Problem>
 cudaError_t list_work(void (*kernel)(Problem), Problem& problem, int threads, int64_t parts, int64_t slot_bytes,
                       int64_t requested, const Allocate& allocate, cudaStream_t stream) {
@@ -89,7 +89,8 @@ cudaError_t list_work(void (*kernel)(Problem), Problem& problem, int threads, in
     if (error != cudaSuccess) return error;
     programs /= parts;
   }
-  const int64_t row_tiles = tiles_of(pairs.rows.n), max_units = row_tiles * std::max<int64_t>(tiles_of(pairs.columns.m), 1);
+  const int64_t row_tiles = tiles_of(pairs.rows.n), column_tiles = tiles_of(pairs.columns.m);
+  const int64_t max_units = row_tiles * std::max<int64_t>(column_tiles, 1);
   programs = std::min({programs, max_units, MAX_PARTIALS / (2 * slot_bytes), MAX_PROGRAMS});
   UnitProblem units{pairs.rows, EDGE, pairs.skips_tiles, {int(row_tiles), int(std::max<int64_t>(programs, 1))}};
   const cudaError_t error = count_units(units, allocate, stream);
