@@ -172,7 +172,7 @@ def compiled_times(session: Session) -> None:
 def flex_attention_times(session: Session) -> None:
     """The log-sum-exp of a masked FlexAttention with its gradient, in place of a loss: what a user would write."""
     session.needs_cuda("FlexAttention's log-sum-exp with a gradient")
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
 
     rows, width = 8192, 128
     attend = torch.compile(flex_attention, dynamic=False)
@@ -183,8 +183,8 @@ def flex_attention_times(session: Session) -> None:
         query, key = (x.bfloat16().requires_grad_() for _ in range(2))
 
         def step(query: Tensor = query, key: Tensor = key, mask: Any = mask) -> tuple[Tensor, ...]:
-            _, lse = attend(query, key, key, block_mask=mask, scale=SCALE, return_lse=True)
-            return torch.autograd.grad(lse.mean(), (query, key))
+            _, sums = attend(query, key, key, block_mask=mask, scale=SCALE, return_aux=AuxRequest(lse=True))
+            return torch.autograd.grad(sums.lse.mean(), (query, key))
 
         compiling = time.monotonic()
         step()
