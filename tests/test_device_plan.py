@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import hypothesis.strategies as st
 import pytest
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mcl_kernels.logsumexp import device_plan
 from mcl_kernels.logsumexp import pairs as pairs_module
-from mcl_kernels.logsumexp.pairs import NEGATIVES, Pairs
+from mcl_kernels.logsumexp.pairs import NEGATIVES, Pairs, Plan
 from tests.conftest import DEVICES, Backend, unavailable_reason
 from tests.hypothesis_settings import examples
 
@@ -29,14 +29,52 @@ def assert_same_plan(n: int, m: int | None, pairs: Pairs, device: str) -> None:
     query, key = torch.zeros(n, 1, device=device), None if m is None else torch.zeros(m, 1, device=device)
     pairs = Pairs(*(None if values is None else values.to(device) for values in pairs[:4]), pairs.negatives)
     assert device_plan._runs_on_kernels(query.device, n, m or 0)
-    made, expected = device_plan.make_plan(query, key, pairs), pairs_module.make_plan(query, key, pairs)
-    for name, got, wanted in zip(pairs_module.Plan._fields, made, expected, strict=True):
-        assert torch.equal(got, wanted), name
+    made = device_plan.make_plan(query, key, pairs, bidirectional=m is not None)
+    assert_equal_fields(made, expected_plan(query, key, pairs))
     if m is not None:
-        sides = made.key_order, pairs.key_labels, made.query_order, pairs.labels
-        ranges = pairs_module.key_ranges(*sides, pairs.negatives)
-        for got, wanted in zip(device_plan.query_ranges(pairs, made), ranges, strict=True):
-            assert torch.equal(got, wanted)
+        ranges = device_plan.query_ranges(pairs, made)
+        assert_equal_fields(ranges, device_plan.Ranges(*made[6:]))
+
+
+def assert_equal_fields(got: NamedTuple, expected: NamedTuple) -> None:
+    for name, value in got._asdict().items():
+        wanted = getattr(expected, name)
+        assert value is wanted is None or torch.equal(value, wanted), name
+
+
+def expected_plan(query: Tensor, key: Tensor | None, pairs: Pairs) -> Plan:
+    """The plan by torch's sorts, with the dropped ranges by comparing all pairs."""
+    plan = pairs_module.make_plan(query, key, pairs)
+    if key is None:
+        labels, ids = pairs.labels, pairs.ids
+        same = Pairs(labels, labels, ids, ids, pairs.negatives)
+        return plan._replace(**dropped("key", plan.query_order, plan.query_order, plan.key_begin, plan.key_end, same))
+    begin, end = pairs_module.key_ranges(
+        plan.key_order, pairs.key_labels, plan.query_order, pairs.labels, pairs.negatives
+    )
+    return plan._replace(
+        query_begin=begin,
+        query_end=end,
+        **dropped("key", plan.query_order, plan.key_order, plan.key_begin, plan.key_end, pairs),
+        **dropped("query", plan.key_order, plan.query_order, begin, end, pairs.swapped()),
+    )
+
+
+def dropped(
+    side: str, order: Tensor, column_order: Tensor, begin: Tensor, end: Tensor, pairs: Pairs
+) -> dict[str, Tensor | None]:
+    """Columns of each row's range with its id, or for "different" its label, found by comparing all pairs."""
+    if not pairs.drops():
+        return {}
+    different = pairs.negatives == "different"
+    values, column_values = (pairs.labels, pairs.key_labels) if different else (pairs.ids, pairs.key_ids)
+    assert values is not None
+    assert column_values is not None
+    rows, columns = values[order].unsqueeze(1), column_values[column_order]
+    position = torch.arange(len(columns), device=columns.device)
+    in_range = (begin.unsqueeze(1) <= position) & (position < end.unsqueeze(1))
+    ends = {"begin": (in_range & (columns < rows)).sum(1), "end": (in_range & (columns <= rows)).sum(1)}
+    return {f"{side}_drop_{name}": (begin + count).int() for name, count in ends.items()}
 
 
 def make_pairs(n: int, m: int | None, negatives: str, labelled: bool, with_ids: bool) -> Pairs:
@@ -107,5 +145,5 @@ def test_torch_sorts_many_rows_and_without_built_kernels(
     monkeypatch.setattr(device_plan, "_is_built", lambda device: built)
     monkeypatch.setattr(device_plan.cuda, "ops", Library)
     labels = torch.zeros(20, dtype=torch.int64)
-    device_plan.make_plan(torch.zeros(20, 1), None, Pairs(labels, None, torch.arange(20), None, "same"))
+    device_plan._make_order(torch.zeros(20, 1), None, Pairs(labels, None, torch.arange(20), None, "same"))
     assert len(called) == calls

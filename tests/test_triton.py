@@ -64,9 +64,9 @@ def test_nothing_waits_for_the_device(
         gradients = LseGradients(torch.ones_like(saved.row_lse), torch.ones_like(saved.column_lse))
         shapes = [x.shape for x in triton.backward(inputs, saved, gradients, Wanted(True, True, True))]
     assert shapes == [case.query.shape, (0,) if case.key is None else case.key.shape, ()]
-    # A launch finds the dropped columns before each kernel; forward and backward have one kernel for each side.
+    # Forward and backward have one kernel for each side, and one launch finds the dropped columns of a side.
     sides = 1 if form == "self" else 2
-    assert len(launches.grids) == 2 * ((2 if bidirectional else 1) + sides)
+    assert len(launches.grids) == (2 if bidirectional else 1) + 2 * sides
 
 
 class Operators(TorchDispatchMode):

@@ -27,17 +27,12 @@ from mcl_kernels.logsumexp import gpu_common
 from mcl_kernels.logsumexp.gpu_common import Rows, Side, Terms
 
 
-def _common_arguments(ops: Any, rows: Rows, columns: Side, scale: Tensor, negatives: str) -> tuple[Any, ...]:
+def _common_arguments(rows: Rows, columns: Side, scale: Tensor, negatives: str) -> tuple[Any, ...]:
     """Returns the arguments that the forward and the backward kernel share."""
     side = rows.side
-    values, column_values = gpu_common.dropped_values(side, columns, negatives)
-    dropped: tuple[Tensor | None, ...] = (None, None)
-    if values is not None:
-        dropped = torch.empty(2, len(side.order), dtype=torch.int32, device=side.order.device).unbind()
-        ops.find_dropped([side.order, rows.begin, rows.end, values], [columns.order, column_values], *dropped)
     compares_ids = gpu_common.compares_ids(side, negatives)
     return (
-        [side.x, side.order, rows.begin, rows.end, *dropped, side.ids if compares_ids else None],
+        [side.x, side.order, *rows[1:], side.ids if compares_ids else None],
         [columns.x, columns.order, columns.ids if compares_ids else None],
         negatives == "different",
         scale,
@@ -47,8 +42,7 @@ def _common_arguments(ops: Any, rows: Rows, columns: Side, scale: Tensor, negati
 def _run_forward(
     rows: Rows, columns: Side, scale: Tensor, negatives: str, result: Tensor, threshold: Tensor | None
 ) -> None:
-    ops = cuda.ops()
-    ops.masked_lse_forward(*_common_arguments(ops, rows, columns, scale, negatives), threshold, result)
+    cuda.ops().masked_lse_forward(*_common_arguments(rows, columns, scale, negatives), threshold, result)
 
 
 def _run_backward(
@@ -60,11 +54,10 @@ def _run_backward(
     grad_x: Tensor | None,
     grad_scale: Tensor | None,
 ) -> None:
-    ops = cuda.ops()
     absent = None, None
     fp16_scale = terms.fp16_scale if _multiplies_float16(rows.side, columns) else None
-    ops.masked_lse_backward(
-        *_common_arguments(ops, rows, columns, scale, negatives),
+    cuda.ops().masked_lse_backward(
+        *_common_arguments(rows, columns, scale, negatives),
         [*(terms.row or absent), *(terms.column or absent), terms.column_scale, fp16_scale],
         grad_x,
         grad_scale,

@@ -1,5 +1,7 @@
 """The plan of the implementations for GPUs: by `csrc/cuda/plan.cuh` if that is built, else by torch's sorts.
 
+Sorting makes the columns contiguous that a row drops from its range: those of its id, or of its label for "different".
+
 Planning is a large part of the step of a small batch, and nearly all of its time is that of launches: the kernel needs
 one. It searches every tile of 1,024 rows for each row, so above `MAX_ROWS` torch's sorts are cheaper (an estimate, not
 measured). If a side has more than one tile, blocks wait for one another, and all of them must fit the GPU at once.
@@ -8,6 +10,7 @@ measured). If a side has more than one tile, blocks wait for one another, and al
 from __future__ import annotations
 
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,8 +23,25 @@ TILE = 1024  # PLAN_TILE of csrc/cuda: rows that a block sorts at a time
 MAX_ROWS = 32_768  # of either side
 
 
-def make_plan(query: Tensor, key: Tensor | None, pairs: Pairs) -> Plan:
-    """The plan, as `pairs.make_plan` returns it."""
+class Ranges(NamedTuple):
+    """For each sorted row of a side its range of the other side's sorted rows, its columns."""
+
+    begin: Tensor  # int64 [N]
+    end: Tensor
+    drop_begin: Tensor | None  # int32 [N], those among them that the row drops; None: no row drops any
+    drop_end: Tensor | None
+
+
+def make_plan(query: Tensor, key: Tensor | None, pairs: Pairs, bidirectional: bool) -> Plan:
+    """The plan, as `pairs.make_plan` returns it, with the ranges that GPUs need."""
+    plan = _make_order(query, key, pairs)
+    key_order = plan.query_order if key is None else plan.key_order
+    of_queries = _with_dropped(plan.query_order, plan.key_begin, plan.key_end, key_order, pairs)
+    of_keys = query_ranges(pairs, plan) if bidirectional else (None,) * 4
+    return Plan(plan.query_order, plan.key_order, *of_queries, *of_keys)
+
+
+def _make_order(query: Tensor, key: Tensor | None, pairs: Pairs) -> Plan:
     n, m = len(query), 0 if key is None else len(key)
     if not _runs_on_kernels(query.device, n, m):
         return torch_plan.make_plan(query, key, pairs)
@@ -35,18 +55,35 @@ def make_plan(query: Tensor, key: Tensor | None, pairs: Pairs) -> Plan:
     return Plan(order, key_order, begin, end)
 
 
-def query_ranges(pairs: Pairs, plan: Plan) -> tuple[Tensor, Tensor]:
-    """Begin and end of each sorted key's range of sorted queries, int64 [M]."""
+def query_ranges(pairs: Pairs, plan: Plan) -> Ranges:
+    """Each sorted key's range of sorted queries."""
     n, m = len(plan.query_order), len(plan.key_order)
     labels, key_labels, ids, key_ids = _contiguous(pairs)
     if not _runs_on_kernels(plan.key_order.device, n, m):
-        return torch_plan.key_ranges(plan.key_order, key_labels, plan.query_order, labels, pairs.negatives)
-    begin, end = torch.empty_like(plan.key_order), torch.empty_like(plan.key_order)
-    cuda.ops().make_plan(
-        begin, [key_labels, key_ids, labels, ids], m, n, False, NEGATIVES.index(pairs.negatives),
-        None, begin, end, None, _workspace(begin, n, m),
-    )  # fmt: skip
-    return begin, end
+        begin, end = torch_plan.key_ranges(plan.key_order, key_labels, plan.query_order, labels, pairs.negatives)
+    else:
+        begin, end = torch.empty_like(plan.key_order), torch.empty_like(plan.key_order)
+        cuda.ops().make_plan(
+            begin, [key_labels, key_ids, labels, ids], m, n, False, NEGATIVES.index(pairs.negatives),
+            None, begin, end, None, _workspace(begin, n, m),
+        )  # fmt: skip
+    return _with_dropped(plan.key_order, begin, end, plan.query_order, pairs.swapped())
+
+
+def _with_dropped(order: Tensor, begin: Tensor, end: Tensor, column_order: Tensor, pairs: Pairs) -> Ranges:
+    """Ranges with those dropped among them; `pairs` has the rows first, and one side in the self form."""
+    if not pairs.drops():
+        return Ranges(begin, end, None, None)
+    labels, key_labels, ids, key_ids = _contiguous(pairs)
+    values, column_values = (labels, key_labels) if pairs.negatives == "different" else (ids, key_ids)
+    drop_begin, drop_end = (torch.empty(len(order), dtype=torch.int32, device=order.device) for _ in range(2))
+    if _is_built(order.device):
+        find_dropped = cuda.ops().find_dropped
+    else:
+        from mcl_kernels.logsumexp.triton.dropped import find_dropped
+    columns = [column_order, values if column_values is None else column_values]
+    find_dropped([order, begin, end, values], columns, drop_begin, drop_end)
+    return Ranges(begin, end, drop_begin, drop_end)
 
 
 def _contiguous(pairs: Pairs) -> list[Tensor | None]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mcl_kernels.logsumexp.device_plan import make_plan, query_ranges
 from mcl_kernels.logsumexp.inputs import Inputs, LseGradients, Saved, Wanted
-from mcl_kernels.logsumexp.pairs import Plan
+from mcl_kernels.logsumexp.pairs import Pairs, Plan
 
 
 class Side(NamedTuple):
@@ -33,6 +33,8 @@ class Rows(NamedTuple):
     side: Side
     begin: Tensor  # int64 [N]
     end: Tensor  # int64 [N]
+    drop_begin: Tensor | None  # int32 [N], those among them that it drops; None: no row drops any
+    drop_end: Tensor | None  # int32 [N]
 
 
 class Terms(NamedTuple):
@@ -53,14 +55,6 @@ RunForward = Callable[[Rows, Side, Tensor, str, Tensor, Tensor | None], None]
 RunBackward = Callable[[Rows, Side, Tensor, str, Terms, Tensor | None, Tensor | None], None]
 
 
-def dropped_values(rows: Side, columns: Side, negatives: str) -> tuple[Tensor | None, Tensor | None]:
-    """Values by which pairs are excluded: ids, or labels for "different".
-
-    Sorting makes the excluded columns of each row contiguous.
-    """
-    return (rows.labels, columns.labels) if negatives == "different" else (rows.ids, columns.ids)
-
-
 def compares_ids(rows: Side, negatives: str) -> bool:
     """Returns whether ids are compared pair by pair: under "different" rows of one sample may have different labels."""
     return negatives == "different" and rows.ids is not None
@@ -74,15 +68,25 @@ def _sides(inputs: Inputs, plan: Plan) -> tuple[Side, Side]:
     return queries, queries if key is None else Side(key, plan.key_order, key_labels, key_ids)
 
 
+def _rows_of_queries(queries: Side, plan: Plan) -> Rows:
+    return Rows(queries, plan.key_begin, plan.key_end, plan.key_drop_begin, plan.key_drop_end)
+
+
+def _rows_of_keys(keys: Side, pairs: Pairs, plan: Plan) -> Rows:
+    if plan.query_begin is None or plan.query_end is None:
+        return Rows(keys, *query_ranges(pairs, plan))
+    return Rows(keys, plan.query_begin, plan.query_end, plan.query_drop_begin, plan.query_drop_end)
+
+
 def forward(run: RunForward, inputs: Inputs) -> Saved:
     """Log-sum-exps and the plan."""
     query, key, scale, pairs, bidirectional = inputs
-    plan, scale = make_plan(query, key, pairs), scale.contiguous()
+    plan, scale = make_plan(query, key, pairs, bidirectional), scale.contiguous()
     queries, keys = _sides(inputs, plan)
     row_lse, column_lse = scale.new_empty(len(query)), scale.new_empty(len(keys.x) if bidirectional else 0)
-    run(Rows(queries, plan.key_begin, plan.key_end), keys, scale, pairs.negatives, row_lse, None)
+    run(_rows_of_queries(queries, plan), keys, scale, pairs.negatives, row_lse, None)
     if bidirectional:
-        run(Rows(keys, *query_ranges(pairs, plan)), queries, scale, pairs.negatives, column_lse, None)
+        run(_rows_of_keys(keys, pairs, plan), queries, scale, pairs.negatives, column_lse, None)
     return Saved(row_lse, column_lse, plan)
 
 
@@ -105,9 +109,8 @@ def backward(
     if wanted.query or wanted.scale:
         fp16_scale = _fp16_scale(query, keys.x, grad_row, grad_column)
         terms = Terms((saved.row_lse, grad_row), key_term, None, fp16_scale)
-        rows = Rows(queries, plan.key_begin, plan.key_end)
         run(
-            rows, keys, scale, pairs.negatives, terms, grad_query if wanted.query else None,
+            _rows_of_queries(queries, plan), keys, scale, pairs.negatives, terms, grad_query if wanted.query else None,
             grad_scale if wanted.scale else None,
         )  # fmt: skip
     if wants_key:
@@ -117,7 +120,7 @@ def backward(
             grad_row = grad_row * scale
         fp16_scale = _fp16_scale(query, keys.x, grad_row, grad_column)
         terms = Terms(key_term, (saved.row_lse, grad_row), scale if varies else None, fp16_scale)
-        rows, one = Rows(keys, *query_ranges(pairs, plan)), scale.new_ones(())
+        rows, one = _rows_of_keys(keys, pairs, plan), scale.new_ones(())
         run(rows, queries, one if varies else scale, pairs.negatives, terms, grad_key, None)
     if wanted.scale:
         grad_scale = grad_scale.sum_to_size(scale.shape)
@@ -141,9 +144,8 @@ def _fp16_scale(query: Tensor, key: Tensor, *weights: Tensor) -> Tensor:
 
 def count_above(run: RunForward, inputs: Inputs, threshold: Tensor) -> Tensor:
     """Number of kept keys of each query with not (<q_i, k_j> <= threshold_i): NaN counts as above; int64 [N]."""
-    plan = make_plan(inputs.query, inputs.key, inputs.pairs)
+    plan = make_plan(inputs.query, inputs.key, inputs.pairs, False)
     queries, keys = _sides(inputs, plan)
-    count = torch.empty_like(plan.query_order)
-    rows, one = Rows(queries, plan.key_begin, plan.key_end), threshold.new_ones(())
-    run(rows, keys, one, inputs.pairs.negatives, count, threshold.contiguous())
+    count, one = torch.empty_like(plan.query_order), threshold.new_ones(())
+    run(_rows_of_queries(queries, plan), keys, one, inputs.pairs.negatives, count, threshold.contiguous())
     return count

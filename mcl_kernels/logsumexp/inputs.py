@@ -81,12 +81,12 @@ class Saved(NamedTuple):
     column_lse: Tensor  # [M], c; [0] unless bidirectional
     plan: Plan
 
-    def flatten(self) -> tuple[Tensor, ...]:
-        """Tensors in the order of the operators' schemas."""
+    def flatten(self) -> tuple[Tensor | None, ...]:
+        """Tensors in the order of the operators' schemas; None for fields of the plan that it lacks."""
         return self.row_lse, self.column_lse, *self.plan
 
     @classmethod
-    def unflatten(cls, values: Sequence[Tensor]) -> Saved:
+    def unflatten(cls, values: Sequence[Any]) -> Saved:
         """Inverse of `flatten`."""
         row_lse, column_lse, *plan = values
         return cls(row_lse, column_lse, Plan(*plan))

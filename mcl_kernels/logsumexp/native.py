@@ -28,8 +28,9 @@ def forward(inputs: Inputs) -> Saved:
 
 def backward(inputs: Inputs, saved: Saved, grads: LseGradients, wanted: Wanted) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and scale; [0] for one that is not wanted (and for the key of the self form)."""
+    row_lse, column_lse, plan = saved
     gradients: tuple[Tensor, Tensor, Tensor] = ops().masked_lse_backward(
-        inputs.tensors(), saved.flatten(), grads, inputs.pairs.negatives, inputs.bidirectional, wanted
+        inputs.tensors(), (row_lse, column_lse, *plan[:4]), grads, inputs.pairs.negatives, inputs.bidirectional, wanted
     )
     return gradients
 

@@ -1,4 +1,4 @@
-"""The torch.library contract of the fused implementations: schemas, fakes, autograd.
+"""The fused implementations as differentiable functions: `eager.py` calls one, these operators stand for it in graphs.
 
 One forward op and one backward op serve them all: `str impl` picks the module that computes, since several
 implementations live on the same device. The forward op returns the LSE and the plan, and autograd saves those and the
@@ -23,17 +23,25 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn import Parameter
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from mcl_kernels.backends.table import load
-from mcl_kernels.logsumexp import reference
+from mcl_kernels.logsumexp import eager, reference
 from mcl_kernels.logsumexp.inputs import Inputs, LseGradients, Saved, Wanted
+from mcl_kernels.logsumexp.pairs import Plan
 
 # The fields of `Inputs` and `Saved`, in the order of their `flatten`.
 INPUTS = (
     "Tensor query, Tensor? key, Tensor scale, Tensor? labels, Tensor? key_labels, Tensor? ids, Tensor? key_ids, "
     "str negatives, bool bidirectional"
 )
-SAVED = "Tensor row_lse, Tensor column_lse, Tensor query_order, Tensor key_order, Tensor key_begin, Tensor key_end"
+SAVED = (
+    "Tensor row_lse, Tensor column_lse, Tensor query_order, Tensor key_order, Tensor key_begin, Tensor key_end, "
+    "Tensor key_drop_begin, Tensor key_drop_end, "
+    "Tensor query_begin, Tensor query_end, Tensor query_drop_begin, Tensor query_drop_end"
+)
+GPU_IMPLS = ("triton", "cuda")  # their plan has the ranges that only GPUs need
 N_INPUTS, N_SAVED = INPUTS.count(",") + 1, SAVED.count(",") + 1
 
 
@@ -42,28 +50,43 @@ def compute(inputs: Inputs, impl: str) -> tuple[Tensor, Tensor]:
     if impl == "reference":
         return reference.logsumexp(inputs)
     _refuse_transforms(inputs.query, inputs.keys, inputs.scale)
+    if not _is_traced(inputs):
+        return eager.logsumexp(inputs, impl)
     row_lse, column_lse, *_ = masked_logsumexp(*inputs.flatten(), impl)
     return row_lse, column_lse
+
+
+def _is_traced(inputs: Inputs) -> bool:
+    """Returns whether the call must be an operator: it is compiled, transformed, or sees fake or wrapped tensors."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or _get_current_dispatch_mode() is not None
+        or any(type(x) not in (Tensor, Parameter) for x in inputs.tensors() if x is not None)
+    )
 
 
 @torch.library.custom_op(
     "mcl_kernels::masked_logsumexp",
     mutates_args=(),
-    schema=f"({INPUTS}, str impl) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    schema=f"({INPUTS}, str impl) -> ({', '.join(['Tensor'] * N_SAVED)})",
 )
 def masked_logsumexp(*arguments):  # type: ignore[no-untyped-def]
-    """The fields of `Saved`."""
+    """The fields of `Saved`, [0] for those that the plan lacks."""
     *flat, impl = arguments
     inputs = Inputs.unflatten(flat)
     with torch.autocast(inputs.query.device.type, enabled=False):
-        return load("logsumexp", impl).forward(inputs).flatten()
+        saved = load("logsumexp", impl).forward(inputs).flatten()
+    return tuple(inputs.scale.new_empty(0, dtype=torch.int32) if x is None else x for x in saved)
 
 
 @masked_logsumexp.register_fake
 def _(*arguments):  # type: ignore[no-untyped-def]
-    inputs = Inputs.unflatten(arguments[:N_INPUTS])
+    inputs, impl = Inputs.unflatten(arguments[:N_INPUTS]), arguments[N_INPUTS]
     n, m = inputs.query.shape[0], inputs.keys.shape[0]
-    integers = inputs.query.new_empty(0, dtype=torch.int64)
+    integers, drops = (inputs.query.new_empty(0, dtype=dtype) for dtype in (torch.int64, torch.int32))
+    on_gpu = impl in GPU_IMPLS
+    drops_keys, of_keys = on_gpu and inputs.pairs.drops(), on_gpu and inputs.bidirectional
     return (
         inputs.scale.new_empty(n),
         inputs.scale.new_empty(m if inputs.bidirectional else 0),
@@ -71,6 +94,9 @@ def _(*arguments):  # type: ignore[no-untyped-def]
         integers.new_empty(0 if inputs.key is None else m),
         integers.new_empty(n),
         integers.new_empty(n),
+        *(drops.new_empty(n if drops_keys else 0) for _ in range(2)),
+        *((integers.new_empty(m) if of_keys else drops.new_empty(0)) for _ in range(2)),
+        *(drops.new_empty(m if of_keys and drops_keys else 0) for _ in range(2)),
     )
 
 
@@ -84,6 +110,9 @@ def _(*arguments):  # type: ignore[no-untyped-def]
 def masked_logsumexp_backward(*arguments):  # type: ignore[no-untyped-def]
     """Gradients of query, key and scale; [0] for one that is not wanted."""
     inputs, saved, grads, wanted, impl = _unflatten_backward(arguments)
+    row_lse, column_lse, plan = saved
+    optional = (None if x is None or len(x) == 0 else x for x in plan[4:])
+    saved = Saved(row_lse, column_lse, Plan(*plan[:4], *optional))
     with torch.autocast(inputs.query.device.type, enabled=False):
         return load("logsumexp", impl).backward(inputs, saved, grads, wanted)
 
@@ -122,20 +151,15 @@ def _backward(ctx: Any, grad_row: Tensor, grad_column: Tensor, *grad_plan: None)
 masked_logsumexp.register_autograd(_backward, setup_context=_save_for_backward)
 
 
-def _refuse_double_backward(ctx: Any, *grads: Tensor) -> None:
-    raise RuntimeError(
-        "masked_logsumexp: the backward of a fused implementation is not differentiable; "
-        "for second derivatives call it with impl='reference'"
-    )
-
-
-masked_logsumexp_backward.register_autograd(_refuse_double_backward)
+masked_logsumexp_backward.register_autograd(eager.refuse_double_backward)
 
 
 def count_above(inputs: Inputs, threshold: Tensor, impl: str) -> Tensor:
     """Number of kept keys of each query with not (<q_i, k_j> <= threshold_i): NaN counts as above; int64 [N]."""
     if impl == "reference":
         return reference.count_above(inputs, threshold)
+    if not _is_traced(inputs):
+        return eager.count_above(inputs, threshold, impl)
     count: Tensor = fused_count_above(*inputs.flatten(), threshold, impl)
     return count
 

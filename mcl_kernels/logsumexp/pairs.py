@@ -33,6 +33,10 @@ class Pairs(NamedTuple):
         """Pairs with queries and keys exchanged."""
         return Pairs(self.key_labels, self.labels, self.key_ids, self.ids, self.negatives)
 
+    def drops(self) -> bool:
+        """Returns whether a query may drop some of the keys of its range: equal labels, or the keys of its sample."""
+        return self.negatives == "different" or self.ids is not None
+
     def repeated(self, times: int) -> Pairs:
         """Pairs of a batch that holds every row `times` times, one copy of the batch after the other."""
         labels, key_labels, ids, key_ids, negatives = self
@@ -47,12 +51,22 @@ def repeat(values: Tensor | None, times: int) -> Tensor | None:
 
 
 class Plan(NamedTuple):
-    """The visiting order: the kept keys of sorted query i are among the sorted keys key_begin[i] .. key_end[i] - 1."""
+    """The visiting order: the kept keys of sorted query i are among the sorted keys key_begin[i] .. key_end[i] - 1.
+
+    On GPUs it also has those among them that the query drops, where queries drop any, and in a bidirectional call the
+    same of each sorted key; None where it does not.
+    """
 
     query_order: Tensor  # int64 [N], the queries by (label, id)
     key_order: Tensor  # int64 [M], the keys by (label, id); [0] in the self form, where keys are queries
     key_begin: Tensor  # int64 [N]
     key_end: Tensor  # int64 [N], equal to key_begin for a query without keys
+    key_drop_begin: Tensor | None = None  # int32 [N]
+    key_drop_end: Tensor | None = None
+    query_begin: Tensor | None = None  # int64 [M]
+    query_end: Tensor | None = None
+    query_drop_begin: Tensor | None = None  # int32 [M]
+    query_drop_end: Tensor | None = None
 
 
 def make_plan(query: Tensor, key: Tensor | None, pairs: Pairs) -> Plan:

@@ -12,7 +12,6 @@ from torch import Tensor
 from mcl_kernels.backends.triton import compute_capability
 from mcl_kernels.logsumexp import gpu_common
 from mcl_kernels.logsumexp.gpu_common import Rows, Side
-from mcl_kernels.logsumexp.triton.dropped import find_dropped
 from mcl_kernels.logsumexp.triton.tile_table import choose_tiles, tile_constants
 
 
@@ -58,11 +57,10 @@ def common_arguments(
     """Returns the arguments that the forward and the backward kernel share."""
     x, width = rows.side.x, rows.side.x.shape[1]
     tiles = choose_tiles(kernel, precision, width, compute_capability(x.device))
-    drop_begin, drop_end = find_dropped(rows, columns, negatives) or (None, None)
     compares_ids = gpu_common.compares_ids(rows.side, negatives)
     return {
         "rows": RowArguments(
-            x, x.stride(0), x.stride(1), rows.side.order, rows.begin, rows.end, drop_begin, drop_end,
+            x, x.stride(0), x.stride(1), rows.side.order, rows.begin, rows.end, rows.drop_begin, rows.drop_end,
             rows.side.ids if compares_ids else None, scale,
         ),
         "columns": ColumnArguments(

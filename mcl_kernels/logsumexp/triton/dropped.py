@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from mcl_kernels.backends.triton import current_device
-from mcl_kernels.logsumexp import gpu_common
-from mcl_kernels.logsumexp.gpu_common import Rows, Side
 
 ROWS = 256  # of a program
 
@@ -57,17 +54,14 @@ def find_dropped_kernel(
     tl.store(drop_end + rows, last_low.to(tl.int32), mask=row_valid)
 
 
-def find_dropped(rows: Rows, columns: Side, negatives: str) -> tuple[Tensor, Tensor] | None:
-    """Returns begin and end of the sorted columns that each sorted row drops, int32 [N]; None if no row drops any."""
-    values, column_values = gpu_common.dropped_values(rows.side, columns, negatives)
-    if values is None:
-        return None
-    order, n = rows.side.order, len(rows.side.order)
-    begin, end = torch.empty(2, n, dtype=torch.int32, device=order.device).unbind()
+def find_dropped(rows: list[Tensor], columns: list[Tensor], drop_begin: Tensor, drop_end: Tensor) -> None:
+    """Writes begin and end of the sorted columns that each sorted row drops, int32 [N].
+
+    `rows` are their order, begin, end and values; `columns` their order and values.
+    """
+    n, (column_order, column_values) = len(drop_begin), columns
     if n:
-        with current_device(begin):
+        with current_device(drop_begin):
             find_dropped_kernel[(-(-n // ROWS),)](
-                order, rows.begin, rows.end, values, columns.order, column_values, begin, end,
-                n, len(columns.order).bit_length(), ROWS=ROWS,
-            )  # fmt: skip
-    return begin, end
+                *rows, column_order, column_values, drop_begin, drop_end, n, len(column_order).bit_length(), ROWS=ROWS
+            )
