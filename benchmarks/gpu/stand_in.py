@@ -5,8 +5,8 @@
     launches[0].compile().asm["cubin"]
 
 Launchers take CPU tensors here and choose as they would on a GPU of the architecture; nothing is computed, and results
-hold what their memory held. A kernel is specialised on types, constants and divisibility by 16. Those are the same for a
-tensor on a GPU: memory is aligned to 64 bytes on a CPU and to 512 on a GPU. TRITON_INTERPRET=1 excludes both uses.
+hold what their memory held. A kernel is specialised on types, constants and divisibility by 16, all of them the same
+for a tensor on a GPU: memory is aligned to 64 bytes on a CPU and to 512 on a GPU. TRITON_INTERPRET=1 excludes this.
 """
 
 from __future__ import annotations
