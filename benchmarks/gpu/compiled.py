@@ -12,9 +12,9 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from benchmarks.gpu.kernels import LIBRARY, UNDIVIDED, Launch
+from benchmarks.gpu.kernels import LIBRARY, Launch
 from benchmarks.gpu.loop import LoopCost, count_loops
 from benchmarks.gpu.traffic import feature_bytes
 from benchmarks.measure import Row
@@ -34,8 +34,6 @@ MULTIPROCESSOR_WARPS = {75: 32, 80: 64, 90: 64, 100: 64}
 TENSOR_MEMORY = 512  # columns of a multiprocessor, from sm_100 on
 TENSOR_CORES = {80: r"\bHMMA", 90: r"\bHGMMA", 100: r"\bUTC\w*MMA"}  # the fast path of each
 WMMA = r"\bHMMA"
-
-Position = tuple[int, ...]  # of an argument, or of a field of a tuple
 
 
 class Code(NamedTuple):
@@ -61,19 +59,7 @@ class Compiled(NamedTuple):
 
 
 def compile_launch(launch: Launch, architecture: int) -> Compiled:
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    signature, constants, attributes = {}, {}, {}
-    for index, name in enumerate(launch.function.arg_names):
-        if name in launch.constants:
-            signature[name], constants[index,] = "constexpr", launch.constants[name]
-        else:
-            signature[name] = _argument_types(launch.arguments[name], (index,), constants, attributes)
-    source = ASTSource(fn=launch.function, signature=signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": launch.warps, "num_stages": launch.stages}
-    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    compiled = launch.compile()
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -103,21 +89,6 @@ def launch_row(launch: Launch, architecture: int) -> Row:
             "synchronous_loads": cheapest.loads,
         }  # fmt: skip
     return row
-
-
-def _argument_types(
-    argument: Any, position: Position, constants: dict[Position, Any], attributes: dict[Position, Any]
-) -> Any:
-    """Returns the type of an argument, for a tuple those of its fields; records constants and divisibility by 16."""
-    if isinstance(argument, tuple):
-        fields = enumerate(argument)
-        return type(argument)(*(_argument_types(field, (*position, i), constants, attributes) for i, field in fields))
-    if not isinstance(argument, str):
-        constants[position] = argument
-        return "constexpr"
-    if argument.startswith(("*", "i32")) and not argument.endswith(UNDIVIDED):
-        attributes[position] = [["tt.divisibility", 16]]
-    return argument.removesuffix(UNDIVIDED)
 
 
 def compile_cuda() -> list[Row]:

@@ -9,7 +9,7 @@ from importlib.metadata import version
 from typing import Any
 from unittest.mock import patch
 
-from benchmarks.gpu.kernels import POINTERS, Launch, Units
+from benchmarks.gpu.kernels import POINTERS, Launch, Units, describe
 
 INF_CL = ("inf-cl: forward", "inf-cl: backward, queries", "inf-cl: backward, keys")
 MEMEFF = ("memeff: forward", "memeff: backward")
@@ -18,8 +18,8 @@ MEMEFF = ("memeff: forward", "memeff: backward")
 def peer_kernel(kernel: str, architecture: int, precision: str, width: int) -> Launch | None:
     """Returns None if the library does not multiply in this precision."""
     if kernel in INF_CL:
-        return _inf_cl_kernel(kernel, width) if precision == "tf32" else None
-    return _memeff_kernel(kernel, architecture, precision, width) if precision != "tf32x3" else None
+        return _inf_cl_kernel(kernel, architecture, width) if precision == "tf32" else None
+    return _memeff_kernel(kernel, architecture, precision, width) if precision != "fp32" else None
 
 
 def peer_units(kernel: str, architecture: int, width: int) -> Units:
@@ -32,7 +32,7 @@ def peer_units(kernel: str, architecture: int, width: int) -> Units:
     return Units(None, None, 5 if _memeff_owns_rows(architecture, width) else 4, "all")
 
 
-def _inf_cl_kernel(kernel: str, width: int) -> Launch:
+def _inf_cl_kernel(kernel: str, architecture: int, width: int) -> Launch:
     from inf_cl import flash
 
     names = ("_prob_fwd_kernel", "_dq_prob_bwd_kernel", "_dk_prob_bwd_kernel")
@@ -49,7 +49,8 @@ def _inf_cl_kernel(kernel: str, width: int) -> Launch:
     }
     tiles = {"rows": 64, "columns": 64, "features": head}
     depth = width if kernel == INF_CL[0] else 2 * width
-    return Launch(f"inf-cl {version('inf-cl')}", kernel, function, types, constants, tiles, 8, 1, depth, heads)
+    compile_kernel = describe(function, types, constants, architecture, 8, 1)
+    return Launch(f"inf-cl {version('inf-cl')}", kernel, compile_kernel, tiles, 8, 1, depth, heads)
 
 
 def _memeff_kernel(kernel: str, architecture: int, precision: str, width: int) -> Launch:
@@ -78,7 +79,8 @@ def _memeff_kernel(kernel: str, architecture: int, precision: str, width: int) -
     tiles = {"rows": rows, "columns": columns, "features": features}
     steps = -(-width // features)
     depth = products * steps * features
-    return Launch(f"memeff {version('memeff')}", kernel, function, types, constants, tiles, warps, stages, depth, steps)
+    compile_kernel = describe(function, types, constants, architecture, warps, stages)
+    return Launch(f"memeff {version('memeff')}", kernel, compile_kernel, tiles, warps, stages, depth, steps)
 
 
 def _memeff_owns_rows(architecture: int, width: int) -> bool:

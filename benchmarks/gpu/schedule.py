@@ -1,14 +1,14 @@
 """Work of each multiprocessor, simulated: `python -m benchmarks.gpu.schedule` writes schedule.csv.
 
-A unit is a tile of rows against a tile of columns, of the sizes in the launchers' table. A tile of rows needs as many
-units as tiles of columns cover its clusters. Two schedules share the units out:
+A unit is a tile of rows against a tile of columns, of the sizes that launchers choose (static.csv). A tile of rows
+needs as many units as tiles of columns cover its clusters. Two schedules share the units out:
 
 - "row tiles": a program for each tile of rows and part of the features, which the next free slot of a multiprocessor
   takes, in the order of the rows;
 - "work list": as many programs as fit the chip at a time, and no more than units; program g of G takes the units from
   g W / G to (g + 1) W / G of the list of all W, wherever a tile of rows ends.
 
-A multiprocessor has as many slots as CTAs of the kernel fit it (static.csv). All units take the same time.
+A multiprocessor has as many slots as CTAs of the kernel fit it. All units take the same time.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from typing import NamedTuple
 import numpy as np
 
 from benchmarks.measure import Row, read_rows, write_rows
-from mcl_kernels.logsumexp.triton.tile_table import choose_tiles
 
 HERE = Path(__file__).parent
 MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}  # A100, H200, B200
@@ -148,9 +147,9 @@ class Kernel(NamedTuple):
 
 @cache
 def kernel_of(name: str, architecture: int, precision: str, d: int) -> Kernel:
-    tiles = choose_tiles(name, "half" if precision == "bf16" else precision, d, (architecture // 10, 0))
-    return Kernel(tiles.rows, tiles.columns, -(-d // tiles.gradients) if tiles.gradients else 1,
-                  int(static_row(name, architecture, precision, d)["ctas"]))  # fmt: skip
+    row = static_row(name, architecture, precision, d)
+    parts = -(-d // int(row["gradients"])) if name == "backward" else 1
+    return Kernel(int(row["rows"]), int(row["columns"]), parts, int(row["ctas"]))
 
 
 @cache

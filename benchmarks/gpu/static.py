@@ -31,16 +31,8 @@ from itertools import product
 from pathlib import Path
 
 from benchmarks.gpu.compiled import CUDA, compile_cuda, compile_launch, launch_row
-from benchmarks.gpu.kernels import (
-    KMEANS,
-    OWN,
-    UNALIGNED,
-    Launch,
-    Units,
-    kmeans_kernel,
-    own_kernel,
-    own_units,
-)
+from benchmarks.gpu.kernels import KMEANS, Launch, Units, kmeans_kernel
+from benchmarks.gpu.own import OWN, UNALIGNED, own_kernel, own_units
 from benchmarks.gpu.peers import INF_CL, MEMEFF, peer_kernel, peer_units
 from benchmarks.measure import Row, read_rows, write_rows
 from mcl_kernels.backends import cuda
@@ -48,14 +40,14 @@ from mcl_kernels.backends.triton import triton_version
 
 HERE = Path(__file__).parent
 ARCHITECTURES = (80, 90, 100)
-PRECISIONS = ("bf16", "tf32", "tf32x3")
+PRECISIONS = ("bf16", "tf32", "fp32")
 WIDTHS = (64, 128, 200, 256, 512, 768, 1024)
 SOME_WIDTHS = (128, 1024)
 PEER_WIDTHS = (64, 128, 256, 512, 768, 1024)
 KMEANS_WIDTH = 512
 EVERY_WIDTH = ("forward", "backward")
 OLDER = (3, 6)  # version of Triton whose rows stand next to those of the newest
-OLDER_PRECISIONS = ("bf16", "tf32x3")
+OLDER_PRECISIONS = ("bf16", "fp32")
 COLUMNS = (
     "library", "kernel", "architecture", "precision", "d", "rows", "columns", "features", "gradients", "chunk", "warps",
     "stages", "units_self", "units_one_direction", "units_both_directions", "pairs", "registers", "stack", "spills",
@@ -78,8 +70,7 @@ def compile_kernel(kernel: str, architecture: int, precision: str, width: int) -
     if kernel in KMEANS:
         units = Units(None, None, None, "")
     else:
-        own = kernel in OWN
-        units = own_units(architecture, precision, width) if own else peer_units(kernel, architecture, width)
+        units = own_units(launch, width) if kernel in OWN else peer_units(kernel, architecture, width)
     return {
         "library": launch.library, "kernel": kernel, "architecture": f"sm_{architecture}", "precision": precision,
         "d": width, **launch.tiles, "warps": launch.warps, "stages": launch.stages,

@@ -18,8 +18,8 @@ KERNELS = {
 }
 LOOPS = (
     *((name, "bf16", d) for name in ("forward", "backward") for d in ("64", "128", "200", "256", "512", "1024")),
-    ("forward, unaligned", "bf16", "128"), ("backward, unaligned", "bf16", "128"), ("forward", "tf32x3", "128"),
-    ("backward", "tf32x3", "128"), ("backward", "tf32x3", "512"), ("memeff: forward", "bf16", "512"),
+    ("forward, unaligned", "bf16", "128"), ("backward, unaligned", "bf16", "128"), ("forward", "fp32", "128"),
+    ("backward", "fp32", "128"), ("backward", "fp32", "512"), ("memeff: forward", "bf16", "512"),
     ("memeff: backward", "bf16", "128"), ("memeff: backward", "bf16", "512"),
     ("inf-cl: backward, queries", "tf32", "128"), ("inf-cl: backward, queries", "tf32", "512"),
 )  # fmt: skip
