@@ -17,7 +17,7 @@ namespace mcl {
 
 template <class Shared>
 __device__ __forceinline__ Shared& shared_memory() {
-  asm volatile("// dynamic shared memory: %0" ::"n"(sizeof(Shared)));  // for benchmarks/gpu_static.py
+  asm volatile("// dynamic shared memory: %0" ::"n"(sizeof(Shared)));  // for benchmarks/gpu/compiled.py
   return *reinterpret_cast<Shared*>(shared_bytes);
 }
 

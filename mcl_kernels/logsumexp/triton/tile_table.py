@@ -23,7 +23,7 @@ class Tiles(NamedTuple):
 
 # By kernel, precision and architecture, the tiles for each maximal width; an entry holds for later architectures up to
 # the next one. Each is the fastest-looking of those tried that compile without a spill on its architecture
-# (`python -m benchmarks.gpu_static`):
+# (`python -m benchmarks.gpu.static`):
 # - forward: 128 rows read each key once per 128 queries. Wide rows are loaded in parts of 64 features, in three stages.
 # - backward: as many features of the gradient as a program can hold, since each part computes the logits again: 64 x
 #   512 sums take half of the registers, and all of the tensor memory of sm_100. One product sums a chunk of them, so
