@@ -1,15 +1,19 @@
 """Arithmetic on rows of embeddings: normalisation, with its derivatives, and products of rows.
 
-Normalisation has two implementations, PyTorch operations and `csrc/cpu/normalize.h`.
+Normalisation has three implementations, PyTorch operations, `csrc/cpu/normalize.h` and `losses/triton/unit_rows.py`.
 """
 
 from __future__ import annotations
 
+from functools import cache
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+
+from mcl_kernels._traced import is_traced
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
@@ -40,10 +44,13 @@ def unit_views(view_a: Tensor, view_b: Tensor | None, impl: str) -> tuple[Tensor
     if torch.compiler.is_compiling():
         return _composed(view_a, view_b)
     views = (view_a,) if view_b is None else (view_a, view_b)
-    native = impl == "native" and all(
-        type(view) in (Tensor, Parameter) and view.dtype == view_a.dtype == compute_dtype(view) for view in views
-    )
-    rows, cosine = _Normalize.apply(view_a, view_b, native)  # type: ignore[no-untyped-call]
+    if impl == "native":
+        has_kernel = all(
+            type(view) in (Tensor, Parameter) and view.dtype == view_a.dtype == compute_dtype(view) for view in views
+        )
+    else:
+        has_kernel = impl == "triton" and not is_traced(*views) and all(view.dtype == view_a.dtype for view in views)
+    rows, cosine = _Normalize.apply(view_a, view_b, impl if has_kernel else "")  # type: ignore[no-untyped-call]
     return rows, cosine
 
 
@@ -61,15 +68,18 @@ class _Normalize(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(view_a: Tensor, view_b: Tensor | None, native: bool) -> tuple[Tensor, Tensor]:
-        if native:
+    def forward(view_a: Tensor, view_b: Tensor | None, kernel: str) -> tuple[Tensor, Tensor]:
+        if kernel == "native":
             rows, cosine = torch.ops.mcl_kernels_native.unit_rows(view_a, view_b)
-            return rows, cosine
-        return _composed(view_a, view_b)
+        elif kernel == "triton":
+            rows, cosine = triton_kernels().unit_rows(view_a, view_b)
+        else:
+            rows, cosine = _composed(view_a, view_b)
+        return rows, cosine
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        view_a, view_b, ctx.native = inputs
+        view_a, view_b, ctx.kernel = inputs
         rows = None if view_b is None else output[0]
         ctx.save_for_backward(view_a, view_b, rows)
         ctx.save_for_forward(view_a, view_b, rows)
@@ -77,9 +87,11 @@ class _Normalize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_rows: Tensor, grad_cosine: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         view_a, view_b, rows = ctx.saved_tensors
-        if ctx.native and not torch.is_grad_enabled():
+        if ctx.kernel == "native" and not torch.is_grad_enabled():
             gradients = torch.ops.mcl_kernels_native.unit_rows_backward(view_a, view_b, grad_rows, grad_cosine)
             return gradients[0], None if view_b is None else gradients[1], None
+        if ctx.kernel == "triton" and not torch.is_grad_enabled():
+            return *triton_kernels().unit_rows_backward(view_a, view_b, rows, grad_rows, grad_cosine), None
         if view_b is None:
             return _projected(view_a, grad_rows), None, None
         unit_a, unit_b = rows.view(2, *view_a.shape).to(grad_cosine.dtype)
@@ -89,7 +101,7 @@ class _Normalize(torch.autograd.Function):
         return _projected(view_a, grad_a), _projected(view_b, grad_b), None
 
     @staticmethod
-    def jvp(ctx: Any, tangent_a: Tensor, tangent_b: Tensor, native: None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def jvp(ctx: Any, tangent_a: Tensor, tangent_b: Tensor, kernel: None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         view_a, view_b, rows = ctx.saved_tensors
         moved_a = _projected(view_a, tangent_a)
         if view_b is None:
@@ -98,6 +110,12 @@ class _Normalize(torch.autograd.Function):
         moved_b = _projected(view_b, tangent_b)
         dtype = compute_dtype(rows)
         return torch.cat((moved_a, moved_b)), row_dot(moved_a, unit_b, dtype) + row_dot(unit_a, moved_b, dtype)
+
+
+@cache
+def triton_kernels() -> Any:
+    """The module of the Triton kernels; Triton is imported with the first call that needs it."""
+    return import_module("mcl_kernels.losses.triton.unit_rows")
 
 
 def _composed(view_a: Tensor, view_b: Tensor | None) -> tuple[Tensor, Tensor]:

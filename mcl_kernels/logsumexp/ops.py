@@ -23,9 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.nn import Parameter
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from mcl_kernels._traced import is_traced
 from mcl_kernels.backends.table import load
 from mcl_kernels.logsumexp import eager, reference
 from mcl_kernels.logsumexp.inputs import Inputs, LseGradients, Saved, Wanted
@@ -50,20 +49,10 @@ def compute(inputs: Inputs, impl: str) -> tuple[Tensor, Tensor]:
     if impl == "reference":
         return reference.logsumexp(inputs)
     _refuse_transforms(inputs.query, inputs.keys, inputs.scale)
-    if not _is_traced(inputs):
+    if not is_traced(*inputs.tensors()):
         return eager.logsumexp(inputs, impl)
     row_lse, column_lse, *_ = masked_logsumexp(*inputs.flatten(), impl)
     return row_lse, column_lse
-
-
-def _is_traced(inputs: Inputs) -> bool:
-    """Returns whether the call must be an operator: it is compiled, transformed, or sees fake or wrapped tensors."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or _get_current_dispatch_mode() is not None
-        or any(type(x) not in (Tensor, Parameter) for x in inputs.tensors() if x is not None)
-    )
 
 
 @torch.library.custom_op(
@@ -158,7 +147,7 @@ def count_above(inputs: Inputs, threshold: Tensor, impl: str) -> Tensor:
     """Number of kept keys of each query with not (<q_i, k_j> <= threshold_i): NaN counts as above; int64 [N]."""
     if impl == "reference":
         return reference.count_above(inputs, threshold)
-    if not _is_traced(inputs):
+    if not is_traced(*inputs.tensors()):
         return eager.count_above(inputs, threshold, impl)
     count: Tensor = fused_count_above(*inputs.flatten(), threshold, impl)
     return count
