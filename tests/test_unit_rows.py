@@ -38,10 +38,10 @@ def results(view_a: Tensor, view_b: Tensor | None, impl: str) -> list[Tensor]:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 # One part of the features and two, one row of a program and more.
-@pytest.mark.parametrize("d", [3, 200, 1030])
+@pytest.mark.parametrize(("n", "d"), [(23, 3), (23, 200), (9, 1030)])
 @pytest.mark.parametrize("views", [1, 2])
-def test_rows_cosines_and_gradients(views: int, d: int, dtype: torch.dtype) -> None:
-    view_a, view_b = make_view(23, d, dtype, 0), make_view(23, d, dtype, 1) if views == 2 else None
+def test_rows_cosines_and_gradients(views: int, n: int, d: int, dtype: torch.dtype) -> None:
+    view_a, view_b = make_view(n, d, dtype, 0), make_view(n, d, dtype, 1) if views == 2 else None
     for got, expected in zip(results(view_a, view_b, "triton"), results(view_a, view_b, "reference"), strict=True):
         assert got.dtype == expected.dtype
         torch.testing.assert_close(got, expected, equal_nan=True)
@@ -70,4 +70,4 @@ def test_what_is_traced_and_mixed_dtypes_stay_plain_pytorch(monkeypatch: pytest.
 
 def test_second_derivatives() -> None:
     x, y = (torch.randn(3, 4, dtype=torch.float64, device=DEVICE, requires_grad=True) for _ in range(2))
-    assert torch.autograd.gradgradcheck(lambda x, y: unit_views(x, y, "triton"), (x, y))
+    assert torch.autograd.gradgradcheck(lambda x, y: unit_views(x, y, "triton"), (x, y), fast_mode=True)

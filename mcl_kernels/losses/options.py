@@ -79,11 +79,6 @@ class Options(NamedTuple):
         return total / max(n, 1) if self.reduction == "mean" else total
 
 
-def row_ids(rows: Tensor, ranks: Ranks | None) -> Tensor:
-    """Default ids of the samples, int64 [N]: row indices, made to differ between ranks."""
-    return torch.arange(rows.shape[0], device=rows.device) if ranks is None else ranks.row_ids(rows)
-
-
 def inverse_temperature(temperature: float | Tensor, query: Tensor, dtype: torch.dtype) -> Tensor:
     """Checked scale of the logits, [] or [N]."""
     if isinstance(temperature, Tensor):
