@@ -122,8 +122,8 @@ def backward(
             grad_row = grad_row * scale
         fp16_scale = _fp16_scale(query, keys.x, grad_row, grad_column)
         terms = Terms(key_term, (saved.row_lse, grad_row), scale if varies else None, fp16_scale)
-        rows, one = _rows_of_keys(queries, keys, pairs, plan), scale.new_ones(())
-        run(rows, queries, one if varies else scale, pairs.negatives, terms, grad_key, None)
+        rows = _rows_of_keys(queries, keys, pairs, plan)
+        run(rows, queries, scale.new_ones(()) if varies else scale, pairs.negatives, terms, grad_key, None)
     if wanted.scale:
         grad_scale = grad_scale.sum_to_size(scale.shape)
         if key is None:

@@ -74,6 +74,8 @@ class Options(NamedTuple):
         """
         if self.reduction == "none":
             return loss
+        if self.reduction == "mean" and ranks is None and loss.shape[0] > 0:
+            return loss.mean()
         total = loss.sum() if ranks is None else loss.sum() * ranks.world_size
         n = loss.shape[0] if anchors is None else anchors
         return total / max(n, 1) if self.reduction == "mean" else total
