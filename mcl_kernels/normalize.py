@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from functools import cache
 from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from mcl_kernels._traced import is_traced
@@ -44,13 +46,13 @@ def unit_views(view_a: Tensor, view_b: Tensor | None, impl: str) -> tuple[Tensor
     if torch.compiler.is_compiling():
         return _composed(view_a, view_b)
     views = (view_a,) if view_b is None else (view_a, view_b)
-    if impl == "native":
-        has_kernel = all(
-            type(view) in (Tensor, Parameter) and view.dtype == view_a.dtype == compute_dtype(view) for view in views
-        )
-    else:
-        has_kernel = impl == "triton" and not is_traced(*views) and all(view.dtype == view_a.dtype for view in views)
-    rows, cosine = _Normalize.apply(view_a, view_b, impl if has_kernel else "")  # type: ignore[no-untyped-call]
+    if impl == "triton" and views[-1].dtype == view_a.dtype and forward_ad._current_level < 0 and not is_traced(*views):
+        rows, cosine = _triton_kernels().unit_rows(view_a, view_b)
+        return rows, cosine
+    native = impl == "native" and all(
+        type(view) in (Tensor, Parameter) and view.dtype == view_a.dtype == compute_dtype(view) for view in views
+    )
+    rows, cosine = _Normalize.apply(view_a, view_b, native)  # type: ignore[no-untyped-call]
     return rows, cosine
 
 
@@ -68,18 +70,15 @@ class _Normalize(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(view_a: Tensor, view_b: Tensor | None, kernel: str) -> tuple[Tensor, Tensor]:
-        if kernel == "native":
+    def forward(view_a: Tensor, view_b: Tensor | None, native: bool) -> tuple[Tensor, Tensor]:
+        if native:
             rows, cosine = torch.ops.mcl_kernels_native.unit_rows(view_a, view_b)
-        elif kernel == "triton":
-            rows, cosine = triton_kernels().unit_rows(view_a, view_b)
-        else:
-            rows, cosine = _composed(view_a, view_b)
-        return rows, cosine
+            return rows, cosine
+        return _composed(view_a, view_b)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        view_a, view_b, ctx.kernel = inputs
+        view_a, view_b, ctx.native = inputs
         rows = None if view_b is None else output[0]
         ctx.save_for_backward(view_a, view_b, rows)
         ctx.save_for_forward(view_a, view_b, rows)
@@ -87,21 +86,13 @@ class _Normalize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_rows: Tensor, grad_cosine: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         view_a, view_b, rows = ctx.saved_tensors
-        if ctx.kernel == "native" and not torch.is_grad_enabled():
+        if ctx.native and not torch.is_grad_enabled():
             gradients = torch.ops.mcl_kernels_native.unit_rows_backward(view_a, view_b, grad_rows, grad_cosine)
             return gradients[0], None if view_b is None else gradients[1], None
-        if ctx.kernel == "triton" and not torch.is_grad_enabled():
-            return *triton_kernels().unit_rows_backward(view_a, view_b, rows, grad_rows, grad_cosine), None
-        if view_b is None:
-            return _projected(view_a, grad_rows), None, None
-        unit_a, unit_b = rows.view(2, *view_a.shape).to(grad_cosine.dtype)
-        grad_a, grad_b = grad_rows.view(2, *view_a.shape).to(grad_cosine.dtype)
-        along = grad_cosine.unsqueeze(1)
-        grad_a, grad_b = torch.addcmul(grad_a, unit_b, along), torch.addcmul(grad_b, unit_a, along)
-        return _projected(view_a, grad_a), _projected(view_b, grad_b), None
+        return *composed_gradients(view_a, view_b, rows, grad_rows, grad_cosine), None
 
     @staticmethod
-    def jvp(ctx: Any, tangent_a: Tensor, tangent_b: Tensor, kernel: None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def jvp(ctx: Any, tangent_a: Tensor, tangent_b: Tensor, native: None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         view_a, view_b, rows = ctx.saved_tensors
         moved_a = _projected(view_a, tangent_a)
         if view_b is None:
@@ -113,8 +104,7 @@ class _Normalize(torch.autograd.Function):
 
 
 @cache
-def triton_kernels() -> Any:
-    """The module of the Triton kernels; Triton is imported with the first call that needs it."""
+def _triton_kernels() -> ModuleType:
     return import_module("mcl_kernels.losses.triton.unit_rows")
 
 
@@ -123,6 +113,19 @@ def _composed(view_a: Tensor, view_b: Tensor | None) -> tuple[Tensor, Tensor]:
     if view_b is None:
         return unit_a, unit_a.new_empty(0)
     return joined_views(unit_a, _unit(view_b))
+
+
+def composed_gradients(
+    view_a: Tensor, view_b: Tensor | None, rows: Tensor, grad_rows: Tensor, grad_cosine: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of the views by PyTorch operations, which are differentiable; `rows` are the unit rows of both."""
+    if view_b is None:
+        return _projected(view_a, grad_rows), None
+    unit_a, unit_b = rows.view(2, *view_a.shape).to(grad_cosine.dtype)
+    grad_a, grad_b = grad_rows.view(2, *view_a.shape).to(grad_cosine.dtype)
+    along = grad_cosine.unsqueeze(1)
+    grad_a, grad_b = torch.addcmul(grad_a, unit_b, along), torch.addcmul(grad_b, unit_a, along)
+    return _projected(view_a, grad_a), _projected(view_b, grad_b)
 
 
 def _unit(x: Tensor) -> Tensor:

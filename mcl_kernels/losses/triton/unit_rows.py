@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mcl_kernels.backends.triton import current_device, padded_edge
 from mcl_kernels.backends.triton_device import load_features, rounded
-from mcl_kernels.normalize import compute_dtype
+from mcl_kernels.normalize import composed_gradients, compute_dtype
 
 TILE = 1024  # elements of a program
 MAX_FEATURES = 1024  # read at a time
@@ -122,7 +122,7 @@ def project_rows(
 def unit_rows_backward_kernel(
     view_a,  # View of N rows
     view_b,  # View of N rows, or None
-    rows,  # [2N, D], the unit rows, if there are two views
+    rows,  # [N, D] or [2N, D], the unit rows
     grad_rows,  # [N, D] or [2N, D]
     grad_cosine,  # [N], if there are two views
     grad_a,  # [N, D]
@@ -144,6 +144,25 @@ def unit_rows_backward_kernel(
 
 def unit_rows(view_a: Tensor, view_b: Tensor | None) -> tuple[Tensor, Tensor]:
     """Unit rows of both views, [2N, D], and their cosines, [N]; without view_b [N, D] and [0]."""
+    rows, cosine = _UnitRows.apply(view_a, view_b)  # type: ignore[no-untyped-call]
+    return rows, cosine
+
+
+class _UnitRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, view_a: Tensor, view_b: Tensor | None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        rows, cosine = _forward(view_a, view_b)
+        ctx.save_for_backward(view_a, view_b, rows)
+        return rows, cosine
+
+    @staticmethod
+    def backward(ctx: Any, grad_rows: Tensor, grad_cosine: Tensor) -> tuple[Tensor, Tensor | None]:  # type: ignore[override]
+        view_a, view_b, rows = ctx.saved_tensors
+        gradients = composed_gradients if torch.is_grad_enabled() else _backward
+        return gradients(view_a, view_b, rows, grad_rows, grad_cosine)
+
+
+def _forward(view_a: Tensor, view_b: Tensor | None) -> tuple[Tensor, Tensor]:
     n, width = view_a.shape
     rows = view_a.new_empty(n if view_b is None else 2 * n, width)
     cosine = view_a.new_empty(0) if view_b is None else view_a.new_empty(n, dtype=compute_dtype(view_a))
@@ -156,10 +175,9 @@ def unit_rows(view_a: Tensor, view_b: Tensor | None) -> tuple[Tensor, Tensor]:
     return rows, cosine
 
 
-def unit_rows_backward(
-    view_a: Tensor, view_b: Tensor | None, rows: Tensor | None, grad_rows: Tensor, grad_cosine: Tensor
+def _backward(
+    view_a: Tensor, view_b: Tensor | None, rows: Tensor, grad_rows: Tensor, grad_cosine: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradients of the views."""
     n, width = view_a.shape
     grad_a = view_a.new_empty(n, width)
     grad_b = None if view_b is None else view_b.new_empty(n, width)
