@@ -40,7 +40,7 @@ def make_plan(query: Tensor, key: Tensor | None, pairs: Pairs, bidirectional: bo
 
 
 def _make_order(query: Tensor, key: Tensor | None, pairs: Pairs) -> Plan:
-    n, m = len(query), 0 if key is None else len(key)
+    n, m = query.shape[0], 0 if key is None else key.shape[0]
     if not _runs_on_kernels(query.device, n, m):
         return torch_plan.make_plan(query, key, pairs)
     labels, key_labels, ids, key_ids, negatives, _ = _contiguous(pairs.with_ids(query, key))
@@ -59,7 +59,7 @@ def query_ranges(query: Tensor, key: Tensor, pairs: Pairs, plan: Plan) -> Ranges
         from mcl_kernels.logsumexp.triton.plan import count_ranges
 
         return count_ranges(query, key, _contiguous(pairs))
-    n, m = len(query), len(key)
+    n, m = query.shape[0], key.shape[0]
     pairs = _contiguous(pairs.with_ids(query, key))
     labels, key_labels, ids, key_ids, negatives, _ = pairs
     if not _runs_on_kernels(query.device, n, m):
@@ -95,7 +95,7 @@ def _contiguous(pairs: Pairs) -> Pairs:
 
 
 def _is_counted(query: Tensor, key: Tensor | None, pairs: Pairs) -> bool:
-    rows = max(len(query), 0 if key is None else len(key))
+    rows = max(query.shape[0], 0 if key is None else key.shape[0])
     return rows <= MAX_COUNTED * max(pairs.views, 1) and not _is_built(query.device)
 
 

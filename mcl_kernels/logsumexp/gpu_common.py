@@ -85,7 +85,7 @@ def forward(run: RunForward, inputs: Inputs) -> Saved:
     query, key, scale, pairs, bidirectional = inputs
     plan, scale = make_plan(query, key, pairs, bidirectional), scale.contiguous()
     queries, keys = _sides(inputs, plan)
-    row_lse, column_lse = scale.new_empty(len(query)), scale.new_empty(len(keys.x) if bidirectional else 0)
+    row_lse, column_lse = scale.new_empty(query.shape[0]), scale.new_empty(len(keys.x) if bidirectional else 0)
     run(_rows_of_queries(queries, plan), keys, scale, pairs.negatives, row_lse, None)
     if bidirectional:
         run(_rows_of_keys(queries, keys, pairs, plan), queries, scale, pairs.negatives, column_lse, None)
@@ -101,7 +101,7 @@ def backward(
     queries, keys = _sides(inputs, plan)
     grad_query = query.new_empty(query.shape if wanted.query else 0)
     grad_key = keys.x.new_empty(keys.x.shape if wants_key else 0)
-    grad_scale = scale.new_empty(len(query) if wanted.scale else 0)
+    grad_scale = scale.new_empty(query.shape[0] if wanted.scale else 0)
     scale, grad_row, grad_column = (values.contiguous() for values in (scale, *grads))
     column_lse = saved.column_lse
     if key is None:

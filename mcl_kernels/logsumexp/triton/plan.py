@@ -139,12 +139,12 @@ def count_plan(query: Tensor, key: Tensor | None, pairs: Pairs, bidirectional: b
     labels, key_labels, ids, key_ids, *_ = pairs
     queries = _empty_side(query, labels, ids, pairs.drops())
     if key is None:
-        _launch(queries, len(query), None, 0, pairs)
+        _launch(queries, query.shape[0], None, 0, pairs)
         return Plan(queries.order, query.new_empty(0, dtype=torch.int64), *queries[3:])
     keys = _empty_side(key, key_labels, key_ids, pairs.drops())
     if not bidirectional:
         keys = PlanSide(*keys[:3], None, None, None, None)
-    _launch(queries, len(query), keys, len(key), pairs)
+    _launch(queries, query.shape[0], keys, key.shape[0], pairs)
     return Plan(queries.order, keys.order, *queries[3:], *keys[3:])
 
 
@@ -153,12 +153,12 @@ def count_ranges(query: Tensor, key: Tensor, pairs: Pairs) -> Ranges:
     labels, key_labels, ids, key_ids, *_ = pairs
     keys = _empty_side(key, key_labels, key_ids, pairs.drops())
     queries = PlanSide(labels, ids, None, None, None, None, None)
-    _launch(keys._replace(order=None), len(key), queries, len(query), pairs, plans_both=False)
+    _launch(keys._replace(order=None), key.shape[0], queries, query.shape[0], pairs, plans_both=False)
     return Ranges(*keys[3:])
 
 
 def _empty_side(x: Tensor, labels: Tensor | None, ids: Tensor | None, drops: bool) -> PlanSide:
-    n, device = len(x), x.device
+    n, device = x.shape[0], x.device
     order, begin, end = (torch.empty(n, dtype=torch.int64, device=device) for _ in range(3))
     drop_begin, drop_end = (torch.empty(n, dtype=torch.int32, device=device) if drops else None for _ in range(2))
     return PlanSide(labels, ids, order, begin, end, drop_begin, drop_end)

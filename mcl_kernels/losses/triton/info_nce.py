@@ -144,9 +144,9 @@ class _InfoNCE(torch.autograd.Function):
 
 
 def _launch(kernel: Any, arguments: tuple[Any, ...], product: Tensor, scale: Tensor, row_lse: Tensor) -> None:
-    n = len(product)
+    n = product.shape[0]
     if n:
         with current_device(product):
             kernel[(-(-n // SAMPLES),)](
-                *arguments, n, SCALE_STRIDE=scale.ndim, VIEWS=len(row_lse) // n, SAMPLES=SAMPLES, num_warps=4
+                *arguments, n, SCALE_STRIDE=scale.ndim, VIEWS=row_lse.shape[0] // n, SAMPLES=SAMPLES, num_warps=4
             )
