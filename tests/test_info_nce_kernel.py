@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from mcl_kernels.losses.per_anchor import _anchor_losses
+from mcl_kernels.normalize import compute_dtype, row_dot
 from mcl_kernels.objectives import info_nce
 from tests.conftest import DEVICES, unavailable_reason
 
@@ -55,6 +56,34 @@ def test_losses_and_gradients(samples: int, views: int, sides: int, scales: bool
     for got, expected in zip(*results, strict=True):
         tolerance = 8 * torch.finfo(dtype).eps
         torch.testing.assert_close(got, expected, rtol=tolerance, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("d", [5, 130, 1030])
+@pytest.mark.parametrize("sides", [1, 2])
+def test_products_of_rows(sides: int, d: int, dtype: torch.dtype) -> None:
+    """Rows of any strides, with an anchor without negatives and, without one, a row that holds NaN."""
+    from mcl_kernels.losses.triton.info_nce import info_nce_of_rows
+
+    wide = compute_dtype(torch.empty(0, dtype=dtype))
+    query, positive = torch.randn(2, 19, d, generator=torch.Generator().manual_seed(0)).to(dtype).to(DEVICE) / d**0.5
+    query[4] = torch.nan
+    lse = [x.to(wide).to(DEVICE) for x in 4 * torch.randn(sides, 19, generator=torch.Generator().manual_seed(1))]
+    for b in lse:
+        b[2] = -torch.inf
+    scale = torch.linspace(1, 3, 19, dtype=wide, device=DEVICE)
+    results = []
+    for function in (
+        lambda q, p, *rest: info_nce_of_rows(q, p, *rest),
+        lambda q, p, *rest: composed(row_dot(q, p, wide), *rest),
+    ):
+        inputs = [x.clone().requires_grad_() for x in (query, positive, scale, *lse)]
+        loss = function(inputs[0], inputs[1].t().contiguous().t(), *inputs[2:])
+        results.append([loss, *torch.autograd.grad(loss, inputs, torch.linspace(-1, 2, 19, dtype=wide, device=DEVICE))])
+    for got, expected in zip(*results, strict=True):
+        assert got.dtype == expected.dtype
+        torch.testing.assert_close(got, expected, equal_nan=True)
+        assert got[[0, 1, 3]].isfinite().all()
 
 
 def test_an_expanded_gradient_and_no_rows() -> None:

@@ -41,12 +41,11 @@ def query_to_key(
         is_queue: the positives are not among the keys.
         gather: gathers vectors of all anchors, for an objective that mixes anchors; None: `inputs` holds all of them.
     """
-    product = row_dot(inputs.query, positive, inputs.scale.dtype)
     lse = [b for b, _ in _log_sum_exps(inputs, objective, impl)]
     watch(lse[0], inputs.pairs, is_queue=is_queue)
-    if _has_kernel(objective, impl, product, inputs.scale):
-        return _info_nce_kernels().info_nce(product, inputs.scale, lse[0])  # type: ignore[no-any-return]
-    positive_logit = inputs.scale * product
+    if _has_kernel(objective, impl, inputs.query, positive, inputs.scale):
+        return _info_nce_kernels().info_nce_of_rows(inputs.query, positive, inputs.scale, lse[0])  # type: ignore[no-any-return]
+    positive_logit = inputs.scale * row_dot(inputs.query, positive, inputs.scale.dtype)
     return _anchor_losses(objective, positive_logit, lse, _counts(inputs, objective), inputs.scale, gather)
 
 
@@ -62,21 +61,21 @@ def views(inputs: Inputs, cosine: Tensor, objective: ObjectiveLike, impl: str) -
 
 def bidirectional(inputs: Inputs, objective: ObjectiveLike, impl: str) -> Tensor:
     """The mean of both directions for each pair, [N]: key i is the positive of query i."""
-    product = row_dot(inputs.query, inputs.keys, inputs.scale.dtype)
     row_lse, column_lse = zip(*_log_sum_exps(inputs, objective, impl), strict=True)
     watch(row_lse[0], inputs.pairs)
-    if _has_kernel(objective, impl, product, inputs.scale):
-        return _info_nce_kernels().info_nce(product, inputs.scale, row_lse[0], column_lse[0])  # type: ignore[no-any-return]
-    positive_logit = inputs.scale * product
+    query, key, scale, *_ = inputs
+    if key is not None and _has_kernel(objective, impl, query, key, scale):
+        return _info_nce_kernels().info_nce_of_rows(query, key, scale, row_lse[0], column_lse[0])  # type: ignore[no-any-return]
+    positive_logit = scale * row_dot(query, inputs.keys, scale.dtype)
     row_counts, column_counts = _counts(inputs, objective), _counts(inputs.swapped(), objective)
     row_loss = _anchor_losses(objective, positive_logit, row_lse, row_counts, inputs.scale)
     column_loss = _anchor_losses(objective, positive_logit, column_lse, column_counts, inputs.scale)
     return (row_loss + column_loss) / 2
 
 
-def _has_kernel(objective: ObjectiveLike, impl: str, product: Tensor, scale: Tensor) -> bool:
+def _has_kernel(objective: ObjectiveLike, impl: str, *tensors: Tensor) -> bool:
     """Returns whether a kernel computes the losses; a compiler fuses the plain composition by itself."""
-    return objective is info_nce and impl == "triton" and not is_traced(product, scale)
+    return objective is info_nce and impl == "triton" and not is_traced(*tensors)
 
 
 @cache

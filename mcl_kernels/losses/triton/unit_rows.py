@@ -170,7 +170,7 @@ def _forward(view_a: Tensor, view_b: Tensor | None) -> tuple[Tensor, Tensor]:
         constants = _constants(view_a)
         with current_device(view_a):
             unit_rows_kernel[(-(-n // constants["ROWS"]),)](
-                _view(view_a), None if view_b is None else _view(view_b), rows, cosine, n, width, **constants
+                view_of(view_a), None if view_b is None else view_of(view_b), rows, cosine, n, width, **constants
             )
     return rows, cosine
 
@@ -185,19 +185,26 @@ def _backward(
         constants = _constants(view_a)
         with current_device(view_a):
             unit_rows_backward_kernel[(-(-n // constants["ROWS"]),)](
-                _view(view_a), None if view_b is None else _view(view_b), rows, grad_rows.contiguous(),
+                view_of(view_a), None if view_b is None else view_of(view_b), rows, grad_rows.contiguous(),
                 grad_cosine.contiguous(), grad_a, grad_b, n, width, **constants,
             )  # fmt: skip
     return grad_a, grad_b
 
 
-def _view(x: Tensor) -> View:
+def view_of(x: Tensor) -> View:
+    """Rows as a kernel's argument."""
     return View(x, *x.stride())
 
 
+def tile_of(width: int) -> tuple[int, int]:
+    """Rows of a program and features that it reads at a time."""
+    features = min(padded_edge(width), MAX_FEATURES)
+    return TILE // features, features
+
+
 def _constants(x: Tensor) -> dict[str, Any]:
-    features = min(padded_edge(x.shape[1]), MAX_FEATURES)
+    rows, features = tile_of(x.shape[1])
     return {
         "VANISHING": max(1e-12, torch.finfo(x.dtype).tiny), "WIDE": WIDE_TYPES[compute_dtype(x)],
-        "ROWS": TILE // features, "FEATURES": features, "num_warps": 4, "enable_fp_fusion": True,
+        "ROWS": rows, "FEATURES": features, "num_warps": 4, "enable_fp_fusion": True,
     }  # fmt: skip
