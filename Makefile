@@ -50,7 +50,7 @@ sanitize: build/sanitized-address,undefined build/sanitized-thread build/sanitiz
 build/sanitized-%: $(wildcard csrc/*.h csrc/*/* tests/cuda_on_cpu/*) tests/sanitized_kernels.cpp tests/sanitized_cuda.cpp mcl_kernels/backends/native_build.py | $(VENV)/installed-test
 	$(VENV)/bin/python -m tests.build_sanitized '$*' $@
 
-NO_TORCH := $(addprefix tests/test_,benchmarks.py cli.py demo.py docs.py durable.py gpu_static.py native_cache.py native_failures.py output_files.py package.py run_lock.py) $(wildcard tests/test_suppression_*.py)
+NO_TORCH := $(addprefix tests/test_,benchmarks.py cli.py demo.py docs.py durable.py gpu_loop.py gpu_schedule.py gpu_static.py native_cache.py native_failures.py output_files.py package.py run_lock.py) $(wildcard tests/test_suppression_*.py)
 
 # With the lower bounds of pyproject.toml, the oldest releases that `pip install mcl-kernels` accepts. Left out are slow tests,
 # files whose subject is not torch (commands, files, builds, experiments), and kernels that are the same code with every
@@ -93,23 +93,31 @@ bench: $(BENCH)/installed
 suppression: $(VENV)/installed-demo
 	$(VENV)/bin/python -m experiments.suppression $(RUNS)
 
-# Everything that needs a CUDA device: builds the kernels in CUDA C++ for it; runs the tests, also under compute-sanitizer
-# if it is installed (Triton's kernels are not race-checked: Triton manages their shared memory); and runs the benchmarks
-# with the peers' kernels, into benchmarks/gpu_results.csv and gpu_clustering.csv.
-gpu: $(BENCH)/installed
-	$(BENCH)/bin/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("torch sees no CUDA device")'
-	status=0; \
-	PATH="$(CURDIR)/$(BENCH)/bin:$$PATH" MCL_KERNELS_CUDA=1 \
-	    $(BENCH)/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable . || status=1; \
-	$(BENCH)/bin/python -m pytest $(GPU_TESTS) -k 'not cpu-' || status=1; \
+# Everything that needs a CUDA device. First `benchmarks.gpu.measure`, minutes, into build/gpu, with the kernels that
+# `benchmarks.gpu.carry` left in build/gpu-carry. Then all tests, also under compute-sanitizer if it is installed (Triton's
+# kernels are not race-checked: Triton manages their shared memory), and the benchmarks with the peers' kernels, into
+# benchmarks/gpu_results.csv and gpu_clustering.csv. A $(PYTHON) that has torch, Triton and pytest runs it as it is.
+GPU_NEEDS := import mcl_kernels, pytest, sys, torch, triton; torch.cuda.is_available() or sys.exit(1)
+GPU_BUILD := from mcl_kernels.backends import cuda; cuda.build(cuda.source_directory(), cuda.PACKAGE / "lib")
+gpu:
+	python=$$(command -v $(PYTHON)); export PYTHONPATH="$(CURDIR)"; \
+	if ! $$python -c '$(GPU_NEEDS)'; then \
+	    $(MAKE) $(BENCH)/installed || exit 1; \
+	    python="$(CURDIR)/$(BENCH)/bin/python"; \
+	    $$python -c '$(GPU_NEEDS)' || { echo 'torch sees no CUDA device'; exit 1; }; \
+	fi; \
+	status=0; export PATH="$$(dirname $$python):$$PATH"; \
+	$$python -c '$(GPU_BUILD)' || status=1; \
+	$$python -m benchmarks.gpu.measure --out build/gpu --carry build/gpu-carry || status=1; \
+	$$python -m pytest $(GPU_TESTS) -k 'not cpu-' || status=1; \
 	if command -v compute-sanitizer; then \
-	    $(SANITIZE) $(BENCH)/bin/python -m pytest -x $(SANITIZED) -k 'cuda-triton or cuda-cuda' || status=1; \
+	    $(SANITIZE) $$python -m pytest -x $(SANITIZED) -k 'cuda-triton or cuda-cuda' || status=1; \
 	    for tool in racecheck synccheck; do \
-	        $(SANITIZE) --tool $$tool $(BENCH)/bin/python -m pytest -x $(SANITIZED) -k cuda-cuda || status=1; \
+	        $(SANITIZE) --tool $$tool $$python -m pytest -x $(SANITIZED) -k cuda-cuda || status=1; \
 	    done; \
 	else echo 'no compute-sanitizer: skipped'; fi; \
-	$(BENCH)/bin/python -m benchmarks --device cuda $(CASES) || status=1; \
-	$(BENCH)/bin/python -m benchmarks.clustering --device cuda || status=1; \
+	$$python -m benchmarks --device cuda $(CASES) || status=1; \
+	$$python -m benchmarks.clustering --device cuda || status=1; \
 	exit $$status
 
 $(VENV)/installed-%: pyproject.toml constraints.txt

@@ -15,9 +15,10 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from benchmarks.conditions import ROOT
+from benchmarks.gpu import tables as gpu
 from benchmarks.markdown import Rows, conditions_line, factor, markdown, mebibytes, median, number, seconds
 from benchmarks.measure import read_rows
-from benchmarks.model_tables import gpu_static, ranks, scale
+from benchmarks.model_tables import ranks, scale
 from experiments.suppression.groups import group_results
 from experiments.suppression.results import read_results
 from experiments.suppression.tables import probe_table
@@ -253,7 +254,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "six-results": six_results, "losses": losses, "limits": limits, "batch-size": batch_size,
     "small-batches": small_batches, "whole-step": whole_step, "kmeans": kmeans, "kmeans-files": kmeans_files,
     "build-time": build_time, "demo": demo, "suppression": suppression, "ranks": ranks, "scale": scale,
-    "gpu-static": gpu_static,
+    "gpu-static": gpu.counts, "gpu-loops": gpu.loops, "gpu-schedule": gpu.schedule, "gpu-bounds": gpu.bounds,
 }  # fmt: skip
 
 

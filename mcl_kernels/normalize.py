@@ -1,15 +1,21 @@
 """Arithmetic on rows of embeddings: normalisation, with its derivatives, and products of rows.
 
-Normalisation has two implementations, PyTorch operations and `csrc/cpu/normalize.h`.
+Normalisation has three implementations, PyTorch operations, `csrc/cpu/normalize.h` and `losses/triton/unit_rows.py`.
 """
 
 from __future__ import annotations
 
+from functools import cache
+from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import Parameter
+
+from mcl_kernels._traced import is_traced
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
@@ -40,6 +46,9 @@ def unit_views(view_a: Tensor, view_b: Tensor | None, impl: str) -> tuple[Tensor
     if torch.compiler.is_compiling():
         return _composed(view_a, view_b)
     views = (view_a,) if view_b is None else (view_a, view_b)
+    if impl == "triton" and views[-1].dtype == view_a.dtype and forward_ad._current_level < 0 and not is_traced(*views):
+        rows, cosine = _triton_kernels().unit_rows(view_a, view_b)
+        return rows, cosine
     native = impl == "native" and all(
         type(view) in (Tensor, Parameter) and view.dtype == view_a.dtype == compute_dtype(view) for view in views
     )
@@ -80,13 +89,7 @@ class _Normalize(torch.autograd.Function):
         if ctx.native and not torch.is_grad_enabled():
             gradients = torch.ops.mcl_kernels_native.unit_rows_backward(view_a, view_b, grad_rows, grad_cosine)
             return gradients[0], None if view_b is None else gradients[1], None
-        if view_b is None:
-            return _projected(view_a, grad_rows), None, None
-        unit_a, unit_b = rows.view(2, *view_a.shape).to(grad_cosine.dtype)
-        grad_a, grad_b = grad_rows.view(2, *view_a.shape).to(grad_cosine.dtype)
-        along = grad_cosine.unsqueeze(1)
-        grad_a, grad_b = torch.addcmul(grad_a, unit_b, along), torch.addcmul(grad_b, unit_a, along)
-        return _projected(view_a, grad_a), _projected(view_b, grad_b), None
+        return *composed_gradients(view_a, view_b, rows, grad_rows, grad_cosine), None
 
     @staticmethod
     def jvp(ctx: Any, tangent_a: Tensor, tangent_b: Tensor, native: None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
@@ -100,11 +103,29 @@ class _Normalize(torch.autograd.Function):
         return torch.cat((moved_a, moved_b)), row_dot(moved_a, unit_b, dtype) + row_dot(unit_a, moved_b, dtype)
 
 
+@cache
+def _triton_kernels() -> ModuleType:
+    return import_module("mcl_kernels.losses.triton.unit_rows")
+
+
 def _composed(view_a: Tensor, view_b: Tensor | None) -> tuple[Tensor, Tensor]:
     unit_a = _unit(view_a)
     if view_b is None:
         return unit_a, unit_a.new_empty(0)
     return joined_views(unit_a, _unit(view_b))
+
+
+def composed_gradients(
+    view_a: Tensor, view_b: Tensor | None, rows: Tensor, grad_rows: Tensor, grad_cosine: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of the views by PyTorch operations, which are differentiable; `rows` are the unit rows of both."""
+    if view_b is None:
+        return _projected(view_a, grad_rows), None
+    unit_a, unit_b = rows.view(2, *view_a.shape).to(grad_cosine.dtype)
+    grad_a, grad_b = grad_rows.view(2, *view_a.shape).to(grad_cosine.dtype)
+    along = grad_cosine.unsqueeze(1)
+    grad_a, grad_b = torch.addcmul(grad_a, unit_b, along), torch.addcmul(grad_b, unit_a, along)
+    return _projected(view_a, grad_a), _projected(view_b, grad_b)
 
 
 def _unit(x: Tensor) -> Tensor:

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <deque>
 #include <memory>
 #include <numeric>
 #include <random>
@@ -24,6 +25,7 @@ struct Case {
   int64_t width;
   int labels, ids;    // number of different ones
   bool different;     // negatives="different", else "same"
+  int programs = 0;   // that share the work
 };
 
 // Queries or keys.
@@ -148,20 +150,25 @@ bool check(const Case& c) {
   };
   const mcl::Pairs<T> pairs{{matrix(x), x.order.data(), n, begin.data(), end.data(), drop_begin.data(),
                              drop_end.data(), c.different ? x.ids.data() : nullptr},
-                            {matrix(y), y.order.data(), c.different ? y.ids.data() : nullptr},
+                            {matrix(y), y.order.data(), m, c.different ? y.ids.data() : nullptr},
                             c.width, half, c.different, &scale, 0};
   std::vector<T> lse(n), weight(n), column_lse(m), column_weight(m), threshold(n, T(0.01)), grad_scale(n);
   std::vector<int64_t> count(n);
   for (int i = 0; i < n; i++) weight[i] = T(i % 5) - 1;
   for (int j = 0; j < m; j++) column_weight[j] = T(j % 3) - 1, column_lse[j] = T(0.1) * T(j % 7);
-  mcl::masked_lse_forward(mcl::ForwardProblem<T>{pairs, lse.data(), nullptr, nullptr}, nullptr);
-  mcl::masked_lse_forward(mcl::ForwardProblem<T>{pairs, nullptr, threshold.data(), count.data()}, nullptr);
+  std::deque<std::vector<char>> workspaces;
+  const auto allocate = [&](int64_t bytes) {
+    return static_cast<void*>(workspaces.emplace_back(bytes, char(0xff)).data());  // all NaN
+  };
+  mcl::masked_lse_forward(mcl::ForwardProblem<T>{pairs, lse.data(), nullptr, nullptr}, c.programs, allocate, nullptr);
+  mcl::masked_lse_forward(mcl::ForwardProblem<T>{pairs, nullptr, threshold.data(), count.data()}, c.programs, allocate,
+                          nullptr);
   std::vector<char> grad_bytes(x.bytes.size());
   const T fp16_scale = c.dtype == mcl::Dtype::float16 ? 64 : 1;
   mcl::masked_lse_backward(
       mcl::BackwardProblem<T>{pairs, lse.data(), weight.data(), column_lse.data(), column_weight.data(), nullptr,
                               &fp16_scale, grad_bytes.data(), grad_scale.data()},
-      nullptr);
+      c.programs, allocate, nullptr);
 
   std::vector<double> exact_lse(n), exact_grad(n * c.width), exact_scale(n);
   bool counted = true;
@@ -197,16 +204,37 @@ bool check(const Case& c) {
   return good;
 }
 
-// Rows and columns of two tiles, the last one ragged; features that need two parts and two chunks of a gradient.
+// Rows and columns of two tiles, the last one ragged; features that need two parts and two chunks of a gradient. Row
+// tiles within one program, and of several.
 bool check_pairs() {
   const Case cases[] = {
-      {"float32, self", mcl::Dtype::float32, 100, 0, 70, 2, 100, false},
-      {"float16, both sides", mcl::Dtype::float16, 70, 90, 81, 2, 60, false},
-      {"bfloat16, different labels", mcl::Dtype::bfloat16, 66, 150, 72, 3, 40, true},
+      {"float32, self", mcl::Dtype::float32, 100, 0, 70, 2, 100, false, 9},
+      {"float16, both sides", mcl::Dtype::float16, 70, 90, 81, 2, 60, false, 1},
+      {"bfloat16, different labels", mcl::Dtype::bfloat16, 66, 150, 72, 3, 40, true, 2},
   };
   bool good = true;
   for (const Case& c : cases) good &= check<float>(c);
   return good & check<double>({"float64, both sides", mcl::Dtype::float64, 40, 70, 33, 1, 30, false});
+}
+
+// More row tiles than the block has threads, and more units than fit an int.
+bool check_units() {
+  constexpr int ROWS = 520, PROGRAMS = 1000, COLUMNS = 2'000'000'000;
+  std::vector<int64_t> begin(ROWS), end(ROWS, COLUMNS);
+  end[7] = 0;  // a row tile without columns has one unit
+  std::vector<char> list;
+  mcl::UnitProblem problem{{{}, nullptr, ROWS, begin.data(), end.data(), nullptr, nullptr, nullptr}, 1, false,
+                           {ROWS, PROGRAMS, nullptr, nullptr, nullptr, nullptr}};
+  mcl::count_units(problem, [&](int64_t bytes) { list.resize(bytes); return list.data(); }, nullptr);
+  const int64_t units = int64_t(ROWS - 1) * COLUMNS + 1;
+  bool good = problem.work.tile_units[ROWS] == units && problem.work.program_units[PROGRAMS] == units;
+  for (int64_t program = 0; program < PROGRAMS; program++) {
+    const int64_t unit = problem.work.program_units[program], row_tile = problem.work.program_tiles[program];
+    good &= unit == program * units / PROGRAMS && problem.work.tile_units[row_tile] <= unit &&
+            unit < problem.work.tile_units[row_tile + 1];
+  }
+  std::printf("%-32s %s\n", "work list", good ? "good" : "WRONG");
+  return good;
 }
 
 // Columns of two tiles of the plan: the second tile, padded to a power of two, overwrites all of the first.
@@ -329,7 +357,7 @@ bool check_kmeans() {
 }  // namespace
 
 int main(int arguments, char** argument) {
-  if (arguments == 1) return check_pairs() & check_plans() & check_kmeans() ? 0 : 1;
+  if (arguments == 1) return check_pairs() & check_units() & check_plans() & check_kmeans() ? 0 : 1;
   cuda_on_cpu::left_out = argument[1];
   // Only the checks that run a kernel of this file.
   const std::string file(argument[1], std::strcspn(argument[1], "."));

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import build_time, clustering, gpu_model, large_file, measure, scale, scale_model, tables
+from benchmarks import build_time, clustering, large_file, measure, scale, scale_model, tables
 from benchmarks.__main__ import COLUMNS
 from benchmarks.cases import CASES, Case
+from benchmarks.gpu import schedule
 from mcl_kernels import nt_xent
 from mcl_kernels.logsumexp.pairs import Pairs, make_plan
 from tests import emulated_cuda
@@ -79,20 +80,20 @@ def test_each_target_has_a_contender() -> None:
         assert set(case.targets) < set(clustering.CONTENDERS)
 
 
-def test_the_model_counts_the_pairs_that_kernels_visit() -> None:
+def test_the_schedule_counts_the_units_that_kernels_visit() -> None:
     """Compared with the plan of the kernels, for clusters smaller than, as large as and larger than a tile."""
     sizes = np.array([3, 60, 1, 64, 200, 7])
     labels = torch.arange(len(sizes)).repeat_interleave(torch.from_numpy(sizes))
     plan = make_plan(labels.unsqueeze(1), None, Pairs(labels, None, torch.arange(len(labels)), None, "same"))
-    expected = 0
-    for begin, end in zip(plan.key_begin.split(64), plan.key_end.split(64), strict=True):
-        expected += 64 * 32 * -(-int(end.max() - begin.min()) // 32)
-    assert gpu_model.visited_pairs(sizes, rows=64, columns=32) == expected
+    tiles = zip(plan.key_begin.split(64), plan.key_end.split(64), strict=True)
+    expected = [-(-int(end.max() - begin.min()) // 32) for begin, end in tiles]
+    n = int(sizes.sum())
+    workload = schedule.Workload("", "self", 128, n, n, sizes)
+    assert schedule.units_of_rows(workload, rows=64, columns=32).tolist() == expected
 
 
 def test_the_model_is_drawn_and_printed_as_a_model(tmp_path: Path) -> None:
-    pytest.importorskip("memeff", reason="the model has its tiles; of the bench extra")
-    arguments = [sys.executable, "-m", "benchmarks.gpu_model", "--figure", str(tmp_path / "model.png")]
+    arguments = [sys.executable, "-m", "benchmarks.gpu.model", "--figure", str(tmp_path / "model.png")]
     result = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout.startswith("A model, not a measurement")
     assert (tmp_path / "model.png").stat().st_size > 10_000

@@ -1,8 +1,10 @@
-"""The plan by CUDA kernels equals that by torch's sorts; which of them makes it."""
+"""The plan by kernels equals that by torch's sorts; which of them makes it."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import hypothesis.strategies as st
 import pytest
@@ -16,24 +18,29 @@ from mcl_kernels.logsumexp.pairs import NEGATIVES, Pairs, Plan
 from tests.conftest import DEVICES, Backend, unavailable_reason
 from tests.hypothesis_settings import examples
 
+PLANNERS = [Backend(DEVICES[-1], "triton"), *(Backend(device, "cuda") for device in DEVICES)]
 
-@pytest.fixture(scope="module", params=[Backend(device, "cuda") for device in DEVICES], ids=str)
-def device(request: pytest.FixtureRequest) -> str:
+
+@pytest.fixture(scope="module", params=PLANNERS, ids=str)
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Device on which one of the kernels plans."""
     backend: Backend = request.param
-    if reason := unavailable_reason("cuda", backend.device):
+    if reason := unavailable_reason(backend.impl, backend.device):
         pytest.skip(reason)
-    return backend.device
+    with patch.object(device_plan, "_is_built", lambda device: backend.impl == "cuda"):
+        yield backend.device
 
 
 def assert_same_plan(n: int, m: int | None, pairs: Pairs, device: str) -> None:
-    query, key = torch.zeros(n, 1, device=device), None if m is None else torch.zeros(m, 1, device=device)
-    pairs = Pairs(*(None if values is None else values.to(device) for values in pairs[:4]), pairs.negatives)
-    assert device_plan._runs_on_kernels(query.device, n, m or 0)
+    query = torch.zeros(n, 1, device=device)
+    key = None if m is None else torch.zeros(m, 1, device=device)
+    pairs = Pairs(*(None if values is None else values.to(device) for values in pairs[:4]), *pairs[4:])
+    assert device_plan._is_counted(query, key, pairs) or device_plan._runs_on_kernels(query.device, n, m or 0)
     made = device_plan.make_plan(query, key, pairs, bidirectional=m is not None)
     assert_equal_fields(made, expected_plan(query, key, pairs))
     if m is not None:
-        ranges = device_plan.query_ranges(pairs, made)
-        assert_equal_fields(ranges, device_plan.Ranges(*made[6:]))
+        ranges = device_plan.query_ranges(query, key, pairs, made)
+        assert_equal_fields(ranges, pairs_module.Ranges(*made[6:]))
 
 
 def assert_equal_fields(got: NamedTuple, expected: NamedTuple) -> None:
@@ -44,6 +51,7 @@ def assert_equal_fields(got: NamedTuple, expected: NamedTuple) -> None:
 
 def expected_plan(query: Tensor, key: Tensor | None, pairs: Pairs) -> Plan:
     """The plan by torch's sorts, with the dropped ranges by comparing all pairs."""
+    pairs = pairs.with_ids(query, key)
     plan = pairs_module.make_plan(query, key, pairs)
     if key is None:
         labels, ids = pairs.labels, pairs.ids
@@ -100,6 +108,31 @@ def test_the_plan_equals_that_of_torch(device: str, n: int, m: int | None, ident
     assert_same_plan(n, m, make_pairs(n, m, negatives, "labels" in identities, "ids" in identities), device)
 
 
+@pytest.mark.parametrize("negatives", NEGATIVES)
+@pytest.mark.parametrize("labelled", [True, False])
+# Two views of 9 samples, as one side and as both; one view, with more keys than queries and without rows.
+@pytest.mark.parametrize(("views", "n", "m"), [(2, 18, None), (2, 18, 18), (1, 9, None), (1, 9, 20), (1, 0, 4)])
+@pytest.mark.parametrize("counted", [True, False])
+def test_default_ids(
+    monkeypatch: pytest.MonkeyPatch, device: str, counted: bool, views: int, n: int, m: int | None, labelled: bool,
+    negatives: str,
+) -> None:  # fmt: skip
+    """The plan is that of stored ids, also by torch's sorts, where there are many rows."""
+    if negatives == "different" and not labelled:
+        pytest.skip("needs labels")
+    pairs = make_pairs(n // views, None if m is None else m // views, negatives, labelled, False).repeated(views)
+    pairs = pairs._replace(views=views)
+    if counted:
+        assert_same_plan(n, m, pairs, device)
+        return
+    monkeypatch.setattr(device_plan, "MAX_COUNTED", -1)
+    monkeypatch.setattr(device_plan, "MAX_ROWS", -1)
+    query, key = torch.zeros(n, 1, device=device), None if m is None else torch.zeros(m, 1, device=device)
+    pairs = Pairs(*(None if values is None else values.to(device) for values in pairs[:4]), *pairs[4:])
+    made = device_plan.make_plan(query, key, pairs, bidirectional=m is not None)
+    assert_equal_fields(made, expected_plan(query, key, pairs))
+
+
 @examples()
 @given(
     labels=st.lists(st.integers(-2, 4), max_size=40),
@@ -129,6 +162,15 @@ def test_tiles_that_are_sorted_once_or_by_each_block(monkeypatch: pytest.MonkeyP
     assert_same_plan(1000, 700, pairs, device)
     assert_same_plan(2100, 1030, make_pairs(2100, 1030, "same", True, True), device)
     assert_same_plan(1500, None, make_pairs(1500, None, "different", True, True), device)
+
+
+def test_many_rows_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device_plan, "_is_built", lambda device: False)
+    monkeypatch.setattr(device_plan, "MAX_COUNTED", 20)
+    rows, keys, pairs = torch.zeros(20, 1), torch.zeros(21, 1), Pairs(None, None, None, None, "same")
+    assert device_plan._is_counted(rows, None, pairs)
+    assert not device_plan._is_counted(rows, keys, pairs)
+    assert device_plan._is_counted(torch.zeros(40, 1), None, pairs._replace(views=2))
 
 
 @pytest.mark.parametrize(("max_rows", "built", "calls"), [(20, True, 1), (19, True, 0), (20, False, 0)])

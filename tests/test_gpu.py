@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mcl_kernels import masked_logsumexp
+from mcl_kernels import clip_loss, masked_info_nce, masked_logsumexp, nt_xent
 from tests.cases import Case, make_case
 from tests.conftest import Backend, unavailable_reason
 from tests.test_logsumexp import check
@@ -59,6 +59,50 @@ def test_no_wait_and_one_graph_for_all_labels(
             labels.copy_(torch.where(labels < 0, labels, labels % 2))
     graph.replay()
     for got, expected in zip(captured, loss_and_gradients(case, bidirectional, negatives, impl), strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
+
+
+LOSSES = {
+    "nt_xent": lambda a, b, labels, impl: nt_xent(a, b, labels, temperature=0.2, impl=impl),
+    "clip_loss": lambda a, b, labels, impl: clip_loss(a, b, labels, logit_scale=5.0, normalize=True, impl=impl),
+    "masked_info_nce": lambda a, b, labels, impl: masked_info_nce(a, b, labels, temperature=0.2, impl=impl),
+    "a queue": lambda a, b, labels, impl: masked_info_nce(
+        a, b.detach().repeat(5, 1), labels, labels.repeat(5), positive=b, temperature=0.2, impl=impl
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_losses_are_captured_in_a_graph(impl: str, loss: str, dtype: torch.dtype) -> None:
+    """Replayed, a step computes the loss and the gradients of the inputs and labels at that time."""
+    first, second = (make_case(300, 300, 40, dtype=dtype, device="cuda", seed=seed) for seed in (0, 1))
+    leaves = [x.detach().clone().requires_grad_() for x in (first.query, first.key)]
+    labels = first.labels.clone()
+
+    def step() -> tuple[Tensor, ...]:
+        value = LOSSES[loss](*leaves, labels, impl)
+        return value.detach(), *torch.autograd.grad(value, leaves)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()  # compiles
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.current_stream().wait_stream(stream)
+
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        for leaf, value in zip([*leaves, labels], (second.query, second.key, second.labels), strict=True):
+            leaf.copy_(value)
+    graph.replay()
+    for got, expected in zip(captured, step(), strict=True):
         torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
 
 

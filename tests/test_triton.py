@@ -44,7 +44,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
     launches = Launches()
     monkeypatch.setattr("mcl_kernels.logsumexp.triton.forward.forward_kernel", launches)
     monkeypatch.setattr("mcl_kernels.logsumexp.triton.backward.backward_kernel", launches)
-    monkeypatch.setattr("mcl_kernels.logsumexp.triton.dropped.find_dropped_kernel", launches)
+    monkeypatch.setattr("mcl_kernels.logsumexp.triton.plan.plan_kernel", launches)
     monkeypatch.setattr(device_plan, "_is_built", lambda device: False)
     return launches
 
@@ -64,9 +64,10 @@ def test_nothing_waits_for_the_device(
         gradients = LseGradients(torch.ones_like(saved.row_lse), torch.ones_like(saved.column_lse))
         shapes = [x.shape for x in triton.backward(inputs, saved, gradients, Wanted(True, True, True))]
     assert shapes == [case.query.shape, (0,) if case.key is None else case.key.shape, ()]
-    # Forward and backward have one kernel for each side, and one launch finds the dropped columns of a side.
-    sides = 1 if form == "self" else 2
-    assert len(launches.grids) == (2 if bidirectional else 1) + 2 * sides
+    # Forward and backward have one kernel for each side. The plan is one launch, and one more for the ranges of keys
+    # that only the backward pass needs.
+    plans = 2 if form == "rows" else 1
+    assert len(launches.grids) == plans + (2 if bidirectional else 1) + (1 if form == "self" else 2)
 
 
 class Operators(TorchDispatchMode):

@@ -8,20 +8,6 @@ namespace mcl {
 
 constexpr int DROP_THREADS = 128;
 
-// The first of the sorted columns begin .. end - 1 for which `found` holds, as it does for all columns after it; or
-// end.
-template <class Found>
-__device__ __forceinline__ int first_where(int begin, int end, Found found) {
-  while (begin < end) {
-    const int middle = begin + (end - begin) / 2;
-    if (found(middle))
-      end = middle;
-    else
-      begin = middle + 1;
-  }
-  return begin;
-}
-
 __global__ void __launch_bounds__(DROP_THREADS) find_dropped_kernel(const DropProblem problem) {
   const int64_t sorted = int64_t(blockIdx.x) * DROP_THREADS + threadIdx.x;
   if (sorted >= problem.n) return;

@@ -9,11 +9,19 @@
 
 namespace mcl {
 
-cudaError_t masked_lse_forward(const ForwardProblem<float>& problem, cudaStream_t stream);
-cudaError_t masked_lse_forward(const ForwardProblem<double>& problem, cudaStream_t stream);
+// `programs`: the number of programs that share the work, 0 for as many as the device holds at once.
+cudaError_t masked_lse_forward(const ForwardProblem<float>& problem, int64_t programs, const Allocate& allocate,
+                               cudaStream_t stream);
+cudaError_t masked_lse_forward(const ForwardProblem<double>& problem, int64_t programs, const Allocate& allocate,
+                               cudaStream_t stream);
 
-cudaError_t masked_lse_backward(const BackwardProblem<float>& problem, cudaStream_t stream);
-cudaError_t masked_lse_backward(const BackwardProblem<double>& problem, cudaStream_t stream);
+cudaError_t masked_lse_backward(const BackwardProblem<float>& problem, int64_t programs, const Allocate& allocate,
+                                cudaStream_t stream);
+cudaError_t masked_lse_backward(const BackwardProblem<double>& problem, int64_t programs, const Allocate& allocate,
+                                cudaStream_t stream);
+
+// Allocates and writes the work list of the problem.
+cudaError_t count_units(UnitProblem& problem, const Allocate& allocate, cudaStream_t stream);
 
 cudaError_t make_plan(const PlanProblem& problem, cudaStream_t stream);
 cudaError_t find_dropped(const DropProblem& problem, cudaStream_t stream);

@@ -1,4 +1,8 @@
 // Binds the kernels of masked_logsumexp to torch.
+#include <ATen/ops/empty.h>
+
+#include <vector>
+
 #include "launch.h"
 #include "operators.h"
 #include "tensors.h"
@@ -29,12 +33,12 @@ struct PairTensors {
 
   template <class T>
   Pairs<T> pairs() const {
-    checked_size(y);
     const at::ScalarType operand = half() ? x.scalar_type() : scale.scalar_type();
     return {{matrix(x, operand), order.const_data_ptr<int64_t>(), checked_size(x), begin.const_data_ptr<int64_t>(),
              end.const_data_ptr<int64_t>(), pointer<int32_t>(rows.get(4)), pointer<int32_t>(rows.get(5)),
              pointer<int64_t>(rows.get(6))},
-            {matrix(y, operand), column_order.const_data_ptr<int64_t>(), pointer<int64_t>(columns.get(2))},
+            {matrix(y, operand), column_order.const_data_ptr<int64_t>(), checked_size(y),
+             pointer<int64_t>(columns.get(2))},
             x.size(1),
             half(),
             skips_tiles,
@@ -43,42 +47,55 @@ struct PairTensors {
   }
 };
 
+// Memory that is released when the operator returns: only later launches of its stream can receive it.
+struct Workspace {
+  const Tensor& like;
+  std::vector<Tensor> parts;
+
+  void* allocate(int64_t bytes) {
+    parts.push_back(at::empty({bytes}, like.options().dtype(at::kByte)));
+    return parts.back().mutable_data_ptr();
+  }
+};
+
 template <class T>
-void forward(const PairTensors& tensors, const OptionalTensor& threshold, const Tensor& result) {
+void forward(const PairTensors& tensors, const OptionalTensor& threshold, const Tensor& result, int64_t programs) {
   ForwardProblem<T> problem{tensors.pairs<T>(), nullptr, pointer<T>(threshold), nullptr};
   if (threshold)
     problem.count = result.mutable_data_ptr<int64_t>();
   else
     problem.lse = result.mutable_data_ptr<T>();
   const OnDevice on(tensors.x);
-  check(masked_lse_forward(problem, on.stream));
+  Workspace workspace{tensors.x, {}};
+  check(masked_lse_forward(problem, programs, [&](int64_t bytes) { return workspace.allocate(bytes); }, on.stream));
 }
 
 template <class T>
 void backward(const PairTensors& tensors, const OptionalTensors& terms, const OptionalTensor& grad_x,
-              const OptionalTensor& grad_scale) {
+              const OptionalTensor& grad_scale, int64_t programs) {
   const auto term = [&](size_t index) { return pointer<T>(terms.get(index)); };
   const BackwardProblem<T> problem{tensors.pairs<T>(), term(0), term(1), term(2), term(3), term(4), term(5),
                                    grad_x ? grad_x->mutable_data_ptr() : nullptr, mutable_pointer<T>(grad_scale)};
   const OnDevice on(tensors.x);
-  check(masked_lse_backward(problem, on.stream));
+  Workspace workspace{tensors.x, {}};
+  check(masked_lse_backward(problem, programs, [&](int64_t bytes) { return workspace.allocate(bytes); }, on.stream));
 }
 
 }  // namespace
 
 void masked_lse_forward(const OptionalTensors& rows, const OptionalTensors& columns, bool skips_tiles,
-                        const Tensor& scale, const OptionalTensor& threshold, const Tensor& result) {
+                        const Tensor& scale, const OptionalTensor& threshold, const Tensor& result, int64_t programs) {
   const PairTensors tensors(rows, columns, skips_tiles, scale);
-  scale.scalar_type() == at::kDouble ? forward<double>(tensors, threshold, result)
-                                     : forward<float>(tensors, threshold, result);
+  scale.scalar_type() == at::kDouble ? forward<double>(tensors, threshold, result, programs)
+                                     : forward<float>(tensors, threshold, result, programs);
 }
 
 void masked_lse_backward(const OptionalTensors& rows, const OptionalTensors& columns, bool skips_tiles,
                          const Tensor& scale, const OptionalTensors& terms, const OptionalTensor& grad_x,
-                         const OptionalTensor& grad_scale) {
+                         const OptionalTensor& grad_scale, int64_t programs) {
   const PairTensors tensors(rows, columns, skips_tiles, scale);
-  scale.scalar_type() == at::kDouble ? backward<double>(tensors, terms, grad_x, grad_scale)
-                                     : backward<float>(tensors, terms, grad_x, grad_scale);
+  scale.scalar_type() == at::kDouble ? backward<double>(tensors, terms, grad_x, grad_scale, programs)
+                                     : backward<float>(tensors, terms, grad_x, grad_scale, programs);
 }
 
 }  // namespace mcl

@@ -1,15 +1,20 @@
 // Arguments of the kernels of masked_logsumexp, in plain data.
 //
-// The blocks of a kernel own tiles of the rows of one side, queries or keys, and compare them with the rows of the
-// other side, its columns. "Sorted" is the order of the plan; sorted row r is row order[r] of the data. Null pointers
-// stand for arguments that are not given.
+// A kernel compares tiles of the rows of one side, queries or keys, with the rows of the other side, its columns.
+// "Sorted" is the order of the plan; sorted row r is row order[r] of the data. Null pointers stand for arguments that
+// are not given.
 #pragma once
+
+#include <functional>
 
 #include "matrix.h"
 
 namespace mcl {
 
-// The side whose rows the blocks own.
+// Provides memory of the device, which lives until the launches of a call have run.
+using Allocate = std::function<void*(int64_t bytes)>;
+
+// The side that has a result for each row.
 struct Rows {
   Matrix x;                              // [n, D]
   const int64_t* order;                  // [n], sorted -> original
@@ -23,7 +28,31 @@ struct Rows {
 struct Columns {
   Matrix y;              // [m, D]
   const int64_t* order;  // [m], sorted -> original
+  int m;
   const int64_t* ids;    // [m], original
+};
+
+// The columns of the rows of a row tile, from the first to the last, without a hole of complete tiles that every row
+// drops.
+struct Span {
+  int first, last, hole_begin, hole_end;
+};
+
+// How programs share the products of all row tiles; see work_list.cuh.
+struct WorkList {
+  int row_tiles, programs;
+  int64_t* tile_units;     // [row_tiles + 1], the first unit of each row tile; then the number of units
+  int64_t* program_units;  // [programs + 1], the first unit of each program; then the number of units
+  int* program_tiles;      // [programs], the row tile of that unit; row_tiles for a program without units
+  Span* spans;             // [row_tiles]
+};
+
+// Computes the work list of row tiles of `edge` rows.
+struct UnitProblem {
+  Rows rows;
+  int edge;
+  bool skips_tiles;  // as in `Pairs`
+  WorkList work;
 };
 
 // T, the type of logits and sums, is float or double.
@@ -45,6 +74,8 @@ struct ForwardProblem {
   T* lse;              // [n], original: log sum_j exp(s_ij)
   const T* threshold;  // [n], original
   int64_t* count;      // [n], original: kept columns with not (<x_i, y_j> <= threshold_i), so that NaN counts as above
+  WorkList work{};
+  void* partials = nullptr;  // workspace [2 programs, rows of a tile]: results of parts of row tiles
 };
 
 // W_ij = row_weight_i exp(s_ij - row_lse_i) + column_weight_j exp(s_ij - column_lse_j), each term if given.
@@ -57,6 +88,9 @@ struct BackwardProblem {
   const T* fp16_scale;                  // the power of 2 that brings pair weights into the range of fp16
   void* grad_x;                         // [n, D], dense, in the dtype of x: scale_i sum_j W_ij y_j
   T* grad_scale;                        // [n], original: sum_j W_ij <x_i, y_j>
+  WorkList work{};
+  T* partials = nullptr;  // workspace [2 programs, rows of a tile, partial_width]: sums of parts of row tiles
+  int64_t partial_width = 0, scale_at = 0;  // the gradient of a row, and from `scale_at` on that of its scale
 };
 
 }  // namespace mcl

@@ -16,11 +16,11 @@
 LIBRARY_OF(MCL_NAMESPACE, library) {
   library.def(
       "masked_lse_forward(Tensor?[] rows, Tensor?[] columns, bool skips_tiles, Tensor scale, Tensor? threshold, "
-      "Tensor(a!) result) -> ()",
+      "Tensor(a!) result, int programs) -> ()",
       &mcl::masked_lse_forward);
   library.def(
       "masked_lse_backward(Tensor?[] rows, Tensor?[] columns, bool skips_tiles, Tensor scale, Tensor?[] terms, "
-      "Tensor(a!)? grad_x, Tensor(b!)? grad_scale) -> ()",
+      "Tensor(a!)? grad_x, Tensor(b!)? grad_scale, int programs) -> ()",
       &mcl::masked_lse_backward);
   library.def(
       "make_plan(Tensor like, Tensor?[] identities, int n, int m, bool self, int negatives, Tensor(a!)? order, "

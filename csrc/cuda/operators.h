@@ -12,12 +12,12 @@ namespace mcl {
 //   terms    [row_lse, row_weight, column_lse, column_weight, column_scale, fp16_scale]   as in `BackwardProblem`
 //
 // None stands for a pointer that is null there. Without a threshold `result` receives the LSE of each row, else int64
-// counts.
+// counts. `programs` share the work, see work_list.cuh; 0: as many as the device holds at once.
 void masked_lse_forward(const OptionalTensors& rows, const OptionalTensors& columns, bool skips_tiles,
-                        const Tensor& scale, const OptionalTensor& threshold, const Tensor& result);
+                        const Tensor& scale, const OptionalTensor& threshold, const Tensor& result, int64_t programs);
 void masked_lse_backward(const OptionalTensors& rows, const OptionalTensors& columns, bool skips_tiles,
                          const Tensor& scale, const OptionalTensors& terms, const OptionalTensor& grad_x,
-                         const OptionalTensor& grad_scale);
+                         const OptionalTensor& grad_scale, int64_t programs);
 
 // `identities` is [labels, ids, key_labels, key_ids], int64 or None, of n queries and m keys; `like` is any tensor of
 // their device. Results are as in plan_problem.h, and None if not requested.

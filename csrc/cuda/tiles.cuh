@@ -1,8 +1,7 @@
 // Steps that the kernels share: loading rows and columns of a tile, products, and the mask of kept pairs.
 //
-// A tile is EDGE sorted rows against EDGE sorted columns. Tiles do not align with clusters: the rows of a block are
-// compared with all columns from the first one of the first row's cluster to the last one of the last row's, so that
-// the grid depends on n alone.
+// A tile is EDGE sorted rows against EDGE sorted columns. Tiles do not align with clusters: the rows of a tile are
+// compared with all columns from the first one of the first row's cluster to the last one of the last row's.
 #pragma once
 
 #include <algorithm>
@@ -18,7 +17,7 @@ namespace mcl {
 
 template <class Shared>
 __device__ __forceinline__ Shared& shared_memory() {
-  asm volatile("// dynamic shared memory: %0" ::"n"(sizeof(Shared)));  // for benchmarks/gpu_static.py
+  asm volatile("// dynamic shared memory: %0" ::"n"(sizeof(Shared)));  // for benchmarks/gpu/compiled.py
   return *reinterpret_cast<Shared*>(shared_bytes);
 }
 
@@ -130,45 +129,6 @@ __device__ __forceinline__ Row load_row(const Rows& rows, int sorted) {
   return row;
 }
 
-// Maximum over all threads of the block.
-template <int THREADS>
-__device__ __forceinline__ int block_maximum(int value, int* warp_maxima) {
-#pragma unroll
-  for (int lanes = WARP / 2; lanes > 0; lanes /= 2) value = max(value, __shfl_xor_sync(0xffffffff, value, lanes));
-  if (threadIdx.x % WARP == 0) warp_maxima[threadIdx.x / WARP] = value;
-  __syncthreads();
-#pragma unroll
-  for (int warp = 0; warp < THREADS / WARP; warp++) value = max(value, warp_maxima[warp]);
-  __syncthreads();
-  return value;
-}
-
-// The columns of the rows of a block, from the first to the last, in tiles of EDGE, without a hole of complete tiles
-// that every row drops.
-struct Span {
-  int first, last, hole_begin, hole_end;
-
-  // First column of the next tile to compute: `start`, or the end of the hole if the hole starts there.
-  __device__ __forceinline__ int tile_at(int start) const { return start == hole_begin ? hole_end : start; }
-};
-
-template <int EDGE, int THREADS>
-__device__ __forceinline__ Span find_span(const Row& row, bool skips_tiles, int* warp_maxima) {
-  constexpr int NONE = 0x7fffffff;
-  Span span{-block_maximum<THREADS>(row.has_columns() ? -row.begin : -NONE, warp_maxima),
-            block_maximum<THREADS>(row.has_columns() ? row.end : 0, warp_maxima), NONE, NONE};
-  if (!skips_tiles) return span;
-  const int drop_first = block_maximum<THREADS>(row.has_columns() ? row.drop_begin : 0, warp_maxima);
-  const int drop_last = -block_maximum<THREADS>(row.has_columns() ? -row.drop_end : -NONE, warp_maxima);
-  if (span.first >= span.last || drop_first >= drop_last) return span;
-  const int begin = span.first + (drop_first - span.first + EDGE - 1) / EDGE * EDGE;
-  // The last tile counts as complete, although it may be ragged.
-  const int to_hole = drop_last < span.last ? drop_last - span.first : span.last - span.first + EDGE - 1;
-  const int end = span.first + to_hole / EDGE * EDGE;
-  if (begin < end) span.hole_begin = begin, span.hole_end = end;
-  return span;
-}
-
 // Loads the indices of the tile's columns. No thread may still be reading the previous tile's.
 template <int EDGE>
 __device__ __forceinline__ void load_columns(const Columns& columns, int start, int last, TileIndices<EDGE>& indices) {
@@ -199,6 +159,19 @@ __device__ __forceinline__ void for_each_product(const Row& row, int start, bool
   }
 }
 
+// The first of the integers begin .. end - 1 for which `found` holds, as it does for all after it; or end.
+template <class Found>
+__device__ __forceinline__ int first_where(int begin, int end, Found found) {
+  while (begin < end) {
+    const int middle = begin + (end - begin) / 2;
+    if (found(middle))
+      end = middle;
+    else
+      begin = middle + 1;
+  }
+  return begin;
+}
+
 struct NoMemory {};
 
 // Launches a kernel whose shared memory is the struct `Shared`. `cooperative`: all blocks are resident at once.
@@ -226,15 +199,23 @@ inline int device_attribute(cudaDeviceAttr attribute) {
   return value;
 }
 
+// Finds the number of blocks of a kernel that the device holds at once.
+template <class Shared, class Problem>
+cudaError_t find_resident(void (*kernel)(Problem), int threads, int64_t* blocks) {
+  int resident = 0;
+  const cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, threads, sizeof(Shared));
+  *blocks = int64_t(device_attribute(cudaDevAttrMultiProcessorCount)) * resident;
+  return error;
+}
+
 // Launches as many of the blocks as the device holds at once, so that they may wait for one another.
 template <class Shared, class Problem>
 cudaError_t launch_resident(void (*kernel)(Problem), int64_t blocks, int threads, const Problem& problem,
                             cudaStream_t stream) {
-  int resident = 0;
-  const cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, threads, sizeof(Shared));
+  int64_t resident = 0;
+  const cudaError_t error = find_resident<Shared>(kernel, threads, &resident);
   if (error != cudaSuccess) return error;
-  const int64_t max_blocks = int64_t(device_attribute(cudaDevAttrMultiProcessorCount)) * resident;
-  return launch<Shared>(kernel, std::min(blocks, max_blocks), threads, problem, stream, true);
+  return launch<Shared>(kernel, std::min(blocks, resident), threads, problem, stream, true);
 }
 
 }  // namespace mcl

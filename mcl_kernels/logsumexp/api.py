@@ -183,12 +183,12 @@ def masked_logsumexp(
             raise ValueError("key_labels and key_ids need a key: got key=None")
         if bidirectional:
             raise ValueError("bidirectional=True needs a key: without one the operation is symmetric, c = b")
-        if ids is None:
-            ids = torch.arange(query.shape[0], device=query.device)
     else:
         check_embeddings("key", key)
         check_same_width("key", key, "query", query)
     pairs = check_pairs(query, keys, labels, key_labels, ids, key_ids, negatives, key_is_query=key is None)
+    if key is None and ids is None:
+        pairs = pairs.with_default_ids()
     scale = check_scale("scale", scale, query, compute_dtype(query, keys))
     if bidirectional and scale.ndim:
         raise ValueError(f"scale must be one number with bidirectional=True: got shape {list(scale.shape)}")

@@ -63,6 +63,8 @@ def compares_ids(rows: Side, negatives: str) -> bool:
 def _sides(inputs: Inputs, plan: Plan) -> tuple[Side, Side]:
     """Queries and keys; in the self form they are one."""
     query, key, _, pairs, _ = inputs
+    if key is not None and pairs.negatives == "different":
+        pairs = pairs.with_ids(query, key)  # compared pair by pair
     labels, key_labels, ids, key_ids = (None if v is None else v.contiguous() for v in pairs[:4])
     queries = Side(query, plan.query_order, labels, ids)
     return queries, queries if key is None else Side(key, plan.key_order, key_labels, key_ids)
@@ -72,9 +74,9 @@ def _rows_of_queries(queries: Side, plan: Plan) -> Rows:
     return Rows(queries, plan.key_begin, plan.key_end, plan.key_drop_begin, plan.key_drop_end)
 
 
-def _rows_of_keys(keys: Side, pairs: Pairs, plan: Plan) -> Rows:
+def _rows_of_keys(queries: Side, keys: Side, pairs: Pairs, plan: Plan) -> Rows:
     if plan.query_begin is None or plan.query_end is None:
-        return Rows(keys, *query_ranges(pairs, plan))
+        return Rows(keys, *query_ranges(queries.x, keys.x, pairs, plan))
     return Rows(keys, plan.query_begin, plan.query_end, plan.query_drop_begin, plan.query_drop_end)
 
 
@@ -83,10 +85,10 @@ def forward(run: RunForward, inputs: Inputs) -> Saved:
     query, key, scale, pairs, bidirectional = inputs
     plan, scale = make_plan(query, key, pairs, bidirectional), scale.contiguous()
     queries, keys = _sides(inputs, plan)
-    row_lse, column_lse = scale.new_empty(len(query)), scale.new_empty(len(keys.x) if bidirectional else 0)
+    row_lse, column_lse = scale.new_empty(query.shape[0]), scale.new_empty(len(keys.x) if bidirectional else 0)
     run(_rows_of_queries(queries, plan), keys, scale, pairs.negatives, row_lse, None)
     if bidirectional:
-        run(_rows_of_keys(keys, pairs, plan), queries, scale, pairs.negatives, column_lse, None)
+        run(_rows_of_keys(queries, keys, pairs, plan), queries, scale, pairs.negatives, column_lse, None)
     return Saved(row_lse, column_lse, plan)
 
 
@@ -99,7 +101,7 @@ def backward(
     queries, keys = _sides(inputs, plan)
     grad_query = query.new_empty(query.shape if wanted.query else 0)
     grad_key = keys.x.new_empty(keys.x.shape if wants_key else 0)
-    grad_scale = scale.new_empty(len(query) if wanted.scale else 0)
+    grad_scale = scale.new_empty(query.shape[0] if wanted.scale else 0)
     scale, grad_row, grad_column = (values.contiguous() for values in (scale, *grads))
     column_lse = saved.column_lse
     if key is None:
@@ -120,8 +122,8 @@ def backward(
             grad_row = grad_row * scale
         fp16_scale = _fp16_scale(query, keys.x, grad_row, grad_column)
         terms = Terms(key_term, (saved.row_lse, grad_row), scale if varies else None, fp16_scale)
-        rows, one = _rows_of_keys(keys, pairs, plan), scale.new_ones(())
-        run(rows, queries, one if varies else scale, pairs.negatives, terms, grad_key, None)
+        rows = _rows_of_keys(queries, keys, pairs, plan)
+        run(rows, queries, scale.new_ones(()) if varies else scale, pairs.negatives, terms, grad_key, None)
     if wanted.scale:
         grad_scale = grad_scale.sum_to_size(scale.shape)
         if key is None:

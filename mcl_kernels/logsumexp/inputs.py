@@ -33,7 +33,7 @@ class Inputs(NamedTuple):
         With a scale per row the logits are not symmetric: then the queries are given as the keys, too.
         """
         labels, ids = repeat(pairs.labels, views), repeat(pairs.ids, views)
-        inputs = cls(query, None, scale, Pairs(labels, None, ids, None, pairs.negatives))
+        inputs = cls(query, None, scale, Pairs(labels, None, ids, None, pairs.negatives, views * pairs.views))
         return inputs if scale.ndim == 0 else inputs.rectangle()
 
     @property
@@ -45,14 +45,18 @@ class Inputs(NamedTuple):
         """Inputs with a key: in the self form the queries are given as the keys, too."""
         if self.key is not None:
             return self
-        labels, _, ids, _, negatives = self.pairs
-        return Inputs(
-            self.query, self.query, self.scale, Pairs(labels, labels, ids, ids, negatives), self.bidirectional
-        )
+        labels, _, ids, _, negatives, views = self.pairs
+        pairs = Pairs(labels, labels, ids, ids, negatives, views)
+        return Inputs(self.query, self.query, self.scale, pairs, self.bidirectional)
 
     def swapped(self) -> Inputs:
         """Inputs with queries and keys exchanged, for inputs with a key and a scale []."""
         return Inputs(self.keys, self.query, self.scale, self.pairs.swapped(), self.bidirectional)
+
+    def with_ids(self) -> Inputs:
+        """Inputs with default ids stored."""
+        query, key, scale, pairs, bidirectional = self
+        return Inputs(query, key, scale, pairs.with_ids(query, key), bidirectional)
 
     def scaled(self, factor: float) -> Inputs:
         """Inputs with the scale multiplied by a factor."""
@@ -60,12 +64,12 @@ class Inputs(NamedTuple):
 
     def tensors(self) -> list[Tensor | None]:
         """Tensors in the order of the operators' schemas."""
-        labels, key_labels, ids, key_ids, _ = self.pairs
+        labels, key_labels, ids, key_ids, _, _ = self.pairs
         return [self.query, self.key, self.scale, labels, key_labels, ids, key_ids]
 
     def flatten(self) -> tuple[Any, ...]:
         """Tensors, then options, in the order of the operators' schemas."""
-        return *self.tensors(), self.pairs.negatives, self.bidirectional
+        return *self.tensors(), self.pairs.negatives, self.pairs.views, self.bidirectional
 
     @classmethod
     def unflatten(cls, values: Sequence[Any]) -> Inputs:

@@ -23,9 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.nn import Parameter
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from mcl_kernels._traced import is_traced
 from mcl_kernels.backends.table import load
 from mcl_kernels.logsumexp import eager, reference
 from mcl_kernels.logsumexp.inputs import Inputs, LseGradients, Saved, Wanted
@@ -34,36 +33,28 @@ from mcl_kernels.logsumexp.pairs import Plan
 # The fields of `Inputs` and `Saved`, in the order of their `flatten`.
 INPUTS = (
     "Tensor query, Tensor? key, Tensor scale, Tensor? labels, Tensor? key_labels, Tensor? ids, Tensor? key_ids, "
-    "str negatives, bool bidirectional"
+    "str negatives, int views, bool bidirectional"
 )
 SAVED = (
     "Tensor row_lse, Tensor column_lse, Tensor query_order, Tensor key_order, Tensor key_begin, Tensor key_end, "
     "Tensor key_drop_begin, Tensor key_drop_end, "
     "Tensor query_begin, Tensor query_end, Tensor query_drop_begin, Tensor query_drop_end"
 )
-GPU_IMPLS = ("triton", "cuda")  # their plan has the ranges that only GPUs need
+GPU_IMPLS = ("triton", "cuda")  # they take default ids, and their plan has the ranges that only GPUs need
 N_INPUTS, N_SAVED = INPUTS.count(",") + 1, SAVED.count(",") + 1
 
 
 def compute(inputs: Inputs, impl: str) -> tuple[Tensor, Tensor]:
     """Returns b, [N], and c, [M] where bidirectional, else [0]."""
+    if impl not in GPU_IMPLS:
+        inputs = inputs.with_ids()
     if impl == "reference":
         return reference.logsumexp(inputs)
     _refuse_transforms(inputs.query, inputs.keys, inputs.scale)
-    if not _is_traced(inputs):
+    if not is_traced(*inputs.tensors()):
         return eager.logsumexp(inputs, impl)
     row_lse, column_lse, *_ = masked_logsumexp(*inputs.flatten(), impl)
     return row_lse, column_lse
-
-
-def _is_traced(inputs: Inputs) -> bool:
-    """Returns whether the call must be an operator: it is compiled, transformed, or sees fake or wrapped tensors."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or _get_current_dispatch_mode() is not None
-        or any(type(x) not in (Tensor, Parameter) for x in inputs.tensors() if x is not None)
-    )
 
 
 @torch.library.custom_op(
@@ -135,8 +126,8 @@ def _unflatten_backward(arguments: tuple[Any, ...]) -> tuple[Inputs, Saved, LseG
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, negatives, bidirectional, impl = inputs
-    ctx.options, ctx.impl = (negatives, bidirectional), impl
+    *tensors, negatives, views, bidirectional, impl = inputs
+    ctx.options, ctx.impl = (negatives, views, bidirectional), impl
     ctx.save_for_backward(*tensors, *output)
 
 
@@ -156,9 +147,11 @@ masked_logsumexp_backward.register_autograd(eager.refuse_double_backward)
 
 def count_above(inputs: Inputs, threshold: Tensor, impl: str) -> Tensor:
     """Number of kept keys of each query with not (<q_i, k_j> <= threshold_i): NaN counts as above; int64 [N]."""
+    if impl not in GPU_IMPLS:
+        inputs = inputs.with_ids()
     if impl == "reference":
         return reference.count_above(inputs, threshold)
-    if not _is_traced(inputs):
+    if not is_traced(*inputs.tensors()):
         return eager.count_above(inputs, threshold, impl)
     count: Tensor = fused_count_above(*inputs.flatten(), threshold, impl)
     return count

@@ -20,7 +20,10 @@ NEGATIVES = ("same", "different", "all")
 class Pairs(NamedTuple):
     """Labels y and ids u, which decide the kept pairs: int64, None on both sides or on neither.
 
-    In the self form, where the keys are the queries, key_labels and key_ids are None, and ids are always given.
+    In the self form, where the keys are the queries, key_labels and key_ids are None.
+
+    Default ids are not stored: with V `views` row i of either side has the id i mod (its rows / V), its index in a
+    batch that is there V times, one copy after the other. Then ids and key_ids are None.
     """
 
     labels: Tensor | None  # [N]
@@ -28,26 +31,48 @@ class Pairs(NamedTuple):
     ids: Tensor | None  # [N]
     key_ids: Tensor | None  # [M]
     negatives: str
+    views: int = 0  # 0: ids are as given, or None on both sides: nothing is excluded
 
     def swapped(self) -> Pairs:
         """Pairs with queries and keys exchanged."""
-        return Pairs(self.key_labels, self.labels, self.key_ids, self.ids, self.negatives)
+        return Pairs(self.key_labels, self.labels, self.key_ids, self.ids, self.negatives, self.views)
+
+    def with_default_ids(self) -> Pairs:
+        """Pairs with the index of a row as its id, where no ids are given."""
+        return Pairs(self.labels, self.key_labels, None, None, self.negatives, views=1)
+
+    def with_ids(self, query: Tensor, key: Tensor | None) -> Pairs:
+        """Pairs with default ids stored, for queries and keys of these lengths."""
+        if not self.views:
+            return self
+        ids = _default_ids(query, self.views)
+        if key is None:
+            return Pairs(self.labels, None, ids, None, self.negatives)
+        key_ids = ids if key.shape[0] == query.shape[0] else _default_ids(key, self.views)
+        return Pairs(self.labels, self.key_labels, ids, key_ids, self.negatives)
 
     def drops(self) -> bool:
         """Returns whether a query may drop some of the keys of its range: equal labels, or the keys of its sample."""
-        return self.negatives == "different" or self.ids is not None
+        return self.negatives == "different" or self.ids is not None or self.views > 0
 
     def repeated(self, times: int) -> Pairs:
         """Pairs of a batch that holds every row `times` times, one copy of the batch after the other."""
-        labels, key_labels, ids, key_ids, negatives = self
+        labels, key_labels, ids, key_ids, negatives, views = self
         return Pairs(
-            repeat(labels, times), repeat(key_labels, times), repeat(ids, times), repeat(key_ids, times), negatives
-        )
+            repeat(labels, times), repeat(key_labels, times), repeat(ids, times), repeat(key_ids, times), negatives,
+            times * views,
+        )  # fmt: skip
 
 
 def repeat(values: Tensor | None, times: int) -> Tensor | None:
     """Values of a batch that holds every row `times` times, one copy of the batch after the other."""
     return values if values is None or times == 1 else torch.cat((values,) * times)
+
+
+def _default_ids(rows: Tensor, views: int) -> Tensor:
+    ids = repeat(torch.arange(rows.shape[0] // views, device=rows.device), views)
+    assert ids is not None
+    return ids
 
 
 class Plan(NamedTuple):
@@ -69,17 +94,26 @@ class Plan(NamedTuple):
     query_drop_end: Tensor | None = None
 
 
+class Ranges(NamedTuple):
+    """For each sorted row of a side its range of the other side's sorted rows, its columns."""
+
+    begin: Tensor  # int64 [N]
+    end: Tensor
+    drop_begin: Tensor | None  # int32 [N], those among them that the row drops; None: no row drops any
+    drop_end: Tensor | None
+
+
 def make_plan(query: Tensor, key: Tensor | None, pairs: Pairs) -> Plan:
     """Sorts both sides and finds the range of keys of each query, without a host synchronisation.
 
     With labels and ids under "same" these are 12 operators in the self form and 18 otherwise, 2 and 4 of them sorts.
     """
-    labels, key_labels, ids, key_ids, negatives = pairs
-    query_order = _visiting_order(query, labels, ids, negatives)
+    labels, key_labels, ids, key_ids, negatives, views = pairs
+    query_order = _visiting_order(query, labels, ids, negatives, views)
     if key is None:
         key_begin, key_end = key_ranges(query_order, labels, query_order, labels, negatives)
         return Plan(query_order, query_order.new_empty(0), key_begin, key_end)
-    key_order = _visiting_order(key, key_labels, key_ids, negatives)
+    key_order = _visiting_order(key, key_labels, key_ids, negatives, views)
     return Plan(query_order, key_order, *key_ranges(query_order, labels, key_order, key_labels, negatives))
 
 
@@ -99,9 +133,13 @@ def key_ranges(
     return begin, torch.where(row_group < 0, begin, torch.searchsorted(column_group, last, right=True))
 
 
-def _visiting_order(x: Tensor, labels: Tensor | None, ids: Tensor | None, negatives: str) -> Tensor:
-    group = None if labels is None else _matching_group(labels, negatives)
-    return _lexicographic_order(x.shape[0], x.device, group, ids)
+def _visiting_order(x: Tensor, labels: Tensor | None, ids: Tensor | None, negatives: str, views: int) -> Tensor:
+    n, group = x.shape[0], None if labels is None else _matching_group(labels, negatives)
+    if views <= 1:  # default ids are those of a stable order by label
+        return _lexicographic_order(n, x.device, group, ids)
+    samples = n // views
+    order = _lexicographic_order(samples, x.device, None if group is None else group[:samples])
+    return (order.unsqueeze(1) + torch.arange(0, n, samples or 1, device=x.device)[:views]).flatten()
 
 
 def _matching_group(labels: Tensor, negatives: str) -> Tensor:
@@ -120,7 +158,7 @@ def _lexicographic_order(size: int, device: torch.device, *columns: Tensor | Non
 
 def kept_pairs(pairs: Pairs) -> Tensor | None:
     """The mask keep_ij, bool [N, M]; None without labels and ids: every pair is kept."""
-    labels, key_labels, ids, key_ids, negatives = pairs
+    labels, key_labels, ids, key_ids, negatives, _ = pairs
     keep = None
     if labels is not None and key_labels is not None:
         rows, columns = labels.unsqueeze(1), key_labels.unsqueeze(0)
@@ -140,7 +178,7 @@ def count_kept(query: Tensor, key: Tensor, pairs: Pairs) -> Tensor:
 
     Only the length and the device of `query` [N, ...] and `key` [M, ...] are used.
     """
-    labels, key_labels, ids, key_ids, negatives = pairs
+    labels, key_labels, ids, key_ids, negatives, _ = pairs.with_ids(query, key)
     n = query.shape[0]
     matchable = torch.ones(key.shape[0], dtype=torch.int64, device=key.device)
     label, sample = [], []

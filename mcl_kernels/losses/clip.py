@@ -13,7 +13,7 @@ from mcl_kernels.distributed.group import ranks_of
 from mcl_kernels.logsumexp.api import Names, check_pairs, check_scale
 from mcl_kernels.logsumexp.inputs import Inputs
 from mcl_kernels.losses import per_anchor, sharded
-from mcl_kernels.losses.options import LossModule, Options, row_ids
+from mcl_kernels.losses.options import LossModule, Options
 from mcl_kernels.normalize import compute_dtype, normalize_rows
 from mcl_kernels.objectives import ObjectiveLike, info_nce
 
@@ -81,11 +81,14 @@ def clip_loss(
         check_embeddings("image_features", image_features)
         check_embeddings("text_features", text_features)
         check_same_shape("text_features", text_features, "image_features", image_features)
-        ids = row_ids(image_features, ranks) if ids is None else ids
+        has_default_ids = ids is None and ranks is None
+        ids = ranks.row_ids(image_features) if ids is None and ranks is not None else ids
         names = Names("image_features", "text_features", "text_labels")
         pairs = check_pairs(
             image_features, text_features, labels, text_labels, ids, ids, negatives, key_is_query=True, names=names
         )
+        if has_default_ids:
+            pairs = pairs.with_default_ids()
         impl = resolve("logsumexp", impl, image_features.device)
         if normalize:
             image_features, text_features = normalize_rows(image_features, impl), normalize_rows(text_features, impl)

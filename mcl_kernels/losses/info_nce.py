@@ -13,7 +13,7 @@ from mcl_kernels.logsumexp.api import check_pairs
 from mcl_kernels.logsumexp.inputs import Inputs
 from mcl_kernels.logsumexp.pairs import Pairs
 from mcl_kernels.losses import per_anchor, sharded
-from mcl_kernels.losses.options import LossModule, Options, check_module_temperature, inverse_temperature, row_ids
+from mcl_kernels.losses.options import LossModule, Options, check_module_temperature, inverse_temperature
 from mcl_kernels.normalize import compute_dtype, normalize_rows
 from mcl_kernels.objectives import ObjectiveLike, info_nce
 
@@ -146,10 +146,12 @@ def check_query_key(
         check_same_shape("positive", positive, "query", query)
     elif m < n:
         raise ValueError(f"key must hold a positive for each query where positive=None: got {m} keys for {n} queries")
-    elif ids is None and key_ids is None:
-        ids, key_ids = row_ids(query, ranks), row_ids(key, ranks)
+    has_default_ids = positive is None and ids is None and key_ids is None
+    if has_default_ids and ranks is not None:
+        ids, key_ids = ranks.row_ids(query), ranks.row_ids(key)
     key_is_query = positive is None and m == n
-    return check_pairs(query, key, labels, key_labels, ids, key_ids, negatives, key_is_query=key_is_query)
+    pairs = check_pairs(query, key, labels, key_labels, ids, key_ids, negatives, key_is_query=key_is_query)
+    return pairs.with_default_ids() if has_default_ids and ranks is None else pairs
 
 
 def query_key_positive(

@@ -12,7 +12,7 @@ from mcl_kernels.distributed.group import ranks_of
 from mcl_kernels.logsumexp.api import Names, check_pairs
 from mcl_kernels.logsumexp.inputs import Inputs
 from mcl_kernels.losses import per_anchor, sharded
-from mcl_kernels.losses.options import LossModule, Options, check_module_temperature, inverse_temperature, row_ids
+from mcl_kernels.losses.options import LossModule, Options, check_module_temperature, inverse_temperature
 from mcl_kernels.normalize import compute_dtype, joined_views, unit_views
 from mcl_kernels.objectives import ObjectiveLike, info_nce
 
@@ -78,9 +78,12 @@ def nt_xent(
         check_embeddings("view_a", view_a)
         check_embeddings("view_b", view_b)
         check_same_shape("view_b", view_b, "view_a", view_a)
-        ids = row_ids(view_a, ranks) if ids is None else ids
+        has_default_ids = ids is None and ranks is None
+        ids = ranks.row_ids(view_a) if ids is None and ranks is not None else ids
         names = Names("view_a", "view_b", "labels")
         sample_pairs = check_pairs(view_a, view_b, labels, labels, ids, ids, negatives, key_is_query=True, names=names)
+        if has_default_ids:
+            sample_pairs = sample_pairs.with_default_ids()
         impl = resolve("logsumexp", impl, view_a.device)
         rows, cosine = unit_views(view_a, view_b, impl) if normalize else joined_views(view_a, view_b)
         scale = inverse_temperature(temperature, rows, compute_dtype(rows))

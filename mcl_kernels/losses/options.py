@@ -74,14 +74,11 @@ class Options(NamedTuple):
         """
         if self.reduction == "none":
             return loss
+        if self.reduction == "mean" and ranks is None and loss.shape[0] > 0:
+            return loss.mean()
         total = loss.sum() if ranks is None else loss.sum() * ranks.world_size
         n = loss.shape[0] if anchors is None else anchors
         return total / max(n, 1) if self.reduction == "mean" else total
-
-
-def row_ids(rows: Tensor, ranks: Ranks | None) -> Tensor:
-    """Default ids of the samples, int64 [N]: row indices, made to differ between ranks."""
-    return torch.arange(rows.shape[0], device=rows.device) if ranks is None else ranks.row_ids(rows)
 
 
 def inverse_temperature(temperature: float | Tensor, query: Tensor, dtype: torch.dtype) -> Tensor:

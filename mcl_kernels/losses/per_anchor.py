@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
+from importlib import import_module
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from mcl_kernels._traced import is_traced
 from mcl_kernels.logsumexp.inputs import Inputs
 from mcl_kernels.logsumexp.ops import compute
 from mcl_kernels.logsumexp.pairs import count_kept
 from mcl_kernels.losses.lonely import watch
 from mcl_kernels.normalize import row_dot
-from mcl_kernels.objectives import ObjectiveLike, needs_of
+from mcl_kernels.objectives import ObjectiveLike, info_nce, needs_of
 
 # Concatenates vectors of this rank's anchors with those of all other ranks; also returns the slice of this rank's.
 GatherVectors = Callable[[Sequence[Tensor]], tuple[list[Tensor], slice]]
@@ -37,29 +41,46 @@ def query_to_key(
         is_queue: the positives are not among the keys.
         gather: gathers vectors of all anchors, for an objective that mixes anchors; None: `inputs` holds all of them.
     """
-    positive_logit = inputs.scale * row_dot(inputs.query, positive, inputs.scale.dtype)
     lse = [b for b, _ in _log_sum_exps(inputs, objective, impl)]
     watch(lse[0], inputs.pairs, is_queue=is_queue)
+    if _has_kernel(objective, impl, inputs.query, positive, inputs.scale):
+        return _info_nce_kernels().info_nce_of_rows(inputs.query, positive, inputs.scale, lse[0])  # type: ignore[no-any-return]
+    positive_logit = inputs.scale * row_dot(inputs.query, positive, inputs.scale.dtype)
     return _anchor_losses(objective, positive_logit, lse, _counts(inputs, objective), inputs.scale, gather)
 
 
 def views(inputs: Inputs, cosine: Tensor, objective: ObjectiveLike, impl: str) -> Tensor:
     """The loss of each row of both views, [2N]; `inputs` is the self form, `cosine` [N] the positives' products."""
-    positive_logit = inputs.scale * torch.cat((cosine, cosine))
     lse = [b for b, _ in _log_sum_exps(inputs, objective, impl)]
     watch(lse[0], inputs.pairs)
+    if _has_kernel(objective, impl, cosine, inputs.scale):
+        return _info_nce_kernels().info_nce(cosine, inputs.scale, lse[0])  # type: ignore[no-any-return]
+    positive_logit = inputs.scale * torch.cat((cosine, cosine))
     return _anchor_losses(objective, positive_logit, lse, _counts(inputs, objective), inputs.scale)
 
 
 def bidirectional(inputs: Inputs, objective: ObjectiveLike, impl: str) -> Tensor:
     """The mean of both directions for each pair, [N]: key i is the positive of query i."""
-    positive_logit = inputs.scale * row_dot(inputs.query, inputs.keys, inputs.scale.dtype)
     row_lse, column_lse = zip(*_log_sum_exps(inputs, objective, impl), strict=True)
     watch(row_lse[0], inputs.pairs)
+    query, key, scale, *_ = inputs
+    if key is not None and _has_kernel(objective, impl, query, key, scale):
+        return _info_nce_kernels().info_nce_of_rows(query, key, scale, row_lse[0], column_lse[0])  # type: ignore[no-any-return]
+    positive_logit = scale * row_dot(query, inputs.keys, scale.dtype)
     row_counts, column_counts = _counts(inputs, objective), _counts(inputs.swapped(), objective)
     row_loss = _anchor_losses(objective, positive_logit, row_lse, row_counts, inputs.scale)
     column_loss = _anchor_losses(objective, positive_logit, column_lse, column_counts, inputs.scale)
     return (row_loss + column_loss) / 2
+
+
+def _has_kernel(objective: ObjectiveLike, impl: str, *tensors: Tensor) -> bool:
+    """Returns whether a kernel computes the losses; a compiler fuses the plain composition by itself."""
+    return objective is info_nce and impl == "triton" and not is_traced(*tensors)
+
+
+@cache
+def _info_nce_kernels() -> ModuleType:
+    return import_module("mcl_kernels.losses.triton.info_nce")
 
 
 def _log_sum_exps(inputs: Inputs, objective: ObjectiveLike, impl: str) -> list[tuple[Tensor, Tensor]]:

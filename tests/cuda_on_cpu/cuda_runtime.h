@@ -323,6 +323,12 @@ T __shfl_xor_sync(unsigned mask, T value, int lanes) {
   return cuda_on_cpu::value_of_lane(mask, value, (threadIdx.x % cuda_on_cpu::WARP) ^ lanes);
 }
 
+template <class T>
+T __shfl_up_sync(unsigned mask, T value, int lanes) {
+  const int lane = threadIdx.x % cuda_on_cpu::WARP;
+  return cuda_on_cpu::value_of_lane(mask, value, lane < lanes ? lane : lane - lanes);
+}
+
 // g++ fuses a product with the following sum, as nvcc does, unless the product passes through memory.
 template <class T>
 T __product_rn(T x, T y) {

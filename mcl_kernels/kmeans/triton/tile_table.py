@@ -22,7 +22,7 @@ class Tiles(NamedTuple):
 
 
 # Tiles by precision and architecture, and by the largest number of centres that they are for. An entry holds for later
-# architectures up to the next one. Tiles were chosen by the resources that `python -m benchmarks.gpu_static k-means`
+# architectures up to the next one. Tiles were chosen by the resources that `python -m benchmarks.gpu.static k-means`
 # reports: none spills on its architecture.
 # - Few centres: the pass is bound by memory. The 64 rows of each of several programs, loaded in complete cache lines,
 #   stay in the cache until they are read a second time, and registers leave room for another program.
