@@ -43,14 +43,14 @@ class ColumnArguments(NamedTuple):
 class TermArguments(NamedTuple):
     """Terms of the weights W_ij = row_weight_i exp(s_ij - row_lse_i) + column_weight_j exp(s_ij - column_lse_j).
 
-    Vectors of columns are sorted and padded, their LSE and scale in powers of 2.
+    Vectors of columns are sorted and padded; the shift of an LSE and the weight are those of `tiles.shifted`.
     """
 
     row_lse: Tensor | None  # [N], None: no such term
     row_weight: Tensor | None
-    column_lse: Tensor | None  # [padded], None: no such term
+    column_shift: Tensor | None  # [padded], None: no such term
     column_weight: Tensor | None
-    column_factor: Tensor | None  # column_weight * 2 ** -column_lse
+    column_factor: Tensor | None  # weight * exp(-LSE)
     column_scale: Tensor | None  # scale of the logits in place of the rows'
     fp16_scale: Tensor | None  # [], power of 2 that brings weights into the range of fp16, if operands are fp16
 

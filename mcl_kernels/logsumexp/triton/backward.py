@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mcl_kernels.backends.triton import compute_capability, current_device
-from mcl_kernels.backends.triton_device import rounded
+from mcl_kernels.backends.triton_device import multiply_rounded, rounded
 from mcl_kernels.logsumexp.gpu_common import Rows, Side, Terms
 from mcl_kernels.logsumexp.triton.arguments import Copies, prepare
 from mcl_kernels.logsumexp.triton.copies import blocks_of
@@ -18,6 +18,8 @@ from mcl_kernels.logsumexp.triton.tiles import (
     load_rows,
     multiply_parts,
     multiply_tiles,
+    exponential,
+    shifted,
     split_parts,
     where_kept,
 )
@@ -38,29 +40,29 @@ MAX_EXPONENT = tl.constexpr(62.0)
 
 @triton.jit
 def pair_weights(
-    logits, row_lse, row_weight, row_factor, terms, start, COLUMNS: tl.constexpr, ONE_EXPONENTIAL: tl.constexpr
+    logits, row_shift, row_weight, row_factor, terms, start, COLUMNS: tl.constexpr, ONE_EXPONENTIAL: tl.constexpr
 ):  # fmt: skip
     """Returns W_ij = row_weight_i exp(s_ij - row_lse_i) + column_weight_j exp(s_ij - column_lse_j) of a tile.
 
     With ONE_EXPONENTIAL exp(s_ij - column_lse_j) is exp(s_ij - row_lse_i) exp(row_lse_i) exp(-column_lse_j).
     """
     at = start + tl.arange(0, COLUMNS)
-    if row_lse is not None and (ONE_EXPONENTIAL or terms.column_lse is None):
+    if row_shift is not None and (ONE_EXPONENTIAL or terms.column_shift is None):
         factor = row_weight
-        if terms.column_lse is not None:
+        if terms.column_shift is not None:
             factor = row_weight + row_factor * tl.load(terms.column_factor + at)[None, :]
-        weights = tl.exp2(logits - row_lse) * factor
+        weights = exponential(logits, row_shift) * factor
     else:
-        column_term = tl.exp2(logits - tl.load(terms.column_lse + at)[None, :])
+        column_term = exponential(logits, tl.load(terms.column_shift + at)[None, :])
         weights = tl.load(terms.column_weight + at)[None, :] * column_term
-        if row_lse is not None:
-            weights += row_weight * tl.exp2(logits - row_lse)
+        if row_shift is not None:
+            weights += row_weight * exponential(logits, row_shift)
     return weights
 
 
 @triton.jit
 def add_columns(
-    sums, stretch, row_tile, row_features, row_lse, row_weight, row_factor, row_copy, column_copy, rows, columns, terms,
+    sums, stretch, row_tile, row_features, row_shift, row_weight, row_factor, row_copy, column_copy, rows, columns, terms,
     finite, row_stride, column_stride, first_feature,
     ONE_EXPONENTIAL: tl.constexpr, SKIPS_TILES: tl.constexpr,
     OPERAND: tl.constexpr, ACCUMULATOR: tl.constexpr, PRECISION: tl.constexpr,
@@ -78,10 +80,11 @@ def add_columns(
             finite, ROWS, COLUMNS, WIDTH, FEATURES, SPLITS, ACCUMULATOR, PRECISION,
         )  # fmt: skip
         if terms.column_scale is not None:
-            logits = products * tl.load(terms.column_scale + start + tl.arange(0, COLUMNS))[None, :]
+            scale = tl.load(terms.column_scale + start + tl.arange(0, COLUMNS))
+            logits = multiply_rounded(products, tl.broadcast_to(scale[None, :], products.shape))
         else:
-            logits = products * row_tile.scale[:, None]
-        weights = pair_weights(logits, row_lse, row_weight, row_factor, terms, start, COLUMNS, ONE_EXPONENTIAL)
+            logits = multiply_rounded(products, tl.broadcast_to(row_tile.scale[:, None], products.shape))
+        weights = pair_weights(logits, row_shift, row_weight, row_factor, terms, start, COLUMNS, ONE_EXPONENTIAL)
         weights = where_kept(weights, 0.0, row_tile, rows, columns, start, COLUMNS)
         if FEATURES < WIDTH:
             features = load_features(
@@ -131,28 +134,29 @@ def backward_kernel(
         row_features = None
         if FEATURES >= WIDTH:
             row_features = load_features(row_copy, row_stride, tile * ROWS, 0, ROWS, WIDTH, FEATURES, SPLITS)
-        row_lse, row_weight, row_factor = None, None, None
+        row_shift, row_weight, row_factor = None, None, None
         one_exponential = True
         if terms.row_lse is not None:
-            lse = tl.load(terms.row_lse + row_tile.row) * 1.4426950408889634
+            lse = tl.load(terms.row_lse + row_tile.row)
             weight = tl.load(terms.row_weight + row_tile.row)
             if terms.fp16_scale is not None:
                 weight = weight * tl.load(terms.fp16_scale)
-            row_lse, row_weight = lse[:, None], weight[:, None]
-            if terms.column_lse is not None:
-                row_factor = tl.exp2(lse)[:, None]
-                largest = tl.max(tl.where(tl.abs(lse) < float("inf"), tl.abs(lse), 0.0), 0)
+            shift, weight = shifted(lse, weight)
+            row_shift, row_weight = shift[:, None], weight[:, None]
+            if terms.column_shift is not None:
+                row_factor = tl.exp2(row_shift)
+                largest = tl.max(tl.where(tl.abs(lse) < float("inf"), tl.abs(shift), 0.0), 0)
                 one_exponential = (largest <= MAX_EXPONENT) & (tl.load(work.limits) <= MAX_EXPONENT)
         sums = tl.zeros((ROWS, GRADIENTS), ACCUMULATOR)
         if one_exponential:
             sums = add_columns(
-                sums, stretch, row_tile, row_features, row_lse, row_weight, row_factor, row_copy, column_copy, rows,
+                sums, stretch, row_tile, row_features, row_shift, row_weight, row_factor, row_copy, column_copy, rows,
                 columns, terms, finite, row_stride, column_stride, first_feature, True, SKIPS_TILES,
                 OPERAND, ACCUMULATOR, PRECISION, ROWS, COLUMNS, WIDTH, FEATURES, GRADIENTS, SPLITS,
             )  # fmt: skip
         else:
             sums = add_columns(
-                sums, stretch, row_tile, row_features, row_lse, row_weight, row_factor, row_copy, column_copy, rows,
+                sums, stretch, row_tile, row_features, row_shift, row_weight, row_factor, row_copy, column_copy, rows,
                 columns, terms, finite, row_stride, column_stride, first_feature, False, SKIPS_TILES,
                 OPERAND, ACCUMULATOR, PRECISION, ROWS, COLUMNS, WIDTH, FEATURES, GRADIENTS, SPLITS,
             )  # fmt: skip

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mcl_kernels.backends.triton_device import rounded
-from mcl_kernels.logsumexp.triton.tiles import union
+from mcl_kernels.logsumexp.triton.tiles import shifted, union
 
 class SourceArguments(NamedTuple):
     """Rows to copy, and the copy."""
@@ -49,11 +49,11 @@ class VectorArguments(NamedTuple):
     weight: Tensor
     scale: Tensor | None  # [N], of the columns' logits
     fp16_scale: Tensor | None  # [], factor of the weights
-    copied_lse: Tensor  # [padded], in powers of 2
-    copied_weight: Tensor
-    copied_factor: Tensor  # weight * 2 ** -lse
-    copied_scale: Tensor | None  # in powers of 2
-    exponent: Tensor  # [blocks], largest magnitude of a finite copied_lse
+    copied_shift: Tensor  # [padded], of the LSE
+    copied_weight: Tensor  # that goes with the shift
+    copied_factor: Tensor  # weight exp(-lse)
+    copied_scale: Tensor | None
+    exponent: Tensor  # [blocks], largest magnitude of a finite shift
 
 
 @triton.jit
@@ -86,20 +86,20 @@ def copy_features(
 
 @triton.jit
 def copy_vectors(vectors, rows, valid, row, block):
-    """Copies the vectors of sorted columns; columns past the last have LSE and weight 0."""
-    lse = tl.load(vectors.lse + row, mask=valid, other=0.0) * 1.4426950408889634
+    """Copies the vectors of sorted columns; columns past the last have shift and weight 0."""
+    lse = tl.load(vectors.lse + row, mask=valid, other=0.0)
     weight = tl.load(vectors.weight + row, mask=valid, other=0.0)
     if vectors.fp16_scale is not None:
         weight = weight * tl.load(vectors.fp16_scale)
-    finite = tl.abs(lse) < float("inf")
-    tl.store(vectors.copied_lse + rows, lse)
+    shift, weight = shifted(lse, weight)
+    tl.store(vectors.copied_shift + rows, shift)
     tl.store(vectors.copied_weight + rows, weight)
-    # A column that no row keeps has LSE -inf and weight 0: 0 in place of NaN.
-    tl.store(vectors.copied_factor + rows, weight * tl.exp2(tl.where(lse == float("-inf"), 0.0, -lse)))
+    # A column that no row keeps has shift -inf and weight 0: 0 in place of NaN.
+    tl.store(vectors.copied_factor + rows, weight * tl.exp2(tl.where(shift == float("-inf"), 0.0, -shift)))
     if vectors.scale is not None:
-        scale = tl.load(vectors.scale + row, mask=valid, other=0.0)
-        tl.store(vectors.copied_scale + rows, scale * 1.4426950408889634)
-    tl.store(vectors.exponent + block, tl.max(tl.where(finite, tl.abs(lse), 0.0), 0).to(tl.float32))
+        tl.store(vectors.copied_scale + rows, tl.load(vectors.scale + row, mask=valid, other=0.0))
+    exponent = tl.max(tl.where(tl.abs(shift) < float("inf"), tl.abs(shift), 0.0), 0)
+    tl.store(vectors.exponent + block, exponent.to(tl.float32))
 
 
 @triton.jit

@@ -7,16 +7,19 @@ import triton.language as tl
 from torch import Tensor
 
 from mcl_kernels.backends.triton import compute_capability, current_device
+from mcl_kernels.backends.triton_device import multiply_rounded
 from mcl_kernels.logsumexp.gpu_common import Rows, Side
 from mcl_kernels.logsumexp.triton.arguments import Copies, prepare
 from mcl_kernels.logsumexp.triton.copies import blocks_of
 from mcl_kernels.logsumexp.triton.tile_table import choose_tiles, loss_precision
 from mcl_kernels.logsumexp.triton.tiles import (
     add_to_logsumexp,
-    finite_or_zero,
     load_features,
     load_rows,
+    logsumexp_of,
     multiply_tiles,
+    rescaling,
+    shift_of,
     where_kept,
 )
 from mcl_kernels.logsumexp.triton.work_list import (
@@ -81,7 +84,7 @@ def forward_kernel(
                 ROWS, COLUMNS, WIDTH, FEATURES, SPLITS, ACCUMULATOR, PRECISION,
             )  # fmt: skip
             if threshold is None:
-                logits = products * row_tile.scale[:, None]
+                logits = multiply_rounded(products, tl.broadcast_to(row_tile.scale[:, None], products.shape))
                 logits = where_kept(logits, float("-inf"), row_tile, rows, columns, start, COLUMNS)
                 maximum, total = add_to_logsumexp(maximum, total, logits)
             else:
@@ -105,7 +108,7 @@ def forward_kernel(
 def store_result(result, row, valid, maximum, total, threshold):
     """Stores the logsumexp of rows, or their counts."""
     if threshold is None:
-        total = (finite_or_zero(maximum) + tl.log2(total)) * 0.6931471805599453
+        total = logsumexp_of(maximum, total)
     tl.store(result + row, total, mask=valid)
 
 
@@ -141,8 +144,8 @@ def join_forward_kernel(
                 maxima = tl.load(at, mask=joined, other=float("-inf"))
                 sums = tl.load(at + ROWS, mask=joined, other=0.0)
                 larger = tl.maximum(maximum, tl.max(maxima, 0))
-                shift = finite_or_zero(larger)
-                total = total * tl.exp2(maximum - shift) + tl.sum(sums * tl.exp2(maxima - shift[None, :]), 0)
+                shift = shift_of(larger)
+                total = total * rescaling(maximum, shift) + tl.sum(sums * rescaling(maxima, shift[None, :]), 0)
                 maximum = larger
             else:
                 total += tl.sum(tl.load(partial + slot[:, None] * ROWS + at, mask=joined, other=0), 0)

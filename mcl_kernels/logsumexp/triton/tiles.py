@@ -2,7 +2,10 @@
 
 A tile is ROWS sorted rows against COLUMNS sorted columns, both read from sorted copies. Tiles do not align with
 clusters: a tile of rows is compared with the columns from the first of its first row's cluster to the last of its last
-row's. Exponents are powers of 2: exp(s) is 2 ** (log2(e) s), and the factor is part of the scale.
+row's.
+
+exp(s - b) is 2 ** (log2(e) s - shift), one multiply-add and one exponential, with shift = log2(e) b rounded; what the
+rounding left out is a factor of the result for each row. Logits are rounded, so that both passes have the same.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from mcl_kernels.backends.triton_device import multiply, rounded
+from mcl_kernels.backends.triton_device import multiply, multiply_add, multiply_rounded, rounded
 
 
 # Triton 3.6 cannot return None in a tuple: a field that a kernel does not use holds some tensor.
@@ -26,7 +29,7 @@ class RowTile(NamedTuple):
     drop_begin: Any  # [ROWS], those among them that it drops, if rows drop any
     drop_length: Any  # [ROWS], unsigned
     ids: Any  # [ROWS], if pairs are compared by them
-    scale: Any  # [ROWS], of logits in powers of 2
+    scale: Any  # [ROWS]
     all_begin: Any  # every row attends to the columns from here
     all_end: Any  # to here
     some_begin: Any  # some row may drop columns from here
@@ -57,7 +60,7 @@ def load_rows(rows, tile, n, SCALE_STRIDE: tl.constexpr, ROWS: tl.constexpr):
         some_begin, some_end = union(drop_begin, drop_end)
     if rows.ids is not None:
         ids = tl.load(rows.ids + sorted_row)
-    scale = tl.load(rows.scale + row * SCALE_STRIDE) * 1.4426950408889634
+    scale = tl.load(rows.scale + row * SCALE_STRIDE)
     length, drop_length = (end - begin).to(tl.uint32), (drop_end - drop_begin).to(tl.uint32)
     return RowTile(
         row, valid, begin, length, drop_begin, drop_length, ids, scale, tl.max(begin, 0), tl.min(end, 0), some_begin,
@@ -178,15 +181,55 @@ def where_kept(values, otherwise, row_tile, rows, columns, start, COLUMNS: tl.co
 
 
 @triton.jit
+def exponential(logits, shift):
+    """Returns exp(logits) / 2 ** shift: one fused multiply-add and one exponential of 2."""
+    log2_e = tl.full(logits.shape, 1.4426950408889634, logits.dtype)
+    return tl.exp2(multiply_add(logits, log2_e, -shift))
+
+
+@triton.jit
+def shift_of(logit):
+    """Returns log2(e) logit, rounded, that `exponential` subtracts; 0 for an infinite logit."""
+    finite = tl.where(tl.abs(logit) == float("inf"), 0.0, logit)
+    return multiply_rounded(finite, tl.full(finite.shape, 1.4426950408889634, finite.dtype))
+
+
+@triton.jit
+def shift_error(logit, shift):
+    """Returns log2(e) logit - shift, what rounding left out of `shift_of`."""
+    finite = tl.where(tl.abs(logit) == float("inf"), 0.0, logit)
+    return multiply_add(finite, tl.full(finite.shape, 1.4426950408889634, finite.dtype), -shift)
+
+
+@triton.jit
+def shifted(lse, weight):
+    """Returns the shift of an LSE and the weight that goes with it: weight exp(s - lse) = result exp(s) / 2 ** shift.
+
+    An LSE of -inf, of a row that keeps nothing, has shift -inf.
+    """
+    shift = shift_of(lse)
+    weight = weight * tl.exp2(-shift_error(lse, shift))
+    return tl.where(tl.abs(lse) == float("inf"), lse, shift), weight
+
+
+@triton.jit
 def add_to_logsumexp(maximum, total, logits):
-    """Returns the running maximum of each row and the sum of 2 ** (logit - maximum), with a tile of logits added."""
+    """Returns the running maximum of each row and the sum of exp(logit) / 2 ** shift, with a tile of logits added."""
     larger = tl.maximum(maximum, tl.max(logits, 1))
-    shift = finite_or_zero(larger)
-    total = total * tl.exp2(maximum - shift) + tl.sum(tl.exp2(logits - shift[:, None]), 1)
+    shift = shift_of(larger)
+    total = total * rescaling(maximum, shift) + tl.sum(exponential(logits, shift[:, None]), 1)
     return larger, total
 
 
 @triton.jit
-def finite_or_zero(maximum):
-    """Returns what is subtracted from logits: 0 for an infinite maximum, so that -inf stays -inf, and inf stays inf."""
-    return tl.where(tl.abs(maximum) == float("inf"), 0.0, maximum)
+def rescaling(maximum, shift):
+    """Returns the factor that brings a sum relative to the shift of `maximum` to another shift; 0 for an empty sum."""
+    return tl.where(maximum == float("-inf"), 0.0, tl.exp2(shift_of(maximum) - shift))
+
+
+@triton.jit
+def logsumexp_of(maximum, total):
+    """Returns the logsumexp of a running maximum and sum."""
+    finite = tl.where(tl.abs(maximum) == float("inf"), 0.0, maximum)
+    shift = shift_of(maximum)
+    return finite + (tl.log2(total) - shift_error(maximum, shift)) * 0.6931471805599453
