@@ -103,10 +103,14 @@ def prepare(
     vectors, term_arguments = None, None
     if terms is not None:
         fp16_scale = terms.fp16_scale if tiles.operand == torch.float16 else None
-        vectors = _vectors(terms, fp16_scale, new, column_blocks, tiles.rows)
-        term_arguments = TermArguments(
-            *(terms.row or (None, None)), *((None,) * 4 if vectors is None else vectors[4:8]), fp16_scale
-        )
+        row_lse, row_weight = terms.row or (None, None)
+        term_arguments = TermArguments(row_lse, row_weight, None, None, None, None, fp16_scale)
+        if terms.column is not None:
+            vectors = _vectors(*terms.column, terms.column_scale, fp16_scale, column_blocks, tiles.rows)
+            term_arguments = TermArguments(
+                row_lse, row_weight, vectors.copied_shift, vectors.copied_weight, vectors.copied_factor,
+                vectors.copied_scale, fp16_scale,
+            )  # fmt: skip
     constants = {"ROWS": tiles.rows, "COLUMNS": tiles.columns, "WIDTH": tiles.width, "SPLITS": tiles.splits}
     copy_kernel[blocks + (0 if is_self else column_blocks),](
         rows=source, columns=column_source, ranges=ranges, vectors=vectors, n=n, m=m, width=side.x.shape[1],
@@ -149,16 +153,15 @@ def _source(copies: Copies, tiles: Tiles, side: Side, ids: Tensor | None) -> tup
     return source, copy
 
 
-def _vectors(terms: Terms, fp16_scale: Tensor | None, new: Any, blocks: int, rows: int) -> VectorArguments | None:
-    if terms.column is None:
-        return None
-    lse, weight = terms.column
-    copied = new(4 if terms.column_scale is not None else 3, blocks * rows).unbind()
-    copied_scale = copied[3] if terms.column_scale is not None else None
-    exponent = new(blocks, dtype=torch.float32)
-    return VectorArguments(
-        lse, weight, terms.column_scale, fp16_scale, *copied[:3], copied_scale, exponent
-    )
+def _vectors(
+    lse: Tensor, weight: Tensor, scale: Tensor | None, fp16_scale: Tensor | None, blocks: int, rows: int
+) -> VectorArguments:
+    """Arguments of the copies of the columns' vectors."""
+    size = blocks * rows
+    shift, copied_weight, factor = lse.new_empty(3, size).unbind()
+    copied_scale = None if scale is None else scale.new_empty(size)
+    exponent = lse.new_empty(blocks, dtype=torch.float32)
+    return VectorArguments(lse, weight, scale, fp16_scale, shift, copied_weight, factor, copied_scale, exponent)
 
 
 def _readable(copy: Tensor, tiles: Tiles, rows: int) -> Any:

@@ -1,4 +1,4 @@
-"""The backward kernels, for the gradient of the rows of one side in a single pass over their columns; their launcher."""
+"""The backward kernels: gradients of the rows of one side in a single pass over their columns; their launcher."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from mcl_kernels.logsumexp.triton.arguments import Copies, prepare
 from mcl_kernels.logsumexp.triton.copies import blocks_of
 from mcl_kernels.logsumexp.triton.tile_table import choose_tiles, loss_precision, operand_of
 from mcl_kernels.logsumexp.triton.tiles import (
+    exponential,
     load_features,
     load_rows,
     multiply_parts,
     multiply_tiles,
-    exponential,
     shifted,
     split_parts,
     where_kept,
@@ -62,8 +62,8 @@ def pair_weights(
 
 @triton.jit
 def add_columns(
-    sums, stretch, row_tile, row_features, row_shift, row_weight, row_factor, row_copy, column_copy, rows, columns, terms,
-    finite, row_stride, column_stride, first_feature,
+    sums, stretch, row_tile, row_features, row_shift, row_weight, row_factor, row_copy, column_copy, rows, columns,
+    terms, finite, row_stride, column_stride, first_feature,
     ONE_EXPONENTIAL: tl.constexpr, SKIPS_TILES: tl.constexpr,
     OPERAND: tl.constexpr, ACCUMULATOR: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, FEATURES: tl.constexpr, GRADIENTS: tl.constexpr,
@@ -224,9 +224,7 @@ def join_backward_kernel(
                 program = start + joined
                 slot = slot_of(program, programs, all_units, before)
                 sums += tl.load(at + slot * ROWS * SUMS, mask=(row * 0 + program <= last)[:, None], other=0.0)
-        store_rows(
-            sums, tile * ROWS + row, rows, terms, grad_x, grad_scale, n, width, part, SCALE_STRIDE, GRADIENTS
-        )
+        store_rows(sums, tile * ROWS + row, rows, terms, grad_x, grad_scale, n, width, part, SCALE_STRIDE, GRADIENTS)
 
 
 def run_backward(
@@ -262,8 +260,8 @@ def run_backward(
         }  # fmt: skip
         backward_kernel[programs, tiles.parts](**{**prepared.arguments, **shared}, OPERAND=operand_of(tiles))
         join_backward_kernel[prepared.row_tiles, tiles.rows // tiles.piece, tiles.parts](
-            **shared, prefix=prepared.work.prefix, n=n, row_tiles=prepared.row_tiles, programs=programs, PIECE=tiles.piece,
-            JOINED=tiles.joined, enable_fp_fusion=True,
+            **shared, prefix=prepared.work.prefix, n=n, row_tiles=prepared.row_tiles, programs=programs,
+            PIECE=tiles.piece, JOINED=tiles.joined, enable_fp_fusion=True,
         )  # fmt: skip
         if by_part is not None and by_part is not grad_scale:
             torch.sum(by_part, 0, out=grad_scale)

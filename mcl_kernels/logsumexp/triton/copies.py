@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from mcl_kernels.backends.triton_device import rounded
 from mcl_kernels.logsumexp.triton.tiles import shifted, union
+
 
 class SourceArguments(NamedTuple):
     """Rows to copy, and the copy."""

@@ -76,12 +76,10 @@ def forward_kernel(
             start = column_of(stretch, at, SKIPS_TILES)
             column_features = None
             if FEATURES >= WIDTH:
-                column_features = load_features(
-                    column_copy, column_stride, start, 0, COLUMNS, WIDTH, FEATURES, SPLITS
-                )
+                column_features = load_features(column_copy, column_stride, start, 0, COLUMNS, WIDTH, FEATURES, SPLITS)
             products = multiply_tiles(
-                row_copy, row_stride, tile * ROWS, row_features, column_copy, column_stride, start, column_features, finite,
-                ROWS, COLUMNS, WIDTH, FEATURES, SPLITS, ACCUMULATOR, PRECISION,
+                row_copy, row_stride, tile * ROWS, row_features, column_copy, column_stride, start, column_features,
+                finite, ROWS, COLUMNS, WIDTH, FEATURES, SPLITS, ACCUMULATOR, PRECISION,
             )  # fmt: skip
             if threshold is None:
                 logits = multiply_rounded(products, tl.broadcast_to(row_tile.scale[:, None], products.shape))

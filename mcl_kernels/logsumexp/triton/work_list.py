@@ -11,7 +11,6 @@ Source: stream-K, Osama et al. 2023 (arXiv 2301.03598).
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mcl_kernels.backends.triton import multiprocessors
 from mcl_kernels.logsumexp.triton.tile_table import Tiles
 
 INTERPRETED_PROGRAMS = 3  # a row tile of the interpreter is then cut now and then
@@ -35,17 +35,10 @@ class WorkArguments(NamedTuple):
     limits: Tensor  # [2], of `sum_units_kernel`
 
 
-@cache
-def multiprocessors(device: torch.device) -> int:
-    """Number of multiprocessors of a GPU."""
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 def choose_programs(tiles: Tiles, device: torch.device, n: int, m: int) -> int:
     """Number of programs for n rows and m columns: as many as run at a time, not more than there may be units."""
-    at_a_time = INTERPRETED_PROGRAMS
-    if device.type == "cuda":
-        at_a_time = max(1, tiles.per_multiprocessor * multiprocessors(device) // tiles.parts)
+    count = multiprocessors(device)
+    at_a_time = INTERPRETED_PROGRAMS if count is None else max(1, tiles.per_multiprocessor * count // tiles.parts)
     return max(1, min(at_a_time, -(-n // tiles.rows) * -(-m // tiles.columns)))
 
 
