@@ -11,7 +11,7 @@ from mcl_kernels.backends.triton_device import multiply_rounded
 from mcl_kernels.logsumexp.gpu_common import Rows, Side
 from mcl_kernels.logsumexp.triton.arguments import Copies, prepare
 from mcl_kernels.logsumexp.triton.copies import blocks_of
-from mcl_kernels.logsumexp.triton.tile_table import choose_tiles, loss_precision
+from mcl_kernels.logsumexp.triton.tile_table import choose_tiles, exact_precision, loss_precision
 from mcl_kernels.logsumexp.triton.tiles import (
     add_to_logsumexp,
     load_features,
@@ -166,7 +166,7 @@ def run_forward(
     x, y = rows.side.x, columns.x
     precision = loss_precision(x, y, scale)
     if threshold is not None and precision == "tf32":
-        precision = "bf16x6"  # thresholds are products that torch computed in fp32
+        precision = exact_precision(x.device)  # thresholds are products that torch computed in fp32
     tiles = choose_tiles("forward", precision, x.dtype, x.shape[1], compute_capability(x.device))
     programs = programs or choose_programs(tiles, x.device, len(x), len(y))
     with current_device(x):

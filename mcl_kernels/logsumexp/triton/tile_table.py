@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from mcl_kernels.backends.triton import padded_edge, product_precision
+from mcl_kernels.backends.triton import compute_capability, padded_edge, product_precision
 
 
 class Tiles(NamedTuple):
@@ -36,7 +37,7 @@ class Tiles(NamedTuple):
     @property
     def parts(self) -> int:
         """Number of parts of the gradient's features, which programs sum one each."""
-        return -(-self.width // self.gradients) if self.gradients else 1
+        return -(-self.width // self.gradients)
 
     @property
     def copied(self) -> int:
@@ -45,47 +46,133 @@ class Tiles(NamedTuple):
 
 
 # By kernel, precision and architecture, the tiles for each maximal width; an entry holds for later architectures up to
-# the next one. PLACEHOLDER
+# the next one. Each is the best of those tried by what its machine code shows (`python -m benchmarks.gpu.static`):
+# - up to 512 features a tile of rows stays in the multiprocessor, and columns are read once for each tile of rows. Wider
+#   rows, and split ones that do not fit, are read in parts;
+# - two programs share a multiprocessor where they fit: one multiplies while the other takes exponentials;
+# - no register is spilled in a loop over columns;
+# - backward: as many features of the gradient as a program can hold, since each part computes the logits again.
 ANY_WIDTH = 1 << 62
 TABLE: dict[tuple[str, str, int], dict[int, Tiles]] = {
     ("forward", "half", 80): {
         128: Tiles(rows=64, columns=128, features=128, warps=4, stages=2, per_multiprocessor=2),
+        256: Tiles(rows=64, columns=64, features=256, warps=4, stages=2, per_multiprocessor=2),
+        512: Tiles(rows=64, columns=64, features=512, warps=4, stages=2),
         ANY_WIDTH: Tiles(rows=128, columns=128, features=64, warps=8, stages=3),
+    },
+    ("forward", "half", 90): {
+        128: Tiles(rows=64, columns=128, features=128, warps=4, stages=2, per_multiprocessor=2, descriptors=True),
+        256: Tiles(rows=128, columns=128, features=256, warps=8, stages=2, descriptors=True),
+        512: Tiles(rows=128, columns=32, features=512, warps=8, stages=2, descriptors=True),
+        ANY_WIDTH: Tiles(rows=128, columns=128, features=64, warps=8, stages=3),
+    },
+    ("forward", "half", 100): {
+        128: Tiles(rows=128, columns=128, features=128, warps=4, stages=2, per_multiprocessor=2, descriptors=True),
+        256: Tiles(rows=128, columns=64, features=256, warps=8, stages=2, descriptors=True),
+        512: Tiles(rows=64, columns=64, features=512, warps=4, stages=2, descriptors=True),
+        ANY_WIDTH: Tiles(rows=128, columns=128, features=64, warps=4, stages=3, per_multiprocessor=2),
+    },
+    ("forward", "tf32", 80): {
+        128: Tiles(rows=64, columns=64, features=128, warps=4, stages=2, per_multiprocessor=2),
+        256: Tiles(rows=64, columns=32, features=256, warps=4, stages=2),
+        ANY_WIDTH: Tiles(rows=128, columns=64, features=32, warps=8, stages=2),
+    },
+    ("forward", "tf32", 90): {
+        128: Tiles(rows=64, columns=64, features=128, warps=4, stages=2, per_multiprocessor=2, descriptors=True),
+        256: Tiles(rows=64, columns=32, features=256, warps=4, stages=2, descriptors=True),
+        ANY_WIDTH: Tiles(rows=128, columns=64, features=32, warps=8, stages=2, per_multiprocessor=2),
+    },
+    ("forward", "bf16x6", 90): {
+        128: Tiles(rows=128, columns=64, features=128, warps=8, stages=2, descriptors=True),
+        256: Tiles(rows=64, columns=32, features=256, warps=4, stages=2, descriptors=True),
+        ANY_WIDTH: Tiles(rows=128, columns=64, features=64, warps=8, stages=2),
+    },
+    ("forward", "tf32x3", 80): {
+        ANY_WIDTH: Tiles(rows=128, columns=64, features=16, warps=8, stages=2),
+    },
+    ("backward", "half", 80): {
+        128: Tiles(rows=64, columns=128, features=128, warps=4, stages=2, per_multiprocessor=2),
+        256: Tiles(rows=64, columns=32, features=256, warps=4, stages=2, per_multiprocessor=2),
+        512: Tiles(rows=64, columns=64, features=512, warps=8, stages=2),
+        ANY_WIDTH: Tiles(rows=64, columns=32, features=64, warps=8, stages=2, gradients=512),
+    },
+    ("backward", "half", 90): {
+        128: Tiles(rows=64, columns=128, features=128, warps=4, stages=2, per_multiprocessor=2, descriptors=True),
+        256: Tiles(rows=64, columns=64, features=256, warps=4, stages=2, per_multiprocessor=2, descriptors=True),
+        512: Tiles(rows=64, columns=64, features=512, warps=8, stages=2, descriptors=True),
+        ANY_WIDTH: Tiles(rows=64, columns=64, features=64, warps=8, stages=2, gradients=512),
+    },
+    ("backward", "half", 100): {
+        128: Tiles(rows=64, columns=128, features=128, warps=4, stages=2, descriptors=True),
+        256: Tiles(rows=64, columns=64, features=256, warps=8, stages=2, descriptors=True),
+        512: Tiles(rows=64, columns=32, features=512, warps=8, stages=2, descriptors=True),
+        ANY_WIDTH: Tiles(rows=64, columns=64, features=64, warps=8, stages=2, gradients=512),
+    },
+    ("backward", "tf32", 80): {
+        128: Tiles(rows=64, columns=32, features=128, warps=4, stages=2, per_multiprocessor=2),
+        ANY_WIDTH: Tiles(rows=64, columns=32, features=32, warps=8, stages=2, gradients=512),
+    },
+    ("backward", "tf32", 90): {
+        128: Tiles(rows=64, columns=32, features=128, warps=4, stages=2, per_multiprocessor=2, descriptors=True),
+        ANY_WIDTH: Tiles(rows=64, columns=32, features=32, warps=8, stages=2, gradients=512),
+    },
+    ("backward", "bf16x6", 90): {
+        128: Tiles(rows=128, columns=64, features=128, warps=8, stages=2, descriptors=True),
+        ANY_WIDTH: Tiles(rows=128, columns=32, features=64, warps=8, stages=2, gradients=256),
+    },
+    ("backward", "tf32x3", 80): {
+        128: Tiles(rows=64, columns=16, features=16, warps=4, stages=2, gradients=128, per_multiprocessor=2),
+        ANY_WIDTH: Tiles(rows=64, columns=16, features=16, warps=8, stages=2, gradients=256),
     },
 }
 # The cost of the interpreter is that of its calls: few and large tiles.
 INTERPRETED = Tiles(rows=128, columns=256, features=512, gradients=1024, warps=4, stages=1, piece=128, joined=2)
-# fp32 numbers are the sum of three of bfloat16, whose products are as exact as fp32.
+# By precision: type of a copy, parts of a number, and precision of a product as Triton names it.
 OPERANDS = {
-    "bf16x6": (torch.bfloat16, 3, "tf32"),
+    "bf16x6": (torch.bfloat16, 3, "tf32"),  # a number is the sum of three; six products are as exact as fp32
     "tf32": (torch.float32, 1, "tf32"),
+    "tf32x3": (torch.float32, 1, "tf32x3"),
     "ieee": (torch.float64, 1, "ieee"),
 }
 
 
 def loss_precision(x: Tensor, y: Tensor, accumulated: Tensor) -> str:
-    """Returns the precision in which rows of x and y are multiplied: "half", "bf16x6", "tf32" or "ieee"."""
+    """Returns the precision in which rows of x and y are multiplied: "half", "bf16x6", "tf32x3", "tf32" or "ieee"."""
     precision = product_precision(x, y, accumulated)
-    return "bf16x6" if precision == "tf32x3" else precision
+    return exact_precision(x.device) if precision == "tf32x3" else precision
 
 
+def exact_precision(device: torch.device) -> str:
+    """Returns the precision of products that are as exact as fp32.
+
+    On sm_90 they are six products of bfloat16. sm_80 lacks the registers for them, and on sm_100 Triton takes more
+    tensor memory than there is: there they are three products of tf32.
+    """
+    capability = compute_capability(device)
+    return "bf16x6" if capability is None or capability[0] == 9 else "tf32x3"
+
+
+@cache
 def choose_tiles(
     kernel: str, precision: str, dtype: torch.dtype, width: int, capability: tuple[int, int] | None
 ) -> Tiles:
     """Returns the tiles of a kernel ("forward" or "backward") for rows of `width` features.
 
-    Precision is that of `loss_precision`, dtype that of the rows. Capability None stands for the interpreter.
+    Precision is that of `loss_precision`, dtype that of the rows. "ieee", which checks use, takes the tiles of tf32x3,
+    the nearest in size. Capability None stands for the interpreter.
     """
-    tiles = INTERPRETED if capability is None else _compiled_tiles(kernel, precision, width, capability[0])
+    tiles = INTERPRETED
+    if capability is not None:
+        tiles = _compiled_tiles(kernel, "tf32x3" if precision == "ieee" else precision, width, capability[0])
     edge = padded_edge(width)
-    features = edge if edge <= tiles.features else tiles.features
+    features = min(tiles.features, edge)
     padded = -(-width // 16) * 16
     if features < padded:
         padded = -(-width // features) * features
     operand, splits, product = OPERANDS.get(precision, (dtype, 1, "tf32"))
     return tiles._replace(
         features=features,
-        gradients=min(tiles.gradients, edge) if tiles.gradients else features,
+        gradients=min(tiles.gradients or features, edge),
         descriptors=tiles.descriptors and features >= padded,
         width=padded,
         operand=operand,
