@@ -145,7 +145,9 @@ def tiles_of(table: dict[Any, Any]) -> Iterator[None]:
     from mcl_kernels.logsumexp.triton import tile_table
 
     with patch.dict(tile_table.TABLE, table):
+        tile_table.choose_tiles.cache_clear()
         yield
+    tile_table.choose_tiles.cache_clear()
 
 
 def alternative_tiles(session: Session) -> None:

@@ -14,10 +14,10 @@ from mcl_kernels.logsumexp.triton.arguments import Copies, prepare
 from mcl_kernels.logsumexp.triton.copies import blocks_of
 from mcl_kernels.logsumexp.triton.tile_table import choose_tiles, loss_precision, operand_of
 from mcl_kernels.logsumexp.triton.tiles import (
+    add_product,
     exponential,
     load_features,
     load_rows,
-    multiply_parts,
     multiply_tiles,
     shifted,
     split_parts,
@@ -91,7 +91,7 @@ def add_columns(
                 column_copy, column_stride, start, first_feature, COLUMNS, WIDTH, GRADIENTS, SPLITS
             )
         parts = split_parts(weights, OPERAND, SPLITS)
-        sums = multiply_parts(parts, features, sums, SPLITS, PRECISION, False)
+        sums = add_product(parts, features, sums, SPLITS, PRECISION, False)
     return sums
 
 

@@ -45,12 +45,12 @@ class Tiles(NamedTuple):
         return min(64, padded_edge(self.width))
 
 
-# By kernel, precision and architecture, the tiles for each maximal width; an entry holds for later architectures up to
-# the next one. Each is the best of those tried by what its machine code shows (`python -m benchmarks.gpu.static`):
+# By kernel, precision and architecture, the tiles for each maximal width; an entry holds for later architectures up
+# to the next one. Each is the best of those tried by what its machine code shows (`python -m benchmarks.gpu.static`):
 # - up to 512 features a tile of rows stays in the multiprocessor, and columns are read once for each tile of rows. Wider
 #   rows, and split ones that do not fit, are read in parts;
 # - two programs share a multiprocessor where they fit: one multiplies while the other takes exponentials;
-# - no register is spilled in a loop over columns;
+# - few registers are spilled in a loop over columns, none with half precision;
 # - backward: as many features of the gradient as a program can hold, since each part computes the logits again.
 ANY_WIDTH = 1 << 62
 TABLE: dict[tuple[str, str, int], dict[int, Tiles]] = {
@@ -118,6 +118,7 @@ TABLE: dict[tuple[str, str, int], dict[int, Tiles]] = {
     },
     ("backward", "bf16x6", 90): {
         128: Tiles(rows=128, columns=64, features=128, warps=8, stages=2, descriptors=True),
+        256: Tiles(rows=128, columns=64, features=64, warps=8, stages=2, gradients=128),
         ANY_WIDTH: Tiles(rows=128, columns=32, features=64, warps=8, stages=2, gradients=256),
     },
     ("backward", "tf32x3", 80): {

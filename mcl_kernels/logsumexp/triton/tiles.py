@@ -108,6 +108,17 @@ def multiply_parts(a, b, sums, SPLITS: tl.constexpr, PRECISION: tl.constexpr, TR
 
 
 @triton.jit
+def add_product(a, b, sums, SPLITS: tl.constexpr, PRECISION: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """Returns `multiply_parts`. Tensor cores truncate their sums: those of exact products are kept short.
+
+    A product of numbers in parts is summed apart, and added with rounding to nearest.
+    """
+    if SPLITS == 1:
+        return multiply_parts(a, b, sums, SPLITS, PRECISION, TRANSPOSED)
+    return sums + multiply_parts(a, b, tl.zeros(sums.shape, sums.dtype), SPLITS, PRECISION, TRANSPOSED)
+
+
+@triton.jit
 def multiply_tiles(
     a, a_stride, a_start, a_features, b, b_stride, b_start, b_features, finite,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, FEATURES: tl.constexpr, SPLITS: tl.constexpr,
@@ -126,7 +137,7 @@ def multiply_tiles(
         for first in range(0, WIDTH, FEATURES):
             left = load_features(a, a_stride, a_start, first, ROWS, WIDTH, FEATURES, SPLITS)
             right = load_features(b, b_stride, b_start, first, COLUMNS, WIDTH, FEATURES, SPLITS)
-            products = multiply_parts(left, right, products, SPLITS, PRECISION, True)
+            products = add_product(left, right, products, SPLITS, PRECISION, True)
     if SPLITS > 1:
         if not finite:
             large = tl.zeros((ROWS, COLUMNS), ACCUMULATOR)
