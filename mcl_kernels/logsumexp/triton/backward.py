@@ -28,6 +28,7 @@ from mcl_kernels.logsumexp.triton.work_list import (
     column_of,
     find_row_tile,
     first_unit,
+    has_slot,
     next_row_tile,
     program_of,
     slot_of,
@@ -221,9 +222,10 @@ def join_backward_kernel(
         sums = tl.zeros((PIECE, GRADIENTS), ACCUMULATOR)
         for start in range(first, last + 1, JOINED):
             for joined in tl.static_range(JOINED):
-                program = start + joined
-                slot = slot_of(program, programs, all_units, before)
-                sums += tl.load(at + slot * ROWS * SUMS, mask=(row * 0 + program <= last)[:, None], other=0.0)
+                program = tl.zeros((PIECE,), tl.int64) + start + joined  # a vector, since masks are not scalars
+                slot = slot_of(program, programs, all_units, before)[:, None]
+                mask = has_slot(program, last, programs, all_units)[:, None]
+                sums += tl.load(at + slot * ROWS * SUMS, mask=mask, other=0.0)
         store_rows(sums, tile * ROWS + row, rows, terms, grad_x, grad_scale, n, width, part, SCALE_STRIDE, GRADIENTS)
 
 

@@ -27,6 +27,7 @@ from mcl_kernels.logsumexp.triton.work_list import (
     column_of,
     find_row_tile,
     first_unit,
+    has_slot,
     next_row_tile,
     program_of,
     slot_of,
@@ -134,7 +135,7 @@ def join_forward_kernel(
         total = tl.zeros((ROWS,), partial.dtype.element_ty)
         for start in range(first, last + 1, JOINED):
             program = start + tl.arange(0, JOINED)
-            joined = (program <= last)[:, None]
+            joined = has_slot(program, last, programs, all_units)[:, None]
             slot = slot_of(program, programs, all_units, before)
             at = tl.arange(0, ROWS)[None, :]
             if threshold is None:

@@ -45,10 +45,10 @@ class Tiles(NamedTuple):
         return min(64, padded_edge(self.width))
 
 
-# By kernel, precision and architecture, the tiles for each maximal width; an entry holds for later architectures up
-# to the next one. Each is the best of those tried by what its machine code shows (`python -m benchmarks.gpu.static`):
-# - up to 512 features a tile of rows stays in the multiprocessor, and columns are read once for each tile of rows. Wider
-#   rows, and split ones that do not fit, are read in parts;
+# By kernel, precision and architecture, the tiles for each maximal width; an entry holds for later architectures up to
+# the next one. Each is the best of those tried by what its machine code shows (`python -m benchmarks.gpu.static`):
+# - up to 512 features a tile of rows stays in the multiprocessor, and columns are read once for each tile of rows.
+#   Wider rows, and split ones that do not fit, are read in parts;
 # - two programs share a multiprocessor where they fit: one multiplies while the other takes exponentials;
 # - few registers are spilled in a loop over columns, none with half precision;
 # - backward: as many features of the gradient as a program can hold, since each part computes the logits again.

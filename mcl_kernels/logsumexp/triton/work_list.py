@@ -77,6 +77,13 @@ def slot_of(program, programs, units, before):
 
 
 @triton.jit
+def has_slot(program, last, programs, units):
+    """Returns whether a program up to the `last` of a row tile has a partial result: those without units have none."""
+    begins, ends = first_unit(program, programs, units), first_unit(program + 1, programs, units)
+    return (program <= last) & (begins < ends)
+
+
+@triton.jit
 def find_row_tile(work, row_tiles, unit):
     """Returns the last row tile with prefix <= unit, by bisection: the one that the unit is of."""
     low, high = tl.full((), 0, tl.int32), row_tiles
