@@ -25,6 +25,11 @@ pytest.importorskip("triton.knobs", reason="the test extra brings it, where ther
 from mcl_kernels.logsumexp.triton import launch as triton
 from mcl_kernels.logsumexp.triton.tile_table import choose_tiles
 
+KERNELS = {
+    "arguments": ("copy_kernel", "sum_units_kernel"),
+    "forward": ("forward_kernel", "join_forward_kernel"),
+    "backward": ("backward_kernel", "join_backward_kernel"),
+}
 FORMS = [("self", None, False), ("rows", 40, False), ("both", 40, True)]
 
 
@@ -42,8 +47,9 @@ class Launches:
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
     launches = Launches()
-    monkeypatch.setattr("mcl_kernels.logsumexp.triton.forward.forward_kernel", launches)
-    monkeypatch.setattr("mcl_kernels.logsumexp.triton.backward.backward_kernel", launches)
+    for module, kernels in KERNELS.items():
+        for kernel in kernels:
+            monkeypatch.setattr(f"mcl_kernels.logsumexp.triton.{module}.{kernel}", launches)
     monkeypatch.setattr("mcl_kernels.logsumexp.triton.plan.plan_kernel", launches)
     monkeypatch.setattr(device_plan, "_is_built", lambda device: False)
     return launches
@@ -64,10 +70,10 @@ def test_nothing_waits_for_the_device(
         gradients = LseGradients(torch.ones_like(saved.row_lse), torch.ones_like(saved.column_lse))
         shapes = [x.shape for x in triton.backward(inputs, saved, gradients, Wanted(True, True, True))]
     assert shapes == [case.query.shape, (0,) if case.key is None else case.key.shape, ()]
-    # Forward and backward have one kernel for each side. The plan is one launch, and one more for the ranges of keys
-    # that only the backward pass needs.
+    # Forward and backward have four launches for each side: copies, work list, tiles, join. The plan is one launch, and
+    # one more for the ranges of keys that only the backward pass needs.
     plans = 2 if form == "rows" else 1
-    assert len(launches.grids) == plans + (2 if bidirectional else 1) + (1 if form == "self" else 2)
+    assert len(launches.grids) == plans + 4 * ((2 if bidirectional else 1) + (1 if form == "self" else 2))
 
 
 class Operators(TorchDispatchMode):
@@ -104,7 +110,7 @@ def test_tiles_that_are_visited(negatives: str, monkeypatch: pytest.MonkeyPatch)
     """A tile of rows that holds negative labels, three tiny clusters and the head of a huge one."""
     from triton.runtime.interpreter import InterpreterBuilder
 
-    tiles = choose_tiles("forward", "tf32x3", 16, None)
+    tiles = choose_tiles("forward", "bf16x6", torch.float32, 16, None)
     sizes = [20, 3, 4, 5, 4 * tiles.columns]  # of the labels -1 to 3
     labels = torch.arange(-1, 4).repeat_interleave(torch.tensor(sizes))
     n = len(labels)
@@ -138,7 +144,7 @@ def test_tiles_that_are_visited(negatives: str, monkeypatch: pytest.MonkeyPatch)
         for start in range(begin, end, tiles.columns):
             differ = sorted_labels[rows][has_keys].unsqueeze(1) != sorted_labels[start : start + tiles.columns]
             visited += bool(negatives != "different" or differ.any())
-    assert products == visited
+    assert products == 6 * visited  # of fp32 numbers
     # Negative labels cost no tile, and under "different" the huge cluster costs almost none.
     max_visited = -(-n // tiles.rows) * -(-(n - sizes[0]) // tiles.columns)
     assert visited <= (max_visited // 2 if negatives == "different" else max_visited)
@@ -156,28 +162,35 @@ def truncated(x: Tensor) -> Tensor:
 
 
 def multiply(a: Tensor, b: Tensor, precision: str) -> Tensor:
-    """Multiplies as tensor cores do: operands are cut, 8 exact products are added at a time, each sum is truncated.
+    """Multiplies as tensor cores do: operands are cut or split, 16 exact products are added at a time, sums truncated.
 
-    tf32x3 has new sums for each part of 16 terms, which are added to the earlier ones with rounding to nearest. For
+    bf16x6 sums the products of at most 256 terms apart, small ones first, and adds them with rounding to nearest. For
     half precision only the rounding of the operands is emulated, not that of the sums.
     """
     if precision == "half":
         return a.float() @ b.float()
     sums = torch.zeros(len(a), b.shape[1])
-    if precision == "tf32x3":
-        high_a, high_b = to_tf32(a), to_tf32(b)
-        low_a, low_b = to_tf32(a - high_a), to_tf32(b - high_b)
-        for part in torch.arange(a.shape[1]).split(16):
-            part_sums = torch.zeros_like(sums)
-            for left, right in ((low_a, high_b), (high_a, low_b), (high_a, high_b)):
-                part_sums = add_products(part_sums, left[:, part], right[part])
-            sums = sums + part_sums
-        return sums
-    return add_products(sums, to_tf32(a), to_tf32(b))
+    if precision == "tf32":
+        return add_products(sums, to_tf32(a), to_tf32(b))
+    for part in torch.arange(a.shape[1]).split(256):
+        left, right, part_sums = bfloat16_parts(a[:, part]), bfloat16_parts(b[part]), torch.zeros_like(sums)
+        for order in range(3):
+            for split in range(3 - order):
+                part_sums = add_products(part_sums, left[split], right[2 - order - split])
+        sums = sums + part_sums
+    return sums
+
+
+def bfloat16_parts(x: Tensor) -> list[Tensor]:
+    parts = []
+    for _ in range(3):
+        parts.append(x.bfloat16().float())
+        x = x - parts[-1]
+    return parts
 
 
 def add_products(sums: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    for part in torch.arange(a.shape[1]).split(8):
+    for part in torch.arange(a.shape[1]).split(16):
         sums = truncated(sums.double() + a[:, part].double() @ b[part].double())
     return sums
 
@@ -201,7 +214,7 @@ def emulated(case: Case, scale: float, precision: str) -> dict[str, Tensor]:
 @pytest.mark.parametrize("d", [24, 512])
 @pytest.mark.parametrize(
     ("precision", "dtype"),
-    [("half", torch.bfloat16), ("half", torch.float16), ("tf32x3", torch.float32), ("tf32", torch.float32)],
+    [("half", torch.bfloat16), ("half", torch.float16), ("bf16x6", torch.float32), ("tf32", torch.float32)],
     ids=str,
 )
 def test_operands_as_the_tensor_cores_round_them(precision: str, dtype: torch.dtype, d: int, scale: float) -> None:

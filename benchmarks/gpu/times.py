@@ -125,7 +125,7 @@ def alternatives(kernel: str, dtype: str, architecture: int) -> Iterator[tuple[s
     """Yields a description of each change of a kernel's tiles with the table that has it."""
     from mcl_kernels.logsumexp.triton import tile_table
 
-    precision = "half" if dtype == "bf16" else "tf32x3"
+    precision = "half" if dtype == "bf16" else "bf16x6"
     found = [key for key in tile_table.TABLE if key[:2] == (kernel, precision) and key[2] <= architecture]
     if not found:
         return
@@ -145,7 +145,9 @@ def tiles_of(table: dict[Any, Any]) -> Iterator[None]:
     from mcl_kernels.logsumexp.triton import tile_table
 
     with patch.dict(tile_table.TABLE, table):
+        tile_table.choose_tiles.cache_clear()
         yield
+    tile_table.choose_tiles.cache_clear()
 
 
 def alternative_tiles(session: Session) -> None:

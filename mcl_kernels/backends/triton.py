@@ -6,6 +6,7 @@ Triton itself is imported by the functions that need it, so that this module can
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from functools import cache
 from typing import Any
 
 import torch
@@ -88,6 +89,15 @@ def triton_version() -> tuple[int, ...]:
 def compute_capability(device: torch.device) -> tuple[int, int] | None:
     """Returns the compute capability of a GPU, None for a CPU, on which kernels are interpreted."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+
+
+@cache
+def multiprocessors(device: torch.device) -> int | None:
+    """Returns the number of multiprocessors of a GPU, None for a CPU."""
+    if device.type != "cuda":
+        return None
+    count: int = torch.cuda.get_device_properties(device).multi_processor_count
+    return count
 
 
 def padded_edge(size: int) -> int:

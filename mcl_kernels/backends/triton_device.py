@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import libdevice
 
 INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
@@ -18,6 +19,22 @@ def multiply(a, b, sums, PRECISION: tl.constexpr):
     if INTERPRET:
         return tl.dot(a.to(sums.dtype), b.to(sums.dtype), sums, out_dtype=sums.dtype)
     return tl.dot(a, b, sums, input_precision=PRECISION, out_dtype=sums.dtype)
+
+
+@triton.jit
+def multiply_rounded(x, y):
+    """Returns x y, rounded: the compiler does not make it a part of a fused multiply-add."""
+    if INTERPRET:
+        return x * y
+    return libdevice.mul_rn(x, y)
+
+
+@triton.jit
+def multiply_add(x, y, z):
+    """Returns x y + z, rounded once."""
+    if INTERPRET:
+        return (x.to(tl.float64) * y + z).to(z.dtype)
+    return tl.fma(x, y, z)
 
 
 @triton.jit

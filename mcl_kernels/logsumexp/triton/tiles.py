@@ -1,8 +1,11 @@
 """Steps of the forward and the backward kernel on one tile.
 
-A tile is ROWS sorted rows against COLUMNS sorted columns. Tiles do not align with clusters: a tile of rows is compared
-with the columns from the first of its first row's cluster to the last of its last row's, so the grid depends on N
-alone.
+A tile is ROWS sorted rows against COLUMNS sorted columns, both read from sorted copies. Tiles do not align with
+clusters: a tile of rows is compared with the columns from the first of its first row's cluster to the last of its last
+row's.
+
+exp(s - b) is 2 ** (log2(e) s - shift), one multiply-add and one exponential, with shift = log2(e) b rounded; what the
+rounding left out is a factor of the result for each row. Logits are rounded, so that both passes have the same.
 """
 
 from __future__ import annotations
@@ -12,121 +15,25 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from mcl_kernels.backends.triton_device import load_features, multiply
+from mcl_kernels.backends.triton_device import multiply, multiply_add, multiply_rounded, rounded
 
 
 # Triton 3.6 cannot return None in a tuple: a field that a kernel does not use holds some tensor.
 class RowTile(NamedTuple):
-    """Sorted rows of a program."""
+    """Sorted rows of a tile, the columns that they keep, and what all of them have in common."""
 
     row: Any  # [ROWS], original row indices
     valid: Any  # [ROWS], false past the last row
     begin: Any  # [ROWS], the sorted columns that each row attends to
-    end: Any
+    length: Any  # [ROWS], unsigned
     drop_begin: Any  # [ROWS], those among them that it drops, if rows drop any
-    drop_end: Any
-    ids: Any  # [ROWS], if rows have them
+    drop_length: Any  # [ROWS], unsigned
+    ids: Any  # [ROWS], if pairs are compared by them
     scale: Any  # [ROWS]
-    offsets: Any  # [ROWS], of their features
-    features: Any  # [ROWS, FEATURES], if all features are one part
-
-
-class ColumnTile(NamedTuple):
-    """Sorted columns that a tile of rows is compared with."""
-
-    start: Any  # sorted position of the first
-    column: Any  # [COLUMNS], original row indices
-    valid: Any  # [COLUMNS], false past the last column
-    offsets: Any  # [COLUMNS], of their features
-    features: Any  # [COLUMNS, FEATURES], if all features are one part
-
-
-class ColumnRange(NamedTuple):
-    """Sorted columns that a tile of rows is compared with: begin to end, with SKIPS_TILES without those of a hole."""
-
-    begin: Any
-    end: Any
-    stop: Any  # end less the length of the hole: where a loop over the remaining columns stops
-    hole_begin: Any
-    hole: Any  # its length
-
-
-@triton.jit
-def load_rows(
-    rows, tile, n, width, SCALE_STRIDE: tl.constexpr, ROWS: tl.constexpr, FEATURES: tl.constexpr,
-    ONE_PART: tl.constexpr, OPERAND: tl.constexpr,
-):  # fmt: skip
-    """Returns the RowTile number `tile` of RowArguments."""
-    sorted_row = tile * ROWS + tl.arange(0, ROWS)
-    valid = sorted_row < n
-    row = tl.load(rows.order + sorted_row, mask=valid, other=0)
-    begin = tl.load(rows.begin + sorted_row, mask=valid, other=0).to(tl.int32)
-    end = tl.load(rows.end + sorted_row, mask=valid, other=0).to(tl.int32)
-    drop_begin, drop_end, ids, features = end, end, row, row
-    if rows.drop_begin is not None:
-        drop_begin = tl.load(rows.drop_begin + sorted_row, mask=valid, other=0)
-        drop_end = tl.load(rows.drop_end + sorted_row, mask=valid, other=0)
-    if rows.ids is not None:
-        ids = tl.load(rows.ids + row)
-    scale = tl.load(rows.scale + row * SCALE_STRIDE)
-    offsets = row * rows.stride
-    if ONE_PART:
-        features = load_features(rows.x, offsets, valid, rows.step, width, 0, FEATURES, OPERAND)
-    return RowTile(row, valid, begin, end, drop_begin, drop_end, ids, scale, offsets, features)
-
-
-@triton.jit
-def load_columns(
-    columns, start, end, width, COLUMNS: tl.constexpr, FEATURES: tl.constexpr, ONE_PART: tl.constexpr,
-    OPERAND: tl.constexpr,
-):  # fmt: skip
-    """Returns the ColumnTile of the sorted columns from `start` on, before `end`."""
-    sorted_column = start + tl.arange(0, COLUMNS)
-    valid = sorted_column < end
-    column = tl.load(columns.order + sorted_column, mask=valid, other=0)
-    offsets = column * columns.stride
-    features = column
-    if ONE_PART:
-        features = load_features(columns.x, offsets, valid, columns.step, width, 0, FEATURES, OPERAND)
-    return ColumnTile(start, column, valid, offsets, features)
-
-
-@triton.jit
-def multiply_tiles(
-    rows, row_tile, columns, column_tile, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr, FEATURES: tl.constexpr,
-    ONE_PART: tl.constexpr, OPERAND: tl.constexpr, ACCUMULATOR: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Returns the products <x_i, y_j> of a tile [ROWS, COLUMNS]."""
-    products = tl.zeros((ROWS, COLUMNS), ACCUMULATOR)
-    if ONE_PART:
-        products = multiply(row_tile.features, tl.trans(column_tile.features), products, PRECISION)
-    else:
-        for first in range(0, width, FEATURES):
-            a = load_features(rows.x, row_tile.offsets, row_tile.valid, rows.step, width, first, FEATURES, OPERAND)
-            b = load_features(
-                columns.x, column_tile.offsets, column_tile.valid, columns.step, width, first, FEATURES, OPERAND
-            )
-            products = multiply(a, tl.trans(b), products, PRECISION)
-    return products
-
-
-@triton.jit
-def column_range(row_tile, SKIPS_TILES: tl.constexpr, COLUMNS: tl.constexpr):
-    """Returns the ColumnRange of a tile of rows, with SKIPS_TILES without the tiles of columns that every row drops."""
-    begin, end = union(row_tile.begin, row_tile.end)
-    stop, hole_begin, hole = end, end, end
-    if SKIPS_TILES:
-        hole_begin, hole = dropped_tiles(row_tile, begin, end, COLUMNS)
-        stop = end - hole
-    return ColumnRange(begin, end, stop, hole_begin, hole)
-
-
-@triton.jit
-def skip_hole(start, columns, SKIPS_TILES: tl.constexpr):
-    """Returns the sorted column at `start` in a ColumnRange without its hole."""
-    if SKIPS_TILES:
-        start = tl.where(start < columns.hole_begin, start, start + columns.hole)
-    return start
+    all_begin: Any  # every row attends to the columns from here
+    all_end: Any  # to here
+    some_begin: Any  # some row may drop columns from here
+    some_end: Any  # to here
 
 
 @triton.jit
@@ -138,55 +45,202 @@ def union(begin, end):
 
 
 @triton.jit
-def dropped_tiles(row_tile, begin, end, COLUMNS: tl.constexpr):
-    """Returns begin and length of the tiles of columns, counted from `begin`, that every row drops completely."""
-    attends = row_tile.begin < row_tile.end
-    drop_begin = tl.max(tl.where(attends, row_tile.drop_begin, 0), 0)
-    drop_end = tl.min(tl.where(attends, row_tile.drop_end, 0x7FFFFFFF), 0)
-    # The last tile is dropped completely too if all its columns are: its rest lies past the end.
-    drop_end = tl.where(drop_end < end, drop_end, end + COLUMNS - 1)
-    hole_begin = begin + (drop_begin - begin + COLUMNS - 1) // COLUMNS * COLUMNS
-    hole = begin + (drop_end - begin) // COLUMNS * COLUMNS - hole_begin
-    return hole_begin, tl.where((begin < end) & (hole > 0), hole, 0)
+def load_rows(rows, tile, n, SCALE_STRIDE: tl.constexpr, ROWS: tl.constexpr):
+    """Returns the RowTile number `tile` of RowArguments."""
+    sorted_row = tile * ROWS + tl.arange(0, ROWS)
+    valid = sorted_row < n
+    row = tl.load(rows.order + sorted_row, mask=valid, other=0)
+    begin = tl.load(rows.begin + sorted_row, mask=valid, other=0).to(tl.int32)
+    end = tl.load(rows.end + sorted_row, mask=valid, other=0).to(tl.int32)
+    drop_begin, drop_end, ids = end, end, row
+    some_begin, some_end = tl.full((), 0, tl.int32), tl.full((), 0, tl.int32)
+    if rows.drop_begin is not None:
+        drop_begin = tl.load(rows.drop_begin + sorted_row, mask=valid, other=0)
+        drop_end = tl.load(rows.drop_end + sorted_row, mask=valid, other=0)
+        some_begin, some_end = union(drop_begin, drop_end)
+    if rows.ids is not None:
+        ids = tl.load(rows.ids + sorted_row)
+    scale = tl.load(rows.scale + row * SCALE_STRIDE)
+    length, drop_length = (end - begin).to(tl.uint32), (drop_end - drop_begin).to(tl.uint32)
+    return RowTile(
+        row, valid, begin, length, drop_begin, drop_length, ids, scale, tl.max(begin, 0), tl.min(end, 0), some_begin,
+        some_end,
+    )  # fmt: skip
 
 
 @triton.jit
-def where_kept(values, otherwise, rows, row_tile, columns, column_tile, COLUMNS: tl.constexpr):
+def load_features(
+    x, split_stride, start, first_feature, SIZE: tl.constexpr, WIDTH: tl.constexpr, FEATURES: tl.constexpr,
+    SPLITS: tl.constexpr,
+):  # fmt: skip
+    """Returns FEATURES features of SIZE rows of a copy, from row `start` on: a tensor for each part of the numbers."""
+    features = ()
+    if isinstance(x, tl.tensor_descriptor):
+        for split in tl.static_range(SPLITS):
+            row = (start + split * split_stride).to(tl.int32)
+            features = features + (x.load([row, first_feature]),)  # type: ignore[assignment]
+    else:
+        feature = tl.arange(0, FEATURES)[None, :]
+        at = x + start.to(tl.int64) * WIDTH + first_feature
+        at = at + (tl.arange(0, SIZE)[:, None] * WIDTH + feature)
+        for split in tl.static_range(SPLITS):
+            if FEATURES > WIDTH:
+                part = tl.load(at + split * split_stride * WIDTH, mask=feature < WIDTH, other=0.0)
+            else:
+                part = tl.load(at + split * split_stride * WIDTH)
+            features = features + (part,)  # type: ignore[assignment]
+    return features
+
+
+@triton.jit
+def multiply_parts(a, b, sums, SPLITS: tl.constexpr, PRECISION: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """Returns sums + a b, with TRANSPOSED sums + a b^T, of numbers that are sums of SPLITS parts.
+
+    Products of parts that are below the rounding of the first ones are left out. Small products come first.
+    """
+    for order in tl.static_range(SPLITS):
+        for split in tl.static_range(SPLITS - order):
+            right = b[SPLITS - 1 - order - split]
+            if TRANSPOSED:
+                right = tl.trans(right)
+            sums = multiply(a[split], right, sums, PRECISION)
+    return sums
+
+
+@triton.jit
+def add_product(a, b, sums, SPLITS: tl.constexpr, PRECISION: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """Returns `multiply_parts`. Tensor cores truncate their sums: those of exact products are kept short.
+
+    A product of numbers in parts is summed apart, and added with rounding to nearest.
+    """
+    if SPLITS == 1:
+        return multiply_parts(a, b, sums, SPLITS, PRECISION, TRANSPOSED)
+    return sums + multiply_parts(a, b, tl.zeros(sums.shape, sums.dtype), SPLITS, PRECISION, TRANSPOSED)
+
+
+@triton.jit
+def multiply_tiles(
+    a, a_stride, a_start, a_features, b, b_stride, b_start, b_features, finite,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, FEATURES: tl.constexpr, SPLITS: tl.constexpr,
+    ACCUMULATOR: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Returns the products <x_i, y_j> of a tile [ROWS, COLUMNS].
+
+    `a_features` and `b_features` are all features of the tile's rows and columns if one product multiplies them;
+    else they are loaded, FEATURES at a time. If sums of products of parts may overflow (not `finite`), the product of
+    the first parts replaces NaN.
+    """
+    products = tl.zeros((ROWS, COLUMNS), ACCUMULATOR)
+    if FEATURES >= WIDTH:
+        products = multiply_parts(a_features, b_features, products, SPLITS, PRECISION, True)
+    else:
+        for first in range(0, WIDTH, FEATURES):
+            left = load_features(a, a_stride, a_start, first, ROWS, WIDTH, FEATURES, SPLITS)
+            right = load_features(b, b_stride, b_start, first, COLUMNS, WIDTH, FEATURES, SPLITS)
+            products = add_product(left, right, products, SPLITS, PRECISION, True)
+    if SPLITS > 1:
+        if not finite:
+            large = tl.zeros((ROWS, COLUMNS), ACCUMULATOR)
+            if FEATURES >= WIDTH:
+                large = multiply_parts(a_features, b_features, large, 1, PRECISION, True)
+            else:
+                for first in range(0, WIDTH, FEATURES):
+                    left = load_features(a, a_stride, a_start, first, ROWS, WIDTH, FEATURES, 1)
+                    right = load_features(b, b_stride, b_start, first, COLUMNS, WIDTH, FEATURES, 1)
+                    large = multiply_parts(left, right, large, 1, PRECISION, True)
+            products = tl.where(products == products, products, large)
+    return products
+
+
+@triton.jit
+def split_parts(values, OPERAND: tl.constexpr, SPLITS: tl.constexpr):
+    """Returns values as a sum of SPLITS tensors of OPERAND.
+
+    All parts but the last are cut, not rounded: a mask takes no conversion, which would share the unit of exponentials.
+    """
+    parts = ()
+    for _ in tl.static_range(SPLITS - 1):
+        cut = (values.to(tl.uint32, bitcast=True) & 0xFFFF0000).to(tl.float32, bitcast=True)
+        parts = parts + (cut.to(OPERAND),)  # type: ignore[assignment]
+        values = values - cut
+    return parts + (rounded(values, OPERAND),)
+
+
+@triton.jit
+def where_kept(values, otherwise, row_tile, rows, columns, start, COLUMNS: tl.constexpr):
     """Returns the values of a tile, `otherwise` for pairs that are not kept.
 
-    Masks are computed only for tiles in which a pair may not be kept.
+    Masks are computed only for tiles in which a pair may not be kept. (c - begin) < (end - begin), unsigned, is
+    begin <= c < end.
     """
-    start, stop = column_tile.start, column_tile.start + COLUMNS
-    mixed = (tl.max(row_tile.begin, 0) > start) | (tl.min(row_tile.end, 0) < stop)
+    stop = start + COLUMNS
+    mixed = (row_tile.all_begin > start) | (row_tile.all_end < stop)
     if rows.drop_begin is not None:
-        drop_begin, drop_end = union(row_tile.drop_begin, row_tile.drop_end)
-        mixed = mixed | ((drop_begin < stop) & (drop_end > start))
+        mixed = mixed | ((row_tile.some_begin < stop) & (row_tile.some_end > start))
     if rows.ids is not None:
         mixed = True
     if mixed:
-        sorted_column = (start + tl.arange(0, COLUMNS))[None, :]
-        keep = (sorted_column >= row_tile.begin[:, None]) & (sorted_column < row_tile.end[:, None])
+        column = (start + tl.arange(0, COLUMNS))[None, :]
+        keep = (column - row_tile.begin[:, None]).to(tl.uint32) < row_tile.length[:, None]
         if rows.drop_begin is not None:
-            keep = keep & (
-                (sorted_column < row_tile.drop_begin[:, None]) | (sorted_column >= row_tile.drop_end[:, None])
-            )
+            keep = keep & ((column - row_tile.drop_begin[:, None]).to(tl.uint32) >= row_tile.drop_length[:, None])
         if rows.ids is not None:
-            column_ids = tl.load(columns.ids + column_tile.column, mask=column_tile.valid, other=0)
+            column_ids = tl.load(columns.ids + start + tl.arange(0, COLUMNS))
             keep = keep & (row_tile.ids[:, None] != column_ids[None, :])
         values = tl.where(keep, values, otherwise)
     return values
 
 
 @triton.jit
+def exponential(logits, shift):
+    """Returns exp(logits) / 2 ** shift: one fused multiply-add and one exponential of 2."""
+    log2_e = tl.full(logits.shape, 1.4426950408889634, logits.dtype)
+    return tl.exp2(multiply_add(logits, log2_e, -shift))
+
+
+@triton.jit
+def shift_of(logit):
+    """Returns log2(e) logit, rounded, that `exponential` subtracts; 0 for an infinite logit."""
+    finite = tl.where(tl.abs(logit) == float("inf"), 0.0, logit)
+    return multiply_rounded(finite, tl.full(finite.shape, 1.4426950408889634, finite.dtype))
+
+
+@triton.jit
+def shift_error(logit, shift):
+    """Returns log2(e) logit - shift, what rounding left out of `shift_of`."""
+    finite = tl.where(tl.abs(logit) == float("inf"), 0.0, logit)
+    return multiply_add(finite, tl.full(finite.shape, 1.4426950408889634, finite.dtype), -shift)
+
+
+@triton.jit
+def shifted(lse, weight):
+    """Returns the shift of an LSE and the weight that goes with it: weight exp(s - lse) = result exp(s) / 2 ** shift.
+
+    An LSE of -inf, of a row that keeps nothing, has shift -inf.
+    """
+    shift = shift_of(lse)
+    weight = weight * tl.exp2(-shift_error(lse, shift))
+    return tl.where(tl.abs(lse) == float("inf"), lse, shift), weight
+
+
+@triton.jit
 def add_to_logsumexp(maximum, total, logits):
-    """Returns the running maximum of each row and the sum of exp(logit - maximum), with a tile of logits added."""
+    """Returns the running maximum of each row and the sum of exp(logit) / 2 ** shift, with a tile of logits added."""
     larger = tl.maximum(maximum, tl.max(logits, 1))
-    shift = finite_or_zero(larger)
-    total = total * tl.exp(maximum - shift) + tl.sum(tl.exp(logits - shift[:, None]), 1)
+    shift = shift_of(larger)
+    total = total * rescaling(maximum, shift) + tl.sum(exponential(logits, shift[:, None]), 1)
     return larger, total
 
 
 @triton.jit
-def finite_or_zero(maximum):
-    """Returns what is subtracted from logits: 0 for an infinite maximum, so that -inf stays -inf, and inf stays inf."""
-    return tl.where(tl.abs(maximum) == float("inf"), 0.0, maximum)
+def rescaling(maximum, shift):
+    """Returns the factor that brings a sum relative to the shift of `maximum` to another shift; 0 for an empty sum."""
+    return tl.where(maximum == float("-inf"), 0.0, tl.exp2(shift_of(maximum) - shift))
+
+
+@triton.jit
+def logsumexp_of(maximum, total):
+    """Returns the logsumexp of a running maximum and sum."""
+    finite = tl.where(tl.abs(maximum) == float("inf"), 0.0, maximum)
+    shift = shift_of(maximum)
+    return finite + (tl.log2(total) - shift_error(maximum, shift)) * 0.6931471805599453
