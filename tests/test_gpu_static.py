@@ -18,23 +18,24 @@ from benchmarks.gpu import compiled, kernels, own, peers, static
 from benchmarks.measure import read_rows
 from mcl_kernels.backends import cuda as _cuda
 
-# A few bytes are allowed: with all 255 registers in use, spills of this size come and go with the order of
-# instructions, and fewer columns of a tile or fewer stages cost more than one spilled register.
-STACK_BYTES = 16
+# With all 255 registers in use what a stretch of tiles keeps is spilled before its loop and read after it. Slots, which
+# count spills within a loop, are bounded below.
+STACK_BYTES = 1024
 # Bounds of the inner loops on sm_90: kernel, precision, D, column, the largest value allowed.
 LIMITS = (
-    ("forward", "bf16", 64, "slots", 11.6), ("forward", "bf16", 128, "slots", 13.1),
-    ("forward", "bf16", 128, "slots_masked", 20.6), ("forward", "bf16", 128, "l2_bytes", 2),
-    ("forward", "bf16", 128, "synchronous_loads", 8), ("forward", "bf16", 200, "spills", 134),
-    ("forward", "bf16", 512, "slots", 25.4), ("forward", "bf16", 512, "l2_bytes", 16),
-    ("backward", "bf16", 64, "slots", 19.3), ("backward", "bf16", 128, "slots", 23.7),
-    ("backward", "bf16", 128, "slots_masked", 31.3), ("backward", "bf16", 128, "mufu", 2),
-    ("backward", "bf16", 128, "synchronous_loads", 7), ("backward", "bf16", 200, "spills", 437),
-    ("backward", "bf16", 512, "slots", 125), ("backward", "bf16", 512, "l2_bytes", 64),
-    ("forward", "fp32", 128, "slots", 70), ("backward", "fp32", 128, "slots", 479),
-    ("forward, unaligned", "bf16", 128, "slots", 27), ("backward, unaligned", "bf16", 128, "slots", 47),
+    ("forward", "bf16", 64, "slots", 7.5), ("forward", "bf16", 128, "slots", 7.5),
+    ("forward", "bf16", 128, "slots_masked", 14), ("forward", "bf16", 128, "l2_bytes", 4),
+    ("forward", "bf16", 128, "synchronous_loads", 0), ("forward", "bf16", 200, "spills", 0),
+    ("forward", "bf16", 512, "slots", 23), ("forward", "bf16", 512, "l2_bytes", 8),
+    ("backward", "bf16", 64, "slots", 9), ("backward", "bf16", 128, "slots", 9),
+    ("backward", "bf16", 128, "slots_masked", 15), ("backward", "bf16", 128, "mufu", 1),
+    ("backward", "bf16", 128, "synchronous_loads", 0), ("backward", "bf16", 200, "spills", 90),
+    ("backward", "bf16", 512, "slots", 30), ("backward", "bf16", 512, "l2_bytes", 16.5),
+    ("backward", "bf16", 512, "synchronous_loads", 0),
+    ("forward", "fp32", 128, "slots", 22), ("backward", "fp32", 128, "slots", 32),
+    ("forward, unaligned", "bf16", 128, "slots", 7.5), ("backward, unaligned", "bf16", 128, "slots", 9),
 )  # fmt: skip
-MIN_CTAS = {("forward", 64): 1, ("forward", 128): 1, ("backward", 64): 1, ("backward", 128): 1}  # bf16 on sm_90
+MIN_CTAS = {("forward", 64): 2, ("forward", 128): 2, ("backward", 64): 2, ("backward", 128): 2}  # bf16 on sm_90
 ODD_WIDTH = 200
 CUDA_KERNELS = {
     name
@@ -72,14 +73,11 @@ def test_every_kernel_of_the_table_fits_its_architecture() -> None:
         assert row["shared"] <= row["shared_limit"], f"{name}: {row['shared']} bytes of shared memory"
         assert row["tensor_memory"] <= compiled.TENSOR_MEMORY, f"{name}: {row['tensor_memory']} columns of its memory"
         assert row["rows"] >= 64, f"{name}: {row['rows']} rows of a tile"
-        if row["kernel"] in own.UNALIGNED or row["d"] == ODD_WIDTH:
-            continue
         assert row["stack"] <= STACK_BYTES, f"{name} spills: {row['stack']} bytes of stack"
         if row["units_self"] is None:
             continue
-        # Spills must not be avoided by more work. fp32 keeps its sums twice, for accuracy: only sm_80 has room for
-        # 64 x 512 of them.
-        parts = 4 if row["precision"] == "fp32" and row["architecture"] != "sm_80" else 2
+        # Spills must not be avoided by much more work.
+        parts = 4 if row["precision"] == "fp32" else 2
         assert row["units_self"] <= 2 + parts, f"{name}: {row['units_self']} units of the self form"
         assert row["units_one_direction"] <= 3 + 2 * parts, f"{name}: {row['units_one_direction']} of one direction"
 

@@ -133,7 +133,7 @@ def share_work_list(units: np.ndarray, multiprocessors: int, ctas: int) -> Share
     return Share(np.bincount(np.arange(programs) % multiprocessors, weights=each, minlength=multiprocessors))
 
 
-present_share = share_row_tiles  # the schedule of the kernels as they are
+present_share = share_work_list  # the schedule of the Triton kernels
 
 
 class Kernel(NamedTuple):

@@ -63,11 +63,12 @@ def schedule() -> str:
         cells = [forward["workload"], forward["d"]]
         for row in (forward, backward):
             work = f"{int(row['row_tiles']):,}, {int(row['units']):,}"
-            working = f"{100 * float(row['row_tiles_working']):.0f} %"
-            cells += [work, f"{working}, {factor(float(row['row_tiles_ratio']))} x"]
+            working = f"{100 * float(row['work_list_working']):.0f} %"
+            shares = [factor(float(row[f"{each}_ratio"])) for each in ("work_list", "row_tiles")]
+            cells += [work, f"{working}, {shares[0]} x ({shares[1]} x)"]
         body.append(cells)
     header = ["", "D", "forward: row tiles, units", "busy, busiest", "backward: row tiles, units", "busy, busiest"]
-    note = "Simulated, bf16, 132 multiprocessors: those with work, and the work of the busiest in even shares"
+    note = "Simulated, bf16, 132 multiprocessors: those with work, and the work of the busiest in even shares (if each tile of rows were a program)"
     return markdown(header, body) + f"\n{note}.\n"
 
 

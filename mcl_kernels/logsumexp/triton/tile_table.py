@@ -98,7 +98,7 @@ TABLE: dict[tuple[str, str, int], dict[int, Tiles]] = {
     },
     ("backward", "half", 90): {
         128: Tiles(rows=64, columns=128, features=128, warps=4, stages=2, per_multiprocessor=2, descriptors=True),
-        256: Tiles(rows=64, columns=32, features=256, warps=4, stages=2, per_multiprocessor=2, descriptors=True),
+        256: Tiles(rows=64, columns=64, features=256, warps=4, stages=2, per_multiprocessor=2, descriptors=True),
         512: Tiles(rows=64, columns=64, features=512, warps=8, stages=2, descriptors=True),
         ANY_WIDTH: Tiles(rows=64, columns=64, features=64, warps=8, stages=2, gradients=512),
     },
