@@ -225,7 +225,7 @@ TTGIR = """
         scf.yield %t
       }
       %e = math.exp2 %t : tensor<64x8xf32>
-      ttng.async_tma_copy_global_to_local %g[%c, %0] %l, %b : !tt.tensordesc<tensor<8x32xbf16>>, -> <8x32xbf16>
+      ttng.async_tma_copy_global_to_local %g[%c, %0] %l, %b : !tt.tensordesc<8x32xbf16, #shared>, -> <8x32xbf16>
       scf.yield %e
     }
 """

@@ -15,7 +15,7 @@ from benchmarks.gpu.loop import Tile
 LOOP = re.compile(r"scf\.(?:for|while)\b")
 PRODUCTS = re.compile(r"(?:dot|mma)\b .*? : ")
 MOVES = re.compile(r"(?:tt\.load|tt\.store|tt\.atomic_rmw|async_copy_global_to_local|async_tma_copy_global_to_local)\b")
-MATRIX = re.compile(r"tensor<((?:\d+x){2,})(?:!tt\.ptr<)?[a-z]+(\d+)")
+MATRIX = re.compile(r"tensor(?:desc)?<((?:\d+x){2,})(?:!tt\.ptr<)?[a-z]+(\d+)")
 
 
 def feature_bytes(ttgir: str, tile: Tile) -> float:
