@@ -129,3 +129,19 @@ def test_sums_of_parts_that_overflow() -> None:
     inputs = Inputs(x, None, torch.ones(()), Pairs(None, None, torch.arange(40), None, "same"))
     saved = gpu_common.forward(partial(run_forward, Copies()), inputs)
     assert (saved.row_lse == torch.inf).all()
+
+
+@pytest.mark.parametrize("multiprocessors", [108, 132, 160])
+def test_the_workspace_is_small_whatever_the_batch(multiprocessors: int) -> None:
+    for (kernel, precision, architecture), by_width in tile_table.TABLE.items():
+        for width in (64, 128, 200, 256, 512, 768, 1024, 4096):
+            tiles = tile_table.choose_tiles(kernel, precision, torch.bfloat16, width, (architecture // 10, 0))
+            programs = max(1, tiles.per_multiprocessor * multiprocessors // tiles.parts)
+            numbers = tiles.parts * tiles.gradients if kernel == "backward" else 2
+            assert 2 * programs * tiles.rows * numbers * 4 <= 64 << 20, (
+                kernel,
+                precision,
+                architecture,
+                width,
+                by_width,
+            )

@@ -68,7 +68,10 @@ def schedule() -> str:
             cells += [work, f"{working}, {shares[0]} x ({shares[1]} x)"]
         body.append(cells)
     header = ["", "D", "forward: row tiles, units", "busy, busiest", "backward: row tiles, units", "busy, busiest"]
-    note = "Simulated, bf16, 132 multiprocessors: those with work, and the work of the busiest in even shares (if each tile of rows were a program)"
+    note = (
+        "Simulated, bf16, 132 multiprocessors: those with work, and the work of the busiest in even shares "
+        "(if each tile of rows were a program)"
+    )
     return markdown(header, body) + f"\n{note}.\n"
 
 
