@@ -145,3 +145,15 @@ def test_the_workspace_is_small_whatever_the_batch(multiprocessors: int) -> None
                 width,
                 by_width,
             )
+
+
+def test_tiles_read_by_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on sm_90 and later; a descriptor reads zeros past the last feature."""
+    case = make_case(100, 70, 40)  # 48 features of a copy, 64 of a tile
+    inputs = Inputs(case.query, case.key, torch.tensor(5.0), Pairs(*case[2:], "different"), bidirectional=True)
+    tiles = SMALL._replace(features=64, gradients=64)
+    monkeypatch.setattr(tile_table, "INTERPRETED", tiles)
+    expected = results(inputs, 3)
+    monkeypatch.setattr(tile_table, "INTERPRETED", tiles._replace(descriptors=True))
+    for value, by_pointers in zip(results(inputs, 3), expected, strict=True):
+        assert torch.equal(value.nan_to_num(), by_pointers.nan_to_num())
