@@ -112,11 +112,11 @@ TILED = (SIMCLR[3], WIDE)  # workloads of other tiles
 ALTERNATIVES: dict[str, tuple[dict[str, int], ...]] = {
     "forward": (
         {"rows": 64, "warps": 4}, {"rows": 128, "columns": 64}, {"warps": 4}, {"stages": 3}, {"stages": 1},
-        {"rows": 64, "columns": 128, "warps": 4, "stages": 3},
+        {"rows": 64, "columns": 128, "warps": 4, "stages": 3}, {"per_multiprocessor": 1},
     ),
     "backward": (
         {"rows": 64, "columns": 64, "warps": 4}, {"rows": 64, "columns": 128, "warps": 4}, {"columns": 32},
-        {"stages": 3}, {"stages": 1}, {"rows": 64, "warps": 8},
+        {"stages": 3}, {"stages": 1}, {"rows": 64, "warps": 8}, {"per_multiprocessor": 1},
     ),
 }  # fmt: skip
 
