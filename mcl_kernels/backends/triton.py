@@ -5,7 +5,7 @@ Triton itself is imported by the functions that need it, so that this module can
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -16,6 +16,7 @@ from mcl_kernels.backends import cuda
 
 MIN_MAJOR_CAPABILITY = 8  # the oldest architecture that Triton supports
 MIN_EDGE = 16  # of the tiles that `tl.dot` multiplies
+NOTHING = nullcontext()
 
 
 def unavailable_reason(device: torch.device) -> str | None:
@@ -106,6 +107,7 @@ def padded_edge(size: int) -> int:
 
 
 def current_device(x: Tensor) -> AbstractContextManager[object]:
-    """Makes the device of x current: kernels launch there. Does nothing on a CPU."""
-    device: AbstractContextManager[object] = torch.cuda.device_of(x)  # type: ignore[no-untyped-call]
-    return device
+    """Makes the device of x current: kernels launch there. Does nothing on a CPU, nor where there is one GPU."""
+    if not x.is_cuda or torch.cuda.device_count() == 1:
+        return NOTHING
+    return torch.cuda.device(x.device)

@@ -85,7 +85,7 @@ def forward(run: RunForward, inputs: Inputs) -> Saved:
     query, key, scale, pairs, bidirectional = inputs
     plan, scale = make_plan(query, key, pairs, bidirectional), scale.contiguous()
     queries, keys = _sides(inputs, plan)
-    row_lse, column_lse = scale.new_empty(query.shape[0]), scale.new_empty(len(keys.x) if bidirectional else 0)
+    row_lse, column_lse = scale.new_empty(query.shape[0]), scale.new_empty(keys.x.shape[0] if bidirectional else 0)
     run(_rows_of_queries(queries, plan), keys, scale, pairs.negatives, row_lse, None)
     if bidirectional:
         run(_rows_of_keys(queries, keys, pairs, plan), queries, scale, pairs.negatives, column_lse, None)

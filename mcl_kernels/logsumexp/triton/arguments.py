@@ -82,7 +82,7 @@ def prepare(
     copies: Copies, tiles: Tiles, rows: Rows, columns: Side, scale: Tensor, negatives: str, terms: Terms | None = None
 ) -> Prepared:
     """Copies both sides into sorted order, counts the work, and returns the arguments of the kernel: two launches."""
-    side, n, m = rows.side, len(rows.side.x), len(columns.x)
+    side, n, m = rows.side, rows.side.x.shape[0], columns.x.shape[0]
     is_self, skips_tiles = columns is side, negatives == "different"
     blocks, column_blocks = tiles.blocks(n), tiles.blocks(m)
     new = scale.new_empty
@@ -141,7 +141,7 @@ def _source(copies: Copies, tiles: Tiles, side: Side, ids: Tensor | None) -> tup
     x, copy = side.x, copies.of_side.get(id(side))
     copied_before = copy is not None
     if copy is None:
-        blocks = tiles.blocks(len(x))
+        blocks = tiles.blocks(x.shape[0])
         largest = x.new_empty(blocks, dtype=torch.float32) if tiles.splits > 1 else None
         # A product may read features past the width of the last row.
         size = tiles.splits * blocks * tiles.rows * tiles.width + tiles.gradients

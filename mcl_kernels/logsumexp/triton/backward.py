@@ -247,7 +247,7 @@ def run_backward(
     x, y = rows.side.x, columns.x
     precision = loss_precision(x, y, scale)
     tiles = choose_tiles("backward", precision, x.dtype, width, compute_capability(x.device))
-    programs = programs or choose_programs(tiles, x.device, n, len(y))
+    programs = programs or choose_programs(tiles, x.device, n, y.shape[0])
     sums = tiles.parts * tiles.gradients
     with current_device(x):
         prepared = prepare(copies, tiles, rows, columns, scale, negatives, terms)

@@ -162,14 +162,14 @@ def run_forward(
     programs: int | None = None,
 ) -> None:
     """Writes the logsumexp of each row to `result`; with a threshold the number of its kept columns above that."""
-    if len(result) == 0:
+    if result.shape[0] == 0:
         return
     x, y = rows.side.x, columns.x
     precision = loss_precision(x, y, scale)
     if threshold is not None and precision == "tf32":
         precision = exact_precision(x.device)  # thresholds are products that torch computed in fp32
     tiles = choose_tiles("forward", precision, x.dtype, x.shape[1], compute_capability(x.device))
-    programs = programs or choose_programs(tiles, x.device, len(x), len(y))
+    programs = programs or choose_programs(tiles, x.device, x.shape[0], y.shape[0])
     with current_device(x):
         prepared = prepare(copies, tiles, rows, columns, scale, negatives)
         if threshold is None:
@@ -178,6 +178,6 @@ def run_forward(
             partial = result.new_empty(2 * programs, tiles.rows)
         forward_kernel[programs,](**prepared.arguments, threshold=threshold, result=result, partial=partial)
         join_forward_kernel[prepared.row_tiles,](
-            rows.side.order, prepared.work.prefix, threshold, result, partial, len(x), prepared.row_tiles, programs,
+            rows.side.order, prepared.work.prefix, threshold, result, partial, x.shape[0], prepared.row_tiles, programs,
             ROWS=tiles.rows, JOINED=tiles.joined, enable_fp_fusion=True,
         )  # fmt: skip
