@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mcl_kernels import clip_loss, nt_xent, objectives
+from mcl_kernels import clip_loss, masked_info_nce, nt_xent, objectives
 from tests import oracles
 from tests.accuracy import assert_accurate
 from tests.cases import OBJECTIVES
@@ -257,3 +260,11 @@ def test_derivatives_of_rows_whose_norm_overflows() -> None:
     got = derivatives(c * x, c * tangent)
     torch.testing.assert_close(got[:2], (value, derivative))
     torch.testing.assert_close(tuple(c * z for z in got[2:]), (gradient, moved, mapped))
+
+
+@pytest.mark.parametrize("loss", [nt_xent, masked_info_nce, partial(clip_loss, logit_scale=5.0)])
+def test_rows_without_values_have_a_loss_without_a_value(loss: Callable[..., Tensor]) -> None:
+    """Rows on the meta device, as libraries use them to infer shapes."""
+    a, b = torch.empty(2, 6, 3, device="meta")
+    assert loss(a, b).device.type == "meta"
+    assert loss(a, b, torch.zeros(6, dtype=torch.int64, device="meta"), reduction="none").device.type == "meta"
