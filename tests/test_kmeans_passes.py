@@ -224,3 +224,18 @@ def test_small_tiles(monkeypatch: pytest.MonkeyPatch, poisoned_memory: None, met
     x = (normal(150, 50, "cpu") + 3).to(dtype)
     for k in (23, 35):
         check_pass(Backend("cpu", "triton"), x, k, metric)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (777, 64), (2000, 37)])
+def test_the_extremes_of_columns(backend: Backend, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    module = load_implementation(backend.impl, torch.device(backend.device))
+    if not hasattr(module, "extremes"):
+        pytest.skip("PyTorch's operators find the extremes")
+    x = normal(*shape, backend.device).to(dtype)
+    wide = torch.cat((x, x + 1), dim=1)[:, : shape[1]]  # rows that are not adjacent
+    for value in (0.0, -torch.inf, torch.inf, torch.nan):
+        wide[-1, -1] = value
+        found = module.extremes(wide)
+        assert found.dtype == dtype
+        torch.testing.assert_close(found, torch.stack((wide.amin(0), wide.amax(0))), rtol=0, atol=0, equal_nan=True)

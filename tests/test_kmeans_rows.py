@@ -6,18 +6,22 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import MethodType
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from mcl_kernels import KMeans, assign_clusters
 from mcl_kernels.kmeans import initial
 from mcl_kernels.kmeans import rows as row_sources
-from mcl_kernels.kmeans.rows import FileRows, open_rows
+from mcl_kernels.kmeans.passes import Partition
+from mcl_kernels.kmeans.rows import FileRows, Rows, TensorRows, open_rows
 
 N, D, K = 9000, 24, 7
 
@@ -336,3 +340,67 @@ def test_a_file_larger_than_its_memory(tmp_path: Path) -> None:
         return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
     assert peak_bytes(str(n)) < 0.5 * 2**30 < 2**30 < peak_bytes("held")
+
+
+class Counted(TensorRows):
+    """Rows that count how often all of them are read; `take` and `load` read them too."""
+
+    def __init__(self, x: Tensor) -> None:
+        super().__init__("x", x)
+        self.reads = 0
+
+    def chunks(self) -> Iterator[Tensor]:
+        self.reads += 1
+        yield from super().chunks()
+
+    take, load = Rows.take, Rows.load
+
+
+@pytest.mark.parametrize("tol", [0.0, 1e-4])
+@pytest.mark.parametrize("max_iter", [1, 4])
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+@pytest.mark.parametrize("impl", ["native", "reference"])
+def test_reads_of_a_fit(x: Tensor, impl: str, metric: str, max_iter: int, tol: float) -> None:
+    for init in (x[:K], "k-means++"):
+        rows = Counted(x)
+        with mock.patch.object(initial, "SAMPLE_ROWS", 1000):
+            fitted = KMeans(K, init=init, max_iter=max_iter, tol=tol, metric=metric, impl=impl).fit(rows)
+        assert sum(entry["splits"] for entry in fitted.history_) == 0
+        assert rows.reads <= fitted.n_iter_ + 3
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+def test_labels_of_a_last_pass_without_moves_are_final(x: Tensor, metric: str) -> None:
+    converged = KMeans(K, init=x[:K], tol=0, max_iter=300, metric=metric).fit(x)
+    assert converged.history_[-1]["shift"] == 0
+    again = KMeans(K, init=converged.cluster_centers_, tol=0, metric=metric).fit(rows := Counted(x))
+    assert again.n_iter_ == 1
+    assert rows.reads == 3
+    assert torch.equal(again.labels_, again.predict(x))
+    assert again.inertia_ == pytest.approx(float(assign_clusters(x, again.cluster_centers_, metric=metric)[1].sum()))
+
+
+def test_reads_of_a_fit_that_refills_clusters(x: Tensor) -> None:
+    rows = Counted(x)
+    rows.take = MethodType(TensorRows.take, rows)  # not a read of all rows: some of them
+    fitted = KMeans(K, init=torch.cat((x[:2], x[:5] + 1000.0)), tol=0).fit(rows)
+    refills = sum(entry["splits"] > 0 for entry in fitted.history_)
+    assert refills > 0
+    assert rows.reads <= fitted.n_iter_ + 3 + refills
+
+
+@pytest.mark.parametrize("shift", [0.0, 30.0, 1e5])
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+def test_the_variance_of_the_first_pass(x: Tensor, metric: str, shift: float) -> None:
+    """Its objective says little of the variance if the centres are far from the rows."""
+    rows = F.normalize(x.double(), dim=1) if metric == "cosine" else x.double()
+    variances: list[float] = []
+    of_partition = Partition.mean_variance
+
+    def recorded(*arguments: Any) -> float:
+        variances.append(of_partition(*arguments))
+        return variances[-1]
+
+    with mock.patch.object(Partition, "mean_variance", recorded):
+        KMeans(K, init=x[:K] + shift, max_iter=1, metric=metric).fit(x)
+    assert variances[-1] == pytest.approx(float(rows.var(0, correction=0).mean()), rel=1e-5)

@@ -3,6 +3,7 @@
 
 #include "kernel_table.h"
 #include "kmeans_assign.h"
+#include "kmeans_survey.h"
 #include "masked_lse_backward.h"
 #include "masked_lse_count.h"
 #include "masked_lse_forward.h"
@@ -15,8 +16,8 @@ Kernels<typename Blocks::Value> kernels() {
   using T = typename Blocks::Value;
   return {forward_task<Blocks>,    backward_task<Blocks>, count_task<Blocks>,
           workspace_bytes<Blocks>, unit_rows<T>,          unit_rows_backward<T>,
-          packed_centers_bytes<T>, pack_centers<T>,       cluster_workspace_bytes<T>,
-          cluster_rows<T>};
+          survey_rows<T>,          packed_centers_bytes<T>, pack_centers<T>,
+          cluster_workspace_bytes<T>, cluster_rows<T>};
 }
 
 }  // namespace mcl::MCL_INSTRUCTION_SET

@@ -1,9 +1,15 @@
 // Binds the kernels of k-means to torch.
+#include <ATen/ops/amax.h>
+#include <ATen/ops/amin.h>
+#include <ATen/ops/fill.h>
+#include <ATen/ops/select.h>
 #include <ATen/ops/slice.h>
+#include <ATen/ops/stack.h>
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
 #include <atomic>
+#include <limits>
 
 #include "dispatch.h"
 #include "operators.h"
@@ -90,7 +96,31 @@ ClusterPass assign(const Tensor& x, const Tensor& points, const Tensor& offset, 
   return std::tuple_cat(std::tuple(labels, distances), sums.total());
 }
 
+template <class T>
+Tensor survey(const Tensor& x) {
+  const Kernels<T> kernels = choose_kernels<T>(false);
+  const Tensor rows = with_dense_rows(x);
+  const int64_t n = x.size(0), width = x.size(1), parts = (n + PART_ROWS - 1) / PART_ROWS;
+  const int64_t threads = std::max<int64_t>(std::min(thread_count(), parts), 1);
+  const auto options = x.options().dtype(at::CppTypeToScalarType<T>());
+  const Tensor ranges = at::empty({threads, 2, width}, options);
+  ranges.select(1, 0).fill_(std::numeric_limits<T>::infinity());
+  ranges.select(1, 1).fill_(-std::numeric_limits<T>::infinity());
+  const Tensor copies = at::empty({threads, 8, width}, options);
+  const Matrix matrix = {rows.const_data_ptr(), rows.stride(0), dtype_of(x)};
+  std::atomic<int64_t> next{0};
+  parallel_for(threads, [&](int64_t thread) {
+    T* range = ranges.mutable_data_ptr<T>() + thread * 2 * width;
+    for (int64_t part = next++; part < parts; part = next++)
+      kernels.survey_rows(matrix, width, part * PART_ROWS, std::min(n, (part + 1) * PART_ROWS), range, range + width,
+                          copies.mutable_data_ptr<T>() + thread * 8 * width);
+  });
+  return at::stack({ranges.select(1, 0).amin(0), ranges.select(1, 1).amax(0)}).to(x.scalar_type());
+}
+
 }  // namespace
+
+Tensor survey_rows(const Tensor& x) { return x.scalar_type() == at::kDouble ? survey<double>(x) : survey<float>(x); }
 
 ClusterPass assign_clusters(const Tensor& x, at::TensorList centers, bool cosine, bool with_sums,
                             const OptionalTensor& followed) {

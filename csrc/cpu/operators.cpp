@@ -17,6 +17,7 @@ TORCH_LIBRARY(mcl_kernels_native, library) {
   library.def("unit_rows(Tensor view_a, Tensor? view_b) -> (Tensor, Tensor)");
   library.def(
       "unit_rows_backward(Tensor view_a, Tensor? view_b, Tensor grad_rows, Tensor grad_cosine) -> (Tensor, Tensor)");
+  library.def("survey_rows(Tensor x) -> Tensor");
   library.def(
       "assign_clusters(Tensor x, Tensor[] centers, bool cosine, bool with_sums, Tensor(a!)? followed) "
       "-> (Tensor, Tensor, Tensor, Tensor)");
@@ -29,5 +30,6 @@ TORCH_LIBRARY_IMPL(mcl_kernels_native, CPU, library) {
   library.impl("count_above", &mcl::count_above);
   library.impl("unit_rows", &mcl::unit_rows);
   library.impl("unit_rows_backward", &mcl::unit_rows_backward);
+  library.impl("survey_rows", &mcl::survey_rows);
   library.impl("assign_clusters", &mcl::assign_clusters);
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import warnings
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,12 +15,12 @@ from mcl_kernels._validate import as_integer, as_number, check_choice, check_sam
 from mcl_kernels.backends.table import IMPLS
 from mcl_kernels.distributed.group import ranks_of
 from mcl_kernels.kmeans.assign import METRICS, check_range, find_nearest, finite_rows, load_implementation
-from mcl_kernels.kmeans.centers import summarize, survey_columns
+from mcl_kernels.kmeans.centers import SURVEYED_ROWS, summarize, survey_columns
 from mcl_kernels.kmeans.dataset import Dataset
 from mcl_kernels.kmeans.files import Saveable
-from mcl_kernels.kmeans.initial import draw_sample, initial_centers
+from mcl_kernels.kmeans.initial import draw_sample, initial_centers, sample_size
 from mcl_kernels.kmeans.lloyd import Restart, lloyd, mini_batches
-from mcl_kernels.kmeans.passes import Problem, mean_variance
+from mcl_kernels.kmeans.passes import Problem
 from mcl_kernels.kmeans.rows import Array, ChunkedRows, Rows, RowsLike, open_rows
 from mcl_kernels.kmeans.team import Team, open_with_group
 from mcl_kernels.normalize import compute_dtype
@@ -165,15 +166,15 @@ class KMeans(Saveable):
             check_same_width("init", self.init, rows.name, rows.like)
             check_range("init", self.init.to(compute_dtype(rows.like)))
         with torch.autocast(rows.device.type, enabled=False):
-            data = Dataset(rows, team)
+            implementation = load_implementation(self.impl, rows.device)
+            data = Dataset(rows, team, getattr(implementation, "extremes", None))
             # Before the survey, whose memory grows with the width.
             if data.n < self.n_clusters:
                 message = f"got {self.n_clusters} for {data.n} rows"
                 raise ValueError(f"n_clusters must be at most the number of rows: {message}")
             generator = torch.Generator().manual_seed(self.seed)
-            problem, sample = self._prepare(data, generator)
-            tol = self.tol * mean_variance(problem) if self.tol else 0.0
-            restarts = (self._run(problem, sample, tol, generator) for _ in range(self.n_init))
+            problem, sample = self._prepare(data, implementation, generator)
+            restarts = (self._run(problem, sample, generator) for _ in range(self.n_init))
             # Inertia to 24 bits: the order of its sum, which depends on chunks and shards, must not decide a tie.
             best = min(restarts, key=lambda restart: _rounded(restart.inertia))
         if len(best.centers) < self.n_clusters:
@@ -220,17 +221,25 @@ class KMeans(Saveable):
         arguments = {"init": _described_init(self.init), **{name: getattr(self, name) for name in names}}
         return open_with_group(open_local, self.ranks, arguments)
 
-    def _prepare(self, data: Dataset, generator: torch.Generator) -> tuple[Problem, Tensor]:
+    def _prepare(self, data: Dataset, implementation: ModuleType, generator: torch.Generator) -> tuple[Problem, Tensor]:
         """Surveys the data; returns the problem that restarts solve, and the sample that initialisations draw from."""
         low, high = data.survey()
         check_range(data.name, torch.stack((low, high)))
-        sample = draw_sample(data, self.n_clusters, generator)
         spread = high.double() - low.double()
-        surveyed = data.compute_on_first(lambda: survey_columns(sample, self.metric, spread).to(compute_dtype(sample)))
-        summary = summarize(data.n, low, high, surveyed, self.metric, self.init)
-        return Problem(data, summary, self.metric, load_implementation(self.impl, data.device)), sample
 
-    def _run(self, problem: Problem, sample: Tensor, tol: float, generator: torch.Generator) -> Restart:
+        def surveyed(sample: Tensor) -> Tensor:
+            return data.compute_on_first(lambda: survey_columns(sample, self.metric, spread).to(compute_dtype(sample)))
+
+        size = sample_size(self.n_clusters, data.width)
+        # Given centres need few rows, unless these hold none of the entries that make a column vary.
+        sample = draw_sample(data, SURVEYED_ROWS if isinstance(self.init, Tensor) else size, generator)
+        middle_and_scale = surveyed(sample)
+        if len(sample) < min(size, data.n) and bool(((middle_and_scale[1] == 0) & (spread > 0)).any()):
+            middle_and_scale = surveyed(draw_sample(data, size, generator))
+        summary = summarize(data.n, low, high, middle_and_scale, self.metric, self.init)
+        return Problem(data, summary, self.metric, implementation), sample
+
+    def _run(self, problem: Problem, sample: Tensor, generator: torch.Generator) -> Restart:
         """Runs one restart."""
         public_dtype = compute_dtype(sample)
 
@@ -241,8 +250,8 @@ class KMeans(Saveable):
 
         points = problem.data.compute_on_first(start).to(problem.summary.dtype)
         if self.batch_size is None:
-            return lloyd(problem, points, self.max_iter, tol)
-        return mini_batches(problem, points, self.max_iter, tol, self.batch_size, generator)
+            return lloyd(problem, points, self.max_iter, self.tol)
+        return mini_batches(problem, points, self.max_iter, self.tol, self.batch_size, generator)
 
 
 def _rounded(x: float) -> float:

@@ -32,6 +32,7 @@ COMPARED_ENTRIES = 1 << 22  # fp64 distances at a time
 SERIAL_ELEMENTS = 1 << 14  # PyTorch sums this many elements in one thread
 SURVEYED_ROWS = 256  # enough for the offset and the scale of each column
 SURVEYED_CENTERS = 64
+GATHERED_COLUMNS = 64  # columns copied at a time
 SCALE_BITS = 24  # bits of a column's scale that sums keep, as many as fp32 has
 # Ratios of a column's largest entry to its scale. Up to MIN_FAR one level of sums is enough for any number of rows. For
 # few rows it is enough up to MAX_FAR, above which the fixed point of GPUs would lose bits of the scale.
@@ -187,10 +188,11 @@ def survey_columns(x: Tensor, metric: str, spread: Tensor) -> Tensor:
     zeros = (distances == 0).sum(1)
     scale = np.take_along_axis(distances, (zeros + len(rows) - 1)[:, None] // 2, axis=1).squeeze(1)
     # The drawn rows hold only the median, but other rows differ: take the scale from all rows.
-    is_rare = (scale == 0) & (spread.cpu().numpy() > 0)
-    for column in np.flatnonzero(is_rare).tolist():
-        column_distances = np.abs(x[:, column].double().cpu().numpy() - middle[column])
-        scale[column] = np.median(column_distances[column_distances > 0]) if column_distances.any() else 0.0
+    rare = np.flatnonzero((scale == 0) & (spread.cpu().numpy() > 0))
+    for columns in np.split(rare, range(GATHERED_COLUMNS, len(rare), GATHERED_COLUMNS)):
+        entries = x[:, torch.from_numpy(columns).to(x.device)].T.contiguous().double().cpu().numpy()
+        for column, column_distances in zip(columns, np.abs(entries - middle[columns, None]), strict=True):
+            scale[column] = np.median(column_distances[column_distances > 0]) if column_distances.any() else 0.0
     return torch.from_numpy(np.stack((middle, scale))).to(x.device)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from mcl_kernels.kmeans.rows import ChunkedRows, Rows
+from mcl_kernels.kmeans.rows import ChunkedRows, Extremes, Rows
 from mcl_kernels.kmeans.team import Team
 from mcl_kernels.normalize import compute_dtype
 
@@ -18,13 +18,13 @@ from mcl_kernels.normalize import compute_dtype
 class Dataset:
     """Rows [N, width]. All processes call each method together, `chunks` excepted."""
 
-    def __init__(self, rows: Rows, team: Team) -> None:
-        self.rows, self.team = rows, team
+    def __init__(self, rows: Rows, team: Team, extremes: Extremes | None = None) -> None:
+        self.rows, self.team, self.extremes = rows, team, extremes
         self.name, self.width, self.device = rows.name, rows.width, rows.device
         self.centers_like = rows.like.to(compute_dtype(rows.like))  # [0, width], in the dtype of public centres
         counts = torch.zeros(team.size, dtype=torch.int64, device="cpu")
         with team.keeping_errors():
-            counts[team.rank] = rows.count()
+            counts[team.rank] = rows.count(extremes)
         (counts,) = team.total(counts)
         ends = counts.cumsum(0).tolist()
         self.n = ends[-1]
@@ -37,7 +37,7 @@ class Dataset:
         """
         bounds = torch.zeros(self.team.size, 2, self.width, dtype=self.rows.dtype, device=self.device)
         with self.team.keeping_errors():
-            _, low, high = self.rows.survey()
+            _, low, high = self.rows.survey(self.extremes)
             bounds[self.team.rank] = torch.stack((low, high))
         (bounds,) = self.team.total(bounds)
         return bounds[:, 0].amin(0), bounds[:, 1].amax(0)

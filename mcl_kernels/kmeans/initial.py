@@ -21,9 +21,13 @@ SAMPLE_ROWS_PER_CLUSTER = 16
 _log = logging.getLogger(__name__)
 
 
-def draw_sample(data: Dataset, n_clusters: int, generator: torch.Generator) -> Tensor:
-    """Returns distinct rows drawn at random, in order; all rows of a small data set."""
-    size = max(SAMPLE_ROWS_PER_CLUSTER * n_clusters, min(SAMPLE_ROWS, SAMPLE_ELEMENTS // data.width))
+def sample_size(n_clusters: int, width: int) -> int:
+    """Number of rows that an initialisation draws from, of a larger data set."""
+    return max(SAMPLE_ROWS_PER_CLUSTER * n_clusters, min(SAMPLE_ROWS, SAMPLE_ELEMENTS // width))
+
+
+def draw_sample(data: Dataset, size: int, generator: torch.Generator) -> Tensor:
+    """Returns `size` distinct rows drawn at random, in order; all rows of a smaller data set."""
     if data.n <= size:
         return data.load()
     drawn = torch.empty(0, dtype=torch.int64, device="cpu")

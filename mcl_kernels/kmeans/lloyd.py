@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mcl_kernels.kmeans.centers import prepare, serial_sum
 from mcl_kernels.kmeans.empty_clusters import fill_empty
-from mcl_kernels.kmeans.passes import Partition, Problem, as_scalar, label_rows, sum_clusters
+from mcl_kernels.kmeans.passes import Partition, Problem, as_scalar, label_rows, mean_variance, sum_clusters
 from mcl_kernels.kmeans.team import Team
 
 _log = logging.getLogger(__name__)
@@ -28,25 +28,29 @@ class Restart(NamedTuple):
 
 
 def lloyd(problem: Problem, points: Tensor, max_iter: int, tol: float) -> Restart:
-    """Clusters the rows: iterates from the centres `points` until they move by at most `tol` (summed squared shift).
+    """Clusters the rows: iterates from the centres `points` until they have converged.
 
-    Centres do not move if no label changes. The inertia never rises. Empty clusters are filled before the update
-    (`fill_empty`).
+    That is when their summed squared shift is at most `tol` times the mean variance of the columns. Centres do not move
+    if no label changes. The inertia never rises. Empty clusters are filled before the update (`fill_empty`).
     """
     history: list[dict[str, Any]] = []
     partition = Partition(problem, len(points))
+    largest_shift = 0.0
     for _ in _with_bar(max_iter, problem.data.team):
         started = time.perf_counter()
         centers = problem.prepare(points)
         partition.update(centers)
+        if tol and not history:
+            largest_shift = tol * partition.mean_variance(centers)
         largest_count = int(partition.counts.max())
         splits = fill_empty(partition, centers)
         new_points = centers.means(partition.sums, partition.counts)
         history.append(_record(started, problem, points, new_points, partition.objective, largest_count, splits))
         points = new_points
-        if problem.data.team.decide(splits == 0 and history[-1]["shift"] <= tol):
+        if problem.data.team.decide(splits == 0 and history[-1]["shift"] <= largest_shift):
             break
-    return _finish(problem, points, history)
+    is_settled = splits == 0 and history[-1]["shift"] == 0 and int(partition.counts.min()) > 0
+    return _finish(problem, points, history, partition if is_settled else None)
 
 
 def mini_batches(
@@ -58,6 +62,7 @@ def mini_batches(
     of batches of N rows in all. Labels and inertia of all rows are computed at the end, where empty clusters are
     filled.
     """
+    largest_shift = tol * mean_variance(problem) if tol else 0.0
     history: list[dict[str, Any]] = []
     sums = points.new_zeros(len(problem.summary.rounding), *points.shape, dtype=torch.float64)
     counts = points.new_zeros(len(points), dtype=torch.int64)
@@ -76,7 +81,7 @@ def mini_batches(
             objective += float(batch_objective)
         largest_count = int((counts - before_counts).max())
         history.append(_record(started, problem, before, points, objective, largest_count, 0))
-        if problem.data.team.decide(history[-1]["shift"] <= tol):
+        if problem.data.team.decide(history[-1]["shift"] <= largest_shift):
             break
     return _finish(problem, points, history)
 
@@ -105,14 +110,21 @@ def _record(
     }
 
 
-def _finish(problem: Problem, points: Tensor, history: list[dict[str, Any]]) -> Restart:
+def _finish(
+    problem: Problem, points: Tensor, history: list[dict[str, Any]], settled: Partition | None = None
+) -> Restart:
     """Returns labels, as `predict` finds them, and inertia for the last centres.
 
-    Empty clusters are filled, or left out if there is no row to move.
+    They are those of the partition `settled`, of a last pass after which no centre moved, else of one more pass. Then
+    empty clusters are filled, or left out if there is no row to move.
     """
-    fills_left = len(points)  # a bound: the update after a fill can empty a cluster again
+    public = _as_public(problem, points)
+    labels = None if settled is None or not torch.equal(points, public) else settled.labels
+    (passes_needed,) = problem.data.team.total(torch.tensor(labels is None, dtype=torch.int64, device="cpu"))
+    if settled is not None and labels is not None and int(passes_needed) == 0:
+        return Restart(public, labels.long(), settled.objective, history)
+    points, fills_left = public, len(points)  # a bound: the update after a fill can empty a cluster again
     while True:
-        points = _as_public(problem, points)
         labels, inertia, counts = label_rows(problem, prepare(points, problem.metric, dtype=problem.summary.dtype))
         is_occupied = counts > 0
         if bool(is_occupied.all()):
@@ -122,7 +134,7 @@ def _finish(problem: Problem, points: Tensor, history: list[dict[str, Any]]) -> 
         if fills_left and (splits := fill_empty(partition, centers)):
             fills_left -= 1
             history[-1]["splits"] += splits
-            points = centers.means(partition.sums, partition.counts)
+            points = _as_public(problem, centers.means(partition.sums, partition.counts))
         else:
             points = points[is_occupied]
 

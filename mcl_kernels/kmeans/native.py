@@ -36,6 +36,12 @@ def follow(x: Tensor, centers: Centers, labels: Tensor) -> tuple[Tensor, Tensor,
     return distances, sums, counts
 
 
+def extremes(x: Tensor) -> Tensor:
+    """Finds the smallest and the largest entry of each column, [2, D] in the dtype of x; NaN for one that holds NaN."""
+    found: Tensor = ops().survey_rows(x)
+    return found
+
+
 def _center_tensors(centers: Centers) -> list[Tensor]:
     """Tensors of the centres, in the order of the operator's schema."""
     return [centers.points, centers.offset, centers.rounding]

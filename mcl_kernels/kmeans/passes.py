@@ -11,6 +11,8 @@ from torch import Tensor
 from mcl_kernels.kmeans.centers import Centers, Summary, prepare, serial_sum, unit_rows
 from mcl_kernels.kmeans.dataset import Dataset
 
+FAR_CENTERS = 1024  # ratio of the objective to the squares of the rows
+
 
 class Problem(NamedTuple):
     """A data set to cluster, and the implementation of its passes."""
@@ -66,6 +68,22 @@ class Partition:
         else:
             self.sums += sums
             self.counts += counts
+
+    def mean_variance(self, centers: Centers) -> float:
+        """Variance of each column, averaged over the columns, after a pass with `centers`; for cosine of unit rows.
+
+        The squares of all rows come from the objective, sum_i |x_i - c_i|^2, unless the centres are so far from the
+        rows that digits would be lost: then from one more pass.
+        """
+        n, total = self.problem.data.n, self.sums.sum(0)
+        mean_square = 1.0
+        if not centers.cosine:
+            points = centers.points.double() - centers.offset.double()
+            along = 2 * (total * points).sum(1) - self.counts * points.square().sum(1)
+            mean_square = (self.objective + float(along.sum())) / n
+            if mean_square * n * FAR_CENTERS < self.objective:
+                return mean_variance(self.problem)
+        return max(mean_square - float((total.sum(0) / n).square().sum()), 0.0) / self.problem.data.width
 
     def move(self, position: int, row: Tensor, source: int, target: int) -> None:
         """Moves one row of the data set, [levels, D] as `Centers.rounded` gives it, to another cluster."""
@@ -130,7 +148,4 @@ def mean_variance(problem: Problem) -> float:
     center = problem.prepare(problem.summary.offset.unsqueeze(0))
     partition = Partition(problem, 1)
     partition.update(center)
-    n = problem.data.n
-    mean_square = 1.0 if center.cosine else partition.objective / n
-    mean = partition.sums.sum(0) / n
-    return max(mean_square - float(mean.square().sum()), 0.0) / problem.data.width
+    return partition.mean_variance(center)

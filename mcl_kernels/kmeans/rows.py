@@ -13,7 +13,7 @@ import math
 import mmap
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from numbers import Real
 from typing import Any
@@ -28,6 +28,7 @@ CHUNK_BYTES = 1 << 26
 CHUNK_MULTIPLE = 1024  # rows; chunks of a multiple of it are complete tiles for every implementation
 
 Array = np.ndarray[Any, Any]
+Extremes = Callable[[Tensor], Tensor]
 
 _log = logging.getLogger(__name__)
 
@@ -66,26 +67,28 @@ class Rows:
         """Returns all rows in memory."""
         return torch.cat([self.like, *(chunk.clone() for chunk in self.chunks())])
 
-    def count(self) -> int:
-        """Number of rows; read from the data if it is not known."""
-        return self.survey()[0] if self.n_rows is None else self.n_rows
+    def count(self, extremes: Extremes | None = None) -> int:
+        """Number of rows; read from the data if it is not known, by a survey."""
+        return self.survey(extremes)[0] if self.n_rows is None else self.n_rows
 
-    def survey(self) -> tuple[int, Tensor, Tensor]:
+    def survey(self, extremes: Extremes | None = None) -> tuple[int, Tensor, Tensor]:
         """Returns the number of rows, and the smallest and the largest entry of each column.
 
-        Raises a ValueError that names the first row that is not finite.
+        Raises a ValueError that names the first row that is not finite. The function `extremes` finds the entries of a
+        chunk, [2, width], NaN for a column that holds NaN; None: PyTorch's operators.
         """
         if self._surveyed is None:
-            self._surveyed = self._survey()
+            self._surveyed = self._survey(extremes or (lambda chunk: torch.stack((chunk.amin(0), chunk.amax(0)))))
         return self._surveyed
 
-    def _survey(self) -> tuple[int, Tensor, Tensor]:
+    def _survey(self, extremes: Extremes) -> tuple[int, Tensor, Tensor]:
         rows, low = 0, torch.full((self.width,), math.inf, dtype=self.dtype, device=self.device)
         high = -low
         for chunk in self.chunks():
             if len(chunk):
+                chunk_low, chunk_high = extremes(chunk)
                 # Both propagate NaN.
-                low, high = torch.minimum(low, chunk.amin(0)), torch.maximum(high, chunk.amax(0))
+                low, high = torch.minimum(low, chunk_low), torch.maximum(high, chunk_high)
                 if not bool((high - low).isfinite().all()):
                     self.refuse_not_finite(chunk, rows)
             rows += len(chunk)
