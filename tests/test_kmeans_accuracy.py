@@ -136,7 +136,7 @@ def test_a_fit_equals_that_of_fp64(backend: Backend, metric: str) -> None:
             spread = (own_rows - mean).abs().amax(0)
             # The centre is rounded to its dtype, and before that relative to the middle of the data; sums keep 24 bits
             # of a column's scale.
-            middle, scale = survey_columns(x, metric, torch.ones(x.shape[1])).to(x.device)
+            middle, scale = survey_columns(x, metric).to(x.device)
             rounded = 4 * torch.finfo(fit.cluster_centers_.dtype).eps * (mean.abs() + middle.abs())
             tolerance = rounded + 2.0**-24 * scale + 1e-4 * spread + 1e-44
             assert ((fit.cluster_centers_[j].double() - mean).abs() <= tolerance).all()

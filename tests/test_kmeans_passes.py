@@ -21,7 +21,7 @@ backend, device, impl = kmeans_cases.backend, kmeans_cases.device, kmeans_cases.
 def summary_of(x: Tensor, metric: str, n: int | None = None) -> Summary:
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     low, high = x.amin(0), x.amax(0)
-    return summarize(n or len(x), low, high, survey_columns(x, metric, high.double() - low.double()).to(wide), metric)
+    return summarize(n or len(x), low, high, *survey_columns(x, metric).to(wide), metric)
 
 
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])

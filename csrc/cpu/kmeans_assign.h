@@ -17,7 +17,9 @@ struct ClusterBlock {
   T *score, *second;   // [rows, LANES]: the two lowest scores of each lane, which visits its centres in ascending order
   Index<T>* center;    // [rows, LANES]: the centre of the lowest score
   T *squares, *limit;  // [rows]: |x|^2; upper bound of the lowest score, rounding included
-  int64_t* labels;     // [rows]
+  T* others;           // [rows]: lower bound of the scores of all other centres
+  int64_t *labels, *positions;  // [rows]: labels, and which rows of the data they are
+  int64_t* selected;            // [SELECTED_ROWS]
 
   ClusterBlock(Arena& arena, int64_t stride)
       : rows(arena.take<T>(CLUSTER_ROWS * stride)),
@@ -28,7 +30,10 @@ struct ClusterBlock {
         center(arena.take<Index<T>>(CLUSTER_ROWS * LANES<T>)),
         squares(arena.take<T>(CLUSTER_ROWS)),
         limit(arena.take<T>(CLUSTER_ROWS)),
-        labels(arena.take<int64_t>(CLUSTER_ROWS)) {}
+        others(arena.take<T>(CLUSTER_ROWS)),
+        labels(arena.take<int64_t>(CLUSTER_ROWS)),
+        positions(arena.take<int64_t>(CLUSTER_ROWS)),
+        selected(arena.take<int64_t>(SELECTED_ROWS)) {}
 };
 
 template <class T>
@@ -74,7 +79,9 @@ void find_labels(const Clusters<T>& clusters, const PackedCenters<T>& centers, c
   const ScoreErrors<T> error = score_errors(centers, clusters.width, load<V>(block.squares + first));
   const V limit = lowest + error(lowest);
   store(block.limit + first, limit);
-  const Mask<T> decided = second - error(second) > limit;
+  const V others = second - error(second);
+  store(block.others + first, others);
+  const Mask<T> decided = others > limit;
   for (int64_t i = 0; i < LANES<T>; i++) block.labels[first + i] = decided[i] ? int64_t(label[i]) : UNDECIDED;
 }
 
@@ -109,16 +116,16 @@ void find_nearest(const Clusters<T>& clusters, const PackedCenters<T>& centers, 
   for (int64_t i = 0; i < rows; i += LANES<T>) find_labels(clusters, centers, block, i);
 }
 
-// Finds the labels of the undecided rows among rows first .. first + rows - 1 of the block, whose row 0 is row `begin`
-// of the data: the nearest, by differences, of the centres whose scores may be the lowest.
+// Finds the labels of the undecided rows among rows first .. first + rows - 1 of the block: the nearest, by differences,
+// of the centres whose scores may be the lowest.
 template <class T>
-void decide(const Clusters<T>& clusters, const PackedCenters<T>& centers, const ClusterBlock<T>& block, int64_t begin,
-            int64_t first, int64_t rows) {
+void decide(const Clusters<T>& clusters, const PackedCenters<T>& centers, const ClusterBlock<T>& block, int64_t first,
+            int64_t rows) {
   Nearest<T> nearest[GROUP];
   int64_t undecided[GROUP], count = 0;
   for (int64_t i = first; i < first + rows; i++) {
     if (block.labels[i] != UNDECIDED) continue;
-    nearest[count] = {exact_row(clusters, begin + i, block.exact + count * centers.stride),
+    nearest[count] = {exact_row(clusters, block.positions[i], block.exact + count * centers.stride),
                       block.rows + i * centers.stride, block.squares[i]};
     undecided[count++] = i;
   }
@@ -141,6 +148,33 @@ void decide(const Clusters<T>& clusters, const PackedCenters<T>& centers, const 
   for (int64_t u = 0; u < count; u++) block.labels[undecided[u]] = nearest[u].label;
 }
 
+// Loads rows into the block until it is full, from number `next` of the `count` selected rows on. Leaves out those that
+// keep their label, as their bounds prove with the distance to its centre. Returns the number of rows in the block.
+template <class T>
+int64_t load_block(const Clusters<T>& clusters, const PackedCenters<T>& centers, const ClusterBlock<T>& block,
+                   int64_t& next, int64_t count) {
+  int64_t rows = 0;
+  for (; next < count && rows < CLUSTER_ROWS; next++) {
+    const int64_t row = block.selected[next];
+    if (clusters.shifts && next + PREFETCH_ROWS < count)
+      prefetch_row(clusters.rows, block.selected[next + PREFETCH_ROWS], clusters.width);
+    T* x = block.rows + rows * centers.stride;
+    const T squares = load_cluster_row(clusters, row, centers, x);
+    if (clusters.shifts && clusters.followed[row] >= 0) {
+      const T distance = distance_to_center(clusters, centers, row, x, squares, clusters.followed[row], block.exact);
+      if (tighten_bounds(clusters, centers, row, squares, distance)) {
+        clusters.distances[row] = distance;
+        continue;
+      }
+    }
+    block.positions[rows] = row;
+    block.squares[rows++] = squares;
+  }
+  for (int64_t i = rows; i < round_up(rows, LANES<T>); i++) block.squares[i] = 0;
+  for (int64_t d = rows * centers.stride; d < round_up(rows, GROUP) * centers.stride; d++) block.rows[d] = 0;
+  return rows;
+}
+
 // Assigns rows begin .. end - 1, and adds to the sums [levels, K, D] and counts [K] of the caller's thread unless null.
 template <class T>
 void cluster_rows(const Clusters<T>& clusters, char* packed, int64_t begin, int64_t end, double* sums, int64_t* counts,
@@ -152,23 +186,26 @@ void cluster_rows(const Clusters<T>& clusters, char* packed, int64_t begin, int6
     return;
   }
   const ClusterBlock<T> block(block_arena, centers.stride);
-  for (int64_t first = begin; first < end; first += CLUSTER_ROWS) {
-    const int64_t rows = smaller(CLUSTER_ROWS, end - first);
-    for (int64_t i = 0; i < rows; i++)
-      block.squares[i] = load_cluster_row(clusters, first + i, centers, block.rows + i * centers.stride);
-    for (int64_t i = rows; i < round_up(rows, LANES<T>); i++) block.squares[i] = 0;
-    for (int64_t d = rows * centers.stride; d < round_up(rows, GROUP) * centers.stride; d++) block.rows[d] = 0;
-    find_nearest(clusters, centers, block, rows);
-    for (int64_t i = 0; i < rows; i += GROUP)
-      decide(clusters, centers, block, first, i, smaller(GROUP, rows - i));
-    for (int64_t i = 0; i < rows; i++) {
-      // A pass is memory-bound: prefetch the next block while this one is computed.
-      if (first + CLUSTER_ROWS + i < end) prefetch_row(clusters.rows, first + CLUSTER_ROWS + i, clusters.width);
-      const int64_t label = block.labels[i];
-      clusters.distances[first + i] = distance_to_center(
-          clusters, centers, first + i, block.rows + i * centers.stride, block.squares[i], label, block.exact);
-      if (clusters.labels) clusters.labels[first + i] = label;
-      if (sums) follow_row(clusters, first + i, label, block.rows + i * centers.stride, sums, counts);
+  for (int64_t first = begin; first < end; first += SELECTED_ROWS) {
+    const int64_t count = select_rows(clusters, first, smaller(end, first + SELECTED_ROWS), block.selected);
+    for (int64_t next = 0; next < count;) {
+      const int64_t rows = load_block(clusters, centers, block, next, count);
+      find_nearest(clusters, centers, block, rows);
+      for (int64_t i = 0; i < rows; i += GROUP) decide(clusters, centers, block, i, smaller(GROUP, rows - i));
+      for (int64_t i = 0; i < rows; i++) {
+        // A pass is memory-bound: prefetch the next block while this one is computed.
+        if (next + i < count) prefetch_row(clusters.rows, block.selected[next + i], clusters.width);
+        const int64_t row = block.positions[i], label = block.labels[i];
+        const T* x = block.rows + i * centers.stride;
+        const T distance = distance_to_center(clusters, centers, row, x, block.squares[i], label, block.exact);
+        clusters.distances[row] = distance;
+        if (clusters.upper)
+          set_bounds(clusters, centers, row, block.squares[i], distance, T(0), block.others[i] > block.limit[i],
+                     block.others[i]);
+        if (clusters.labels) clusters.labels[row] = label;
+        if (sums) follow_row(clusters, row, label, x, sums, counts);
+        else if (clusters.followed) clusters.followed[row] = int32_t(label);
+      }
     }
   }
 }

@@ -5,7 +5,7 @@
 // side.
 #pragma once
 
-#include "kmeans_centers.h"
+#include "kmeans_bounds.h"
 
 namespace mcl::MCL_INSTRUCTION_SET {
 
@@ -25,6 +25,7 @@ struct FewBlock {
   T *row, *exact;             // [stride]: a single row, converted, and a copy as stored
   T *norms, *products;        // a vector of partial sums per row: of |x|^2, and of the product with each centre
   int64_t *moved, *moved_to;  // [MOVED_ROWS]: rows whose label changes, and their new labels
+  int64_t* selected;          // [SELECTED_ROWS]
 
   FewBlock(Arena& arena, int64_t stride)
       : rows(arena.take<T>(LANES<T> * stride)),
@@ -33,7 +34,8 @@ struct FewBlock {
         norms(arena.take<T>(LANES<T> * LANES<T>)),
         products(arena.take<T>((FEW + FEW_AT_ONCE) * LANES<T> * LANES<T>)),
         moved(arena.take<int64_t>(MOVED_ROWS)),
-        moved_to(arena.take<int64_t>(MOVED_ROWS)) {}
+        moved_to(arena.take<int64_t>(MOVED_ROWS)),
+        selected(arena.take<int64_t>(SELECTED_ROWS)) {}
 };
 
 // Lane r of the result is the sum of vector r of COUNT, `step` elements apart. Each step of the recursion adds the
@@ -49,33 +51,34 @@ inline Vector<T> sum_vectors(const T* vectors, int64_t step = LANES<T>) {
   }
 }
 
-// Rows as stored, and the offset that is subtracted from them.
+// The rows of a block, the offset that is subtracted from them, and rows to be prefetched into the second-level cache,
+// whose elements have `element` bytes. Row i of run r is row i + r RUN_ROWS of the block.
 template <class T>
 struct FewRows {
-  const T *rows, *offset;
-  int64_t stride, run;  // run: rows from one run to the next
+  const T *rows[LANES<T>], *offset;
+  const char* next[LANES<T>];
+  int64_t element;
 };
 
-// The next rows, to be prefetched into the second-level cache. Sizes in bytes.
-struct NextRows {
-  const char* rows;
-  int64_t stride, element;
-};
-
-// Multiplies row i of each run by FEW_AT_ONCE centres, and by itself with the FIRST ones. Prefetches FETCHED rows.
+// Multiplies row i of each run by FEW_AT_ONCE centres, and by itself with the FIRST ones. Prefetches FETCHED rows from
+// number `next` on.
 template <class T, bool FIRST, int64_t FETCHED>
-inline void multiply_few(const FewRows<T>& x, int64_t i, int64_t width, const T* centers, int64_t stride,
-                         const NextRows& next, T* norms, T* products) {
+inline void multiply_few(const FewRows<T>& x, int64_t i, int64_t width, const T* centers, int64_t stride, int64_t next,
+                         T* norms, T* products) {
   using V = Vector<T>;
   V sums[RUNS][FEW_AT_ONCE] = {}, squares[RUNS] = {};
+  const T* rows[RUNS];
+  const char* fetched[RUNS];
+  for (int64_t r = 0; r < RUNS; r++) rows[r] = x.rows[i + r * RUN_ROWS<T>];
+  for (int64_t r = 0; r < FETCHED; r++) fetched[r] = x.next[next + r];
   for (int64_t d = 0; d < width; d += LANES<T>) {
     V entries[RUNS];
     const V offset = load<V>(x.offset + d);
 #pragma GCC unroll 4
     for (int64_t r = 0; r < RUNS; r++) {
-      entries[r] = load<V>(x.rows + (i + r * x.run) * x.stride + d) - offset;
+      entries[r] = load<V>(rows[r] + d) - offset;
       if (FIRST) squares[r] += entries[r] * entries[r];
-      if (r < FETCHED) __builtin_prefetch(next.rows + r * next.stride + d * next.element, 0, 2);
+      if (r < FETCHED) __builtin_prefetch(fetched[r] + d * x.element, 0, 2);
     }
 #pragma GCC unroll 5
     for (int64_t j = 0; j < FEW_AT_ONCE; j++) {
@@ -93,26 +96,24 @@ inline void multiply_few(const FewRows<T>& x, int64_t i, int64_t width, const T*
   }
 }
 
-// Multiplies a block of rows by all centres.
+// Multiplies a block of rows by all centres. Each group of centres prefetches FETCHED of RUNS rows: half of them if there
+// are several groups.
 template <class T, int64_t FETCHED>
-void multiply_block(const Clusters<T>& clusters, const PackedCenters<T>& centers, const FewRows<T>& x, int64_t next,
+void multiply_block(const Clusters<T>& clusters, const PackedCenters<T>& centers, const FewRows<T>& x,
                     const FewBlock<T>& block) {
   const int64_t width = round_up(clusters.width, LANES<T>), stride = centers.stride;
-  const int64_t element = element_bytes(clusters.rows), next_stride = clusters.rows.row_stride * element;
   for (int64_t i = 0; i < RUN_ROWS<T>; i++) {
-    NextRows fetched = {address_of(clusters.rows, next) + i * RUNS * next_stride, next_stride, element};
-    multiply_few<T, true, FETCHED>(x, i, width, centers.rows, stride, fetched, block.norms, block.products);
-    fetched.rows += FETCHED % RUNS * next_stride;
+    multiply_few<T, true, FETCHED>(x, i, width, centers.rows, stride, i * RUNS, block.norms, block.products);
     for (int64_t j = FEW_AT_ONCE; j < clusters.centers; j += FEW_AT_ONCE)
-      multiply_few<T, false, FETCHED>(x, i, width, centers.rows + j * stride, stride, fetched, nullptr,
-                                      block.products + j * LANES<T> * LANES<T>);
+      multiply_few<T, false, FETCHED>(x, i, width, centers.rows + j * stride, stride, i * RUNS + FETCHED % RUNS,
+                                      nullptr, block.products + j * LANES<T> * LANES<T>);
   }
 }
 
-// Assigns and adds rows like cluster_rows, with at most FEW centres.
+// Assigns and adds rows begin .. end - 1, or those of them in `selected` unless it is null, with at most FEW centres.
 template <class T>
-void cluster_rows_to_few(const Clusters<T>& clusters, const PackedCenters<T>& centers, const FewBlock<T>& block,
-                         int64_t begin, int64_t end, double* sums, int64_t* counts) {
+void cluster_few(const Clusters<T>& clusters, const PackedCenters<T>& centers, const FewBlock<T>& block,
+                 const int64_t* selected, int64_t begin, int64_t end, double* sums, int64_t* counts) {
   using V = Vector<T>;
   const int64_t stride = centers.stride;
   const bool plain = rows_are_plain(clusters) && clusters.width % LANES<T> == 0;
@@ -126,24 +127,32 @@ void cluster_rows_to_few(const Clusters<T>& clusters, const PackedCenters<T>& ce
     moved = 0;
   };
   for (int64_t b = 0; begin + b * LANES<T> < end; b++) {
-    const bool copied = b >= in_place;
-    const int64_t first = begin + b * (copied ? LANES<T> : RUN_ROWS<T>);
+    const bool copied = b >= in_place, in_runs = !copied && !selected;
+    const int64_t first = begin + b * (in_runs ? RUN_ROWS<T> : LANES<T>);
     const int64_t rows = copied ? smaller(LANES<T>, end - first) : LANES<T>;
-    const int64_t run = RUN_ROWS<T> * (copied ? 1 : in_place);
-    if (copied) {
-      for (int64_t i = 0; i < rows; i++) load_cluster_row(clusters, first + i, centers, block.rows + i * stride);
-      for (int64_t d = rows * stride; d < LANES<T> * stride; d++) block.rows[d] = 0;
-      // Each pass over centres prefetches a fixed number of rows: all of them with one group of centres, else half.
-      const int64_t next = first + 2 * LANES<T> <= end ? first + LANES<T> : first;
-      const FewRows<T> x = {block.rows, centers.zeros, stride, run};
-      if (clusters.centers <= FEW_AT_ONCE)
-        multiply_block<T, RUNS>(clusters, centers, x, next, block);
-      else
-        multiply_block<T, RUNS / 2>(clusters, centers, x, next, block);
-    } else {
-      const T* stored = reinterpret_cast<const T*>(address_of(clusters.rows, first));
-      multiply_block<T, 0>(clusters, centers, {stored, centers.offset, clusters.rows.row_stride, run}, first, block);
+    const int64_t run = in_runs ? RUN_ROWS<T> * in_place : RUN_ROWS<T>;
+    const auto row_at = [&](int64_t i) {
+      const int64_t position = first + i % RUN_ROWS<T> + i / RUN_ROWS<T> * run;
+      return selected ? selected[position] : position;
+    };
+    FewRows<T> x;
+    x.offset = copied ? centers.zeros : centers.offset;
+    x.element = element_bytes(clusters.rows);
+    for (int64_t i = 0; i < LANES<T>; i++) {
+      x.rows[i] = copied ? block.rows + i * stride : reinterpret_cast<const T*>(address_of(clusters.rows, row_at(i)));
+      const int64_t next = smaller(first + LANES<T> + i, end - 1);
+      x.next[i] = address_of(clusters.rows, selected ? selected[next] : next);
     }
+    if (copied) {
+      for (int64_t i = 0; i < rows; i++) load_cluster_row(clusters, row_at(i), centers, block.rows + i * stride);
+      for (int64_t d = rows * stride; d < LANES<T> * stride; d++) block.rows[d] = 0;
+    }
+    if (in_runs)
+      multiply_block<T, 0>(clusters, centers, x, block);
+    else if (clusters.centers <= FEW_AT_ONCE)
+      multiply_block<T, RUNS>(clusters, centers, x, block);
+    else
+      multiply_block<T, RUNS / 2>(clusters, centers, x, block);
     // Equal scores go to the lowest index.
     V score = broadcast(T(__builtin_inf())), second = score, center{};
     for (int64_t j = 0; j < clusters.centers; j++) {
@@ -161,7 +170,7 @@ void cluster_rows_to_few(const Clusters<T>& clusters, const PackedCenters<T>& ce
     store(label, center);
     for (int64_t i = 0; !every_lane<T>(accurate) && i < rows; i++) {
       if (accurate[i]) continue;
-      const int64_t row = first + i % RUN_ROWS<T> + i / RUN_ROWS<T> * run;
+      const int64_t row = row_at(i);
       const T* x = copied ? block.rows + i * stride : block.row;
       const T squares = copied ? norms[i] : load_cluster_row(clusters, row, centers, block.row);
       if (!decided[i]) {
@@ -171,10 +180,14 @@ void cluster_rows_to_few(const Clusters<T>& clusters, const PackedCenters<T>& ce
       }
       distance[i] = distance_to_center(clusters, centers, row, x, squares, int64_t(label[i]), block.exact);
     }
+    const V score_error = 2 * error(score), others = second - error(second);
     for (int64_t i = 0; i < rows; i++) {
-      const int64_t row_label = int64_t(label[i]), row = first + i % RUN_ROWS<T> + i / RUN_ROWS<T> * run;
+      const int64_t row_label = int64_t(label[i]), row = row_at(i);
       clusters.distances[row] = distance[i];
+      if (clusters.upper)
+        set_bounds(clusters, centers, row, norms[i], distance[i], score_error[i], decided[i] != 0, others[i]);
       if (clusters.labels) clusters.labels[row] = row_label;
+      if (!sums && clusters.followed) clusters.followed[row] = int32_t(row_label);
       if (!sums || (clusters.followed && clusters.followed[row] == row_label)) continue;
       block.moved[moved] = row;
       block.moved_to[moved++] = row_label;
@@ -182,6 +195,21 @@ void cluster_rows_to_few(const Clusters<T>& clusters, const PackedCenters<T>& ce
     }
   }
   follow_moved();
+}
+
+// Assigns and adds rows like cluster_rows, with at most FEW centres.
+template <class T>
+void cluster_rows_to_few(const Clusters<T>& clusters, const PackedCenters<T>& centers, const FewBlock<T>& block,
+                         int64_t begin, int64_t end, double* sums, int64_t* counts) {
+  for (int64_t first = begin; first < end; first += SELECTED_ROWS) {
+    const int64_t last = smaller(end, first + SELECTED_ROWS);
+    const int64_t count = clusters.shifts ? select_rows(clusters, first, last, block.selected) : last - first;
+    // Nearly all rows are read faster in place.
+    if (4 * count > 3 * (last - first))
+      cluster_few(clusters, centers, block, nullptr, first, last, sums, counts);
+    else
+      cluster_few(clusters, centers, block, block.selected, 0, count, sums, counts);
+  }
 }
 
 }  // namespace mcl::MCL_INSTRUCTION_SET

@@ -57,16 +57,48 @@ struct ThreadSums {
   }
 };
 
+// Labels of an earlier pass, and what bounds a row's distances.
+struct Earlier {
+  OptionalTensor labels, upper, lower, shifts;
+};
+
+template <class T>
+void set_earlier(const Earlier& earlier, int64_t n, int64_t k, Clusters<T>& clusters) {
+  const auto memory = [](const OptionalTensor& x, int64_t size) -> float* {
+    if (!x) return nullptr;
+    TORCH_CHECK(x->is_contiguous() && x->numel() == size && x->scalar_type() == at::kFloat,
+                "upper, lower and shifts must be contiguous, fp32, and of all rows and centres");
+    return x->mutable_data_ptr<float>();
+  };
+  TORCH_CHECK(!earlier.labels || earlier.labels->is_contiguous(), "followed must be contiguous");
+  TORCH_CHECK(earlier.upper.has_value() == earlier.lower.has_value() && (earlier.labels || !earlier.upper) &&
+                  (earlier.upper || !earlier.shifts),
+              "shifts need bounds, and bounds followed labels");
+  clusters.followed = earlier.labels ? earlier.labels->mutable_data_ptr<int32_t>() : nullptr;
+  clusters.upper = memory(earlier.upper, n);
+  clusters.lower = memory(earlier.lower, n);
+  clusters.shifts = memory(earlier.shifts, k);
+  for (int64_t j = 0; clusters.shifts && j < k; j++) {
+    const float shift = clusters.shifts[j];
+    if (shift > clusters.largest_shift) {
+      clusters.other_shift = clusters.largest_shift;
+      clusters.largest_shift = shift;
+      clusters.farthest = j;
+    } else {
+      clusters.other_shift = std::max(clusters.other_shift, shift);
+    }
+  }
+}
+
 template <class T>
 ClusterPass assign(const Tensor& x, const Tensor& points, const Tensor& offset, const Tensor& rounding, bool cosine,
-                   bool with_sums, const OptionalTensor& followed) {
+                   bool with_sums, const Earlier& earlier) {
   const Kernels<T> kernels = choose_kernels<T>(false);
   const Tensor rows = with_dense_rows(x), dense_points = points.contiguous(), dense_offset = offset.contiguous();
   const Tensor dense_rounding = rounding.contiguous();
   const int64_t n = x.size(0), width = x.size(1), k = points.size(0);
-  Tensor labels = at::empty({followed ? 0 : n}, x.options().dtype(at::kLong));
+  Tensor labels = at::empty({earlier.labels ? 0 : n}, x.options().dtype(at::kLong));
   Tensor distances = at::empty({n}, points.options());
-  TORCH_CHECK(!followed || followed->is_contiguous(), "followed must be contiguous");
 
   Clusters<T> clusters{};
   clusters.rows = {rows.const_data_ptr(), rows.stride(0), dtype_of(x)};
@@ -76,9 +108,10 @@ ClusterPass assign(const Tensor& x, const Tensor& points, const Tensor& offset, 
   clusters.points = dense_points.const_data_ptr<T>();
   clusters.levels = rounding.size(0);
   clusters.rounding = dense_rounding.const_data_ptr<double>();
-  clusters.followed = followed ? followed->mutable_data_ptr<int32_t>() : nullptr;
-  clusters.labels = followed ? nullptr : labels.mutable_data_ptr<int64_t>();
+  clusters.labels = earlier.labels ? nullptr : labels.mutable_data_ptr<int64_t>();
   clusters.distances = distances.mutable_data_ptr<T>();
+  clusters.every_distance = !with_sums;
+  set_earlier(earlier, n, k, clusters);
   const Workspace packed(kernels.packed_centers_bytes(width, k));
   kernels.pack_centers(clusters, clusters.points, dense_offset.const_data_ptr<T>(), packed.data);
 
@@ -123,12 +156,14 @@ Tensor survey(const Tensor& x) {
 Tensor survey_rows(const Tensor& x) { return x.scalar_type() == at::kDouble ? survey<double>(x) : survey<float>(x); }
 
 ClusterPass assign_clusters(const Tensor& x, at::TensorList centers, bool cosine, bool with_sums,
-                            const OptionalTensor& followed) {
+                            const OptionalTensor& followed, const OptionalTensor& upper, const OptionalTensor& lower,
+                            const OptionalTensor& shifts) {
   TORCH_CHECK(centers.size() == 3, "centers must be [centers, offset, rounding]: got ", centers.size(), " tensors");
   const Tensor &points = centers[0], &offset = centers[1], &rounding = centers[2];
+  const Earlier earlier = {followed, upper, lower, shifts};
   return points.scalar_type() == at::kDouble
-             ? assign<double>(x, points, offset, rounding, cosine, with_sums, followed)
-             : assign<float>(x, points, offset, rounding, cosine, with_sums, followed);
+             ? assign<double>(x, points, offset, rounding, cosine, with_sums, earlier)
+             : assign<float>(x, points, offset, rounding, cosine, with_sums, earlier);
 }
 
 }  // namespace mcl

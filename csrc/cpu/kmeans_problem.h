@@ -17,7 +17,12 @@ struct Clusters {
   int64_t* labels;         // [N], or null
   int32_t* followed;       // [N], or null: labels of an earlier pass, -1 for none. Replaced by the labels of this pass;
                            // sums and counts then are the changes since the earlier pass
-  T* distances;            // [N], to the centre of the label
+  T* distances;            // [N], to the centre of the label; NaN for a row that was not read
+  float *upper, *lower;    // [N], or null: bounds of the distance to the centre of the label, and to the other centres
+  const float* shifts;     // [K], bounds of the distances that the centres moved since; null: only set the bounds
+  float largest_shift, other_shift;  // the largest shift, and the largest of the centres but `farthest`
+  int64_t farthest;
+  bool every_distance;     // find the distances of rows that keep their label, too
 };
 
 }  // namespace mcl

@@ -19,8 +19,8 @@ TORCH_LIBRARY(mcl_kernels_native, library) {
       "unit_rows_backward(Tensor view_a, Tensor? view_b, Tensor grad_rows, Tensor grad_cosine) -> (Tensor, Tensor)");
   library.def("survey_rows(Tensor x) -> Tensor");
   library.def(
-      "assign_clusters(Tensor x, Tensor[] centers, bool cosine, bool with_sums, Tensor(a!)? followed) "
-      "-> (Tensor, Tensor, Tensor, Tensor)");
+      "assign_clusters(Tensor x, Tensor[] centers, bool cosine, bool with_sums, Tensor(a!)? followed, "
+      "Tensor(b!)? upper, Tensor(c!)? lower, Tensor? shifts) -> (Tensor, Tensor, Tensor, Tensor)");
   library.def("instruction_set() -> str", &mcl::instruction_set);
 }
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mcl_kernels._validate import as_integer, as_number, check_choice, check_same_width
+from mcl_kernels._validate import as_integer, as_number, check_choice, check_flag, check_same_width
 from mcl_kernels.backends.table import IMPLS
 from mcl_kernels.distributed.group import ranks_of
 from mcl_kernels.kmeans.assign import METRICS, check_range, find_nearest, finite_rows, load_implementation
@@ -117,6 +117,7 @@ class KMeans(Saveable):
         batch_size: int | None = None,
         empty: str = "split",
         seed: int = 0,
+        bounds: bool = True,
         impl: str = "auto",
         group: ProcessGroup | None = None,
     ) -> None:
@@ -142,6 +143,8 @@ class KMeans(Saveable):
         self.tol = as_number("tol", tol)
         if not self.tol >= 0:
             raise ValueError(f"tol must be at least 0: got {tol}")
+        check_flag("bounds", bounds)
+        self.bounds = bounds
         self.empty = empty
         self.impl = impl
         self.ranks = None if group is None else ranks_of(group)
@@ -217,7 +220,7 @@ class KMeans(Saveable):
                 raise ValueError("batch_size with a group draws rows of x: got an iterable, which is read in order")
             return rows
 
-        names = ("n_clusters", "metric", "n_init", "max_iter", "tol", "batch_size", "empty", "seed")
+        names = ("n_clusters", "metric", "n_init", "max_iter", "tol", "batch_size", "empty", "seed", "bounds")
         arguments = {"init": _described_init(self.init), **{name: getattr(self, name) for name in names}}
         return open_with_group(open_local, self.ranks, arguments)
 
@@ -225,19 +228,16 @@ class KMeans(Saveable):
         """Surveys the data; returns the problem that restarts solve, and the sample that initialisations draw from."""
         low, high = data.survey()
         check_range(data.name, torch.stack((low, high)))
-        spread = high.double() - low.double()
-
-        def surveyed(sample: Tensor) -> Tensor:
-            return data.compute_on_first(lambda: survey_columns(sample, self.metric, spread).to(compute_dtype(sample)))
-
-        size = sample_size(self.n_clusters, data.width)
-        # Given centres need few rows, unless these hold none of the entries that make a column vary.
-        sample = draw_sample(data, SURVEYED_ROWS if isinstance(self.init, Tensor) else size, generator)
-        middle_and_scale = surveyed(sample)
-        if len(sample) < min(size, data.n) and bool(((middle_and_scale[1] == 0) & (spread > 0)).any()):
-            middle_and_scale = surveyed(draw_sample(data, size, generator))
-        summary = summarize(data.n, low, high, middle_and_scale, self.metric, self.init)
-        return Problem(data, summary, self.metric, implementation), sample
+        has_centers = isinstance(self.init, Tensor)
+        size = SURVEYED_ROWS if has_centers else sample_size(self.n_clusters, data.width)
+        sample = draw_sample(data, size, generator)
+        middle, scale = data.compute_on_first(lambda: survey_columns(sample, self.metric).to(compute_dtype(sample)))
+        # The sample holds none of the entries that make these columns vary.
+        unknown = ((scale == 0) & (high > low)).nonzero().squeeze(1)
+        if len(unknown):
+            scale[unknown] = data.smallest_distances(unknown, middle[unknown])
+        summary = summarize(data.n, low, high, middle, scale, self.metric, self.init)
+        return Problem(data, summary, self.metric, implementation, self.bounds), sample
 
     def _run(self, problem: Problem, sample: Tensor, generator: torch.Generator) -> Restart:
         """Runs one restart."""

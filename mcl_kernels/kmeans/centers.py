@@ -6,6 +6,12 @@
     follow(x, centers, labels)   optional, for iterations: distances, and the changes of sums and counts since an
                                  earlier pass with the same offset. The labels of that pass, int32 [N], -1 for none,
                                  are updated in place
+    follow(x, centers, labels, bounds, shifts)
+                                 optional: the same, but rows that keep their label, as the `Bounds` of that pass prove
+                                 with the shifts of the centres, are not read, and have NaN for a distance. Without
+                                 shifts all rows are read. The bounds are updated in place
+    measure(x, centers, labels, bounds, shifts)
+                                 optional, with `bounds`: updates labels and bounds alike, and returns all distances
 
 Sums are exact, so that adding up their changes gives the bits of a sum of all rows.
 
@@ -37,7 +43,6 @@ SCALE_BITS = 24  # bits of a column's scale that sums keep, as many as fp32 has
 # Ratios of a column's largest entry to its scale. Up to MIN_FAR one level of sums is enough for any number of rows. For
 # few rows it is enough up to MAX_FAR, above which the fixed point of GPUs would lose bits of the scale.
 MIN_FAR, MAX_FAR = 2.0**8, 2.0**11
-UNKNOWN_SCALE_BITS = 64  # an unknown scale of a column is taken as its largest entry times 2^-64
 MIN_EXPONENT = -960
 MIN_FP32_DIFFERENCE = 2.0**-40  # fp32 still resolves the squares of such differences
 NEAR = 2.0**-12  # squared distances of unit rows below it are affected by the rounding of the rows
@@ -50,6 +55,20 @@ class Summary(NamedTuple):
     offset: Tensor  # [D] in that dtype, about the middle of the data; 0 for cosine
     largest: Tensor  # fp64 [D], a bound of the magnitude of entries relative to the offset
     rounding: Tensor  # fp64 [levels, D], see `Centers`
+
+
+class Bounds(NamedTuple):
+    """Bounds of the distances, not squared, of each row: to the centre of its label and to every other centre.
+
+    They are Hamerly's (2010), widened past rounding.
+    """
+
+    upper: Tensor  # fp32 [N], at least the distance to the centre of the label; infinite: unknown
+    lower: Tensor  # fp32 [N], at most the distance to any other centre
+
+    def of(self, rows: slice) -> Bounds:
+        """Returns the bounds of a chunk of rows."""
+        return Bounds(self.upper[rows], self.lower[rows])
 
 
 class Centers(NamedTuple):
@@ -84,6 +103,17 @@ class Centers(NamedTuple):
             rows = slice(start, start + SUMMED_ROWS)
             sums.index_add_(1, labels[rows], self.rounded(x[rows]))
         return sums, torch.bincount(labels, minlength=len(self.points))
+
+    def shifts(self, before: Centers) -> Tensor:
+        """Bounds of the distances by which these centres moved from earlier ones, fp32 [K]."""
+        points, earlier = self.points.double(), before.points.double()
+        shifts = torch.linalg.vector_norm(points - earlier, dim=1)
+        if self.cosine:
+            # Directions are those of rounded points. The distance to a centre without one is 1 by definition.
+            shifts += torch.where(shifts > 0, 4 * torch.finfo(self.points.dtype).eps, 0.0)
+            shifts[(points == 0).all(1) | (earlier == 0).all(1)] = math.inf
+        bounds: Tensor = (shifts * (1 + 2.0**-20)).float()
+        return bounds
 
     def means(self, sums: Tensor, counts: Tensor) -> Tensor:
         """Returns the new centres [K, D], of unit length for cosine; a centre without rows does not move."""
@@ -173,11 +203,11 @@ def unit_rows(x: Tensor) -> Tensor:
     return torch.where(is_unit, x, scaled / torch.where(norm > 0, norm, 1.0))
 
 
-def survey_columns(x: Tensor, metric: str, spread: Tensor) -> Tensor:
+def survey_columns(x: Tensor, metric: str) -> Tensor:
     """Median of each column, and its scale, [2, D]: the median of the nonzero distances to that median.
 
     A few far rows change neither. For cosine the median is replaced by 0. The scale is 0 if all entries of the column
-    are equal. `spread` [D] is the largest entry less the smallest one.
+    are equal.
     """
     drawn = torch.randint(len(x), (SURVEYED_ROWS,), generator=torch.Generator().manual_seed(0), device="cpu")
     rows = x[drawn.to(x.device)].double().cpu().numpy()
@@ -187,26 +217,27 @@ def survey_columns(x: Tensor, metric: str, spread: Tensor) -> Tensor:
     distances = np.sort(np.ascontiguousarray(np.abs(rows - middle).T), axis=1)
     zeros = (distances == 0).sum(1)
     scale = np.take_along_axis(distances, (zeros + len(rows) - 1)[:, None] // 2, axis=1).squeeze(1)
-    # The drawn rows hold only the median, but other rows differ: take the scale from all rows.
-    rare = np.flatnonzero((scale == 0) & (spread.cpu().numpy() > 0))
+    # The drawn rows hold only the median: take the scale from all rows.
+    rare = np.flatnonzero(scale == 0)
     for columns in np.split(rare, range(GATHERED_COLUMNS, len(rare), GATHERED_COLUMNS)):
-        entries = x[:, torch.from_numpy(columns).to(x.device)].T.contiguous().double().cpu().numpy()
-        for column, column_distances in zip(columns, np.abs(entries - middle[columns, None]), strict=True):
-            scale[column] = np.median(column_distances[column_distances > 0]) if column_distances.any() else 0.0
+        entries = x[:, torch.from_numpy(columns).to(x.device)].T.contiguous()
+        differing = entries != torch.from_numpy(middle[columns]).to(entries).unsqueeze(1)
+        for column, values, differs in zip(columns, entries, differing, strict=True):
+            column_distances = (values[differs].double() - middle[column]).abs().cpu().numpy()
+            scale[column] = np.median(column_distances) if len(column_distances) else 0.0
     return torch.from_numpy(np.stack((middle, scale))).to(x.device)
 
 
 def summarize(
-    rows: int, low: Tensor, high: Tensor, middle_and_scale: Tensor, metric: str, init: Tensor | str = ""
+    rows: int, low: Tensor, high: Tensor, middle: Tensor, scale: Tensor, metric: str, init: Tensor | str = ""
 ) -> Summary:
     """Returns the summary of `rows` rows.
 
     Args:
         low, high: smallest and largest entry of each column, [D] each.
-        middle_and_scale: result of `survey_columns`.
+        middle, scale: offset and scale of each column, [D] each, of `survey_columns`; 0 is the scale of equal entries.
         init: initial centres, if given; their distances have to be in the range of the dtype too.
     """
-    middle, scale = middle_and_scale
     largest = torch.maximum(high.double() - middle.double(), middle.double() - low.double())
     farthest, dtype = float(largest.max()), middle.dtype
     if isinstance(init, Tensor):
@@ -230,7 +261,6 @@ def _fits(largest: float, scale: float, width: int, dtype: torch.dtype) -> bool:
 
 def _levels(rows: int, largest: Array, scale: Array) -> Array:
     """Constants that round the entries of each level of sums, fp64 [levels, D]: see `Centers.rounding`."""
-    scale = np.where(scale > 0, scale, np.ldexp(largest, -UNKNOWN_SCALE_BITS))
     is_far = largest > scale * min(max(2.0 ** (52 - SCALE_BITS) / rows, MIN_FAR), MAX_FAR)
     levels, bound = [], largest
     while True:

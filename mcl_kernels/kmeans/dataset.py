@@ -5,6 +5,7 @@ A position is the index of a row in the data set. `held` is the range of positio
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -13,6 +14,8 @@ from torch import Tensor
 from mcl_kernels.kmeans.rows import ChunkedRows, Extremes, Rows
 from mcl_kernels.kmeans.team import Team
 from mcl_kernels.normalize import compute_dtype
+
+COMPARED_ROWS = 4096  # rows copied at a time
 
 
 class Dataset:
@@ -41,6 +44,21 @@ class Dataset:
             bounds[self.team.rank] = torch.stack((low, high))
         (bounds,) = self.team.total(bounds)
         return bounds[:, 0].amin(0), bounds[:, 1].amax(0)
+
+    def smallest_distances(self, columns: Tensor, middle: Tensor) -> Tensor:
+        """Smallest nonzero distance of an entry of each of these columns to its value in `middle`; one pass.
+
+        It is infinite for a column without another value.
+        """
+        smallest = torch.zeros(self.team.size, len(columns), dtype=middle.dtype, device=self.device)
+        smallest[self.team.rank] = math.inf
+        for _, chunk in self.chunks():
+            for begin in range(0, len(chunk), COMPARED_ROWS):
+                distances = (chunk[begin : begin + COMPARED_ROWS, columns] - middle).abs()
+                distances = torch.where(distances > 0, distances, math.inf)
+                smallest[self.team.rank] = torch.minimum(smallest[self.team.rank], distances.amin(0))
+        (smallest,) = self.team.total(smallest)
+        return smallest.amin(0)
 
     def chunks(self) -> Iterator[tuple[slice, Tensor]]:
         """Yields the rows of this process in chunks, each with its slice of these rows."""

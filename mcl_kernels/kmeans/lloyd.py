@@ -46,11 +46,12 @@ def lloyd(problem: Problem, points: Tensor, max_iter: int, tol: float) -> Restar
         splits = fill_empty(partition, centers)
         new_points = centers.means(partition.sums, partition.counts)
         history.append(_record(started, problem, points, new_points, partition.objective, largest_count, splits))
+        history[-1]["read"] = partition.rows_read / problem.data.n
         points = new_points
         if problem.data.team.decide(splits == 0 and history[-1]["shift"] <= largest_shift):
             break
     is_settled = splits == 0 and history[-1]["shift"] == 0 and int(partition.counts.min()) > 0
-    return _finish(problem, points, history, partition if is_settled else None)
+    return _finish(problem, points, history, partition, is_settled=is_settled)
 
 
 def mini_batches(
@@ -80,7 +81,7 @@ def mini_batches(
             points = centers.means(sums, counts)
             objective += float(batch_objective)
         largest_count = int((counts - before_counts).max())
-        history.append(_record(started, problem, before, points, objective, largest_count, 0))
+        history.append(_record(started, problem, before, points, objective, largest_count, 0) | {"read": 1.0})
         if problem.data.team.decide(history[-1]["shift"] <= largest_shift):
             break
     return _finish(problem, points, history)
@@ -111,21 +112,30 @@ def _record(
 
 
 def _finish(
-    problem: Problem, points: Tensor, history: list[dict[str, Any]], settled: Partition | None = None
+    problem: Problem,
+    points: Tensor,
+    history: list[dict[str, Any]],
+    last: Partition | None = None,
+    *,
+    is_settled: bool = False,
 ) -> Restart:
     """Returns labels, as `predict` finds them, and inertia for the last centres.
 
-    They are those of the partition `settled`, of a last pass after which no centre moved, else of one more pass. Then
-    empty clusters are filled, or left out if there is no row to move.
+    They are those of the partition of the last pass, if it is settled, no centre having moved since, and measured, else
+    of one more pass. Then empty clusters are filled, or left out if there is no row to move.
     """
     public = _as_public(problem, points)
-    labels = None if settled is None or not torch.equal(points, public) else settled.labels
+    labels = None
+    if is_settled and last is not None and last.is_measured and torch.equal(points, public):
+        labels = last.labels
     (passes_needed,) = problem.data.team.total(torch.tensor(labels is None, dtype=torch.int64, device="cpu"))
-    if settled is not None and labels is not None and int(passes_needed) == 0:
-        return Restart(public, labels.long(), settled.objective, history)
+    if last is not None and labels is not None and int(passes_needed) == 0:
+        return Restart(public, labels.long(), last.objective, history)
     points, fills_left = public, len(points)  # a bound: the update after a fill can empty a cluster again
     while True:
-        labels, inertia, counts = label_rows(problem, prepare(points, problem.metric, dtype=problem.summary.dtype))
+        final_centers = prepare(points, problem.metric, dtype=problem.summary.dtype)
+        labels, inertia, counts = label_rows(problem, final_centers, last)
+        last = None  # its centres are others from here on
         is_occupied = counts > 0
         if bool(is_occupied.all()):
             return Restart(points, labels, inertia, history)

@@ -15,25 +15,36 @@ from __future__ import annotations
 from torch import Tensor
 
 from mcl_kernels.backends.native import ops
-from mcl_kernels.kmeans.centers import Centers
+from mcl_kernels.kmeans.centers import Bounds, Centers
 
 
 def assign(x: Tensor, centers: Centers) -> tuple[Tensor, Tensor]:
     """Finds the nearest centre of each row, int64 [N], and the distance to it, [N] in the dtype of the centres."""
-    labels, distances, _, _ = ops().assign_clusters(x, _center_tensors(centers), centers.cosine, False, None)
+    labels, distances, _, _ = _pass(x, centers, False)
     return labels, distances
 
 
 def assign_and_sum(x: Tensor, centers: Centers) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`assign`, and in the same pass the sum of each centre's rows relative to the offset, and their count."""
-    labels, distances, sums, counts = ops().assign_clusters(x, _center_tensors(centers), centers.cosine, True, None)
-    return labels, distances, sums, counts
+    return _pass(x, centers, True)
 
 
-def follow(x: Tensor, centers: Centers, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Updates the labels of an earlier pass, int32 [N]; returns distances, and the changes of sums and counts since."""
-    _, distances, sums, counts = ops().assign_clusters(x, _center_tensors(centers), centers.cosine, True, labels)
+def follow(
+    x: Tensor, centers: Centers, labels: Tensor, bounds: Bounds | None = None, shifts: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Updates the labels of an earlier pass, int32 [N]; returns distances, and the changes of sums and counts since.
+
+    With `shifts` of the centres since the pass that set the `bounds`, fp32 [K], rows are read whose label may change.
+    The distances of the others are NaN.
+    """
+    _, distances, sums, counts = _pass(x, centers, True, labels, bounds, shifts)
     return distances, sums, counts
+
+
+def measure(x: Tensor, centers: Centers, labels: Tensor, bounds: Bounds, shifts: Tensor) -> Tensor:
+    """Updates labels and bounds as `follow`, and returns the distances of all rows."""
+    _, distances, _, _ = _pass(x, centers, False, labels, bounds, shifts)
+    return distances
 
 
 def extremes(x: Tensor) -> Tensor:
@@ -42,6 +53,17 @@ def extremes(x: Tensor) -> Tensor:
     return found
 
 
-def _center_tensors(centers: Centers) -> list[Tensor]:
-    """Tensors of the centres, in the order of the operator's schema."""
-    return [centers.points, centers.offset, centers.rounding]
+def _pass(
+    x: Tensor,
+    centers: Centers,
+    with_sums: bool,
+    labels: Tensor | None = None,
+    bounds: Bounds | None = None,
+    shifts: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tensors = [centers.points, centers.offset, centers.rounding]
+    upper, lower = bounds or (None, None)
+    found: tuple[Tensor, Tensor, Tensor, Tensor] = ops().assign_clusters(
+        x, tensors, centers.cosine, with_sums, labels, upper, lower, shifts
+    )
+    return found

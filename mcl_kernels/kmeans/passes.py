@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from mcl_kernels.kmeans.centers import Centers, Summary, prepare, serial_sum, unit_rows
+from mcl_kernels.kmeans.centers import Bounds, Centers, Summary, prepare, serial_sum, unit_rows
 from mcl_kernels.kmeans.dataset import Dataset
 
 FAR_CENTERS = 1024  # ratio of the objective to the squares of the rows
+
+
+# The objective is measured again when it has fallen by this factor since, and when it is a smaller share than this of
+# the terms that it is the difference of.
+LARGEST_FALL, LEAST_SHARE = 16, 2.0**-24
 
 
 class Problem(NamedTuple):
@@ -21,6 +27,7 @@ class Problem(NamedTuple):
     summary: Summary
     metric: str
     implementation: ModuleType
+    bounds: bool  # skip rows that keep their label, if the implementation can
 
     def prepare(self, points: Tensor) -> Centers:
         """Returns centres for passes with sums."""
@@ -36,7 +43,15 @@ class Partition:
     """Clusters of the rows as of the last pass: sums [levels, K, D], counts [K] and the objective, of all processes.
 
     `labels` are int32, of this process's rows. They are stored only if later passes add up changes alone, since the
-    implementation has `follow` or since the sums have several levels. Otherwise `labels` is None.
+    implementation has `follow` or since the sums have several levels. Otherwise `labels` is None. `rows_read` is the
+    number of rows that the last pass read.
+
+    With `measure` in the implementation the objective comes from the sums, so that a pass need not read every row:
+
+        objective = squares - sum_k (2 <S_k, c_k> - n_k |c_k|^2), halved for cosine
+
+    with sums S_k and centres c_k relative to the offset. `squares`, the sum of |x_i|^2, comes from the distances of an
+    earlier pass. Where digits would be lost, distances are measured again.
     """
 
     def __init__(self, problem: Problem, n_clusters: int) -> None:
@@ -44,30 +59,88 @@ class Partition:
         data, (levels, width) = problem.data, problem.summary.rounding.shape
         self.sums = torch.zeros(levels, n_clusters, width, dtype=torch.float64, device=data.device)
         self.counts = torch.zeros(n_clusters, dtype=torch.int64, device=data.device)
-        self.objective = 0.0
+        self.objective, self.rows_read = 0.0, 0
         self.labels: Tensor | None = None
         if hasattr(problem.implementation, "follow") or levels > 1:
             self.labels = torch.full((len(data.held),), -1, dtype=torch.int32, device=data.device)
+        self.centers: Centers | None = None  # of the last pass
+        measures = torch.tensor(hasattr(problem.implementation, "measure"), dtype=torch.int64, device="cpu")
+        self.measures = int(data.team.total(measures)[0]) == data.team.size
+        self.bounds: Bounds | None = None
+        if self.measures and problem.bounds:
+            unknown = torch.full((len(data.held),), math.inf, dtype=torch.float32, device=data.device)
+            self.bounds = Bounds(unknown, torch.zeros_like(unknown))
+        self.squares: float | None = None  # None: unknown, or too large for the digits of the objective
+        self.measured = 0.0  # the objective of the pass that `squares` comes from
+        self.is_measured = True  # the last objective comes from distances
 
     def update(self, centers: Centers) -> None:
         """Assigns all rows to the centres, in one pass."""
+        shifts = None
+        if self.bounds is not None and self.centers is not None and self.squares is not None:
+            shifts = centers.shifts(self.centers)
         objective, sums, counts = 0.0, torch.zeros_like(self.sums), torch.zeros_like(self.counts)
+        rows_read = torch.zeros((), dtype=torch.int64, device="cpu")
         implementation, data = self.problem.implementation, self.problem.data
         for here, chunk in data.chunks():
             if self.labels is None:
                 distances, chunk_sums, chunk_counts = sum_clusters(implementation, chunk, centers)
             else:
-                distances, chunk_sums, chunk_counts = _sum_changes(implementation, chunk, centers, self.labels[here])
-            objective += serial_sum(distances)
+                bounds = None if self.bounds is None else self.bounds.of(here)
+                distances, chunk_sums, chunk_counts = _sum_changes(
+                    implementation, chunk, centers, self.labels[here], bounds, shifts
+                )
+            rows_read += len(chunk) if shifts is None else int(distances.isnan().logical_not_().count_nonzero())
+            objective += serial_sum(distances) if shifts is None else 0.0
             sums += chunk_sums
             counts += chunk_counts
-        total, sums, counts = data.team.total(as_scalar(objective), sums, counts)
-        self.objective = float(total)
+        total, sums, counts, rows_read = data.team.total(as_scalar(objective), sums, counts, rows_read)
         if self.labels is None:
             self.sums, self.counts = sums, counts
         else:
             self.sums += sums
             self.counts += counts
+        self.centers, self.rows_read = centers, int(rows_read)
+        self._set_objective(centers, float(total) if shifts is None else None)
+
+    def measure(self, centers: Centers) -> float:
+        """Moves labels and bounds to other centres, or to the same; returns the sum of all distances. One pass."""
+        assert self.bounds is not None
+        assert self.centers is not None
+        assert self.labels is not None
+        shifts, total, data = centers.shifts(self.centers), 0.0, self.problem.data
+        for here, chunk in data.chunks():
+            distances = self.problem.implementation.measure(
+                chunk, centers, self.labels[here], self.bounds.of(here), shifts
+            )
+            total += serial_sum(distances)
+        self.centers = centers
+        return float(data.team.total(as_scalar(total))[0])
+
+    def _set_objective(self, centers: Centers, measured: float | None) -> None:
+        """Sets the objective of a pass; `measured` is the sum of its distances, None if not every row was read."""
+        self.is_measured = True
+        if not self.measures:
+            assert measured is not None
+            self.objective = measured
+            return
+        points = centers.points.double() - centers.offset.double()
+        along = 2 * (self.sums.sum(0) * points).sum(1) - self.counts * points.square().sum(1)
+        along = along / 2 if centers.cosine else along
+        total, magnitude = float(along.sum()), float(along.abs().sum())
+        # The distance of a row to a centre without direction is not that of the formula.
+        has_directions = not (centers.cosine and bool((points == 0).all(1).any()))
+        if self.squares is not None:
+            self.objective = self.squares - total
+            least = max(self.measured / LARGEST_FALL, (abs(self.squares) + magnitude) * LEAST_SHARE)
+            if self.problem.data.team.decide(has_directions and self.objective > least):
+                self.is_measured = False
+                return
+        self.objective = self.measured = self.measure(centers) if measured is None else measured
+        self.squares = self.objective + total
+        has_digits = self.objective > (abs(self.squares) + magnitude) * LEAST_SHARE
+        if not self.problem.data.team.decide(has_directions and has_digits):
+            self.squares = None
 
     def mean_variance(self, centers: Centers) -> float:
         """Variance of each column, averaged over the columns, after a pass with `centers`; for cosine of unit rows.
@@ -94,6 +167,8 @@ class Partition:
         held = self.problem.data.held
         if self.labels is not None and position in held:
             self.labels[position - held.start] = target
+            if self.bounds is not None:
+                self.bounds.upper[position - held.start] = math.inf
 
 
 def sum_clusters(implementation: ModuleType, x: Tensor, centers: Centers) -> tuple[Tensor, Tensor, Tensor]:
@@ -106,11 +181,17 @@ def sum_clusters(implementation: ModuleType, x: Tensor, centers: Centers) -> tup
 
 
 def _sum_changes(
-    implementation: ModuleType, x: Tensor, centers: Centers, labels: Tensor
+    implementation: ModuleType,
+    x: Tensor,
+    centers: Centers,
+    labels: Tensor,
+    bounds: Bounds | None,
+    shifts: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Computes `sum_clusters` minus the sums and counts by earlier `labels`, int32 [N], which are updated in place."""
     if hasattr(implementation, "follow"):
-        distances, sums, counts = implementation.follow(x, centers, labels)
+        more = () if bounds is None else (bounds, shifts)
+        distances, sums, counts = implementation.follow(x, centers, labels, *more)
         return distances, _by_level(sums, centers), counts
     new_labels, distances = implementation.assign(x, centers)
     changed = (new_labels != labels).nonzero().squeeze(1)
@@ -126,9 +207,17 @@ def _by_level(sums: Tensor, centers: Centers) -> Tensor:
     return sums.view(len(centers.rounding), *centers.points.shape)
 
 
-def label_rows(problem: Problem, centers: Centers) -> tuple[Tensor, float, Tensor]:
-    """Returns the labels of this process's rows, int64; inertia and cluster sizes [K] of all rows."""
+def label_rows(problem: Problem, centers: Centers, partition: Partition | None = None) -> tuple[Tensor, float, Tensor]:
+    """Returns the labels of this process's rows, int64; inertia and cluster sizes [K] of all rows.
+
+    The bounds of a partition, if there is one, save comparisons with all centres.
+    """
     data = problem.data
+    if partition is not None and partition.bounds is not None and partition.labels is not None:
+        inertia = partition.measure(centers)
+        labels = partition.labels.long()
+        (counts,) = data.team.total(torch.bincount(labels, minlength=len(centers.points)))
+        return labels, inertia, counts
     labels = torch.empty(len(data.held), dtype=torch.int64, device=data.device)
     inertia = 0.0
     for here, chunk in data.chunks():
