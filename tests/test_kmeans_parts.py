@@ -108,7 +108,7 @@ def test_rows_that_are_not_finite_are_undecided(backend: Backend, poisoned_memor
 def test_few_rows_are_shared_among_programs(
     backend: Backend, poisoned_memory: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By default, in a pass with sums of many centres too; not where tiles of rows fill the device."""
+    """By default, in a pass with sums of many centres too."""
     chosen = []
 
     def choose(row_tiles: int, center_tiles: int, at_a_time: int) -> int:
@@ -117,10 +117,8 @@ def test_few_rows_are_shared_among_programs(
 
     launcher = importlib.import_module(LAUNCHERS[backend.impl])
     monkeypatch.setattr(launcher, "choose_parts", choose)
-    x = normal(200, 20, backend.device)
-    monkeypatch.setattr(gpu_common, "INTERPRETED_PROGRAMS", 20)
-    monkeypatch.setattr("mcl_kernels.kmeans.triton.assign.INTERPRETED_PROGRAMS", 20)
-    check_pass(backend, x, 150, "euclidean")
+    monkeypatch.setattr(launcher if backend.impl == "triton" else gpu_common, "INTERPRETED_PROGRAMS", 20)
+    check_pass(backend, normal(200, 20, backend.device), 150, "euclidean")
     assert len(chosen) == 2
     assert min(chosen) > 1
 
@@ -135,5 +133,5 @@ def test_number_of_parts(center_tiles: int, at_a_time: int) -> None:
         busiest = -(-row_tiles * parts // at_a_time) * -(-center_tiles // parts)
         even = row_tiles * center_tiles / at_a_time
         assert busiest <= min(center_tiles, max(1.25 * even, even + 1)), (row_tiles, parts)
-    for row_tiles in (0, at_a_time, 10 * at_a_time):
+    for row_tiles in (0, at_a_time, at_a_time + 1, 10 * at_a_time):
         assert choose_parts(row_tiles, center_tiles, at_a_time) == 1
