@@ -289,12 +289,16 @@ bool check_clusters(const Case& c, bool cosine) {
 
   constexpr int BLOCKS = 2, PIECE = 20;
   const bool few = k <= 32;
+  const int parts = few ? 1 : 3;  // of which one has no centres
+  std::vector<T> part_scores(2 * parts * n);
+  std::vector<int> part_labels(parts * n);
   std::vector<int64_t> labels(n), counts(BLOCKS * k);
   std::vector<double> sums(BLOCKS * k * d);
   mcl::assign_clusters(mcl::AssignProblem<T>{samples, half, matrix(high), matrix(half ? low : high), points.data(),
                                              half_norms.data(), limits.data(), k, labels.data(), distances.data(),
                                              undecided.get(), entries,
-                                             few ? sums.data() : nullptr, few ? counts.data() : nullptr, BLOCKS},
+                                             few ? sums.data() : nullptr, few ? counts.data() : nullptr, BLOCKS,
+                                             parts, part_scores.data(), part_labels.data()},
                        nullptr);
   for (int64_t at = 0; few && at < k * d; at++) sums[at] += sums[k * d + at];
   if (!few) {

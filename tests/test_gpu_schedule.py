@@ -43,6 +43,15 @@ def test_a_work_list_is_cut_into_equal_stretches(units: np.ndarray, ctas: int) -
     assert share.busiest - int(share.units.min()) <= ctas
 
 
+@pytest.mark.parametrize(("row_tiles", "center_tiles"), [(1, 7), (2, 7), (3, 7), (6, 7), (8, 20)])
+def test_parts_of_centres_are_shared(row_tiles: int, center_tiles: int) -> None:
+    """All units are done; from as many tiles of rows as slots on they are shared as without parts."""
+    units = np.full(row_tiles, center_tiles)
+    shared, unshared = (share(units, 6, 1) for share in (schedule.share_parts, schedule.share_row_tiles))
+    assert shared.units.sum() == units.sum()
+    assert (shared.units == unshared.units).all() if row_tiles >= 6 else shared.busiest < unshared.busiest
+
+
 def test_a_workload_without_units_has_no_work() -> None:
     for share in (schedule.share_row_tiles, schedule.share_work_list):
         assert share(np.zeros(4, dtype=np.int64), 3, 1).busiest == 0

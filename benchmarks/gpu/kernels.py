@@ -112,21 +112,23 @@ ASSIGN = {
         ("assign and sum", 32, False), ("assign", 1000, False), ("assign", 1000, True),
     )
 }  # fmt: skip
+PARTS = ("k-means: find parts, 1000 centres", "k-means: join parts")  # of few rows
 SUMS = ("k-means: sums of pieces", "k-means: sums of clusters")
-KMEANS = (*ASSIGN, *SUMS)
+KMEANS = (*ASSIGN, *PARTS, *SUMS)
 
 
 def kmeans_kernel(kernel: str, architecture: int, precision: str, width: int) -> Launch | None:
     """Returns None if k-means has no such kernel in this precision, or the same one in another precision."""
-    if kernel in ASSIGN:
+    if kernel in (*ASSIGN, *PARTS):
         return _assign_kernel(kernel, architecture, precision, width)
     return _label_sums_kernel(kernel, architecture, precision)
 
 
 def _assign_kernel(kernel: str, architecture: int, precision: str, width: int) -> Launch | None:
-    from mcl_kernels.kmeans.triton import assign
+    from mcl_kernels.kmeans.triton import arguments as groups
+    from mcl_kernels.kmeans.triton import assign, parts
 
-    clusters, cosine, with_sums = ASSIGN[kernel]
+    clusters, cosine, with_sums = ASSIGN.get(kernel, Pass(1000, False, False))
     if precision == "tf32":  # k-means multiplies fp32 as tf32x3
         return None
     launcher_precision, features = "half" if precision == "bf16" else "tf32x3", POINTERS[precision]
@@ -135,16 +137,19 @@ def _assign_kernel(kernel: str, architecture: int, precision: str, width: int) -
     tiles = kmeans.choose_tiles(launcher_precision, width, clusters, (architecture // 10, 0))
     low = features if launcher_precision == "half" else None
     arguments = {
-        "rows": assign.RowArguments(features, "i32", 1),
-        "centers": assign.CenterArguments("*fp32", "*fp32", features, low, "*fp32", "*fp32"),
-        "results": assign.ResultArguments("*i64", "*fp32", "*i1", "*fp32"),
-        "partial": assign.SumArguments("*fp64", "*i64", "*fp32", "*fp32") if with_sums else None,
-        "n": "i32?", "clusters": "i32?", "width": "i32",
+        "rows": groups.RowArguments(features, "i32", 1),
+        "centers": groups.CenterArguments("*fp32", "*fp32", features, low, "*fp32", "*fp32"),
+        "results": groups.ResultArguments("*i64", "*fp32", "*i1", "*fp32"),
+        "partial": groups.SumArguments("*fp64", "*i64", "*fp32", "*fp32") if with_sums else None,
+        "found": groups.PartArguments("*fp32", "*fp32", "*i32", "*fp32"),
+        "n": "i32?", "clusters": "i32?", "width": "i32", "parts": "i32?",
     }  # fmt: skip
     constants = kmeans.tile_constants(launcher_precision, DTYPES[precision], width, clusters, cosine, with_sums, tiles)
     sizes = tiles._asdict()
     warps, stages = sizes.pop("warps"), sizes.pop("stages")
-    compile_kernel = describe(assign.assign_kernel, arguments, constants, architecture, warps, stages)
+    function = {PARTS[0]: parts.find_parts_kernel, PARTS[1]: parts.join_parts_kernel}.get(kernel, assign.assign_kernel)
+    constants = {name: value for name, value in constants.items() if name in function.arg_names}
+    compile_kernel = describe(function, arguments, constants, architecture, warps, stages)
     return Launch(LIBRARY, kernel, compile_kernel, sizes, warps, stages)
 
 

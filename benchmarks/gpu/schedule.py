@@ -1,12 +1,13 @@
 """Work of each multiprocessor, simulated: `python -m benchmarks.gpu.schedule` writes schedule.csv.
 
 A unit is a tile of rows against a tile of columns, of the sizes that launchers choose (static.csv). A tile of rows
-needs as many units as tiles of columns cover its clusters. Two schedules share the units out:
+needs as many units as tiles of columns cover its clusters. Two schedules share the units out, and a third one k-means':
 
 - "row tiles": a program for each tile of rows and part of the features, which the next free slot of a multiprocessor
   takes, in the order of the rows;
 - "work list": as many programs as fit the chip at a time, and no more than units; program g of G takes the units from
-  g W / G to (g + 1) W / G of the list of all W, wherever a tile of rows ends.
+  g W / G to (g + 1) W / G of the list of all W, wherever a tile of rows ends;
+- parts of the centres, in the columns of the work list: a program for each tile of rows and part.
 
 A multiprocessor has as many slots as CTAs of the kernel fit it. All units take the same time.
 """
@@ -22,6 +23,7 @@ from typing import NamedTuple
 import numpy as np
 
 from benchmarks.measure import Row, read_rows, write_rows
+from mcl_kernels.kmeans.gpu_common import choose_parts
 
 HERE = Path(__file__).parent
 MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}  # A100, H200, B200
@@ -35,7 +37,7 @@ class Workload(NamedTuple):
     """A loss of rows against columns; with sizes, each row against those of its cluster, which both sides have."""
 
     name: str
-    loss: str  # "self": rows are the columns; "queue", "rows": of the rows alone; "clip": of both sides
+    loss: str  # "self": rows are the columns; "queue", "rows": of the rows alone; "clip": of both sides; "": k-means
     d: int
     rows: int
     columns: int
@@ -98,6 +100,8 @@ MCL = tuple(
     )
 )  # fmt: skip
 WORKLOADS = (*SIMCLR, *QUEUES, *LOCAL_CLIP, *CLIP, *MCL)
+PREDICT = Workload("k-means predict, 4,096 rows, K = 10,000", "", 512, 4096, 10_000)
+ASSIGN = "k-means: assign, 1000 centres"  # the kernel for many
 
 
 def units_of_rows(workload: Workload, rows: int, columns: int) -> np.ndarray:
@@ -131,6 +135,14 @@ def share_work_list(units: np.ndarray, multiprocessors: int, ctas: int) -> Share
     programs = max(min(multiprocessors * ctas, total), 1)
     each = np.diff(np.arange(programs + 1, dtype=np.int64) * total // programs)
     return Share(np.bincount(np.arange(programs) % multiprocessors, weights=each, minlength=multiprocessors))
+
+
+def share_parts(units: np.ndarray, multiprocessors: int, ctas: int) -> Share:
+    """A program for each tile of rows and part of the centres, to the next free slot; as many units for all tiles."""
+    center_tiles = int(units[0])
+    parts = choose_parts(len(units), center_tiles, multiprocessors * ctas)
+    each = np.diff(np.arange(parts + 1) * center_tiles // parts)
+    return share_row_tiles(np.repeat(each, len(units)), multiprocessors, ctas)
 
 
 present_share = share_work_list  # the schedule of the Triton kernels
@@ -169,22 +181,22 @@ def units_of_programs(workload: Workload, kernel: Kernel) -> np.ndarray:
 
 
 def rows_of_table() -> list[Row]:
+    cases = [(workload, name, share_work_list) for workload in WORKLOADS for name in ("forward", "backward")]
     rows = []
-    for workload in WORKLOADS:
-        for name in ("forward", "backward"):
-            for architecture, multiprocessors in MULTIPROCESSORS.items():
-                kernel = kernel_of(name, architecture, "bf16", workload.d)
-                units = units_of_programs(workload, kernel)
-                row = {
-                    "workload": workload.name, "d": workload.d, "pass": name, "multiprocessors": multiprocessors,
-                    "row_tiles": len(units), "units": int(units.sum()),
-                    "even_share": float(units.sum() / multiprocessors),
-                }  # fmt: skip
-                for schedule, share in (("row_tiles", share_row_tiles), ("work_list", share_work_list)):
-                    shared = share(units, multiprocessors, kernel.ctas)
-                    figures = {"working": shared.working, "busiest": shared.busiest, "ratio": shared.ratio}
-                    row |= {f"{schedule}_{column}": value for column, value in figures.items()}
-                rows.append(row)
+    for workload, name, share_now in (*cases, (PREDICT, ASSIGN, share_parts)):
+        for architecture, multiprocessors in MULTIPROCESSORS.items():
+            kernel = kernel_of(name, architecture, "bf16", workload.d)
+            units = units_of_programs(workload, kernel)
+            row = {
+                "workload": workload.name, "d": workload.d, "pass": name, "multiprocessors": multiprocessors,
+                "row_tiles": len(units), "units": int(units.sum()),
+                "even_share": float(units.sum() / multiprocessors),
+            }  # fmt: skip
+            for schedule, share in (("row_tiles", share_row_tiles), ("work_list", share_now)):
+                shared = share(units, multiprocessors, kernel.ctas)
+                figures = {"working": shared.working, "busiest": shared.busiest, "ratio": shared.ratio}
+                row |= {f"{schedule}_{column}": value for column, value in figures.items()}
+            rows.append(row)
     return rows
 
 

@@ -23,6 +23,15 @@ struct RowsAndCenters {
   alignas(32) Operand centers[AssignShape<Operand>::PARTS][Shape<Operand>::EDGE][Shape<Operand>::STRIDE];
 };
 
+// The nearest centres of a tile of rows.
+template <class Operand>
+struct Nearest {
+  static constexpr int EDGE = Shape<Operand>::EDGE;
+  int labels[EDGE];  // K past the last row, and for an undecided row
+  Sum<Operand> lowest[EDGE], second[EDGE];
+  Sum<Operand> inverse_norms[EDGE];
+};
+
 template <class Operand>
 struct AssignMemory {
   static constexpr int EDGE = Shape<Operand>::EDGE;
@@ -31,9 +40,7 @@ struct AssignMemory {
     alignas(32) Sum<Operand> products[EDGE][Shape<Operand>::PRODUCT_STRIDE];
   };
   int64_t rows[EDGE], centers[EDGE];  // of the tile; -1 past the last
-  int labels[EDGE];                   // K past the last row, and for an undecided row
-  Sum<Operand> lowest[EDGE], second[EDGE];
-  Sum<Operand> inverse_norms[EDGE];
+  Nearest<Operand> nearest;
   int order[EDGE];                    // the tile's rows by cluster
   int begin[MAX_SUMMED + 1];         // first position of each cluster in that order
 };
@@ -71,11 +78,11 @@ __device__ __forceinline__ void take_lowest(T other, T other_second, T& lowest, 
   lowest = min(lowest, other);
 }
 
-// Finds the labels of the tile's rows and their two lowest scores; TEAM threads share a row. Equal scores go to the
-// first centre, and a row whose scores are all NaN gets label 0.
+// Finds the labels of the tile's rows and their two lowest scores, of the centres from `begin` to `end`; TEAM threads
+// share a row. Equal scores go to the first centre, and a row whose scores are all NaN gets label 0.
 template <class Operand>
-__device__ __forceinline__ void find_nearest(const AssignProblem<Sum<Operand>>& problem, int64_t first_row,
-                                             AssignMemory<Operand>& shared) {
+__device__ __forceinline__ void find_nearest(const AssignProblem<Sum<Operand>>& problem, int64_t first_row, int begin,
+                                             int end, AssignMemory<Operand>& shared) {
   using T = Sum<Operand>;
   constexpr int EDGE = Shape<Operand>::EDGE, TEAM = AssignShape<Operand>::TEAM, LANES = 4;
   const int tile_row = threadIdx.x / TEAM, member = threadIdx.x % TEAM;
@@ -85,7 +92,7 @@ __device__ __forceinline__ void find_nearest(const AssignProblem<Sum<Operand>>& 
   }
   T lowest = INFINITY, second = INFINITY;
   int label = 0;
-  for (int start = 0; start < problem.clusters; start += EDGE) {
+  for (int start = begin; start < end; start += EDGE) {
     if (threadIdx.x < EDGE) {
       const int center = start + int(threadIdx.x);
       shared.centers[threadIdx.x] = center < problem.clusters ? center : -1;
@@ -113,9 +120,9 @@ __device__ __forceinline__ void find_nearest(const AssignProblem<Sum<Operand>>& 
     take_lowest(other, other_second, lowest, second);
   }
   if (member > 0) return;
-  shared.labels[tile_row] = first_row + tile_row < problem.samples.n ? label : problem.clusters;
-  shared.lowest[tile_row] = lowest;
-  shared.second[tile_row] = second;
+  shared.nearest.labels[tile_row] = first_row + tile_row < problem.samples.n ? label : problem.clusters;
+  shared.nearest.lowest[tile_row] = lowest;
+  shared.nearest.second[tile_row] = second;
 }
 
 template <class T>
@@ -141,7 +148,7 @@ __device__ __forceinline__ bool is_decided(const AssignProblem<T>& problem, T lo
 // undecided.
 template <class Operand>
 __device__ __forceinline__ void measure(const AssignProblem<Sum<Operand>>& problem, int64_t first_row,
-                                        AssignMemory<Operand>& shared) {
+                                        Nearest<Operand>& nearest) {
   using T = Sum<Operand>;
   using S = AssignShape<Operand>;
   const Samples<T>& samples = problem.samples;
@@ -150,7 +157,7 @@ __device__ __forceinline__ void measure(const AssignProblem<Sum<Operand>>& probl
   for (int tile_row = warp; tile_row < S::EDGE; tile_row += S::WARPS) {
     const int64_t row = first_row + tile_row;
     if (row >= samples.n) break;
-    const int label = shared.labels[tile_row];
+    const int label = nearest.labels[tile_row];
     const T* center = problem.centers + label * samples.width;
     T distance = 0, squares = 0, factor = 1;
 #pragma unroll 4
@@ -160,7 +167,7 @@ __device__ __forceinline__ void measure(const AssignProblem<Sum<Operand>>& probl
       squares += multiplied * multiplied;
     }
     squares = warp_sum(squares);
-    bool decided = is_decided(problem, shared.lowest[tile_row], shared.second[tile_row], squares);
+    bool decided = is_decided(problem, nearest.lowest[tile_row], nearest.second[tile_row], squares);
     if (samples.inverse_norms) {
       decided = decided && squares > T(1e-30) && squares < T(1e30);
       factor = decided ? 1 / sqrt(squares) : T(0);
@@ -176,8 +183,8 @@ __device__ __forceinline__ void measure(const AssignProblem<Sum<Operand>>& probl
     problem.distances[row] = samples.inverse_norms ? distance / 2 : distance;
     problem.undecided[row] = !decided;
     if (samples.inverse_norms) samples.inverse_norms[row] = factor;
-    shared.labels[tile_row] = decided ? label : problem.clusters;
-    shared.inverse_norms[tile_row] = factor;
+    nearest.labels[tile_row] = decided ? label : problem.clusters;
+    nearest.inverse_norms[tile_row] = factor;
   }
 }
 
@@ -189,15 +196,15 @@ __device__ __forceinline__ int add_to_sums(const AssignProblem<Sum<Operand>>& pr
   using T = Sum<Operand>;
   using S = AssignShape<Operand>;
   if (threadIdx.x < S::EDGE) {
-    const int label = shared.labels[threadIdx.x];
+    const int label = shared.nearest.labels[threadIdx.x];
     int before = 0;
     for (int row = 0; row < S::EDGE; row++)
-      before += shared.labels[row] < label || (shared.labels[row] == label && row < int(threadIdx.x));
+      before += shared.nearest.labels[row] < label || (shared.nearest.labels[row] == label && row < int(threadIdx.x));
     shared.order[before] = threadIdx.x;
   }
   if (int(threadIdx.x) <= problem.clusters) {
     int before = 0;
-    for (int row = 0; row < S::EDGE; row++) before += shared.labels[row] < int(threadIdx.x);
+    for (int row = 0; row < S::EDGE; row++) before += shared.nearest.labels[row] < int(threadIdx.x);
     shared.begin[threadIdx.x] = before;
   }
   __syncthreads();
@@ -210,7 +217,7 @@ __device__ __forceinline__ int add_to_sums(const AssignProblem<Sum<Operand>>& pr
     problem.sums[(int64_t(blockIdx.x) * problem.clusters + cluster) * samples.width + feature] +=
         exact_sum<T>(problem.entries, feature, count, [&](int i) {
           const int tile_row = shared.order[begin + i];
-          return entry_at<Operand>(samples, first_row + tile_row, feature, shared.inverse_norms[tile_row]);
+          return entry_at<Operand>(samples, first_row + tile_row, feature, shared.nearest.inverse_norms[tile_row]);
         });
   }
   const bool counts = int(threadIdx.x) < problem.clusters;
@@ -227,9 +234,9 @@ assign_clusters_kernel(const AssignProblem<Sum<Operand>> problem) {
   int64_t count = 0;
   for (int64_t first_row = int64_t(blockIdx.x) * EDGE; first_row < problem.samples.n;
        first_row += int64_t(problem.blocks) * EDGE) {
-    find_nearest(problem, first_row, shared);
+    find_nearest(problem, first_row, 0, problem.clusters, shared);
     __syncthreads();
-    measure(problem, first_row, shared);
+    measure(problem, first_row, shared.nearest);
     if (!problem.sums) continue;
     __syncthreads();
     count += add_to_sums(problem, first_row, shared);
@@ -238,12 +245,63 @@ assign_clusters_kernel(const AssignProblem<Sum<Operand>> problem) {
     problem.counts[int64_t(blockIdx.x) * problem.clusters + threadIdx.x] = count;
 }
 
+// A block finds the two lowest scores of a tile of rows in one part of the centres: successive tiles, or none. Blocks of
+// one part follow each other, so that its centres are read from the cache.
+template <class Operand>
+__global__ void __launch_bounds__(AssignShape<Operand>::THREADS, 2)
+find_parts_kernel(const AssignProblem<Sum<Operand>> problem) {
+  constexpr int EDGE = Shape<Operand>::EDGE;
+  auto& shared = shared_memory<AssignMemory<Operand>>();
+  const int part = blockIdx.x / problem.blocks;
+  const int64_t first_row = int64_t(blockIdx.x % problem.blocks) * EDGE, n = problem.samples.n;
+  const int64_t tiles = (problem.clusters + EDGE - 1) / EDGE;
+  const int begin = int(part * tiles / problem.parts) * EDGE, end = int((part + 1) * tiles / problem.parts) * EDGE;
+  find_nearest(problem, first_row, begin, end, shared);
+  __syncthreads();
+  const int64_t row = first_row + threadIdx.x;
+  if (threadIdx.x >= EDGE || row >= n) return;
+  problem.part_scores[part * n + row] = shared.nearest.lowest[threadIdx.x];
+  problem.part_scores[(problem.parts + part) * n + row] = shared.nearest.second[threadIdx.x];
+  problem.part_labels[part * n + row] = shared.nearest.labels[threadIdx.x];
+}
+
+// A block joins the parts of a tile of rows, in the order of the centres.
+template <class Operand>
+__global__ void __launch_bounds__(AssignShape<Operand>::THREADS)
+join_parts_kernel(const AssignProblem<Sum<Operand>> problem) {
+  using T = Sum<Operand>;
+  auto& nearest = shared_memory<Nearest<Operand>>();
+  const int64_t first_row = int64_t(blockIdx.x) * Shape<Operand>::EDGE, n = problem.samples.n;
+  const int64_t row = first_row + threadIdx.x;
+  if (threadIdx.x < Shape<Operand>::EDGE && row < n) {
+    T lowest = INFINITY, second = INFINITY;
+    int label = 0;
+    for (int part = 0; part < problem.parts; part++) {
+      const T later = problem.part_scores[part * n + row];
+      if (later < lowest) label = problem.part_labels[part * n + row];
+      take_lowest(later, problem.part_scores[(problem.parts + part) * n + row], lowest, second);
+    }
+    nearest.labels[threadIdx.x] = label;
+    nearest.lowest[threadIdx.x] = lowest;
+    nearest.second[threadIdx.x] = second;
+  }
+  __syncthreads();
+  measure(problem, first_row, nearest);
+}
+
 template <class Operand>
 cudaError_t launch_assign(AssignProblem<Sum<Operand>> problem, cudaStream_t stream) {
   using S = AssignShape<Operand>;
-  if (problem.sums && problem.clusters > MAX_SUMMED) return cudaErrorInvalidConfiguration;
+  if (problem.sums && (problem.clusters > MAX_SUMMED || problem.parts > 1)) return cudaErrorInvalidConfiguration;
   if (!problem.sums) problem.blocks = int((problem.samples.n + S::EDGE - 1) / S::EDGE);
   if (problem.blocks == 0) return cudaSuccess;
+  if (problem.parts > 1) {
+    const int64_t blocks = int64_t(problem.blocks) * problem.parts;
+    const cudaError_t error =
+        launch<AssignMemory<Operand>>(find_parts_kernel<Operand>, blocks, S::THREADS, problem, stream);
+    if (error != cudaSuccess) return error;
+    return launch<Nearest<Operand>>(join_parts_kernel<Operand>, problem.blocks, S::THREADS, problem, stream);
+  }
   return launch<AssignMemory<Operand>>(assign_clusters_kernel<Operand>, problem.blocks, S::THREADS, problem, stream);
 }
 

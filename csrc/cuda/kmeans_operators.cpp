@@ -32,10 +32,10 @@ struct SampleTensors {
   }
 };
 
-// Results of an assignment; no sums and counts with many centres.
+// Results of an assignment, without sums and counts with many centres; and the workspace of several parts of these.
 struct AssignResults {
   const Tensor &labels, &distances, &undecided;
-  const OptionalTensor &sums, &counts;
+  const OptionalTensor &sums, &counts, &part_scores, &part_labels;
 };
 
 template <class T>
@@ -57,7 +57,10 @@ void assign(const SampleTensors& rows, at::TensorList tensors, const AssignResul
                                  rows.entries<T>(),
                                  mutable_pointer<double>(results.sums),
                                  mutable_pointer<int64_t>(results.counts),
-                                 results.sums ? checked_size(*results.sums) : 0};
+                                 results.sums ? checked_size(*results.sums) : 0,
+                                 results.part_labels ? checked_size(*results.part_labels) : 1,
+                                 mutable_pointer<T>(results.part_scores),
+                                 mutable_pointer<int>(results.part_labels)};
   const OnDevice on(rows.x);
   check(assign_clusters(problem, on.stream));
 }
@@ -79,9 +82,10 @@ void sum(const SampleTensors& rows, at::TensorList pieces, const Tensor& sums) {
 
 void assign_clusters(const OptionalTensors& samples, const OptionalTensor& inverse_norms, at::TensorList centers,
                      const Tensor& labels, const Tensor& distances, const Tensor& undecided,
-                     const OptionalTensor& sums, const OptionalTensor& counts) {
+                     const OptionalTensor& sums, const OptionalTensor& counts, const OptionalTensor& part_scores,
+                     const OptionalTensor& part_labels) {
   const SampleTensors rows(samples, inverse_norms);
-  const AssignResults results{labels, distances, undecided, sums, counts};
+  const AssignResults results{labels, distances, undecided, sums, counts, part_scores, part_labels};
   centers[0].scalar_type() == at::kDouble ? assign<double>(rows, centers, results)
                                           : assign<float>(rows, centers, results);
 }

@@ -35,9 +35,12 @@ struct AssignProblem {
   T* distances;         // [n]
   bool* undecided;      // [n]: within rounding the row may have another label; it is not summed
   FixedPoint<T> entries;
-  double* sums;     // [blocks, K, D], added to; null: no sums
-  int64_t* counts;  // [blocks, K]
+  double* sums;      // [blocks, K, D], added to; null: no sums
+  int64_t* counts;   // [blocks, K]
   int blocks;
+  int parts;         // of the centres: a block has one, of a tile of rows; 1 with sums
+  T* part_scores;    // [2, parts, n], workspace: the lowest and the second lowest score in each part
+  int* part_labels;  // [parts, n], workspace: of the lowest
 };
 
 // Sums of the pieces of clusters, at most 256 rows each.

@@ -31,7 +31,8 @@ LIBRARY_OF(MCL_NAMESPACE, library) {
       &mcl::find_dropped);
   library.def(
       "assign_clusters(Tensor?[] samples, Tensor(a!)? inverse_norms, Tensor[] centers, Tensor(b!) labels, "
-      "Tensor(c!) distances, Tensor(d!) undecided, Tensor(e!)? sums, Tensor(f!)? counts) -> ()",
+      "Tensor(c!) distances, Tensor(d!) undecided, Tensor(e!)? sums, Tensor(f!)? counts, Tensor(g!)? part_scores, "
+      "Tensor(h!)? part_labels) -> ()",
       &mcl::assign_clusters);
   library.def(
       "sum_pieces(Tensor?[] samples, Tensor? inverse_norms, Tensor[] pieces, Tensor(a!) sums) -> ()",

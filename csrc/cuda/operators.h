@@ -30,10 +30,12 @@ void find_dropped(at::TensorList rows, at::TensorList columns, const Tensor& dro
 
 // `samples` is [x, offset, rounding, factor, step], of which the last three are as in `FixedPoint` of kmeans_problem.h;
 // `inverse_norms` is given for cosine. `centers` is [centers, high, low, half_norms, limits] of `AssignProblem`, and
-// `pieces` is [order, begin, end] of `PieceProblem`.
+// `pieces` is [order, begin, end] of `PieceProblem`. The last two of `assign_clusters` are given if the centres are in
+// several parts.
 void assign_clusters(const OptionalTensors& samples, const OptionalTensor& inverse_norms, at::TensorList centers,
                      const Tensor& labels, const Tensor& distances, const Tensor& undecided,
-                     const OptionalTensor& sums, const OptionalTensor& counts);
+                     const OptionalTensor& sums, const OptionalTensor& counts, const OptionalTensor& part_scores,
+                     const OptionalTensor& part_labels);
 void sum_pieces(const OptionalTensors& samples, const OptionalTensor& inverse_norms, at::TensorList pieces,
                 const Tensor& sums);
 void join_pieces(const Tensor& pieces, const Tensor& begin, const Tensor& end, const Tensor& sums);

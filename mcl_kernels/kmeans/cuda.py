@@ -9,8 +9,12 @@ centres as the sum of two parts of that dtype. Products of fp32 rows, relative t
 centres, a block adds the rows of a tile to its sums while they are in the cache. With many, rows are sorted by label
 and read once more. Sums are exact: fp32 entries are added as integers. No add is atomic.
 
+Few rows against many centres: several blocks share the centres of a tile of rows, and a second kernel joins the two
+lowest scores of their parts.
+
 Memory beyond inputs and outputs: with few centres, fp64 sums for each block that runs at a time; with many, the order
-and the norms of the rows, and fp64 sums of every 256 rows.
+and the norms of the rows, and fp64 sums of every 256 rows; for few rows also 12 bytes for each row and part of the
+centres, 20 in fp64, at most 2 MiB on GPUs of up to 160 multiprocessors.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ from mcl_kernels.kmeans.centers import Centers, settle
 from mcl_kernels.kmeans.gpu_common import (
     MAX_SUMMED_CENTERS,
     MAX_SUMMED_ELEMENTS,
+    choose_parts,
     cut_into_pieces,
     fixed_point,
     make_factors,
@@ -30,7 +35,7 @@ from mcl_kernels.kmeans.gpu_common import (
     score_limits,
 )
 
-TILE_ROWS = 64  # rows of a block's tile; 32 in fp64
+TILE_EDGES = {torch.float32: 64, torch.float64: 32}  # rows, and centres, of a tile, by the dtype of scores
 HIGH_BITS = 22  # bits of the first of an fp32 entry's two integers
 
 # Fixed-point format of entries (see `fixed_point`): rounding of the last integer, scale of the first, value of 1 in the
@@ -54,7 +59,7 @@ def assign_and_sum(x: Tensor, centers: Centers) -> tuple[Tensor, Tensor, Tensor,
         if centers.cosine:
             sums += centers.sum_rows(x[index], labels[index])[0][0]
         return labels, distances, sums, counts
-    blocks = min(-(-len(x) // TILE_ROWS), programs_at_a_time(x.device))
+    blocks = min(-(-len(x) // TILE_EDGES[centers.points.dtype]), programs_at_a_time(x.device))
     sums = torch.zeros(blocks, k, width, dtype=torch.float64, device=x.device)
     counts = torch.empty(blocks, k, dtype=torch.int64, device=x.device)
     labels, distances, index, _ = _assign(x, centers, rounding, sums, counts)
@@ -68,12 +73,21 @@ def _assign(
     rounding: _Rounding = (None, None, None),
     sums: Tensor | None = None,
     counts: Tensor | None = None,
+    parts: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Labels, distances, the index of the rows that were undecided, and for cosine 1 / |x_i| of the other rows.
 
-    Fills `sums` and `counts` of each block, if given, from the decided rows.
+    Fills `sums` and `counts` of each block, if given, from the decided rows. Else a block has one of `parts` of the
+    centres, by default as many as few rows need.
     """
     points, n = centers.points, len(x)
+    part_scores = part_labels = None
+    if parts is None and sums is None:
+        edge = TILE_EDGES[points.dtype]
+        parts = choose_parts(-(-n // edge), -(-len(points) // edge), programs_at_a_time(x.device))
+    if parts is not None and parts > 1:
+        part_scores = points.new_empty(2, parts, n)
+        part_labels = torch.empty(parts, n, dtype=torch.int32, device=x.device)
     half = x.dtype.itemsize == 2 and points.dtype == torch.float32
     factors = make_factors(x, centers, half)
     limits = score_limits(x, centers, factors, "half" if half else "fp32")
@@ -83,7 +97,7 @@ def _assign(
     cuda.ops().assign_clusters(
         [x, centers.offset, *rounding], inverse_norms,
         [points.contiguous(), factors.high, factors.low, factors.half_norms, limits],
-        labels, distances, undecided, sums, counts,
+        labels, distances, undecided, sums, counts, part_scores, part_labels,
     )  # fmt: skip
     return labels, distances, settle(x, centers, labels, distances, undecided), inverse_norms
 

@@ -19,6 +19,7 @@ from mcl_kernels.kmeans.centers import Centers
 MAX_SUMMED_CENTERS, MAX_SUMMED_ELEMENTS = 32, 1 << 14
 PROGRAMS = 2  # per multiprocessor
 INTERPRETED_PROGRAMS = 2  # in total, in the interpreter on a CPU
+MAX_ROUNDS = 4  # of programs that share the centres
 PIECE_ROWS = 256  # sums of this many integers fit in 32 bits
 ENTRY_BITS = 35  # bits of an fp32 entry in fixed point
 
@@ -127,6 +128,20 @@ def programs_at_a_time(device: torch.device) -> int:
     if device.type == "cpu":
         return INTERPRETED_PROGRAMS
     return PROGRAMS * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def choose_parts(row_tiles: int, center_tiles: int, at_a_time: int) -> int:
+    """Number of parts of the centres, with a program for each part and tile of rows, of which `at_a_time` run.
+
+    It is 1 if the tiles of rows alone fill the device. Else the programs run in as many rounds, up to MAX_ROUNDS, as
+    give the least work to the busiest multiprocessor: several rounds of small parts where one leaves many without work.
+    There are at most MAX_ROUNDS x `at_a_time` programs.
+    """
+    if not 0 < row_tiles < at_a_time:
+        return 1
+    by_rounds = {rounds: -(-center_tiles // (rounds * at_a_time // row_tiles)) for rounds in range(1, MAX_ROUNDS + 1)}
+    rounds = min(by_rounds, key=lambda rounds: rounds * by_rounds[rounds])
+    return -(-center_tiles // by_rounds[rounds])
 
 
 def cut_into_pieces(labels: Tensor, clusters: int) -> Pieces:

@@ -7,10 +7,11 @@ A program finds the argmin of |c|^2 / 2 - <x, c> for tiles of rows against tiles
 N x K scores. Products of fp16 and bf16 rows are in their dtype, with centres as the sum of two parts of that dtype;
 those of fp32 rows, relative to the offset, are in three products of tf32. With few centres, the sums of a tile's rows
 are a product with its one-hot labels, while the rows are in the cache. With many, rows are sorted by label and read
-once more. Sums are exact, and no add is atomic.
+once more. Sums are exact, and no add is atomic. Few rows against many centres: several programs share the centres of a
+tile of rows (parts.py).
 
 Memory beyond inputs and outputs: with few centres, fp64 sums for each program that runs at a time; with many, the order
-and the norms of the rows, and fp64 sums of every 256 rows.
+and the norms of the rows, and fp64 sums of every 256 rows; for few rows also the scores of parts, at most 2 MiB.
 """
 
 from __future__ import annotations

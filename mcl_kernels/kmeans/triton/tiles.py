@@ -23,21 +23,20 @@ def relative_to(x, offset, width, first, FEATURES: tl.constexpr):
 
 
 @triton.jit
-def nearest_centers(
-    rows, offsets, valid, centers, clusters, width, COSINE: tl.constexpr, OPERAND: tl.constexpr,
-    ACCUMULATOR: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    FEATURES: tl.constexpr,
+def lowest_scores(
+    rows, offsets, valid, centers, first, past, clusters, width, OPERAND: tl.constexpr, ACCUMULATOR: tl.constexpr,
+    PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, FEATURES: tl.constexpr,
 ):  # fmt: skip
-    """Returns each row's nearest centre, whether it is decided, and 1 / |x| for cosine (0 if undecided), else |x|^2.
+    """Returns each row's two lowest scores of the centres from `first` to `past`, the label of the lowest, and squares.
 
-    The nearest centre has the lowest score |c|^2 / 2 - <x, c>: the first one of equal scores, centre 0 if all are NaN.
-    It is decided if rounding cannot have given the row another one. Padded centres have an infinite score.
+    The score of a centre is |c|^2 / 2 - <x, c>. The label is that of the first of equal scores, 0 if all are NaN. The
+    squares are those of the row as it is multiplied, summed. Padded centres have an infinite score.
     """
     lowest = tl.full((ROWS,), float("inf"), ACCUMULATOR)
     second = tl.full((ROWS,), float("inf"), ACCUMULATOR)
     label = tl.zeros((ROWS,), tl.int32)
     squares = tl.zeros((ROWS,), ACCUMULATOR)
-    for start in range(0, clusters, COLUMNS):
+    for start in range(first, past, COLUMNS):
         center = start + tl.arange(0, COLUMNS)
         products, squares = multiply_centers(
             rows, offsets, valid, centers, center, clusters, width,
@@ -45,12 +44,7 @@ def nearest_centers(
         )  # fmt: skip
         scores = tl.load(centers.half_norms + center)[None, :] - products
         lowest, second, label = update_lowest(lowest, second, label, scores, center, clusters)
-    decided = is_decided(lowest, second, squares, centers.limits, COSINE)
-    inverse_norm = squares
-    if COSINE:
-        decided = decided & (squares > MIN_SQUARE) & (squares < MAX_SQUARE)
-        inverse_norm = tl.where(decided, 1.0 / tl.sqrt(squares), 0.0)
-    return label, decided, inverse_norm
+    return lowest, second, label, squares
 
 
 @triton.jit
@@ -85,19 +79,78 @@ def update_lowest(lowest, second, label, scores, center, clusters):
     tile_lowest = tl.min(scores, 1)
     tile_label = tl.min(tl.where(scores == tile_lowest[:, None], center[None, :], clusters), 1)
     tile_second = tl.min(tl.where(center[None, :] == tile_label[:, None], float("inf"), scores), 1)
-    second = tl.minimum(tl.minimum(second, tile_second), tl.maximum(lowest, tile_lowest))
-    label = tl.where(tile_lowest < lowest, tile_label, label)
-    return tl.minimum(tile_lowest, lowest), second, label
+    return merge_lowest(lowest, second, label, tile_lowest, tile_second, tile_label)
 
 
 @triton.jit
-def is_decided(lowest, second, squares, limits, COSINE: tl.constexpr):
-    """Returns whether the gap between the two lowest scores is above the limit of rounding: see `score_limits`."""
+def merge_lowest(lowest, second, label, later_lowest, later_second, later_label):
+    """Returns the two lowest scores of each row, and the label of the lowest, of earlier and later centres.
+
+    Of equal scores the earlier one is the lowest.
+    """
+    second = tl.minimum(tl.minimum(second, later_second), tl.maximum(lowest, later_lowest))
+    label = tl.where(later_lowest < lowest, later_label, label)
+    return tl.minimum(later_lowest, lowest), second, label
+
+
+@triton.jit
+def decide(lowest, second, squares, limits, COSINE: tl.constexpr):
+    """Returns whether each row's label is decided, and 1 / |x| for cosine (0 if undecided), else |x|^2.
+
+    It is decided if rounding cannot have given the row another one: the gap between the two lowest scores is above the
+    limit of rounding, see `score_limits`.
+    """
     above = squares * tl.load(limits) + tl.load(limits + 1)
     bound = tl.load(limits + 2) + tl.load(limits + 3) * tl.sqrt(above)
     if not COSINE:
         bound = tl.minimum(bound, tl.load(limits + 4) * above + tl.load(limits + 5) * second)
-    return second - lowest > bound + tl.load(limits + 6) + tl.load(limits + 7) * above
+    decided = second - lowest > bound + tl.load(limits + 6) + tl.load(limits + 7) * above
+    inverse_norm = squares
+    if COSINE:
+        decided = decided & (squares > MIN_SQUARE) & (squares < MAX_SQUARE)
+        inverse_norm = tl.where(decided, 1.0 / tl.sqrt(squares), 0.0)
+    return decided, inverse_norm
+
+
+@triton.jit
+def finish_rows(
+    centers, results, partial, rows, row, valid, label, decided, inverse_norm, width,
+    COSINE: tl.constexpr, ACCUMULATOR: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, CLUSTERS: tl.constexpr,
+):  # fmt: skip
+    """Writes the results of ROWS rows, and adds the decided ones to the partial sums of the program.
+
+    A row is loaded from the cache, for its distance and its cluster's sum.
+    """
+    offsets = row * rows.stride
+    one_hot = label
+    if partial is not None:
+        program = tl.program_id(0).to(tl.int64)
+        cluster = tl.arange(0, CLUSTERS)
+        counts = partial.counts + program * CLUSTERS + cluster
+        sums = partial.sums + program * width * CLUSTERS
+        members = (label[:, None] == cluster[None, :]) & (valid & decided)[:, None]
+        one_hot = members.to(tl.float16)
+        tl.store(counts, tl.load(counts) + tl.sum(members.to(tl.int32), 0))
+    center_offsets = label.to(tl.int64) * width
+    distance = tl.zeros((ROWS,), ACCUMULATOR)
+    for first in range(0, width, CHUNK):
+        x = load_features(rows.x, offsets, valid, rows.step, width, first, CHUNK, ACCUMULATOR)
+        if COSINE:
+            x = x * inverse_norm[:, None]
+        center = load_features(centers.points, center_offsets, valid, 1, width, first, CHUNK, ACCUMULATOR)
+        distance += tl.sum((x - center) * (x - center), 1)
+        if partial is not None:
+            if not COSINE:
+                x = relative_to(x, centers.offset, width, first, CHUNK)
+            # 0 past the last row, where x is the offset, and for undecided rows: fp16 may hold neither.
+            x = tl.where((valid & decided)[:, None], x, 0.0)
+            add_to_sums(sums, x, one_hot, partial, width, first, CHUNK, CLUSTERS)
+    if COSINE:
+        distance = distance * 0.5
+        tl.store(results.inverse_norms + row, inverse_norm, mask=valid)
+    tl.store(results.undecided + row, decided == 0, mask=valid)
+    tl.store(results.labels + row, label.to(tl.int64), mask=valid)
+    tl.store(results.distances + row, distance, mask=valid)
 
 
 @triton.jit
