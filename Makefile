@@ -10,10 +10,10 @@ DOCS := .venv-docs
 DEMO_FLAGS ?=
 CASES ?=
 RUNS ?=
-GPU_TESTS := $(addprefix tests/test_,device_plan.py gpu.py kmeans.py kmeans_passes.py logsumexp.py losses.py loss_edge_cases.py loss_dtypes.py positive_ranks.py triton.py)
+GPU_TESTS := $(addprefix tests/test_,device_plan.py gpu.py kmeans.py kmeans_parts.py kmeans_passes.py logsumexp.py losses.py loss_edge_cases.py loss_dtypes.py positive_ranks.py triton.py)
 QUICK_TESTS := $(addprefix tests/test_,backends.py errors.py kmeans.py kmeans_files.py kmeans_passes.py kmeans_rows.py labelled_queue.py logsumexp.py loss_*.py losses.py objectives.py ops.py positive_ranks.py representation.py sampler.py stages.py stored_labels.py)
 QUICK := not (triton or cuda or blockwise or faiss or avx512 or avx2 or portable or ranks or compiled or peak or gradcheck)
-SANITIZED := $(addprefix tests/test_,device_plan.py logsumexp.py kmeans.py kmeans_passes.py)
+SANITIZED := $(addprefix tests/test_,device_plan.py logsumexp.py kmeans.py kmeans_parts.py kmeans_passes.py)
 SANITIZE = PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1
 
 .PHONY: demo quick fix test test-slow sanitize test-oldest test-integrations lint types docs docs-serve bench suppression gpu clean
