@@ -15,7 +15,7 @@ from mcl_kernels.kmeans import passes
 from mcl_kernels.kmeans.centers import Centers
 from mcl_kernels.kmeans.passes import Partition
 from tests import kmeans_cases
-from tests.conftest import Backend
+from tests.conftest import Backend, use_instruction_set
 from tests.hypothesis_settings import examples
 from tests.kmeans_fits import far_centers, grid_rows
 
@@ -41,6 +41,9 @@ KINDS: dict[str, Any] = {
 }
 
 
+REPEATED = ("grid", "few distinct", "sparse")  # rows too few of which differ for many clusters
+
+
 def assert_same_fit(x: Tensor, k: int, **options: Any) -> KMeans:
     """Returns the fit with bounds."""
     bounded, plain = (KMeans(k, bounds=bounds, impl="native", **options).fit(x) for bounds in (True, False))
@@ -56,9 +59,12 @@ def assert_same_fit(x: Tensor, k: int, **options: Any) -> KMeans:
 @pytest.mark.parametrize("kind", KINDS)
 @examples()
 @given(data=st.data())
-def test_every_bit_is_that_of_a_fit_without_bounds(kind: str, data: st.DataObject) -> None:
-    n, d = data.draw(st.integers(60, 1200)), data.draw(st.sampled_from([2, 5, 16, 37, 64]))
-    k = data.draw(st.sampled_from([1, 2, 3, 8, 16, 17, 40]))
+def test_every_bit_is_that_of_a_fit_without_bounds(
+    kind: str, monkeypatch: pytest.MonkeyPatch, data: st.DataObject
+) -> None:
+    use_instruction_set(data.draw(st.sampled_from(["avx512", "avx2", "portable"])), monkeypatch)
+    n, d = data.draw(st.integers(300, 1500)), data.draw(st.sampled_from([2, 5, 16, 37, 64, 150]))
+    k = data.draw(st.sampled_from([1, 2, 3, 8, 16, 17, 40, *(() if kind in REPEATED else (80, 270))]))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 999)))
     x = KINDS[kind](n, d, generator)
     dtype = data.draw(st.sampled_from([torch.float32, torch.float64, torch.bfloat16]))
@@ -70,7 +76,7 @@ def test_every_bit_is_that_of_a_fit_without_bounds(kind: str, data: st.DataObjec
 
 
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
-@pytest.mark.parametrize("k", [5, 40])
+@pytest.mark.parametrize("k", [5, 40, 200])
 def test_few_rows_are_read_when_few_move(backend: Backend, k: int, metric: str) -> None:
     if backend.impl != "native":
         pytest.skip("only the kernels for CPUs have bounds")
@@ -78,7 +84,7 @@ def test_few_rows_are_read_when_few_move(backend: Backend, k: int, metric: str) 
     fitted = assert_same_fit(x, k, metric=metric, init=x[:k], max_iter=40, tol=0)
     read = [entry["read"] for entry in fitted.history_]
     assert read[0] == 1
-    assert min(read) < 0.6
+    assert min(read) < 0.7
 
 
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])

@@ -3,38 +3,9 @@
 #pragma once
 
 #include "kmeans_few.h"
+#include "kmeans_groups.h"
 
 namespace mcl::MCL_INSTRUCTION_SET {
-
-constexpr int64_t CLUSTER_ROWS = 96;  // rows of a block: a multiple of GROUP, fits the cache with a tile of centres
-
-// A block of rows, their products with a tile of centres, and the nearest centres so far. The number of rows is padded
-// to full vectors.
-template <class T>
-struct ClusterBlock {
-  T *rows, *exact;     // [rows, stride]; [GROUP, stride]: copies of rows whose label depends on rounding
-  T* products;
-  T *score, *second;   // [rows, LANES]: the two lowest scores of each lane, which visits its centres in ascending order
-  Index<T>* center;    // [rows, LANES]: the centre of the lowest score
-  T *squares, *limit;  // [rows]: |x|^2; upper bound of the lowest score, rounding included
-  T* others;           // [rows]: lower bound of the scores of all other centres
-  int64_t *labels, *positions;  // [rows]: labels, and which rows of the data they are
-  int64_t* selected;            // [SELECTED_ROWS]
-
-  ClusterBlock(Arena& arena, int64_t stride)
-      : rows(arena.take<T>(CLUSTER_ROWS * stride)),
-        exact(arena.take<T>(GROUP * stride)),
-        products(arena.take<T>(CLUSTER_ROWS * TILE_STRIDE<T>)),
-        score(arena.take<T>(CLUSTER_ROWS * LANES<T>)),
-        second(arena.take<T>(CLUSTER_ROWS * LANES<T>)),
-        center(arena.take<Index<T>>(CLUSTER_ROWS * LANES<T>)),
-        squares(arena.take<T>(CLUSTER_ROWS)),
-        limit(arena.take<T>(CLUSTER_ROWS)),
-        others(arena.take<T>(CLUSTER_ROWS)),
-        labels(arena.take<int64_t>(CLUSTER_ROWS)),
-        positions(arena.take<int64_t>(CLUSTER_ROWS)),
-        selected(arena.take<int64_t>(SELECTED_ROWS)) {}
-};
 
 template <class T>
 int64_t cluster_workspace_bytes(int64_t width) {
@@ -43,8 +14,6 @@ int64_t cluster_workspace_bytes(int64_t width) {
   ClusterBlock<T>(many, padded_width<T>(width));
   return larger(few.bytes(), many.bytes());
 }
-
-constexpr int64_t UNDECIDED = -1;  // the label of a row if another one is possible within rounding
 
 // Multiplies rows first .. first + rows - 1 of the block by a tile of centres, into the first rows of its products. A
 // row is summed in the same order whatever its position.
@@ -79,9 +48,7 @@ void find_labels(const Clusters<T>& clusters, const PackedCenters<T>& centers, c
   const ScoreErrors<T> error = score_errors(centers, clusters.width, load<V>(block.squares + first));
   const V limit = lowest + error(lowest);
   store(block.limit + first, limit);
-  const V others = second - error(second);
-  store(block.others + first, others);
-  const Mask<T> decided = others > limit;
+  const Mask<T> decided = second - error(second) > limit;
   for (int64_t i = 0; i < LANES<T>; i++) block.labels[first + i] = decided[i] ? int64_t(label[i]) : UNDECIDED;
 }
 
@@ -151,8 +118,8 @@ void decide(const Clusters<T>& clusters, const PackedCenters<T>& centers, const 
 // Loads rows into the block until it is full, from number `next` of the `count` selected rows on. Leaves out those that
 // keep their label, as their bounds prove with the distance to its centre. Returns the number of rows in the block.
 template <class T>
-int64_t load_block(const Clusters<T>& clusters, const PackedCenters<T>& centers, const ClusterBlock<T>& block,
-                   int64_t& next, int64_t count) {
+int64_t load_block(const Clusters<T>& clusters, const PackedCenters<T>& centers, const Groups<T>& groups,
+                   const ClusterBlock<T>& block, int64_t& next, int64_t count) {
   int64_t rows = 0;
   for (; next < count && rows < CLUSTER_ROWS; next++) {
     const int64_t row = block.selected[next];
@@ -160,9 +127,11 @@ int64_t load_block(const Clusters<T>& clusters, const PackedCenters<T>& centers,
       prefetch_row(clusters.rows, block.selected[next + PREFETCH_ROWS], clusters.width);
     T* x = block.rows + rows * centers.stride;
     const T squares = load_cluster_row(clusters, row, centers, x);
+    block.needed[rows] = (uint32_t(1) << groups.groups) - 1;
     if (clusters.shifts && clusters.followed[row] >= 0) {
       const T distance = distance_to_center(clusters, centers, row, x, squares, clusters.followed[row], block.exact);
-      if (tighten_bounds(clusters, centers, row, squares, distance)) {
+      block.needed[rows] = tighten_bounds(clusters, centers, groups, row, squares, distance);
+      if (!block.needed[rows]) {
         clusters.distances[row] = distance;
         continue;
       }
@@ -181,16 +150,20 @@ void cluster_rows(const Clusters<T>& clusters, char* packed, int64_t begin, int6
                   char* workspace) {
   Arena center_arena(packed), block_arena(workspace);
   const PackedCenters<T> centers(center_arena, clusters.width, clusters.centers);
+  const GroupShifts<T> shifts(clusters, centers.columns);
   if (clusters.centers <= FEW) {
-    cluster_rows_to_few(clusters, centers, FewBlock<T>(block_arena, centers.stride), begin, end, sums, counts);
+    cluster_rows_to_few(clusters, centers, shifts, FewBlock<T>(block_arena, centers.stride), begin, end, sums, counts);
     return;
   }
   const ClusterBlock<T> block(block_arena, centers.stride);
   for (int64_t first = begin; first < end; first += SELECTED_ROWS) {
-    const int64_t count = select_rows(clusters, first, smaller(end, first + SELECTED_ROWS), block.selected);
+    const int64_t count = select_rows(clusters, shifts, first, smaller(end, first + SELECTED_ROWS), block.selected);
     for (int64_t next = 0; next < count;) {
-      const int64_t rows = load_block(clusters, centers, block, next, count);
-      find_nearest(clusters, centers, block, rows);
+      const int64_t rows = load_block(clusters, centers, shifts.groups, block, next, count);
+      if (clusters.upper)
+        find_nearest_in_groups(clusters, centers, shifts.groups, block, rows);
+      else
+        find_nearest(clusters, centers, block, rows);
       for (int64_t i = 0; i < rows; i += GROUP) decide(clusters, centers, block, i, smaller(GROUP, rows - i));
       for (int64_t i = 0; i < rows; i++) {
         // A pass is memory-bound: prefetch the next block while this one is computed.
@@ -200,8 +173,8 @@ void cluster_rows(const Clusters<T>& clusters, char* packed, int64_t begin, int6
         const T distance = distance_to_center(clusters, centers, row, x, block.squares[i], label, block.exact);
         clusters.distances[row] = distance;
         if (clusters.upper)
-          set_bounds(clusters, centers, row, block.squares[i], distance, T(0), block.others[i] > block.limit[i],
-                     block.others[i]);
+          clusters.upper[row] = upper_bound(clusters, BoundErrors::of(clusters, centers, block.squares[i]),
+                                            block.squares[i], distance, T(0));
         if (clusters.labels) clusters.labels[row] = label;
         if (sums) follow_row(clusters, row, label, x, sums, counts);
         else if (clusters.followed) clusters.followed[row] = int32_t(label);

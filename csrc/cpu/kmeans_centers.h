@@ -145,6 +145,22 @@ ScoreErrors<T> score_errors(const PackedCenters<T>& centers, int64_t width, Vect
   return {largest * load<Vector<T>>(norms) + largest * largest / 2, squares, relative, minimum};
 }
 
+// The same of one row.
+template <class T>
+struct RowErrors {
+  T largest_bound, squares, relative, minimum;
+
+  T operator()(T score) const {
+    return relative * smaller(largest_bound, 4 * squares + 3 * score) + minimum;
+  }
+};
+
+template <class T>
+RowErrors<T> score_errors(const PackedCenters<T>& centers, int64_t width, T squares) {
+  const ScoreErrors<T> errors = score_errors(centers, width, broadcast(squares));
+  return {errors.largest_bound[0], squares, errors.relative, errors.minimum};
+}
+
 // A row as stored, for distances computed from differences in fp64.
 template <class T>
 struct ExactRow {

@@ -180,12 +180,15 @@ void cluster_few(const Clusters<T>& clusters, const PackedCenters<T>& centers, c
       }
       distance[i] = distance_to_center(clusters, centers, row, x, squares, int64_t(label[i]), block.exact);
     }
-    const V score_error = 2 * error(score), others = second - error(second);
+    const V score_error = 2 * error(score), lowest = score - error(score), others = second - error(second);
     for (int64_t i = 0; i < rows; i++) {
       const int64_t row_label = int64_t(label[i]), row = row_at(i);
       clusters.distances[row] = distance[i];
-      if (clusters.upper)
-        set_bounds(clusters, centers, row, norms[i], distance[i], score_error[i], decided[i] != 0, others[i]);
+      if (clusters.upper) {
+        const BoundErrors errors = BoundErrors::of(clusters, centers, norms[i]);
+        clusters.upper[row] = upper_bound(clusters, errors, norms[i], distance[i], score_error[i]);
+        clusters.lower[row] = lower_bound(clusters, errors, norms[i], decided[i] ? others[i] : lowest[i]);
+      }
       if (clusters.labels) clusters.labels[row] = row_label;
       if (!sums && clusters.followed) clusters.followed[row] = int32_t(row_label);
       if (!sums || (clusters.followed && clusters.followed[row] == row_label)) continue;
@@ -199,11 +202,11 @@ void cluster_few(const Clusters<T>& clusters, const PackedCenters<T>& centers, c
 
 // Assigns and adds rows like cluster_rows, with at most FEW centres.
 template <class T>
-void cluster_rows_to_few(const Clusters<T>& clusters, const PackedCenters<T>& centers, const FewBlock<T>& block,
-                         int64_t begin, int64_t end, double* sums, int64_t* counts) {
+void cluster_rows_to_few(const Clusters<T>& clusters, const PackedCenters<T>& centers, const GroupShifts<T>& shifts,
+                         const FewBlock<T>& block, int64_t begin, int64_t end, double* sums, int64_t* counts) {
   for (int64_t first = begin; first < end; first += SELECTED_ROWS) {
     const int64_t last = smaller(end, first + SELECTED_ROWS);
-    const int64_t count = clusters.shifts ? select_rows(clusters, first, last, block.selected) : last - first;
+    const int64_t count = clusters.shifts ? select_rows(clusters, shifts, first, last, block.selected) : last - first;
     // Nearly all rows are read faster in place.
     if (4 * count > 3 * (last - first))
       cluster_few(clusters, centers, block, nullptr, first, last, sums, counts);

@@ -64,6 +64,8 @@ struct Earlier {
 
 template <class T>
 void set_earlier(const Earlier& earlier, int64_t n, int64_t k, Clusters<T>& clusters) {
+  clusters.groups = earlier.lower ? earlier.lower->size(1) : 0;
+  TORCH_CHECK(clusters.groups <= (k <= 16 ? 1 : MAX_GROUPS - 1), "too many groups of bounds: got ", clusters.groups);
   const auto memory = [](const OptionalTensor& x, int64_t size) -> float* {
     if (!x) return nullptr;
     TORCH_CHECK(x->is_contiguous() && x->numel() == size && x->scalar_type() == at::kFloat,
@@ -76,18 +78,8 @@ void set_earlier(const Earlier& earlier, int64_t n, int64_t k, Clusters<T>& clus
               "shifts need bounds, and bounds followed labels");
   clusters.followed = earlier.labels ? earlier.labels->mutable_data_ptr<int32_t>() : nullptr;
   clusters.upper = memory(earlier.upper, n);
-  clusters.lower = memory(earlier.lower, n);
+  clusters.lower = memory(earlier.lower, n * clusters.groups);
   clusters.shifts = memory(earlier.shifts, k);
-  for (int64_t j = 0; clusters.shifts && j < k; j++) {
-    const float shift = clusters.shifts[j];
-    if (shift > clusters.largest_shift) {
-      clusters.other_shift = clusters.largest_shift;
-      clusters.largest_shift = shift;
-      clusters.farthest = j;
-    } else {
-      clusters.other_shift = std::max(clusters.other_shift, shift);
-    }
-  }
 }
 
 template <class T>

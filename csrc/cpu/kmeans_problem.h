@@ -5,6 +5,8 @@
 
 namespace mcl {
 
+constexpr int64_t MAX_GROUPS = 16;
+
 // One pass over rows [N, D]. T, the type of products and distances, is float or double.
 template <class T>
 struct Clusters {
@@ -18,10 +20,10 @@ struct Clusters {
   int32_t* followed;       // [N], or null: labels of an earlier pass, -1 for none. Replaced by the labels of this pass;
                            // sums and counts then are the changes since the earlier pass
   T* distances;            // [N], to the centre of the label; NaN for a row that was not read
-  float *upper, *lower;    // [N], or null: bounds of the distance to the centre of the label, and to the other centres
+  float *upper, *lower;    // [N], [N, groups], or null: bounds of the distance to the centre of the label, and to the
+                           // other centres of each group
+  int64_t groups;          // at most MAX_GROUPS; 1 for at most FEW centres
   const float* shifts;     // [K], bounds of the distances that the centres moved since; null: only set the bounds
-  float largest_shift, other_shift;  // the largest shift, and the largest of the centres but `farthest`
-  int64_t farthest;
   bool every_distance;     // find the distances of rows that keep their label, too
 };
 

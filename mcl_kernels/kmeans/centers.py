@@ -45,6 +45,8 @@ SCALE_BITS = 24  # bits of a column's scale that sums keep, as many as fp32 has
 MIN_FAR, MAX_FAR = 2.0**8, 2.0**11
 MIN_EXPONENT = -960
 MIN_FP32_DIFFERENCE = 2.0**-40  # fp32 still resolves the squares of such differences
+FEW_CENTERS = 16  # have one group
+GROUPED_CENTERS, MAX_GROUPS = 24, 15  # centres of a group of bounds, unless there would be too many groups
 NEAR = 2.0**-12  # squared distances of unit rows below it are affected by the rounding of the rows
 
 
@@ -60,11 +62,19 @@ class Summary(NamedTuple):
 class Bounds(NamedTuple):
     """Bounds of the distances, not squared, of each row: to the centre of its label and to every other centre.
 
-    They are Hamerly's (2010), widened past rounding.
+    With one group of centres they are Hamerly's (2010), with more those of Yinyang k-means (Ding et al. 2015), widened
+    past rounding.
     """
 
     upper: Tensor  # fp32 [N], at least the distance to the centre of the label; infinite: unknown
-    lower: Tensor  # fp32 [N], at most the distance to any other centre
+    lower: Tensor  # fp32 [N, groups], at most the distance to any other centre of a group
+
+    @classmethod
+    def unknown(cls, rows: int, clusters: int, device: torch.device) -> Bounds:
+        """Returns bounds that prove nothing."""
+        groups = max(1, min(clusters // GROUPED_CENTERS, MAX_GROUPS)) if clusters > FEW_CENTERS else 1
+        upper = torch.full((rows,), math.inf, dtype=torch.float32, device=device)
+        return cls(upper, torch.zeros(rows, groups, dtype=torch.float32, device=device))
 
     def of(self, rows: slice) -> Bounds:
         """Returns the bounds of a chunk of rows."""

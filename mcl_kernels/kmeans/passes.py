@@ -68,8 +68,7 @@ class Partition:
         self.measures = int(data.team.total(measures)[0]) == data.team.size
         self.bounds: Bounds | None = None
         if self.measures and problem.bounds:
-            unknown = torch.full((len(data.held),), math.inf, dtype=torch.float32, device=data.device)
-            self.bounds = Bounds(unknown, torch.zeros_like(unknown))
+            self.bounds = Bounds.unknown(len(data.held), n_clusters, data.device)
         self.squares: float | None = None  # None: unknown, or too large for the digits of the objective
         self.measured = 0.0  # the objective of the pass that `squares` comes from
         self.is_measured = True  # the last objective comes from distances

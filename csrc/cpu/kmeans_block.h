@@ -1,0 +1,44 @@
+// A block of rows that are compared with many centres.
+#pragma once
+
+#include "kmeans_bounds.h"
+
+namespace mcl::MCL_INSTRUCTION_SET {
+
+constexpr int64_t CLUSTER_ROWS = 96;  // rows of a block: a multiple of GROUP, fits the cache with a tile of centres
+
+// A block of rows, their products with a tile of centres, and the nearest centres so far. The number of rows is padded
+// to full vectors.
+template <class T>
+struct ClusterBlock {
+  T *rows, *exact;     // [rows, stride]; [GROUP, stride]: copies of rows whose label depends on rounding
+  T* products;
+  T *score, *second;   // [rows, LANES]: the two lowest scores of each lane, which visits its centres in ascending order
+  Index<T>* center;    // [rows, LANES]: the centre of the lowest score
+  T *squares, *limit;  // [rows]: |x|^2; upper bound of the lowest score, rounding included
+  int64_t *labels, *positions;  // [rows]: labels, and which rows of the data they are
+  int64_t* selected;            // [SELECTED_ROWS]
+  int64_t* listed;              // [rows]: rows of the block that a group of centres is compared with
+  uint32_t* needed;             // [rows]: a bit for each group of centres that the row is compared with
+  T* group_scores;              // [rows, MAX_GROUPS]: the lowest score of each of them, without that of the label
+
+  ClusterBlock(Arena& arena, int64_t stride)
+      : rows(arena.take<T>(CLUSTER_ROWS * stride)),
+        exact(arena.take<T>(GROUP * stride)),
+        products(arena.take<T>(CLUSTER_ROWS * TILE_STRIDE<T>)),
+        score(arena.take<T>(CLUSTER_ROWS * LANES<T>)),
+        second(arena.take<T>(CLUSTER_ROWS * LANES<T>)),
+        center(arena.take<Index<T>>(CLUSTER_ROWS * LANES<T>)),
+        squares(arena.take<T>(CLUSTER_ROWS)),
+        limit(arena.take<T>(CLUSTER_ROWS)),
+        labels(arena.take<int64_t>(CLUSTER_ROWS)),
+        positions(arena.take<int64_t>(CLUSTER_ROWS)),
+        selected(arena.take<int64_t>(SELECTED_ROWS)),
+        listed(arena.take<int64_t>(CLUSTER_ROWS)),
+        needed(arena.take<uint32_t>(CLUSTER_ROWS)),
+        group_scores(arena.take<T>(CLUSTER_ROWS * MAX_GROUPS)) {}
+};
+
+constexpr int64_t UNDECIDED = -1;  // the label of a row if another one is possible within rounding
+
+}  // namespace mcl::MCL_INSTRUCTION_SET
