@@ -39,16 +39,16 @@ class KMeans(Saveable):
     others. If rounding could decide which centre is nearest, distances are computed from differences in fp64. All
     distances are computed in fp64 if their squares would leave the range of fp32.
 
-    Every iteration reads every row once. Sums over the data are fp64 and exact: the same for any number of threads and
+    An iteration reads the rows whose label may change. Sums over the data are fp64 and exact: the same for any number of threads and
     any chunks. Random numbers come from a separate generator, so that the same seed gives the same clusters and
-    PyTorch's global random state does not change. Memory beyond the data: N labels twice, of 4 and 8 bytes; two copies
-    of the sample for the initialisation, three for cosine; two chunks of 64 MiB if the data is not a tensor or an
+    PyTorch's global random state does not change. Memory beyond the data: N labels twice, of 4 and 8 bytes; with bounds
+    8 bytes for each row, and above K = 16 4 (1 + K / 24), at most 64; two copies of the sample for the initialisation, three for cosine; two chunks of 64 MiB if the data is not a tensor or an
     array; N labels and distances more if a cluster is empty.
 
     With a `group`, each rank passes its shard of the rows, and all ranks fit together. The clusters are those of one
     process with the shards one after the other and the same seed, bit for bit if the ranks run the same build on the
     same kind of CPU or GPU; objectives and inertia are equal to rounding. An iteration is one all-reduce of
-    K D + K + 2 fp64 elements (one for each mini-batch) and a broadcast of one. In the memory above, N is then the rows
+    K D + K + 3 fp64 elements (one for each mini-batch) and at most three broadcasts of one. In the memory above, N is then the rows
     of the shard. Every rank holds the sample, but only the first one computes with it.
 
     Args:
@@ -66,6 +66,8 @@ class KMeans(Saveable):
             replacement (chunks of an iterable: in their order).
         empty: "split": an empty cluster takes the farthest row of the largest one. Counted in `history_`.
         seed: seed of the random numbers.
+        bounds: skip rows that keep their label, as bounds of their distances prove (impl="native"; others read all
+            rows). The result is the same, bit for bit.
         impl: "native" (C++ kernels, on a CPU), "triton" (kernels for CUDA), "cuda" (CUDA C++ kernels, if the
             installation built them), "reference" (PyTorch by tiles) or "auto": the first of them that runs on the
             device of the data. `capabilities()` lists what is unavailable, and why.
@@ -80,7 +82,7 @@ class KMeans(Saveable):
         n_iter_: number of iterations of the best restart.
         init_rows_: number of rows of the sample for the initialisation; 0 if centres were given.
         history_: a dictionary for each iteration of the best restart: objective, shift, seconds, imbalance (size of the
-            largest cluster over the mean size), splits.
+            largest cluster over the mean size), splits, read (share of the rows that was read).
 
     Raises:
         TypeError, ValueError: invalid arguments; rows with NaN or infinity (the error names the first one), or with
@@ -89,7 +91,8 @@ class KMeans(Saveable):
             an iterable. If one rank cannot read its rows it raises the cause, and the others a ValueError that names
             the rank.
 
-    Source: Lloyd 1982; Arthur and Vassilvitskii 2007 for the initialisation; Sculley 2010 for mini-batches.
+    Source: Lloyd 1982; Arthur and Vassilvitskii 2007 for the initialisation; Hamerly 2010 and Ding et al. 2015 for the
+    bounds; Sculley 2010 for mini-batches.
 
     Example:
         >>> x = torch.tensor([[0.0, 0.0], [0.0, 1.0], [9.0, 9.0], [9.0, 8.0]])
