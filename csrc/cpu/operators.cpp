@@ -20,6 +20,10 @@ TORCH_LIBRARY(mcl_kernels_native, library) {
   library.def(
       "assign_clusters(Tensor x, Tensor[] centers, bool cosine, bool with_sums, Tensor(a!)? followed) "
       "-> (Tensor, Tensor, Tensor, Tensor)");
+  library.def("code_rows(Tensor x, Tensor offset) -> (Tensor, Tensor)");
+  library.def(
+      "add_center(Tensor x, Tensor offset, Tensor[] codes, Tensor candidates, Tensor centers, Tensor(a!) nearest, "
+      "Tensor(b!) labels, int compared) -> (int, int)");
   library.def("instruction_set() -> str", &mcl::instruction_set);
 }
 
@@ -30,4 +34,6 @@ TORCH_LIBRARY_IMPL(mcl_kernels_native, CPU, library) {
   library.impl("unit_rows", &mcl::unit_rows);
   library.impl("unit_rows_backward", &mcl::unit_rows_backward);
   library.impl("assign_clusters", &mcl::assign_clusters);
+  library.impl("code_rows", &mcl::code_rows);
+  library.impl("add_center", &mcl::add_center);
 }
