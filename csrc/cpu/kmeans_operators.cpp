@@ -91,7 +91,7 @@ ClusterPass assign(const Tensor& x, const Tensor& points, const Tensor& offset, 
   return std::tuple_cat(std::tuple(labels, distances), sums.total());
 }
 
-constexpr int64_t MIN_THREAD_ELEMENTS = 1 << 24;  // a thread multiplies them in about a millisecond
+constexpr int64_t MIN_CODED = 1 << 20, MIN_COMPARED = 1 << 25;  // elements of a thread: about a millisecond
 
 template <class T>
 std::tuple<Tensor, Tensor> code(const Tensor& x, const Tensor& offset) {
@@ -103,7 +103,7 @@ std::tuple<Tensor, Tensor> code(const Tensor& x, const Tensor& offset) {
   const T *row_data = rows.const_data_ptr<T>(), *offset_data = dense_offset.const_data_ptr<T>();
   int8_t* code_data = codes.mutable_data_ptr<int8_t>();
   auto* constant_data = reinterpret_cast<RowCode<T>*>(constants.mutable_data_ptr<T>());
-  const int64_t threads = std::max<int64_t>(std::min(thread_count(), n * width / MIN_THREAD_ELEMENTS), 1);
+  const int64_t threads = std::max<int64_t>(std::min(thread_count(), n * width / MIN_CODED), 1);
   parallel_for(threads, [&](int64_t thread) {
     kernels.code_rows(row_data, rows.stride(0), offset_data, width, stride, n * thread / threads,
                       n * (thread + 1) / threads, code_data, constant_data);
@@ -119,13 +119,13 @@ struct SeedingMemory {
 
   SeedingMemory(Seeding<T>& seeding, int64_t padded)
       : candidates(2 * padded * seeding.stride * sizeof(T)),
-        doubles(2 * padded + std::max<int64_t>(seeding.centers, 1) * (seeding.candidate_count + 1)) {
-    seeding.candidates = reinterpret_cast<T*>(candidates.data);
-    seeding.relative = seeding.candidates + padded * seeding.stride;
+        doubles(2 * padded + std::max<int64_t>(seeding.centers, 1) * (seeding.candidates + 1)) {
+    seeding.stored = reinterpret_cast<T*>(candidates.data);
+    seeding.relative = seeding.stored + padded * seeding.stride;
     seeding.squares = doubles.data();
     seeding.norms = seeding.squares + padded;
-    seeding.lowest_limits = seeding.norms + padded;
-    seeding.limits = seeding.lowest_limits + std::max<int64_t>(seeding.centers, 1);
+    seeding.lowest = seeding.norms + padded;
+    seeding.limits = seeding.lowest + std::max<int64_t>(seeding.centers, 1);
   }
 };
 
@@ -163,7 +163,7 @@ std::tuple<int64_t, int64_t> add_best(const Tensor& x, const Tensor& offset, at:
   seeding.centers = centers.size(0);
   seeding.nearest = nearest_data;
   seeding.labels = label_data;
-  seeding.candidate_count = count;
+  seeding.candidates = count;
   seeding.stride = kernels.seeding_stride(seeding.width);
   const SeedingMemory<T> memory(seeding, (count + 7) / 8 * 8);
   kernels.begin_seeding_step(seeding, candidates.const_data_ptr<int64_t>(), centers.const_data_ptr<int64_t>());
@@ -171,7 +171,7 @@ std::tuple<int64_t, int64_t> add_best(const Tensor& x, const Tensor& offset, at:
   std::vector<double> gains(blocks * count);
   std::vector<SeedingCounts> counts(blocks);
   std::vector<NearerRows> nearer(blocks);
-  const int64_t useful_threads = compared * seeding.width * count / MIN_THREAD_ELEMENTS;
+  const int64_t useful_threads = compared * seeding.width * count / MIN_COMPARED;
   const int64_t threads = std::max<int64_t>(std::min({thread_count(), blocks, useful_threads}), 1);
   std::atomic<int64_t> next{0};
   parallel_for(threads, [&](int64_t) {

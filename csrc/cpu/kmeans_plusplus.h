@@ -1,9 +1,9 @@
-// A step of greedy k-means++: the rows that each candidate is nearer to than the centres so far.
+// A step of greedy k-means++: finds the rows that are nearer to a candidate than to the centres so far.
 //
-// Distances are sums of squared differences: those of equal rows are 0, and no distance loses digits to an offset of the
-// data. Two bounds decide without the row, and leave every result as it would be without them. A row x with nearest
-// centre c is no nearer to a candidate q if |q - c| >= 2 |x - c|. Of the other rows, a code is multiplied by q, which
-// takes a quarter of the bytes of fp32: the row relative to the offset is scale times code plus an error e, so that
+// Distances are sums of squared differences: those of equal rows are 0, and none loses digits to an offset of the data.
+// Two bounds avoid reading a row; results have the same bits without them. A row x with nearest centre c is no nearer
+// to a candidate q if |q - c| >= 2 |x - c|. Other rows are first compared by their codes, one byte an element. The row
+// relative to the offset is scale * code + e, so that
 //     |x - q|^2 >= |x|^2 + |q|^2 - 2 (scale <code, q> + |e| |q|)
 #pragma once
 
@@ -14,6 +14,7 @@ namespace mcl::MCL_INSTRUCTION_SET {
 constexpr int64_t CANDIDATES_AT_ONCE = 4;                                      // that are subtracted from a row
 constexpr int64_t CODES_AT_ONCE = 2, CODED_CANDIDATES = MCL_VECTOR_BYTES / 8;  // whose sums are held in registers
 constexpr int64_t CODE_CHUNK = MCL_VECTOR_BYTES;                               // elements coded in a vector of words
+constexpr int64_t CODES_AHEAD = 8;                                             // are prefetched
 constexpr int CODE_LIMIT = 127;
 
 // Bound of the relative error of a sum of `width` products or squares, in lanes.
@@ -41,7 +42,7 @@ inline void seeding_distances(const Seeding<T>& seeding, const T* x, const int64
   const int64_t width = seeding.width;
   const T* candidates[CANDIDATES_AT_ONCE];
   for (int64_t j = 0; j < CANDIDATES_AT_ONCE; j++)
-    candidates[j] = seeding.candidates + index[smaller(j, count - 1)] * seeding.stride;
+    candidates[j] = seeding.stored + index[smaller(j, count - 1)] * seeding.stride;
   V sums[CANDIDATES_AT_ONCE] = {};
   const auto add = [&](int64_t d, V elements) {
 #pragma GCC unroll 4
@@ -135,16 +136,20 @@ inline Vector<T> byte_of_words(Mask<T> words, int64_t byte) {
   return (Vector<T>)bits - (POWER + (CODE_LIMIT + 1));
 }
 
-// Multiplies CODES_AT_ONCE codes by CODED_CANDIDATES candidates: products [CODES_AT_ONCE, CODED_CANDIDATES].
+// Multiplies CODES_AT_ONCE codes by CODED_CANDIDATES candidates: products [CODES_AT_ONCE, CODED_CANDIDATES]. Prefetches
+// other codes.
 template <class T>
-inline void multiply_codes(const int8_t* const* codes, const T* candidates, int64_t stride, int64_t width,
-                           T* products) {
+inline void multiply_codes(const int8_t* const* codes, const int8_t* const* next, const T* candidates, int64_t stride,
+                           int64_t width, T* products) {
   using V = Vector<T>;
   V sums[CODES_AT_ONCE][CODED_CANDIDATES] = {};
   for (int64_t d = 0; d < width; d += MCL_VECTOR_BYTES) {
     Mask<T> words[CODES_AT_ONCE];
 #pragma GCC unroll 2
-    for (int64_t i = 0; i < CODES_AT_ONCE; i++) words[i] = load<Mask<T>>(codes[i] + d);
+    for (int64_t i = 0; i < CODES_AT_ONCE; i++) {
+      words[i] = load<Mask<T>>(codes[i] + d);
+      __builtin_prefetch(next[i] + d);
+    }
 #pragma GCC unroll 8
     for (int64_t byte = 0; byte < int64_t(sizeof(T)); byte++) {
       V elements[CODES_AT_ONCE];
@@ -175,9 +180,9 @@ int64_t seeding_stride(int64_t width) {
 // Copies the candidates, and computes the limits of each centre.
 template <class T>
 void begin_seeding_step(const Seeding<T>& seeding, const int64_t* candidate_rows, const int64_t* center_rows) {
-  const int64_t width = seeding.width, count = seeding.candidate_count, stride = seeding.stride;
+  const int64_t width = seeding.width, count = seeding.candidates, stride = seeding.stride;
   for (int64_t j = 0; j < round_up(count, 8); j++) {
-    T *to = seeding.candidates + j * stride, *relative = seeding.relative + j * stride;
+    T *to = seeding.stored + j * stride, *relative = seeding.relative + j * stride;
     const T* from = seeding.rows + candidate_rows[smaller(j, count - 1)] * seeding.row_stride;
     double squares = 0;
     for (int64_t d = 0; d < stride; d++) {
@@ -201,7 +206,7 @@ void begin_seeding_step(const Seeding<T>& seeding, const int64_t* candidate_rows
       limits[j] /= 4 * margin;
       lowest = smaller(lowest, limits[j]);
     }
-    seeding.lowest_limits[c] = lowest;
+    seeding.lowest[c] = lowest;
   }
 }
 
@@ -224,17 +229,18 @@ SeedingRows compare_codes(const Seeding<T>& seeding, const SeedingRows& all) {
   SeedingRows left;
   for (int64_t r = 0; r < all.count; r += CODES_AT_ONCE) {
     const int64_t rows = smaller(CODES_AT_ONCE, all.count - r);
-    const int8_t* codes[CODES_AT_ONCE];
+    const int8_t *codes[CODES_AT_ONCE], *next[CODES_AT_ONCE];
     uint64_t candidates[CODES_AT_ONCE], any = 0;
     for (int64_t i = 0; i < CODES_AT_ONCE; i++) {
       codes[i] = seeding.codes + all.rows[r + smaller(i, rows - 1)] * seeding.code_stride;
+      next[i] = seeding.codes + all.rows[smaller(r + i + CODES_AHEAD, all.count - 1)] * seeding.code_stride;
       candidates[i] = i < rows ? all.candidates[r + i] : 0;
       any |= candidates[i];
     }
-    for (int64_t j = 0; j < seeding.candidate_count; j += CODED_CANDIDATES) {
+    for (int64_t j = 0; j < seeding.candidates; j += CODED_CANDIDATES) {
       if (!(any >> j & ((1 << CODED_CANDIDATES) - 1))) continue;
       T products[CODES_AT_ONCE * CODED_CANDIDATES];
-      multiply_codes(codes, seeding.relative + j * seeding.stride, seeding.stride,
+      multiply_codes(codes, next, seeding.relative + j * seeding.stride, seeding.stride,
                      round_up(seeding.width, CODE_CHUNK), products);
       for (int64_t i = 0; i < rows; i++) {
         const int64_t row = all.rows[r + i];
@@ -253,25 +259,24 @@ SeedingRows compare_codes(const Seeding<T>& seeding, const SeedingRows& all) {
   return left;
 }
 
-// Compares rows begin .. end - 1, at most SEEDING_ROWS, with the candidates. Writes those that are nearer to one of them
-// than to the centres, and their distances, infinite where a candidate is not nearer; adds to `gains` how much each
-// candidate would lower the sum of the nearest distances.
+// Compares rows begin .. end - 1, at most SEEDING_ROWS, with the candidates. Writes the rows that are nearer to one of
+// them than to the centres, and their distances, infinite where a candidate is not nearer. Adds to `gains` how much
+// each candidate would lower the sum of the nearest distances.
 template <class T>
 SeedingCounts compare_with_candidates(const Seeding<T>& seeding, int64_t begin, int64_t end, int64_t* nearer,
                                       double* distances, double* gains) {
-  const int64_t candidates = seeding.candidate_count;
+  const int64_t candidates = seeding.candidates;
   SeedingRows left;
   for (int64_t i = begin; i < end; i++) {
     const double nearest = seeding.nearest[i];
-    if (!(nearest > seeding.lowest_limits[seeding.labels[i]])) continue;
+    if (!(nearest > seeding.lowest[seeding.labels[i]])) continue;
     const double* limits = seeding.limits + seeding.labels[i] * candidates;
     uint64_t row_candidates = 0;
     for (int64_t j = 0; j < candidates; j++) row_candidates |= uint64_t(nearest > limits[j]) << j;
     left.add(i, row_candidates);
   }
-  SeedingCounts counts{left.count, 0, 0};
+  SeedingCounts counts{left.count, 0};
   if (seeding.codes) left = compare_codes(seeding, left);
-  counts.read = left.count;
   const auto row_address = [&](int64_t r) { return seeding.rows + left.rows[r] * seeding.row_stride; };
   for (int64_t r = 0; r < left.count; r++) {
     const char* next = reinterpret_cast<const char*>(row_address(smaller(r + 2, left.count - 1)));

@@ -18,7 +18,8 @@ from mcl_kernels.kmeans.passes import Problem
 SAMPLE_ROWS = 1 << 16
 SAMPLE_ELEMENTS = 1 << 25
 SAMPLE_ROWS_PER_CLUSTER = 16
-MIN_CODED_WIDTH = 64  # shorter rows take few cache lines themselves
+# Codes of a byte an element save reads of rows, except of short ones. Making them takes as long as about ten steps.
+MIN_CODED_WIDTH, MIN_CODED_CLUSTERS = 64, 16
 
 _log = logging.getLogger(__name__)
 
@@ -46,7 +47,12 @@ def initial_centers(problem: Problem, sample: Tensor, n_clusters: int, init: str
         chosen = torch.randperm(len(sample), generator=generator, device="cpu")[:n_clusters]
         return problem.as_points(sample[chosen.to(sample.device)])
     x = problem.as_points(sample)
-    steps = (_NativeSteps if native.unavailable_reason(x.device) is None else _TorchSteps)(x, problem.summary.offset)
+    steps: _NativeSteps | _TorchSteps
+    if native.unavailable_reason(x.device) is None:
+        coded = x.shape[1] >= MIN_CODED_WIDTH and n_clusters >= MIN_CODED_CLUSTERS
+        steps = _NativeSteps(x, problem.summary.offset, coded)
+    else:
+        steps = _TorchSteps(x, problem.summary.offset)
     n_candidates = 2 + int(math.log(n_clusters))
     centers = torch.randint(len(x), (1,), generator=generator, device="cpu").to(x.device)
     steps.add_best(centers, centers[:0])
@@ -66,9 +72,9 @@ def initial_centers(problem: Problem, sample: Tensor, n_clusters: int, init: str
 class _NativeSteps:
     """Steps of greedy k-means++ by the C++ kernels, which skip rows that no candidate is nearer to."""
 
-    def __init__(self, x: Tensor, offset: Tensor) -> None:
+    def __init__(self, x: Tensor, offset: Tensor, coded: bool) -> None:
         self.nearest = torch.full((len(x),), torch.inf, dtype=torch.float64, device="cpu")  # squared distances
-        codes = native.ops().code_rows(x, offset) if x.shape[1] >= MIN_CODED_WIDTH else ()
+        codes = native.ops().code_rows(x, offset) if coded else ()
         self._rows = x, offset, codes
         self._labels = torch.zeros(len(x), dtype=torch.int32, device="cpu")
         self._compared = len(x)
@@ -82,7 +88,7 @@ class _NativeSteps:
 
 
 class _TorchSteps:
-    """The same steps in PyTorch."""
+    """The same steps in PyTorch, for GPUs and machines without a compiler."""
 
     def __init__(self, x: Tensor, offset: Tensor) -> None:
         self.nearest = x.new_full((len(x),), torch.inf, dtype=torch.float64)
