@@ -159,3 +159,13 @@ def test_the_same_bits_for_any_number_of_threads(native_path: str, set_threads: 
         results.append((chosen, steps.nearest, steps._labels))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_distances_beyond_fp64(native_path: str) -> None:
+    """A distance that overflows is no bound of others."""
+    x = torch.tensor([[0.0], [2.0], [1.1], [1.9]], dtype=torch.float64) * 1e154
+    steps = initial._NativeSteps(x, x[2], coded=False)
+    steps.nearest.fill_(torch.inf)
+    steps.add_best(torch.tensor([0]), torch.arange(0))
+    steps.add_best(torch.tensor([1]), torch.arange(1))
+    assert steps.nearest[3] == pytest.approx(1e306)

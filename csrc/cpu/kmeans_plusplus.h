@@ -143,7 +143,7 @@ inline void multiply_codes(const int8_t* const* codes, const int8_t* const* next
                            int64_t width, T* products) {
   using V = Vector<T>;
   V sums[CODES_AT_ONCE][CODED_CANDIDATES] = {};
-  for (int64_t d = 0; d < width; d += MCL_VECTOR_BYTES) {
+  for (int64_t d = 0; d < width; d += CODE_CHUNK) {
     Mask<T> words[CODES_AT_ONCE];
 #pragma GCC unroll 2
     for (int64_t i = 0; i < CODES_AT_ONCE; i++) {
@@ -203,7 +203,7 @@ void begin_seeding_step(const Seeding<T>& seeding, const int64_t* candidate_rows
       seeding_distances(seeding, center, index, smaller(count - j, CANDIDATES_AT_ONCE), limits + j);
     }
     for (int64_t j = 0; j < count; j++) {
-      limits[j] /= 4 * margin;
+      limits[j] = limits[j] < __builtin_inf() ? limits[j] / (4 * margin) : 0;  // no bound from an overflow
       lowest = smaller(lowest, limits[j]);
     }
     seeding.lowest[c] = lowest;
