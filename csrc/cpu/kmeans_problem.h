@@ -40,8 +40,8 @@ struct Seeding {
   int64_t stride;               // from one candidate to the next
   T *stored, *relative;         // [L, stride]: the candidates as stored, and relative to the offset
   double *squares, *norms;      // [L]: of the relative candidates
-  double *limits, *lowest;      // [K, L], [K]: candidate l is no nearer to the rows of centre c whose squared distance to
-                                // c is at most limits_cl; the lowest of the limits of c
+  double *limits, *lowest;      // [K, L], [K]: candidate l is no nearer to the rows of centre c whose squared
+                                // distance to c is at most limits_cl; the lowest of the limits of c
 };
 
 constexpr int64_t SEEDING_ROWS = 256;  // rows whose gains are added up
