@@ -400,6 +400,82 @@ bool check_clusters(int64_t size, int64_t width, int64_t count, bool cosine) {
   return good;
 }
 
+// Checks a step of k-means++ after two centres against distances in double precision. Blocks of memory have exactly the
+// size that the kernels may use.
+bool check_seeding(int64_t size, int64_t width, int64_t count) {
+  std::mt19937 random(5);
+  std::normal_distribution<float> normal;
+  std::vector<float> rows(size * width), offset(width, 3);
+  for (float& x : rows) x = 3 + normal(random);
+  std::copy_n(rows.begin(), width, rows.end() - width);  // equal to a centre
+  const auto distance = [&](int64_t i, int64_t j) {
+    double sum = 0;
+    for (int64_t d = 0; d < width; d++) {
+      const double difference = double(rows[i * width + d]) - double(rows[j * width + d]);
+      sum += difference * difference;
+    }
+    return sum;
+  };
+  const std::vector<int64_t> centers = {0, 1};
+  std::vector<int64_t> candidates(count);
+  for (int64_t j = 0; j < count; j++) candidates[j] = 2 + j * (size - 2) / count;
+  std::vector<double> nearest(size);
+  std::vector<int32_t> labels(size);
+  for (int64_t i = 0; i < size; i++) {
+    nearest[i] = std::min(distance(i, 0), distance(i, 1));
+    labels[i] = distance(i, 1) < distance(i, 0);
+  }
+
+  const mcl::Kernels<float> kernels = mcl::choose_kernels<float>(false);
+  const int64_t code_stride = (width + 63) / 64 * 64, padded = (count + 7) / 8 * 8;
+  const int64_t stride = kernels.seeding_stride(width);
+  std::vector<int8_t> codes(size * code_stride);
+  std::vector<mcl::RowCode<float>> row_codes(size);
+  kernels.code_rows(rows.data(), width, offset.data(), width, code_stride, 0, size, codes.data(), row_codes.data());
+  std::vector<float> candidate_rows(padded * stride), relative(padded * stride);
+  std::vector<double> squares(padded), norms(padded), limits(2 * count), lowest_limits(2);
+  mcl::Seeding<float> seeding{};
+  seeding.rows = rows.data(), seeding.offset = offset.data();
+  seeding.row_stride = seeding.width = width;
+  seeding.centers = 2;
+  seeding.nearest = nearest.data(), seeding.labels = labels.data();
+  seeding.candidates = count, seeding.stride = stride;
+  seeding.stored = candidate_rows.data(), seeding.relative = relative.data();
+  seeding.squares = squares.data(), seeding.norms = norms.data();
+  seeding.limits = limits.data(), seeding.lowest = lowest_limits.data();
+  kernels.begin_seeding_step(seeding, candidates.data(), centers.data());
+
+  double error = 0;
+  for (const bool coded : {false, true}) {
+    seeding.codes = coded ? codes.data() : nullptr;
+    seeding.code_stride = code_stride;
+    seeding.row_codes = row_codes.data();
+    for (int64_t begin = 0; begin < size; begin += mcl::SEEDING_ROWS) {
+      const int64_t end = std::min(size, begin + mcl::SEEDING_ROWS);
+      std::vector<int64_t> nearer(end - begin);
+      std::vector<double> distances(nearer.size() * count), gains(count), expected(count);
+      const mcl::SeedingCounts counts =
+          kernels.compare_with_candidates(seeding, begin, end, nearer.data(), distances.data(), gains.data());
+      int64_t entry = 0;
+      for (int64_t i = begin; i < end; i++) {
+        bool any = false;
+        for (int64_t j = 0; j < count; j++) {
+          const double to_candidate = distance(i, candidates[j]), gain = std::max(nearest[i] - to_candidate, 0.0);
+          expected[j] += gain;
+          any |= gain > 0;
+        }
+        if (any && (entry >= counts.nearer || nearer[entry++] != i)) error = INFINITY;
+      }
+      if (entry != counts.nearer) error = INFINITY;
+      for (int64_t j = 0; j < count; j++) error = std::max(error, std::abs(gains[j] - expected[j]) / (1 + expected[j]));
+    }
+  }
+  const bool good = error <= 1e-5;
+  std::printf("%-8s k-means++ of %3d rows of %3d, %2d candidates: error %.1g, %s\n", mcl::instruction_set().c_str(),
+              int(size), int(width), int(count), error, good ? "good" : "WRONG");
+  return good;
+}
+
 }  // namespace
 
 int main() {
@@ -432,6 +508,9 @@ int main() {
     for (const Case& c : cases) good &= check(c);
     for (const int64_t width : {1, 15, 16, 129})
       for (const bool paired : {false, true}) good &= check_unit_rows(width, paired);
+    good &= check_seeding(300, 65, 11);
+    good &= check_seeding(40, 64, 1);
+    good &= check_seeding(520, 3, 8);
     for (const bool cosine : {false, true}) {
       good &= check_clusters(5, 1, 1, cosine);
       good &= check_clusters(250, 33, 17, cosine);

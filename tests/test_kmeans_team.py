@@ -176,15 +176,15 @@ def count_collectives(options: dict[str, Any], max_iter: int) -> tuple[Counter[s
 
 
 def test_communication_of_an_iteration(ranks: RankPool) -> None:
-    """One all-reduce of sums, counts, objective and the number of failed ranks, and one broadcast of one element."""
+    """One all-reduce of sums, counts, objective, rows read and failed ranks, and two broadcasts of one element."""
     for (few, n_few), (many, n_many) in zip(
         ranks.run(count_collectives, {}, 3), ranks.run(count_collectives, {}, 9), strict=True
     ):
         assert (n_few, n_many) == (3, 9)
         many.subtract(few)
         assert {name: count for name, count in many.items() if count} == {
-            f"all_reduce of {K * D + K + 2}": 6,
-            "broadcast of 1": 6,
+            f"all_reduce of {K * D + K + 3}": 6,
+            "broadcast of 1": 12,
         }
     # One all-reduce for each mini-batch, and a broadcast of the state of the generator.
     for (few, _), (many, _) in zip(

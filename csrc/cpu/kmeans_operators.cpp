@@ -146,7 +146,6 @@ Tensor survey(const Tensor& x) {
 }  // namespace
 
 Tensor survey_rows(const Tensor& x) { return x.scalar_type() == at::kDouble ? survey<double>(x) : survey<float>(x); }
-
 ClusterPass assign_clusters(const Tensor& x, at::TensorList centers, bool cosine, bool with_sums,
                             const OptionalTensor& followed, const OptionalTensor& upper, const OptionalTensor& lower,
                             const OptionalTensor& shifts) {

@@ -27,4 +27,35 @@ struct Clusters {
   bool every_distance;     // find the distances of rows that keep their label, too
 };
 
+// Constants of a row's code: the row relative to the offset is scale * code + e.
+template <class T>
+struct RowCode {
+  T squares, scale, error;  // squares: at most |x|^2 of the relative row; error: at least |e| and what products round
+};
+
+// A step of k-means++ over rows [N, D], after K centres, with L candidates for the next one, which all are rows.
+template <class T>
+struct Seeding {
+  const T *rows, *offset;
+  int64_t row_stride, width;    // width: D
+  const int8_t* codes;          // [N, code_stride], or null
+  const RowCode<T>* row_codes;  // [N]
+  int64_t code_stride;
+  int64_t centers, candidates;  // K, L
+  const double* nearest;        // [N]: squared distance to the nearest centre, infinite without one
+  const int32_t* labels;        // [N]: that centre, 0 without one
+  int64_t stride;               // from one candidate to the next
+  T *stored, *relative;         // [L, stride]: the candidates as stored, and relative to the offset
+  double *squares, *norms;      // [L]: of the relative candidates
+  double *limits, *lowest;      // [K, L], [K]: candidate l is no nearer to the rows of centre c whose squared
+                                // distance to c is at most limits_cl; the lowest of the limits of c
+};
+
+constexpr int64_t SEEDING_ROWS = 256;  // rows whose gains are added up
+
+// Numbers of rows: compared with candidates, by their codes if there are any; nearer to a candidate.
+struct SeedingCounts {
+  int64_t compared, nearer;
+};
+
 }  // namespace mcl

@@ -21,6 +21,10 @@ TORCH_LIBRARY(mcl_kernels_native, library) {
   library.def(
       "assign_clusters(Tensor x, Tensor[] centers, bool cosine, bool with_sums, Tensor(a!)? followed, "
       "Tensor(b!)? upper, Tensor(c!)? lower, Tensor? shifts) -> (Tensor, Tensor, Tensor, Tensor)");
+  library.def("code_rows(Tensor x, Tensor offset) -> (Tensor, Tensor)");
+  library.def(
+      "add_center(Tensor x, Tensor offset, Tensor[] codes, Tensor candidates, Tensor centers, Tensor(a!) nearest, "
+      "Tensor(b!) labels, int compared) -> (int, int)");
   library.def("instruction_set() -> str", &mcl::instruction_set);
 }
 
@@ -32,4 +36,6 @@ TORCH_LIBRARY_IMPL(mcl_kernels_native, CPU, library) {
   library.impl("unit_rows_backward", &mcl::unit_rows_backward);
   library.impl("survey_rows", &mcl::survey_rows);
   library.impl("assign_clusters", &mcl::assign_clusters);
+  library.impl("code_rows", &mcl::code_rows);
+  library.impl("add_center", &mcl::add_center);
 }

@@ -47,4 +47,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> assign_clusters(const Tensor& x, at::
                                                            const OptionalTensor& upper, const OptionalTensor& lower,
                                                            const OptionalTensor& shifts);
 
+// Rows relative to the offset as int8 codes, [N, D rounded up], and the constants of each code, [N, 3].
+std::tuple<Tensor, Tensor> code_rows(const Tensor& x, const Tensor& offset);
+
+// One step of greedy k-means++. `codes` is empty or the result of code_rows; `candidates` [L] and `centers` [K] are
+// indices of rows. Finds the candidate that as centre K lowers the sum of the nearest distances most, and updates
+// `nearest`, fp64 [N], and `labels`, int32 [N]. Returns the position of the candidate, and the number of rows that were
+// compared. `compared` is that of the step before: the number of threads follows from it.
+std::tuple<int64_t, int64_t> add_center(const Tensor& x, const Tensor& offset, at::TensorList codes,
+                                        const Tensor& candidates, const Tensor& centers, const Tensor& nearest,
+                                        const Tensor& labels, int64_t compared);
+
 }  // namespace mcl

@@ -153,7 +153,7 @@ class Partition:
             points = centers.points.double() - centers.offset.double()
             along = 2 * (total * points).sum(1) - self.counts * points.square().sum(1)
             mean_square = (self.objective + float(along.sum())) / n
-            if mean_square * n * FAR_CENTERS < self.objective:
+            if self.problem.data.team.decide(mean_square * n * FAR_CENTERS < self.objective):
                 return mean_variance(self.problem)
         return max(mean_square - float((total.sum(0) / n).square().sum()), 0.0) / self.problem.data.width
 
