@@ -48,7 +48,9 @@ def set_threads() -> Iterator[None]:
 def choose(x: Tensor, n_clusters: int, seed: int = 0) -> Tensor:
     """Returns the centres for rows whose offset is their mean."""
     offset, zeros = x.double().mean(0).to(x.dtype), torch.zeros(1, x.shape[1], dtype=torch.float64)
-    problem = Problem(Dataset.__new__(Dataset), Summary(x.dtype, offset, zeros[0], zeros), "euclidean", native)
+    problem = Problem(
+        Dataset.__new__(Dataset), Summary(x.dtype, offset, zeros[0], zeros), "euclidean", native, bounds=True
+    )
     return initial_centers(problem, x, n_clusters, "k-means++", torch.Generator().manual_seed(seed))
 
 
