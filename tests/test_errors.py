@@ -38,11 +38,11 @@ META = torch.empty(256, 8, device="meta")
 class DataFrame:
     """Like pandas: iterated over its columns."""
 
-    def to_numpy(self) -> np.ndarray:
-        return X.numpy()
+    def __init__(self, values: list) -> None:
+        self.values = values
 
-    def __array__(self) -> np.ndarray:
-        return X.numpy()
+    def to_numpy(self) -> np.ndarray:
+        return np.array(self.values)
 
     def __iter__(self) -> Iterator[str]:
         return iter("ab")
@@ -168,8 +168,14 @@ CASES: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: compose_labels(LABELS, LABELS[:3]), ValueError, "got 3 new for 256 rows"),
     (lambda: compose_labels(LABELS, LABELS.float()), TypeError, "new must be an integer tensor: got torch.float32"),
     # other kinds of rows
-    (lambda: KMeans(2).fit(DataFrame()), TypeError, "x must be a tensor, an array or an iterable of chunks of rows: got DataFrame; use x.to_numpy()"),
-    (lambda: KMeans(2, init=DataFrame()), TypeError, "init must be a tensor, an array or an iterable of chunks of rows: got DataFrame; use init.to_numpy()"),
+    (lambda: KMeans(2).fit(DataFrame([["a"]])), TypeError, "x must have numeric columns without missing entries: got dtype <U1"),
+    (lambda: KMeans(2, init=DataFrame([[None]])), TypeError, "init must have numeric columns without missing entries: got dtype object"),
+    (lambda: KMeans(2).fit(DataFrame([1.0])), ValueError, "x must have shape [rows, features]: got [1]"),
+    (lambda: KMeans(2, n_init="5"), ValueError, "n_init must be an integer or 'auto': got '5'"),
+    (lambda: KMeans(2).set_params(k=3), ValueError, "set_params takes n_clusters, metric, init, n_init, max_iter, tol, batch_size, empty, seed, bounds, impl, group: got k"),
+    (lambda: KMeans(2).transform(X), RuntimeError, "this KMeans has no clusters yet: call fit(x) first"),
+    (lambda: KMeans(2).score(X), RuntimeError, "this KMeans has no clusters yet: call fit(x) first"),
+    (lambda: KMeans(2).fit(X).transform(Y[:, :3]), ValueError, "centers must have as many features as x: got 8 for 3"),
     (lambda: KMeans(2).fit(SparseMatrix()), TypeError, "got SparseMatrix; use x.toarray()"),
     (lambda: assign_clusters(ForeignArray(), Y), TypeError, "got ForeignArray; use numpy.asarray(x)"),
     (lambda: KMeans(2).fit({"a": X}), TypeError, "x must be a tensor, an array or an iterable of chunks of rows: got dict"),

@@ -11,25 +11,26 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mcl_kernels._validate import as_integer, as_number, check_choice, check_flag, check_same_width
-from mcl_kernels.backends.table import IMPLS
-from mcl_kernels.distributed.group import ranks_of
-from mcl_kernels.kmeans.assign import METRICS, check_range, find_nearest, finite_rows, load_implementation
+from mcl_kernels._validate import check_same_width
+from mcl_kernels.kmeans.assign import check_range, load_implementation
 from mcl_kernels.kmeans.centers import SURVEYED_ROWS, summarize, survey_columns
 from mcl_kernels.kmeans.dataset import Dataset
+from mcl_kernels.kmeans.estimator import Estimator, column_names
 from mcl_kernels.kmeans.files import Saveable
 from mcl_kernels.kmeans.initial import draw_sample, initial_centers, sample_size
 from mcl_kernels.kmeans.lloyd import Restart, lloyd, mini_batches
 from mcl_kernels.kmeans.passes import Problem
-from mcl_kernels.kmeans.rows import Array, ChunkedRows, Rows, RowsLike, open_rows
+from mcl_kernels.kmeans.rows import ChunkedRows, Rows, RowsLike, open_rows
+from mcl_kernels.kmeans.settings import Settings, check_settings
 from mcl_kernels.kmeans.team import Team, open_with_group
 from mcl_kernels.normalize import compute_dtype
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+    from typing_extensions import Self
 
 
-class KMeans(Saveable):
+class KMeans(Estimator, Saveable):
     """Lloyd's k-means, named as in scikit-learn, for data in memory or larger than memory.
 
         inertia = sum_i min_k |x_i - c_k|^2                             metric="euclidean"
@@ -58,7 +59,7 @@ class KMeans(Saveable):
         init: "k-means++" (greedy, as in scikit-learn), "random" rows, or centres [K, D] (a tensor or an array). For a
             large data set the first two use a sample of `init_rows_` rows drawn at random: at most 65,536, fewer if D
             is above 512, but at least 16 K.
-        n_init: number of restarts; the one with the lowest inertia is kept.
+        n_init: number of restarts; the one with the lowest inertia is kept. "auto" is 10 for init="random", else 1.
         max_iter: maximum number of iterations of one restart.
         tol: a restart has converged when the summed squared shift of the centres is at most tol times the mean
             variance of the columns (of the normalised rows for cosine).
@@ -81,6 +82,8 @@ class KMeans(Saveable):
             other attributes are of the rows of all ranks.
         inertia_: float, the inertia of `labels_` and `cluster_centers_`.
         n_iter_: number of iterations of the best restart.
+        n_features_in_: D.
+        feature_names_in_: names of the columns of a DataFrame, if all are strings; other names are refused later.
         init_rows_: number of rows of the sample for the initialisation; 0 if centres were given.
         history_: a dictionary for each iteration of the best restart: objective, shift, seconds, imbalance (size of the
             largest cluster over the mean size), splits, read (share of the rows that was read).
@@ -101,21 +104,18 @@ class KMeans(Saveable):
         tensor([2, 2])
     """
 
-    cluster_centers_: Tensor
-    labels_: Tensor
     inertia_: float
     n_iter_: int
     init_rows_: int
     history_: list[dict[str, Any]]
-    _dtype: torch.dtype  # of products; `predict` uses the same, so that even labels of ties are the same
 
     def __init__(
         self,
         n_clusters: int,
         *,
         metric: str = "euclidean",
-        init: str | Tensor | Array = "k-means++",
-        n_init: int = 1,
+        init: str | RowsLike = "k-means++",
+        n_init: int | str = 1,
         max_iter: int = 100,
         tol: float = 1e-4,
         batch_size: int | None = None,
@@ -125,42 +125,30 @@ class KMeans(Saveable):
         impl: str = "auto",
         group: ProcessGroup | None = None,
     ) -> None:
-        self.n_clusters = as_integer("n_clusters", n_clusters, least=1)
-        self.n_init = as_integer("n_init", n_init, least=1)
-        self.max_iter = as_integer("max_iter", max_iter, least=1)
-        self.seed = as_integer("seed", seed, least=0)
-        self.batch_size = None if batch_size is None else as_integer("batch_size", batch_size, least=1)
-        check_choice("metric", metric, METRICS)
-        check_choice("empty", empty, ("split",))
-        check_choice("impl", impl, IMPLS["kmeans"])
-        if not isinstance(init, str):
-            init = finite_rows("init", init)
-            if len(init) != n_clusters or n_init != 1:
-                raise ValueError(
-                    "init must have a row per cluster, and n_init be 1: "
-                    f"got {len(init)} rows for {n_clusters} clusters, n_init={n_init}"
-                )
-        else:
-            check_choice("init", init, ("k-means++", "random"))
+        self.n_clusters = n_clusters
         self.metric = metric
-        self.init: str | Tensor = init
-        self.tol = as_number("tol", tol)
-        if not self.tol >= 0:
-            raise ValueError(f"tol must be at least 0: got {tol}")
-        check_flag("bounds", bounds)
-        self.bounds = bounds
+        self.init = init
+        self.n_init = n_init
+        self.max_iter = max_iter
+        self.tol = tol
+        self.batch_size = batch_size
         self.empty = empty
+        self.seed = seed
+        self.bounds = bounds
         self.impl = impl
-        self.ranks = None if group is None else ranks_of(group)
+        self.group = group
+        check_settings(self)  # the arguments stay as they were given, since scikit-learn's `clone` compares them
 
-    def fit(self, x: RowsLike) -> KMeans:
+    def fit(self, x: RowsLike, y: object = None) -> Self:
         """Clusters the rows of x, [N, D], and sets the attributes.
 
         Args:
-            x: a tensor of any floating dtype; an array; a memory map, whose file is read in chunks and never held in
-                memory as a whole; or an iterable of chunks of rows (a DataLoader, say), which is iterated once for each
-                pass and has to yield the same rows in the same order every time. With a group, the shard of this rank,
+            x: a tensor of any floating dtype; an array; a DataFrame of numeric columns, or anything else with
+                `to_numpy` (integers become fp64); a memory map, whose file is read in chunks and never held in memory
+                as a whole; or an iterable of chunks of rows (a DataLoader, say), which is iterated once for each pass
+                and has to yield the same rows in the same order every time. With a group, the shard of this rank,
                 which may have no rows: [0, D].
+            y: ignored; for a `Pipeline` of scikit-learn.
 
         Returns:
             This object.
@@ -168,94 +156,88 @@ class KMeans(Saveable):
         Raises:
             TypeError, ValueError: rows that the class lists.
         """
-        rows, team = self._open(x)
-        if isinstance(self.init, Tensor):
-            check_same_width("init", self.init, rows.name, rows.like)
-            check_range("init", self.init.to(compute_dtype(rows.like)))
+        settings, names = check_settings(self), column_names(x)
+        rows, team = _open(x, settings)
+        if isinstance(settings.init, Tensor):
+            check_same_width("init", settings.init, rows.name, rows.like)
+            check_range("init", settings.init.to(compute_dtype(rows.like)))
         with torch.autocast(rows.device.type, enabled=False):
-            implementation = load_implementation(self.impl, rows.device)
+            implementation = load_implementation(settings.impl, rows.device)
             data = Dataset(rows, team, getattr(implementation, "extremes", None))
             # Before the survey, whose memory grows with the width.
-            if data.n < self.n_clusters:
-                message = f"got {self.n_clusters} for {data.n} rows"
+            if data.n < settings.n_clusters:
+                message = f"got {settings.n_clusters} for {data.n} rows"
                 raise ValueError(f"n_clusters must be at most the number of rows: {message}")
-            generator = torch.Generator().manual_seed(self.seed)
-            problem, sample = self._prepare(data, implementation, generator)
-            restarts = (self._run(problem, sample, generator) for _ in range(self.n_init))
+            generator = torch.Generator().manual_seed(settings.seed)
+            problem, sample = _prepare(data, settings, implementation, generator)
+            restarts = (_run(problem, settings, sample, generator) for _ in range(settings.n_restarts))
             # Inertia to 24 bits: the order of its sum, which depends on chunks and shards, must not decide a tie.
             best = min(restarts, key=lambda restart: _rounded(restart.inertia))
-        if len(best.centers) < self.n_clusters:
+        if len(best.centers) < settings.n_clusters:
             warnings.warn(
-                f"n_clusters={self.n_clusters} but only {len(best.centers)} clusters hold a row: too few rows differ",
+                f"n_clusters={settings.n_clusters} but only {len(best.centers)} clusters hold a row: "
+                "too few rows differ",
                 stacklevel=2,
             )
         self.cluster_centers_, self.labels_, self.inertia_, self.history_ = best
         self.n_iter_ = len(self.history_)
         self._dtype = problem.summary.dtype
-        self.init_rows_ = 0 if isinstance(self.init, Tensor) else len(sample)
+        self.init_rows_ = 0 if isinstance(settings.init, Tensor) else len(sample)
+        if names is not None:
+            self.feature_names_in_ = names
+        elif hasattr(self, "feature_names_in_"):  # of an earlier fit
+            del self.feature_names_in_
         return self
 
-    def predict(self, x: RowsLike) -> Tensor:
-        """Returns the nearest centre of each row of x (anything that `fit` takes), int64 [N].
 
-        Ranks of a group call it independently.
+def _open(x: RowsLike, settings: Settings) -> tuple[Rows, Team]:
+    """Opens the rows of this process, for a fit alone or by all ranks of the group."""
+    if settings.ranks is None:
+        return open_rows("x", x), Team()
 
-        Raises:
-            RuntimeError: `fit` was not called.
-            TypeError, ValueError: rows that the class lists, or of another width than those of `fit`.
-        """
-        if not hasattr(self, "cluster_centers_"):
-            raise RuntimeError("this KMeans has no clusters yet: call fit(x) first")
-        return find_nearest(x, self.cluster_centers_, self.metric, self.impl, self._dtype)[0]
+    def open_local() -> Rows:
+        rows = open_rows("x", x)
+        load_implementation(settings.impl, rows.device)  # raises if it does not run on this rank
+        if settings.batch_size is not None and isinstance(rows, ChunkedRows):
+            raise ValueError("batch_size with a group draws rows of x: got an iterable, which is read in order")
+        return rows
 
-    def fit_predict(self, x: RowsLike) -> Tensor:
-        """Returns `fit(x).labels_`."""
-        return self.fit(x).labels_
+    names = ("n_clusters", "metric", "n_init", "max_iter", "tol", "batch_size", "empty", "seed", "bounds")
+    arguments = {"init": _described_init(settings.init), **{name: getattr(settings, name) for name in names}}
+    return open_with_group(open_local, settings.ranks, arguments)
 
-    def _open(self, x: RowsLike) -> tuple[Rows, Team]:
-        """Opens the rows of this process, for a fit alone or by all ranks of the group."""
-        if self.ranks is None:
-            return open_rows("x", x), Team()
 
-        def open_local() -> Rows:
-            rows = open_rows("x", x)
-            load_implementation(self.impl, rows.device)  # raises if it does not run on this rank
-            if self.batch_size is not None and isinstance(rows, ChunkedRows):
-                raise ValueError("batch_size with a group draws rows of x: got an iterable, which is read in order")
-            return rows
+def _prepare(
+    data: Dataset, settings: Settings, implementation: ModuleType, generator: torch.Generator
+) -> tuple[Problem, Tensor]:
+    """Surveys the data; returns the problem that restarts solve, and the sample that initialisations draw from."""
+    low, high = data.survey()
+    check_range(data.name, torch.stack((low, high)))
+    has_centers = isinstance(settings.init, Tensor)
+    size = SURVEYED_ROWS if has_centers else sample_size(settings.n_clusters, data.width)
+    sample = draw_sample(data, size, generator)
+    middle, scale = data.compute_on_first(lambda: survey_columns(sample, settings.metric).to(compute_dtype(sample)))
+    # The sample holds none of the entries that make these columns vary.
+    unknown = ((scale == 0) & (high > low)).nonzero().squeeze(1)
+    if len(unknown):
+        scale[unknown] = data.smallest_distances(unknown, middle[unknown])
+    summary = summarize(data.n, low, high, middle, scale, settings.metric, settings.init)
+    return Problem(data, summary, settings.metric, implementation, settings.bounds), sample
 
-        names = ("n_clusters", "metric", "n_init", "max_iter", "tol", "batch_size", "empty", "seed", "bounds")
-        arguments = {"init": _described_init(self.init), **{name: getattr(self, name) for name in names}}
-        return open_with_group(open_local, self.ranks, arguments)
 
-    def _prepare(self, data: Dataset, implementation: ModuleType, generator: torch.Generator) -> tuple[Problem, Tensor]:
-        """Surveys the data; returns the problem that restarts solve, and the sample that initialisations draw from."""
-        low, high = data.survey()
-        check_range(data.name, torch.stack((low, high)))
-        has_centers = isinstance(self.init, Tensor)
-        size = SURVEYED_ROWS if has_centers else sample_size(self.n_clusters, data.width)
-        sample = draw_sample(data, size, generator)
-        middle, scale = data.compute_on_first(lambda: survey_columns(sample, self.metric).to(compute_dtype(sample)))
-        # The sample holds none of the entries that make these columns vary.
-        unknown = ((scale == 0) & (high > low)).nonzero().squeeze(1)
-        if len(unknown):
-            scale[unknown] = data.smallest_distances(unknown, middle[unknown])
-        summary = summarize(data.n, low, high, middle, scale, self.metric, self.init)
-        return Problem(data, summary, self.metric, implementation, self.bounds), sample
+def _run(problem: Problem, settings: Settings, sample: Tensor, generator: torch.Generator) -> Restart:
+    """Runs one restart."""
+    public_dtype = compute_dtype(sample)
 
-    def _run(self, problem: Problem, sample: Tensor, generator: torch.Generator) -> Restart:
-        """Runs one restart."""
-        public_dtype = compute_dtype(sample)
+    def start() -> Tensor:
+        if isinstance(settings.init, Tensor):
+            return problem.as_points(settings.init).to(public_dtype)
+        return initial_centers(problem, sample, settings.n_clusters, settings.init, generator).to(public_dtype)
 
-        def start() -> Tensor:
-            if isinstance(self.init, Tensor):
-                return problem.as_points(self.init).to(public_dtype)
-            return initial_centers(problem, sample, self.n_clusters, self.init, generator).to(public_dtype)
-
-        points = problem.data.compute_on_first(start).to(problem.summary.dtype)
-        if self.batch_size is None:
-            return lloyd(problem, points, self.max_iter, self.tol)
-        return mini_batches(problem, points, self.max_iter, self.tol, self.batch_size, generator)
+    points = problem.data.compute_on_first(start).to(problem.summary.dtype)
+    if settings.batch_size is None:
+        return lloyd(problem, points, settings.max_iter, settings.tol)
+    return mini_batches(problem, points, settings.max_iter, settings.tol, settings.batch_size, generator)
 
 
 def _rounded(x: float) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from types import ModuleType
 
 import torch
@@ -50,28 +51,35 @@ def find_nearest(
     x: RowsLike, centers: Tensor | Array, metric: str, impl: str, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
     """Computes `assign_clusters` with a given implementation and products of a given dtype."""
+    chunks = [(labels, distances.float()) for labels, distances in nearest_by_chunk(x, centers, metric, impl, dtype)]
+    if len(chunks) == 1:  # no copy
+        return chunks[0]
+    labels, distances = zip(*chunks, strict=True)
+    return torch.cat(labels), torch.cat(distances)
+
+
+def nearest_by_chunk(
+    x: RowsLike, centers: Tensor | Array, metric: str, impl: str, dtype: torch.dtype | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields labels and distances of each chunk of rows, the distances in the dtype of products."""
     rows, centers = open_rows("x", x), finite_rows("centers", centers)
     check_same_width("centers", centers, rows.name, rows.like)
     if len(centers) == 0:
         raise ValueError("centers must have at least one row: got 0")
-    module = load_implementation(impl, rows.device)
-    labels, distances, begin = [], [], 0
+    module, begin = load_implementation(impl, rows.device), 0
+    wide = compute_dtype(rows.like, centers)
     with torch.autocast(rows.device.type, enabled=False):
-        wide = compute_dtype(rows.like, centers)
         prepared = prepare(centers.to(wide), metric, dtype=torch.float64 if wide == torch.float64 else dtype)
-        for chunk in rows.chunks():
-            chunk_labels, chunk_distances = module.assign(chunk, prepared)
-            # The distance of a row that is not finite is not finite either: x needs no pass of its own for the check.
-            if not math.isfinite(float(chunk_distances.sum())):
-                rows.refuse_not_finite(chunk, begin)
-                check_range(rows.name, chunk)
-                check_range("centers", centers)
-            labels.append(chunk_labels)
-            distances.append(chunk_distances.float())
-            begin += len(chunk)
-    if begin == len(labels[0]):  # one chunk: no copy
-        return labels[0], distances[0]
-    return torch.cat(labels), torch.cat(distances)
+    for chunk in rows.chunks():
+        with torch.autocast(rows.device.type, enabled=False):
+            labels, distances = module.assign(chunk, prepared)
+        # The distance of a row that is not finite is not finite either: x needs no pass of its own for the check.
+        if not math.isfinite(float(distances.sum())):
+            rows.refuse_not_finite(chunk, begin)
+            check_range(rows.name, chunk)
+            check_range("centers", centers)
+        yield labels, distances
+        begin += len(chunk)
 
 
 def load_implementation(impl: str, device: torch.device) -> ModuleType:

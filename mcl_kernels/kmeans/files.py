@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from mcl_kernels._durable import open_regular, replace_file
+from mcl_kernels.kmeans.estimator import as_names
+from mcl_kernels.kmeans.settings import Settings, check_settings
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 FORMAT = "mcl_kernels.KMeans 1"
-SETTINGS = ("n_clusters", "metric", "init", "n_init", "max_iter", "tol", "batch_size", "empty", "seed", "impl")
+SETTINGS = tuple(name for name in Settings._fields if name != "ranks")
 RESULTS = ("inertia_", "n_iter_", "init_rows_", "history_")
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -72,6 +74,7 @@ class Saveable:
         """
         tensors, fields = _read(Path(path))
         try:
+            fields.setdefault("bounds", True)  # files of earlier versions hold none
             settings = {name: fields[name] for name in SETTINGS}
             if settings["init"] is None:
                 settings["init"] = tensors["init"]
@@ -86,16 +89,19 @@ class Saveable:
                 raise ValueError(f"centres of shape {list(centers.shape)} for {n_clusters} clusters")
             if centers.dtype not in DTYPES.values() or not bool(centers.isfinite().all()):
                 raise ValueError(f"centres that are not finite, or of {centers.dtype}")
+            names = as_names(fields.get("feature_names_in_") or [])
             product_dtype = DTYPES[fields["product_dtype"]]
         except KeyError as error:
             raise ValueError(f"{path} is not a k-means that save wrote: no {error}") from None
         except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"{path} is not a k-means that save wrote: {error}") from None
+        if names is not None:
+            results["feature_names_in_"] = names
         vars(kmeans).update(results, cluster_centers_=centers.to(device), _dtype=product_dtype)
         return kmeans
 
     def __getstate__(self) -> dict[str, Any]:
-        if vars(self).get("ranks") is not None:
+        if vars(self).get("group") is not None:
             raise TypeError("a KMeans with a group cannot be copied or pickled, as its group cannot: use save and load")
         return vars(self)
 
@@ -106,11 +112,14 @@ def dump(kmeans: Any) -> bytes:
 
     if not hasattr(kmeans, "cluster_centers_"):
         raise RuntimeError("this KMeans has no clusters yet: call fit(x) before save(path)")
-    fields = {name: getattr(kmeans, name) for name in (*SETTINGS, *RESULTS)}
+    settings = check_settings(kmeans)
+    fields = {name: getattr(settings, name) for name in SETTINGS}
+    fields.update({name: getattr(kmeans, name) for name in RESULTS})
+    fields["feature_names_in_"] = list(getattr(kmeans, "feature_names_in_", [])) or None
     fields["product_dtype"] = str(kmeans._dtype).removeprefix("torch.")
     tensors = {"cluster_centers": kmeans.cluster_centers_.cpu().contiguous()}
-    if isinstance(kmeans.init, Tensor):
-        fields["init"], tensors["init"] = None, kmeans.init.cpu().contiguous()
+    if isinstance(settings.init, Tensor):
+        fields["init"], tensors["init"] = None, settings.init.cpu().contiguous()
     text = json.dumps(fields)
     return save(tensors, {"format": FORMAT, "kmeans": text, "sha256": _digest(text, tensors)})
 

@@ -269,9 +269,10 @@ def open_rows(name: str, x: object) -> Rows:
             return _open_map(name, x, x.filename, mapped)
     if isinstance(x, (Tensor, np.ndarray)):
         return TensorRows(name, as_tensor(name, x))
-    # Iterating over a data frame yields its columns, over another library's array single rows: both are refused.
+    if hasattr(x, "to_numpy"):
+        return TensorRows(name, as_tensor(name, _frame_array(name, x)))
+    # Iterating over another library's array yields single rows, which are refused.
     conversions = {
-        "to_numpy": f"{name}.to_numpy()",
         "toarray": f"{name}.toarray()",
         "__array__": f"numpy.asarray({name})",
     }
@@ -279,6 +280,18 @@ def open_rows(name: str, x: object) -> Rows:
     if isinstance(x, Iterable) and not isinstance(x, (str, bytes, Mapping)) and not use:
         return ChunkedRows(name, x)
     raise TypeError(f"{name} must be a tensor, an array or an iterable of chunks of rows: got {type(x).__name__}{use}")
+
+
+def _frame_array(name: str, frame: Any) -> Array:
+    """Returns the rows of a DataFrame: floats as they are, other numbers as fp64."""
+    values = np.asarray(frame.to_numpy())
+    if values.dtype.kind == "f":
+        return values
+    # Columns of several types, or of pandas' own types, are objects.
+    is_numeric = all(isinstance(value, Real) for value in values.flat) if values.dtype == object else False
+    if not is_numeric and values.dtype.kind not in "biu":
+        raise TypeError(f"{name} must have numeric columns without missing entries: got dtype {values.dtype}")
+    return values.astype(np.float64)
 
 
 def _described_chunk(name: str, chunk: object) -> str:
