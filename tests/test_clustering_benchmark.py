@@ -91,6 +91,19 @@ def test_a_case_without_its_data_is_skipped_with_the_command(tmp_path: Path) -> 
     assert not (tmp_path / "fits.csv").exists()
 
 
+@pytest.mark.parametrize(
+    ("n", "first"),
+    [  # two swaps from a number, for even and odd n, and one
+        (20_000, [16438, 10390, 6820, 16872]),
+        (20_001, [16419, 10373, 14830, 16855]),
+        (100_000, [67453, 85263, 43891, 25566]),
+    ],
+)
+def test_the_start_is_that_of_a_shuffle_in_cpp(n: int, first: list[int]) -> None:
+    """Rows that a program with `std::shuffle` and `std::mt19937(42)` prints, built with g++ 12."""
+    assert clustering_data.start_rows(n, 4).tolist() == first
+
+
 def test_definitions_have_neither_licence_nor_examples(tmp_path: Path) -> None:
     parts = ("noun", "verb", "adj", "adv")
     for part in parts:
