@@ -50,7 +50,7 @@ sanitize: build/sanitized-address,undefined build/sanitized-thread build/sanitiz
 build/sanitized-%: $(wildcard csrc/*.h csrc/*/* tests/cuda_on_cpu/*) tests/sanitized_kernels.cpp tests/sanitized_cuda.cpp mcl_kernels/backends/native_build.py | $(VENV)/installed-test
 	$(VENV)/bin/python -m tests.build_sanitized '$*' $@
 
-NO_TORCH := $(addprefix tests/test_,benchmarks.py cli.py demo.py docs.py durable.py gpu_loop.py gpu_schedule.py gpu_static.py native_cache.py native_failures.py output_files.py package.py run_lock.py) $(wildcard tests/test_suppression_*.py)
+NO_TORCH := $(addprefix tests/test_,benchmarks.py cli.py clustering_benchmark.py demo.py docs.py durable.py gpu_loop.py gpu_schedule.py gpu_static.py native_cache.py native_failures.py output_files.py package.py run_lock.py) $(wildcard tests/test_suppression_*.py)
 
 # With the lower bounds of pyproject.toml, the oldest releases that `pip install mcl-kernels` accepts. Left out are slow tests,
 # files whose subject is not torch (commands, files, builds, experiments), and kernels that are the same code with every

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from benchmarks import clustering_tables
 from benchmarks.conditions import ROOT
 from benchmarks.gpu import tables as gpu
 from benchmarks.markdown import Rows, conditions_line, factor, markdown, mebibytes, median, number, seconds
@@ -66,12 +67,11 @@ def six_results() -> str:
                 cell, gain = seconds, f"{factor(float(theirs['ratio']))} times faster"
             what = f"`nt_xent`, {labels}, N = {n:,}: {quantity}"
             add(what, section, PLAIN.get(peer, peer), *map(cell, pair), gain)
-    found = {row["contender"]: row for row in read_rows(BENCHMARKS / "clustering.csv") if row["case"] == "wide"}
-    if "scikit-learn" in found:
-        pair = ours, theirs = found["ours"], found["scikit-learn"]
+    if found := clustering_tables.headline(read_rows(BENCHMARKS / "clustering.csv")):
+        what, *pair = found
         used += pair
-        what = f"k-means, {int(ours['n']):,} rows, D = {ours['d']}, K = {ours['k']}: time of an iteration"
-        add(what, "k-means", "scikit-learn", *map(seconds, pair), f"{factor(float(theirs['ratio']))} times faster")
+        gain = f"{factor(float(pair[1]['ratio']))} times faster"
+        add(f"{what}: time", "k-means", "scikit-learn", *map(seconds, pair), gain)
     probes = _by_stage(read_rows(EXPERIMENTS / "demo.csv"), "digit_probe")
     simclr, mcl = (_over_seeds(probes.get(name, [])) for name in ("stage 0: SimCLR", "all stages, concatenated"))
     if simclr and mcl:
@@ -163,20 +163,15 @@ def whole_step() -> str:
 
 
 def kmeans() -> str:
-    rows = read_rows(BENCHMARKS / "clustering.csv")
-    peers = ("faiss", "scikit-learn", "x.sum()")
-    body = []
-    for case in dict.fromkeys(row["case"] for row in rows):
-        found = {row["contender"]: row for row in rows if row["case"] == case}
-        shape = "{:,} rows, D = {}, K = {:,}".format(*(int(found["ours"][name]) for name in ("n", "d", "k")))
-        for suffix, what in (("", "an iteration"), (", assignment", "the assignment alone")):
-            if ours := found.get(f"ours{suffix}"):
-                theirs = [found.get(f"{peer}{suffix}") for peer in peers]
-                cells = [f"{seconds(row)}: {factor(float(row['ratio']))} times" if row else "" for row in theirs]
-                body.append([f"{shape}: {what}", seconds(ours), *cells])
-    header = ["k-means, float32", "mcl_kernels", *peers[:2], "`x.sum()`, which only reads the rows"]
-    note = f"{median(rows)} of turns: time of the peer / time of mcl_kernels"
-    return markdown(header, body) + conditions_line(rows, note, "faiss-cpu", "scikit-learn")
+    return clustering_tables.fits(read_rows(BENCHMARKS / "clustering.csv"))
+
+
+def kmeans_iterations() -> str:
+    return clustering_tables.iterations(read_rows(BENCHMARKS / "clustering.csv"))
+
+
+def kmeans_quality() -> str:
+    return clustering_tables.quality(read_rows(BENCHMARKS / "clustering.csv"))
 
 
 def kmeans_files() -> str:
@@ -252,7 +247,8 @@ def suppression() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "six-results": six_results, "losses": losses, "limits": limits, "batch-size": batch_size,
-    "small-batches": small_batches, "whole-step": whole_step, "kmeans": kmeans, "kmeans-files": kmeans_files,
+    "small-batches": small_batches, "whole-step": whole_step, "kmeans": kmeans,
+    "kmeans-iterations": kmeans_iterations, "kmeans-quality": kmeans_quality, "kmeans-files": kmeans_files,
     "build-time": build_time, "demo": demo, "suppression": suppression, "ranks": ranks, "scale": scale,
     "gpu-static": gpu.counts, "gpu-loops": gpu.loops, "gpu-schedule": gpu.schedule, "gpu-bounds": gpu.bounds,
 }  # fmt: skip
