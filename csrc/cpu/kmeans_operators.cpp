@@ -5,7 +5,6 @@
 #include <ATen/ops/select.h>
 #include <ATen/ops/slice.h>
 #include <ATen/ops/stack.h>
-#include <ATen/ops/zeros.h>
 
 #include <algorithm>
 #include <atomic>
@@ -32,8 +31,15 @@ struct ThreadSums {
       : threads(threads),
         centers(centers),
         size(levels * centers * width),
-        sums(at::zeros({threads * levels * centers, width}, options.dtype(at::kDouble))),
-        counts(at::zeros({threads * centers}, options.dtype(at::kLong))) {}
+        sums(at::empty({threads * levels * centers, width}, options.dtype(at::kDouble))),
+        counts(at::empty({threads * centers}, options.dtype(at::kLong))) {}
+
+  // Sets the sums and counts of a thread to 0, by that thread: at::zeros would open a parallel region of its own.
+  void clear(int64_t thread) {
+    if (threads == 0) return;
+    std::fill_n(thread_sums(thread), size, 0.0);
+    std::fill_n(thread_counts(thread), centers, 0);
+  }
 
   double* thread_sums(int64_t thread) { return threads ? sums.mutable_data_ptr<double>() + thread * size : nullptr; }
   int64_t* thread_counts(int64_t thread) {
@@ -114,6 +120,7 @@ ClusterPass assign(const Tensor& x, const Tensor& points, const Tensor& offset, 
   ThreadSums sums(with_sums ? threads : 0, clusters.levels, k, width, points.options());
   std::atomic<int64_t> next{0};
   parallel_for(threads, [&](int64_t thread) {
+    sums.clear(thread);
     for (int64_t part = next++; part < parts; part = next++)
       kernels.cluster_rows(clusters, packed.data, part * PART_ROWS, std::min(n, (part + 1) * PART_ROWS),
                            sums.thread_sums(thread), sums.thread_counts(thread), workspace.data + thread * bytes);

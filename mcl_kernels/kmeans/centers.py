@@ -116,20 +116,58 @@ class Centers(NamedTuple):
 
     def shifts(self, before: Centers) -> Tensor:
         """Bounds of the distances by which these centres moved from earlier ones, fp32 [K]."""
-        points, earlier = self.points.double(), before.points.double()
-        shifts = torch.linalg.vector_norm(points - earlier, dim=1)
+        shifts = squared_shifts(self.points, before.points).sqrt()
         if self.cosine:
             # Directions are those of rounded points. The distance to a centre without one is 1 by definition.
             shifts += torch.where(shifts > 0, 4 * torch.finfo(self.points.dtype).eps, 0.0)
-            shifts[(points == 0).all(1) | (earlier == 0).all(1)] = math.inf
+            shifts[~(self.has_direction() & before.has_direction())] = math.inf
         bounds: Tensor = (shifts * (1 + 2.0**-20)).float()
         return bounds
 
+    def has_direction(self) -> Tensor:
+        """Returns whether a centre is not 0, bool [K]."""
+        directions = torch.empty(len(self.points), dtype=torch.bool, device=self.points.device)
+        for part in serial_parts(self.points):
+            directions[part] = (self.points[part] != 0).any(1)
+        return directions
+
+    def along(self, sums: Tensor, counts: Tensor) -> Tensor:
+        """2 <S_k, c_k> - n_k |c_k|^2 of the sums [levels, K, D] and centres relative to the offset, fp64 [K].
+
+        The squared distances of a centre's rows are the sum of their squares less this; for cosine halved.
+        """
+        along, offset = torch.empty(len(counts), dtype=torch.float64, device=counts.device), self.offset.double()
+        for part in serial_parts(self.points):
+            points = self.points[part].double() - offset
+            along[part] = 2 * (sums[:, part].sum(0) * points).sum(1) - counts[part] * points.square().sum(1)
+        return along / 2 if self.cosine else along
+
     def means(self, sums: Tensor, counts: Tensor) -> Tensor:
         """Returns the new centres [K, D], of unit length for cosine; a centre without rows does not move."""
-        means = self.offset.double() + sums.sum(0) / counts.clamp(min=1).unsqueeze(1)
-        means = torch.where(counts.unsqueeze(1) > 0, means, self.points.double())
-        return (normalize_rows(means) if self.cosine else means).to(self.points.dtype)
+        means, offset = torch.empty_like(self.points), self.offset.double()
+        for part in serial_parts(means):
+            part_means = offset + sums[:, part].sum(0) / counts[part].clamp(min=1).unsqueeze(1)
+            part_means = torch.where(counts[part].unsqueeze(1) > 0, part_means, self.points[part].double())
+            means[part] = (normalize_rows(part_means) if self.cosine else part_means).to(means.dtype)
+        return means
+
+
+def serial_parts(x: Tensor) -> Iterator[slice]:
+    """Yields slices of rows so small that PyTorch computes each in one thread; one slice on a GPU.
+
+    A parallel region costs little on idle cores, but milliseconds if another process has one of them.
+    """
+    step = max(SERIAL_ELEMENTS // x.shape[-1], 1) if x.device.type == "cpu" else max(x.shape[-2], 1)
+    for begin in range(0, x.shape[-2], step):
+        yield slice(begin, begin + step)
+
+
+def squared_shifts(points: Tensor, before: Tensor) -> Tensor:
+    """|c_k - b_k|^2 of centres and earlier ones, fp64 [K]."""
+    shifts = torch.empty(len(points), dtype=torch.float64, device=points.device)
+    for part in serial_parts(points):
+        shifts[part] = (points[part].double() - before[part].double()).square().sum(1)
+    return shifts
 
 
 def undecided_rows(gap: Tensor, bound: Tensor, width: int) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mcl_kernels.kmeans.centers import prepare, serial_sum
+from mcl_kernels.kmeans.centers import prepare, serial_sum, squared_shifts
 from mcl_kernels.kmeans.empty_clusters import fill_empty
 from mcl_kernels.kmeans.passes import Partition, Problem, as_scalar, label_rows, mean_variance, sum_clusters
 from mcl_kernels.kmeans.team import Team
@@ -104,7 +104,7 @@ def _record(
     """Entry of the history for one iteration, which began at time `started`."""
     return {
         "objective": objective,
-        "shift": float((after - before).double().square().sum()),
+        "shift": float(squared_shifts(after, before).sum()),
         "seconds": time.perf_counter() - started,
         "imbalance": largest_count * len(after) / problem.data.n,
         "splits": splits,

@@ -6,10 +6,11 @@ import math
 from types import ModuleType
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from mcl_kernels.kmeans.centers import Bounds, Centers, Summary, prepare, serial_sum, unit_rows
+from mcl_kernels.kmeans.centers import Bounds, Centers, Summary, prepare, serial_parts, serial_sum, unit_rows
 from mcl_kernels.kmeans.dataset import Dataset
 
 FAR_CENTERS = 1024  # ratio of the objective to the squares of the rows
@@ -78,7 +79,7 @@ class Partition:
         shifts = None
         if self.bounds is not None and self.centers is not None and self.squares is not None:
             shifts = centers.shifts(self.centers)
-        objective, sums, counts = 0.0, torch.zeros_like(self.sums), torch.zeros_like(self.counts)
+        objective, sums, counts = 0.0, None, torch.zeros_like(self.counts)
         rows_read = torch.zeros((), dtype=torch.int64, device="cpu")
         implementation, data = self.problem.implementation, self.problem.data
         for here, chunk in data.chunks():
@@ -89,15 +90,16 @@ class Partition:
                 distances, chunk_sums, chunk_counts = _sum_changes(
                     implementation, chunk, centers, self.labels[here], bounds, shifts
                 )
-            rows_read += len(chunk) if shifts is None else int(distances.isnan().logical_not_().count_nonzero())
+            rows_read += len(chunk) if shifts is None else len(chunk) - int(np.isnan(distances.numpy()).sum())
             objective += serial_sum(distances) if shifts is None else 0.0
-            sums += chunk_sums
+            sums = chunk_sums if sums is None else _add(sums, chunk_sums)
             counts += chunk_counts
+        sums = torch.zeros_like(self.sums) if sums is None else sums
         total, sums, counts, rows_read = data.team.total(as_scalar(objective), sums, counts, rows_read)
         if self.labels is None:
             self.sums, self.counts = sums, counts
         else:
-            self.sums += sums
+            _add(self.sums, sums)
             self.counts += counts
         self.centers, self.rows_read = centers, int(rows_read)
         self._set_objective(centers, float(total) if shifts is None else None)
@@ -123,12 +125,10 @@ class Partition:
             assert measured is not None
             self.objective = measured
             return
-        points = centers.points.double() - centers.offset.double()
-        along = 2 * (self.sums.sum(0) * points).sum(1) - self.counts * points.square().sum(1)
-        along = along / 2 if centers.cosine else along
+        along = centers.along(self.sums, self.counts)
         total, magnitude = float(along.sum()), float(along.abs().sum())
         # The distance of a row to a centre without direction is not that of the formula.
-        has_directions = not (centers.cosine and bool((points == 0).all(1).any()))
+        has_directions = not centers.cosine or bool(centers.has_direction().all())
         if self.squares is not None:
             self.objective = self.squares - total
             least = max(self.measured / LARGEST_FALL, (abs(self.squares) + magnitude) * LEAST_SHARE)
@@ -150,9 +150,7 @@ class Partition:
         n, total = self.problem.data.n, self.sums.sum(0)
         mean_square = 1.0
         if not centers.cosine:
-            points = centers.points.double() - centers.offset.double()
-            along = 2 * (total * points).sum(1) - self.counts * points.square().sum(1)
-            mean_square = (self.objective + float(along.sum())) / n
+            mean_square = (self.objective + float(centers.along(self.sums, self.counts).sum())) / n
             if self.problem.data.team.decide(mean_square * n * FAR_CENTERS < self.objective):
                 return mean_variance(self.problem)
         return max(mean_square - float((total.sum(0) / n).square().sum()), 0.0) / self.problem.data.width
@@ -168,6 +166,13 @@ class Partition:
             self.labels[position - held.start] = target
             if self.bounds is not None:
                 self.bounds.upper[position - held.start] = math.inf
+
+
+def _add(sums: Tensor, more: Tensor) -> Tensor:
+    """Adds sums [levels, K, D] to others, in place."""
+    for part in serial_parts(sums):
+        sums[:, part] += more[:, part]
+    return sums
 
 
 def sum_clusters(implementation: ModuleType, x: Tensor, centers: Centers) -> tuple[Tensor, Tensor, Tensor]:
