@@ -94,6 +94,24 @@ def test_clusters_that_are_filled(metric: str) -> None:
     assert sum(entry["splits"] for entry in fitted.history_) > 0
 
 
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+def test_clusters_that_are_filled_among_many(metric: str) -> None:
+    x = torch.cat((grid_rows(900), blobs(300, 2, torch.Generator().manual_seed(1))))
+    init = torch.cat((torch.from_numpy(far_centers(x)), x[-40:]))
+    fitted = assert_same_fit(x, len(init), metric=metric, init=init, tol=0)
+    assert sum(entry["splits"] for entry in fitted.history_) > 0
+
+
+def test_a_moved_row_is_compared_with_the_centre_that_it_left() -> None:
+    """A row moves to the empty cluster, and is then as near to the centre of its earlier one."""
+    x = torch.zeros(18, 2)
+    x[3:, 0] = 1000.0 * torch.arange(1, 16)
+    init = torch.cat((torch.tensor([[100.0, 0.0], [1e6, 0.0]]), x[3:]))
+    with pytest.warns(UserWarning, match="only 16 clusters"):
+        fitted = assert_same_fit(x, 17, init=init, tol=0)
+    assert torch.equal(fitted.labels_, fitted.predict(x))
+
+
 def test_the_objective_is_that_of_the_distances(monkeypatch: pytest.MonkeyPatch) -> None:
     """It comes from sums, also where these are far larger: with a far row, and with clusters far from one another."""
     generator = torch.Generator().manual_seed(0)

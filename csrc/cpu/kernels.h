@@ -18,8 +18,9 @@ Kernels<typename Blocks::Value> kernels() {
   return {forward_task<Blocks>,    backward_task<Blocks>, count_task<Blocks>,
           workspace_bytes<Blocks>, unit_rows<T>,          unit_rows_backward<T>,
           survey_rows<T>,          packed_centers_bytes<T>, pack_centers<T>,
-          cluster_workspace_bytes<T>, cluster_rows<T>,      code_rows<T>,
-          seeding_stride<T>,       begin_seeding_step<T>,  compare_with_candidates<T>};
+          cluster_workspace_bytes<T>, cluster_rows<T>,
+          code_rows<T>,            seeding_stride<T>,     begin_seeding_step<T>,
+          compare_with_candidates<T>};
 }
 
 }  // namespace mcl::MCL_INSTRUCTION_SET

@@ -83,8 +83,8 @@ void find_nearest(const Clusters<T>& clusters, const PackedCenters<T>& centers, 
   for (int64_t i = 0; i < rows; i += LANES<T>) find_labels(clusters, centers, block, i);
 }
 
-// Finds the labels of the undecided rows among rows first .. first + rows - 1 of the block: the nearest, by differences,
-// of the centres whose scores may be the lowest.
+// Finds the labels of the undecided rows among rows first .. first + rows - 1 of the block: the nearest, by
+// differences, of the centres whose scores may be the lowest.
 template <class T>
 void decide(const Clusters<T>& clusters, const PackedCenters<T>& centers, const ClusterBlock<T>& block, int64_t first,
             int64_t rows) {
@@ -144,7 +144,8 @@ int64_t load_block(const Clusters<T>& clusters, const PackedCenters<T>& centers,
   return rows;
 }
 
-// Assigns rows begin .. end - 1, and adds to the sums [levels, K, D] and counts [K] of the caller's thread unless null.
+// Assigns those of rows begin .. end - 1 that bounds do not decide, updates followed labels and bounds, and adds to the
+// sums [levels, K, D] and counts [K] of the caller's thread unless null.
 template <class T>
 void cluster_rows(const Clusters<T>& clusters, char* packed, int64_t begin, int64_t end, double* sums, int64_t* counts,
                   char* workspace) {

@@ -28,7 +28,7 @@ struct Groups {
   int64_t of(int64_t center) const { return center / unit * groups / units; }
 };
 
-// By group of centres the largest shift, and the largest of the others than that of centre `farthest`.
+// For each group of centres the largest shift, the centre that has it, and the largest shift of the other centres.
 template <class T>
 struct GroupShifts {
   Groups<T> groups;

@@ -9,7 +9,6 @@
 
 namespace mcl::MCL_INSTRUCTION_SET {
 
-constexpr int64_t FEW = 16;         // at most this many centres
 constexpr int64_t MOVED_ROWS = 64;  // rows that are added to the sums at a time, so that the sums are in the cache
 
 // Rows that need no conversion are read in place, as RUNS runs side by side. The runs lie in different pages of memory,
@@ -96,8 +95,8 @@ inline void multiply_few(const FewRows<T>& x, int64_t i, int64_t width, const T*
   }
 }
 
-// Multiplies a block of rows by all centres. Each group of centres prefetches FETCHED of RUNS rows: half of them if there
-// are several groups.
+// Multiplies a block of rows by all centres. Each group of centres prefetches FETCHED of RUNS rows: half of them if
+// there are several groups.
 template <class T, int64_t FETCHED>
 void multiply_block(const Clusters<T>& clusters, const PackedCenters<T>& centers, const FewRows<T>& x,
                     const FewBlock<T>& block) {

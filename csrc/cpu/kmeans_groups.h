@@ -1,5 +1,5 @@
-// The nearest centres of rows by groups of centres: a row is compared with the groups whose lower bound is not above its
-// upper bound (Ding et al. 2015, Yinyang k-means), and with that of its label.
+// The nearest centres of rows by groups of centres: a row is compared with the groups whose lower bound is not above
+// its upper bound (Ding et al. 2015, Yinyang k-means), and with that of its label.
 #pragma once
 
 #include "kmeans_block.h"
@@ -34,8 +34,8 @@ inline void multiply_group(bool accumulate, int64_t depth, const T* const* rows,
     }
 }
 
-// Multiplies the listed rows of the block by columns first .. end - 1, at most TILE of them, into its products: row i of
-// the list at row i. The list is padded to GROUP.
+// Multiplies the listed rows of the block by columns first .. end - 1, at most TILE of them, into its products: row i
+// of the list at row i. The list is padded to GROUP. The order of each sum is that of multiply_tile.
 template <class T>
 void multiply_listed(const Clusters<T>& clusters, const PackedCenters<T>& centers, const ClusterBlock<T>& block,
                      int64_t count, int64_t first, int64_t end) {

@@ -71,7 +71,9 @@ struct Earlier {
 template <class T>
 void set_earlier(const Earlier& earlier, int64_t n, int64_t k, Clusters<T>& clusters) {
   clusters.groups = earlier.lower ? earlier.lower->size(1) : 0;
-  TORCH_CHECK(clusters.groups <= (k <= 16 ? 1 : MAX_GROUPS - 1), "too many groups of bounds: got ", clusters.groups);
+  TORCH_CHECK(!earlier.lower || (clusters.groups >= 1 && clusters.groups <= (k <= FEW ? 1 : MAX_GROUPS)),
+              "bounds must have 1 to ", MAX_GROUPS, " groups, and 1 for few centres: got ", clusters.groups);
+  TORCH_CHECK(!earlier.labels || earlier.labels->numel() == n, "followed must have a label for each row");
   const auto memory = [](const OptionalTensor& x, int64_t size) -> float* {
     if (!x) return nullptr;
     TORCH_CHECK(x->is_contiguous() && x->numel() == size && x->scalar_type() == at::kFloat,
@@ -138,14 +140,14 @@ Tensor survey(const Tensor& x) {
   const Tensor ranges = at::empty({threads, 2, width}, options);
   ranges.select(1, 0).fill_(std::numeric_limits<T>::infinity());
   ranges.select(1, 1).fill_(-std::numeric_limits<T>::infinity());
-  const Tensor copies = at::empty({threads, 8, width}, options);
+  const Tensor copies = at::empty({threads, SURVEYED_AT_ONCE, width}, options);
   const Matrix matrix = {rows.const_data_ptr(), rows.stride(0), dtype_of(x)};
   std::atomic<int64_t> next{0};
   parallel_for(threads, [&](int64_t thread) {
     T* range = ranges.mutable_data_ptr<T>() + thread * 2 * width;
     for (int64_t part = next++; part < parts; part = next++)
       kernels.survey_rows(matrix, width, part * PART_ROWS, std::min(n, (part + 1) * PART_ROWS), range, range + width,
-                          copies.mutable_data_ptr<T>() + thread * 8 * width);
+                          copies.mutable_data_ptr<T>() + thread * SURVEYED_AT_ONCE * width);
   });
   return at::stack({ranges.select(1, 0).amin(0), ranges.select(1, 1).amax(0)}).to(x.scalar_type());
 }
@@ -153,6 +155,7 @@ Tensor survey(const Tensor& x) {
 }  // namespace
 
 Tensor survey_rows(const Tensor& x) { return x.scalar_type() == at::kDouble ? survey<double>(x) : survey<float>(x); }
+
 ClusterPass assign_clusters(const Tensor& x, at::TensorList centers, bool cosine, bool with_sums,
                             const OptionalTensor& followed, const OptionalTensor& upper, const OptionalTensor& lower,
                             const OptionalTensor& shifts) {

@@ -5,7 +5,9 @@
 
 namespace mcl {
 
-constexpr int64_t MAX_GROUPS = 16;
+constexpr int64_t SURVEYED_AT_ONCE = 8;  // rows between an update of the columns' extremes and the next
+constexpr int64_t FEW = 16;         // at most this many centres are compared in registers, in one group
+constexpr int64_t MAX_GROUPS = 15;  // of centres with a lower bound each
 
 // One pass over rows [N, D]. T, the type of products and distances, is float or double.
 template <class T>
@@ -22,7 +24,7 @@ struct Clusters {
   T* distances;            // [N], to the centre of the label; NaN for a row that was not read
   float *upper, *lower;    // [N], [N, groups], or null: bounds of the distance to the centre of the label, and to the
                            // other centres of each group
-  int64_t groups;          // at most MAX_GROUPS; 1 for at most FEW centres
+  int64_t groups;          // at most MAX_GROUPS; 1 for at most FEW centres, 0 without bounds
   const float* shifts;     // [K], bounds of the distances that the centres moved since; null: only set the bounds
   bool every_distance;     // find the distances of rows that keep their label, too
 };

@@ -1,11 +1,10 @@
 // The smallest and the largest entry of each column, in one read of the rows.
 #pragma once
 
+#include "kmeans_problem.h"
 #include "packing.h"
 
 namespace mcl::MCL_INSTRUCTION_SET {
-
-constexpr int64_t SURVEYED_AT_ONCE = 8;  // rows between an update of the extremes and the next
 
 template <class V, class T>
 inline void widen_range(const T* const* rows, int64_t d, T* low, T* high) {

@@ -38,10 +38,10 @@ Tensor survey_rows(const Tensor& x);
 // [levels K, D], of each level and centre are relative to the offset. `followed`: labels of an earlier pass, which are
 // overwritten by those of this pass. Then sums and counts are the changes, and no labels are returned.
 //
-// `upper`, fp32 [N], and `lower`, fp32 [N, groups], for followed labels: bounds of the distance to the centre of the label
-// and to the other centres of each group, which are overwritten too. `shifts`, fp32 [K]: bounds of the distances that the centres moved since the pass
-// that set the bounds. With it rows that keep their label, as the bounds prove, are not read, and their distance is NaN;
-// without sums the distances of all rows are found.
+// `upper`, fp32 [N], and `lower`, fp32 [N, groups], for followed labels: bounds of the distance to the centre of the
+// label and to the other centres of each group, which are overwritten too. `shifts`, fp32 [K]: bounds of the distances
+// that the centres moved since the pass that set the bounds. With it rows that keep their label, as the bounds prove,
+// are not read, and their distance is NaN; without sums the distances of all rows are found.
 std::tuple<Tensor, Tensor, Tensor, Tensor> assign_clusters(const Tensor& x, at::TensorList centers, bool cosine,
                                                            bool with_sums, const OptionalTensor& followed,
                                                            const OptionalTensor& upper, const OptionalTensor& lower,

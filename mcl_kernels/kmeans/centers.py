@@ -45,8 +45,8 @@ SCALE_BITS = 24  # bits of a column's scale that sums keep, as many as fp32 has
 MIN_FAR, MAX_FAR = 2.0**8, 2.0**11
 MIN_EXPONENT = -960
 MIN_FP32_DIFFERENCE = 2.0**-40  # fp32 still resolves the squares of such differences
-FEW_CENTERS = 16  # have one group
-GROUPED_CENTERS, MAX_GROUPS = 24, 15  # centres of a group of bounds, unless there would be too many groups
+FEW_CENTERS = 16  # have one group: FEW of csrc/cpu
+GROUPED_CENTERS, MAX_GROUPS = 32, 15  # centres of a group of bounds, unless there would be too many groups
 NEAR = 2.0**-12  # squared distances of unit rows below it are affected by the rounding of the rows
 
 

@@ -165,7 +165,9 @@ class Partition:
         if self.labels is not None and position in held:
             self.labels[position - held.start] = target
             if self.bounds is not None:
+                # Of the new centre nothing is known, and the earlier one is among the others now.
                 self.bounds.upper[position - held.start] = math.inf
+                self.bounds.lower[position - held.start] = 0.0
 
 
 def _add(sums: Tensor, more: Tensor) -> Tensor:
