@@ -57,7 +57,7 @@ def assert_same_fit(x: Tensor, k: int, **options: Any) -> KMeans:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@examples()
+@examples(20)
 @given(data=st.data())
 def test_every_bit_is_that_of_a_fit_without_bounds(
     kind: str, monkeypatch: pytest.MonkeyPatch, data: st.DataObject
