@@ -388,6 +388,23 @@ bool check_clusters(int64_t size, int64_t width, int64_t count, bool cosine) {
       const double sum = relative_sum + double(counts[j] + counts[count + j]) * offset[d];
       error = std::max(error, std::abs(sum - expected[at]) / (1 + std::abs(expected[at])));
     }
+  // A pass that sets bounds, one that leaves out rows after small shifts, and one that finds all distances again.
+  clusters.groups = count <= mcl::FEW ? 1 : std::clamp<int64_t>(count / 32, 1, mcl::MAX_GROUPS);
+  std::vector<float> upper(size, INFINITY), lower(size * clusters.groups), shifts(count, 1e-5f);
+  clusters.upper = upper.data();
+  clusters.lower = lower.data();
+  clusters.labels = nullptr;
+  for (int pass = 0; pass < 3; pass++) {
+    clusters.shifts = pass > 0 ? shifts.data() : nullptr;
+    clusters.every_distance = pass == 2;
+    std::fill(distances.begin(), distances.end(), NAN);
+    on_threads(2, [&](int64_t thread) {
+      kernels.cluster_rows(clusters, packed, thread * size / 2, (thread + 1) * size / 2, &sums[thread * 2 * level],
+                           &counts[thread * count], workspace + thread * bytes);
+    });
+    for (int64_t i = 0; i < size; i++)
+      if (followed[i] != labels[i] || (pass != 1 && std::isnan(distances[i]))) error = INFINITY;
+  }
   for (char* memory : {packed, workspace}) {
 #if defined(__SANITIZE_ADDRESS__)
     __asan_unpoison_memory_region(memory, memory == packed ? kernels.packed_centers_bytes(width, count) : 2 * bytes);
