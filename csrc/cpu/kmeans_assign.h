@@ -56,29 +56,11 @@ void find_labels(const Clusters<T>& clusters, const PackedCenters<T>& centers, c
 template <class T>
 void find_nearest(const Clusters<T>& clusters, const PackedCenters<T>& centers, const ClusterBlock<T>& block,
                   int64_t rows) {
-  using V = Vector<T>;
-  Mask<T> lanes;
-  for (int64_t lane = 0; lane < LANES<T>; lane++) lanes[lane] = Index<T>(lane);
-  for (int64_t i = 0; i < round_up(rows, LANES<T>); i++) {
-    store(block.score + i * LANES<T>, broadcast(T(__builtin_inf())));
-    store(block.second + i * LANES<T>, broadcast(T(__builtin_inf())));
-    store(block.center + i * LANES<T>, Mask<T>{});
-  }
+  for (int64_t i = 0; i < round_up(rows, LANES<T>); i++) clear_scores(block, i);
   for (int64_t first = 0; first < centers.columns; first += TILE) {
     const int64_t columns = smaller(TILE, centers.columns - first);
     multiply_tile(clusters, centers, block, 0, round_up(rows, GROUP), first, columns);
-    for (int64_t i = 0; i < rows; i++) {
-      V score = load<V>(block.score + i * LANES<T>), second = load<V>(block.second + i * LANES<T>);
-      Mask<T> center = load<Mask<T>>(block.center + i * LANES<T>);
-      for (int64_t j = 0; j < columns; j += LANES<T>) {
-        const V s = load<V>(centers.half_norms + first + j) - load<V>(block.products + i * TILE_STRIDE<T> + j);
-        center = s < score ? lanes + Index<T>(first + j) : center;
-        take_lowest(s, score, second);
-      }
-      store(block.score + i * LANES<T>, score);
-      store(block.second + i * LANES<T>, second);
-      store(block.center + i * LANES<T>, center);
-    }
+    for (int64_t i = 0; i < rows; i++) take_scores(centers, block, i, first, columns);
   }
   for (int64_t i = 0; i < rows; i += LANES<T>) find_labels(clusters, centers, block, i);
 }

@@ -39,6 +39,34 @@ struct ClusterBlock {
         group_scores(arena.take<T>(CLUSTER_ROWS * MAX_GROUPS)) {}
 };
 
+// Forgets the lowest scores of a row.
+template <class T>
+void clear_scores(const ClusterBlock<T>& block, int64_t row) {
+  store(block.score + row * LANES<T>, broadcast(T(__builtin_inf())));
+  store(block.second + row * LANES<T>, broadcast(T(__builtin_inf())));
+  store(block.center + row * LANES<T>, Mask<T>{});
+}
+
+// Updates the lowest scores of a row, |c|^2 / 2 - <x, c>, with centres first .. first + columns - 1, whose products are
+// in the same row.
+template <class T>
+void take_scores(const PackedCenters<T>& centers, const ClusterBlock<T>& block, int64_t row, int64_t first,
+                 int64_t columns) {
+  using V = Vector<T>;
+  Mask<T> lanes;
+  for (int64_t lane = 0; lane < LANES<T>; lane++) lanes[lane] = Index<T>(lane);
+  V score = load<V>(block.score + row * LANES<T>), second = load<V>(block.second + row * LANES<T>);
+  Mask<T> center = load<Mask<T>>(block.center + row * LANES<T>);
+  for (int64_t j = 0; j < columns; j += LANES<T>) {
+    const V s = load<V>(centers.half_norms + first + j) - load<V>(block.products + row * TILE_STRIDE<T> + j);
+    center = s < score ? lanes + Index<T>(first + j) : center;
+    take_lowest(s, score, second);
+  }
+  store(block.score + row * LANES<T>, score);
+  store(block.second + row * LANES<T>, second);
+  store(block.center + row * LANES<T>, center);
+}
+
 constexpr int64_t UNDECIDED = -1;  // the label of a row if another one is possible within rounding
 
 }  // namespace mcl::MCL_INSTRUCTION_SET

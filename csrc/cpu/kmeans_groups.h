@@ -93,9 +93,6 @@ TwoLowest<T> reduce_lanes(const T* scores, const T* seconds, const Index<T>* cen
 template <class T>
 void find_nearest_in_groups(const Clusters<T>& clusters, const PackedCenters<T>& centers, const Groups<T>& groups,
                             const ClusterBlock<T>& block, int64_t rows) {
-  using V = Vector<T>;
-  Mask<T> lanes;
-  for (int64_t lane = 0; lane < LANES<T>; lane++) lanes[lane] = Index<T>(lane);
   TwoLowest<T> nearest[CLUSTER_ROWS];
   T second_in_group[CLUSTER_ROWS];
   for (int64_t i = 0; i < rows; i++) {
@@ -108,27 +105,12 @@ void find_nearest_in_groups(const Clusters<T>& clusters, const PackedCenters<T>&
       if (block.needed[i] >> g & 1) block.listed[count++] = i;
     if (count == 0) continue;
     for (int64_t p = count; p < round_up(count, GROUP); p++) block.listed[p] = block.listed[count - 1];
-    for (int64_t p = 0; p < count; p++) {
-      store(block.score + p * LANES<T>, broadcast(T(__builtin_inf())));
-      store(block.second + p * LANES<T>, broadcast(T(__builtin_inf())));
-      store(block.center + p * LANES<T>, Mask<T>{});
-    }
+    for (int64_t p = 0; p < count; p++) clear_scores(block, p);
     const int64_t end = groups.begin(g + 1);
     for (int64_t first = groups.begin(g); first < end; first += TILE) {
       const int64_t columns = smaller(TILE, end - first);
       multiply_listed(clusters, centers, block, round_up(count, GROUP), first, first + columns);
-      for (int64_t p = 0; p < count; p++) {
-        V score = load<V>(block.score + p * LANES<T>), second = load<V>(block.second + p * LANES<T>);
-        Mask<T> center = load<Mask<T>>(block.center + p * LANES<T>);
-        for (int64_t j = 0; j < columns; j += LANES<T>) {
-          const V s = load<V>(centers.half_norms + first + j) - load<V>(block.products + p * TILE_STRIDE<T> + j);
-          center = s < score ? lanes + Index<T>(first + j) : center;
-          take_lowest(s, score, second);
-        }
-        store(block.score + p * LANES<T>, score);
-        store(block.second + p * LANES<T>, second);
-        store(block.center + p * LANES<T>, center);
-      }
+      for (int64_t p = 0; p < count; p++) take_scores(centers, block, p, first, columns);
     }
     for (int64_t p = 0; p < count; p++) {
       const int64_t i = block.listed[p];
