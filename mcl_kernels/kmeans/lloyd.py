@@ -45,8 +45,8 @@ def lloyd(problem: Problem, points: Tensor, max_iter: int, tol: float) -> Restar
         largest_count = int(partition.counts.max())
         splits = fill_empty(partition, centers)
         new_points = centers.means(partition.sums, partition.counts)
-        history.append(_record(started, problem, points, new_points, partition.objective, largest_count, splits))
-        history[-1]["read"] = partition.rows_read / problem.data.n
+        entry = _record(started, problem, points, new_points, partition.objective, largest_count, splits)
+        history.append(entry | {"read": partition.rows_read / problem.data.n})
         has_moved = splits > 0 or not torch.equal(new_points, points)
         points = new_points
         if problem.data.team.decide(splits == 0 and history[-1]["shift"] <= largest_shift):

@@ -14,8 +14,6 @@ from mcl_kernels.kmeans.centers import Bounds, Centers, Summary, prepare, serial
 from mcl_kernels.kmeans.dataset import Dataset
 
 FAR_CENTERS = 1024  # ratio of the objective to the squares of the rows
-
-
 # The objective is measured again when it has fallen by this factor since, and when it is a smaller share than this of
 # the terms that it is the difference of.
 LARGEST_FALL, LEAST_SHARE = 16, 2.0**-24
