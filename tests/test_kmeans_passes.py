@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,7 +12,9 @@ from mcl_kernels import KMeans, assign_clusters
 from mcl_kernels.kmeans import gpu_common, reference
 from mcl_kernels.kmeans.assign import find_nearest, load_implementation
 from mcl_kernels.kmeans.centers import Summary, prepare, summarize, survey_columns
+from mcl_kernels.kmeans.rows import find_extremes
 from mcl_kernels.kmeans.triton import tile_table
+from mcl_kernels.normalize import compute_dtype
 from tests import kmeans_cases
 from tests.conftest import EMULATED, Backend, unavailable_reason
 from tests.kmeans_cases import blobs, normal
@@ -230,12 +234,19 @@ def test_small_tiles(monkeypatch: pytest.MonkeyPatch, poisoned_memory: None, met
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (777, 64), (2000, 37)])
 def test_the_extremes_of_columns(backend: Backend, shape: tuple[int, int], dtype: torch.dtype) -> None:
     module = load_implementation(backend.impl, torch.device(backend.device))
-    if not hasattr(module, "extremes"):
-        pytest.skip("PyTorch's operators find the extremes")
+    find = getattr(module, "extremes", find_extremes)
     x = normal(*shape, backend.device).to(dtype)
     wide = torch.cat((x, x + 1), dim=1)[:, : shape[1]]  # rows that are not adjacent
+    wide[:, 0] = 3.0
+    middle = wide[len(wide) // 2].to(compute_dtype(x))
+    middle[1::3] = math.nan
     for value in (0.0, -torch.inf, torch.inf, torch.nan):
         wide[-1, -1] = value
-        found = module.extremes(wide)
-        assert found.dtype == dtype
-        torch.testing.assert_close(found, torch.stack((wide.amin(0), wide.amax(0))), rtol=0, atol=0, equal_nan=True)
+        low, high, nearest = find(wide, middle)
+        assert low.dtype == high.dtype == nearest.dtype == middle.dtype
+        torch.testing.assert_close(low, wide.amin(0).to(low.dtype), rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(high, wide.amax(0).to(low.dtype), rtol=0, atol=0, equal_nan=True)
+        distances = (wide.to(middle.dtype) - middle).abs()
+        expected = torch.where(distances > 0, distances, math.inf).amin(0)
+        torch.testing.assert_close(nearest, expected, rtol=0, atol=0)
+        assert find(wide, None)[2].isinf().all()

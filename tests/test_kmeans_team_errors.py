@@ -85,8 +85,8 @@ def error_of_fit(case: str, path: str) -> str:
         else:  # during the fit
             survey = Dataset.survey
 
-            def survey_and_truncate(self: Dataset) -> Any:
-                found = survey(self)
+            def survey_and_truncate(self: Dataset, middle: Tensor) -> Any:
+                found = survey(self, middle)
                 with open(path, "r+b") as file:
                     file.truncate(size - 150 * D * 4)
                 return found

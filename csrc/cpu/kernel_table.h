@@ -19,7 +19,7 @@ struct Kernels {
                              const T* grad_unit_b, const T* grad_cosine, T* grad_a, T* grad_b);
 
   // k-means
-  void (*survey_rows)(const Matrix& x, int64_t width, int64_t begin, int64_t end, T* low, T* high, T* copies);
+  void (*survey_rows)(const Matrix& x, const T* middle, int64_t width, int64_t begin, int64_t end, T* found, T* copies);
   int64_t (*packed_centers_bytes)(int64_t width, int64_t centers);
   void (*pack_centers)(const Clusters<T>& clusters, const T* centers, const T* offset, char* memory);
   int64_t (*cluster_workspace_bytes)(int64_t width);

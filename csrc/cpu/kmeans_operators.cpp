@@ -1,7 +1,8 @@
 // Binds the kernels of k-means to torch.
 #include <ATen/ops/amax.h>
 #include <ATen/ops/amin.h>
-#include <ATen/ops/fill.h>
+#include <ATen/ops/full.h>
+#include <ATen/ops/neg.h>
 #include <ATen/ops/select.h>
 #include <ATen/ops/slice.h>
 #include <ATen/ops/stack.h>
@@ -131,30 +132,33 @@ ClusterPass assign(const Tensor& x, const Tensor& points, const Tensor& offset, 
 }
 
 template <class T>
-Tensor survey(const Tensor& x) {
+Tensor survey(const Tensor& x, const OptionalTensor& middle) {
   const Kernels<T> kernels = choose_kernels<T>(false);
   const Tensor rows = with_dense_rows(x);
   const int64_t n = x.size(0), width = x.size(1), parts = (n + PART_ROWS - 1) / PART_ROWS;
   const int64_t threads = std::max<int64_t>(std::min(thread_count(), parts), 1);
   const auto options = x.options().dtype(at::CppTypeToScalarType<T>());
-  const Tensor ranges = at::empty({threads, 2, width}, options);
-  ranges.select(1, 0).fill_(std::numeric_limits<T>::infinity());
-  ranges.select(1, 1).fill_(-std::numeric_limits<T>::infinity());
+  const OptionalTensor dense_middle = middle ? OptionalTensor(middle->to(options).contiguous()) : std::nullopt;
+  TORCH_CHECK(!middle || middle->numel() == width, "middle must have a value for each column");
+  const Tensor found = at::full({threads, 3, width}, std::numeric_limits<T>::infinity(), options);
+  found.select(1, 1).neg_();
   const Tensor copies = at::empty({threads, SURVEYED_AT_ONCE, width}, options);
   const Matrix matrix = {rows.const_data_ptr(), rows.stride(0), dtype_of(x)};
   std::atomic<int64_t> next{0};
   parallel_for(threads, [&](int64_t thread) {
-    T* range = ranges.mutable_data_ptr<T>() + thread * 2 * width;
     for (int64_t part = next++; part < parts; part = next++)
-      kernels.survey_rows(matrix, width, part * PART_ROWS, std::min(n, (part + 1) * PART_ROWS), range, range + width,
+      kernels.survey_rows(matrix, dense_middle ? dense_middle->const_data_ptr<T>() : nullptr, width, part * PART_ROWS,
+                          std::min(n, (part + 1) * PART_ROWS), found.mutable_data_ptr<T>() + thread * 3 * width,
                           copies.mutable_data_ptr<T>() + thread * SURVEYED_AT_ONCE * width);
   });
-  return at::stack({ranges.select(1, 0).amin(0), ranges.select(1, 1).amax(0)}).to(x.scalar_type());
+  return at::stack({found.select(1, 0).amin(0), found.select(1, 1).amax(0), found.select(1, 2).amin(0)});
 }
 
 }  // namespace
 
-Tensor survey_rows(const Tensor& x) { return x.scalar_type() == at::kDouble ? survey<double>(x) : survey<float>(x); }
+Tensor survey_rows(const Tensor& x, const OptionalTensor& middle) {
+  return x.scalar_type() == at::kDouble ? survey<double>(x, middle) : survey<float>(x, middle);
+}
 
 ClusterPass assign_clusters(const Tensor& x, at::TensorList centers, bool cosine, bool with_sums,
                             const OptionalTensor& followed, const OptionalTensor& upper, const OptionalTensor& lower,

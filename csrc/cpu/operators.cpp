@@ -17,7 +17,7 @@ TORCH_LIBRARY(mcl_kernels_native, library) {
   library.def("unit_rows(Tensor view_a, Tensor? view_b) -> (Tensor, Tensor)");
   library.def(
       "unit_rows_backward(Tensor view_a, Tensor? view_b, Tensor grad_rows, Tensor grad_cosine) -> (Tensor, Tensor)");
-  library.def("survey_rows(Tensor x) -> Tensor");
+  library.def("survey_rows(Tensor x, Tensor? middle) -> Tensor");
   library.def(
       "assign_clusters(Tensor x, Tensor[] centers, bool cosine, bool with_sums, Tensor(a!)? followed, "
       "Tensor(b!)? upper, Tensor(c!)? lower, Tensor? shifts) -> (Tensor, Tensor, Tensor, Tensor)");

@@ -32,7 +32,7 @@ std::tuple<Tensor, Tensor> unit_rows_backward(const Tensor& view_a, const Option
                                               const Tensor& grad_rows, const Tensor& grad_cosine);
 
 // The smallest and the largest entry of each column, [2, D] in the dtype of x; NaN for a column that holds NaN.
-Tensor survey_rows(const Tensor& x);
+Tensor survey_rows(const Tensor& x, const OptionalTensor& middle);
 
 // One pass of k-means. `centers` is [centers, offset, rounding]. Returns labels, distances, sums and counts: the sums,
 // [levels K, D], of each level and centre are relative to the offset. `followed`: labels of an earlier pass, which are

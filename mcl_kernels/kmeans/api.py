@@ -211,16 +211,14 @@ def _prepare(
     data: Dataset, settings: Settings, implementation: ModuleType, generator: torch.Generator
 ) -> tuple[Problem, Tensor]:
     """Surveys the data; returns the problem that restarts solve, and the sample that initialisations draw from."""
-    low, high = data.survey()
-    check_range(data.name, torch.stack((low, high)))
     has_centers = isinstance(settings.init, Tensor)
     size = SURVEYED_ROWS if has_centers else sample_size(settings.n_clusters, data.width)
     sample = draw_sample(data, size, generator)
     middle, scale = data.compute_on_first(lambda: survey_columns(sample, settings.metric).to(compute_dtype(sample)))
-    # The sample holds none of the entries that make these columns vary.
-    unknown = ((scale == 0) & (high > low)).nonzero().squeeze(1)
-    if len(unknown):
-        scale[unknown] = data.smallest_distances(unknown, middle[unknown])
+    # The sample holds only one value of a column of scale 0, which other rows may vary.
+    low, high, nearest = data.survey(torch.where(scale == 0, middle, math.nan))
+    check_range(data.name, torch.stack((low, high)))
+    scale = torch.where(nearest.isinf(), scale, nearest)
     summary = summarize(data.n, low, high, middle, scale, settings.metric, settings.init)
     return Problem(data, summary, settings.metric, implementation, settings.bounds), sample
 

@@ -257,8 +257,11 @@ def survey_columns(x: Tensor, metric: str) -> Tensor:
     A few far rows change neither. For cosine the median is replaced by 0. The scale is 0 if all entries of the column
     are equal.
     """
-    drawn = torch.randint(len(x), (SURVEYED_ROWS,), generator=torch.Generator().manual_seed(0), device="cpu")
-    rows = x[drawn.to(x.device)].double().cpu().numpy()
+    if len(x) > SURVEYED_ROWS:
+        drawn = torch.randint(len(x), (SURVEYED_ROWS,), generator=torch.Generator().manual_seed(0), device="cpu")
+        rows = x[drawn.to(x.device)].double().cpu().numpy()
+    else:
+        rows = x.double().cpu().numpy()
     middle = np.partition(rows, len(rows) // 2, axis=0)[len(rows) // 2]
     if metric == "cosine":
         middle = np.zeros_like(middle)
@@ -266,7 +269,7 @@ def survey_columns(x: Tensor, metric: str) -> Tensor:
     zeros = (distances == 0).sum(1)
     scale = np.take_along_axis(distances, (zeros + len(rows) - 1)[:, None] // 2, axis=1).squeeze(1)
     # The drawn rows hold only the median: take the scale from all rows.
-    rare = np.flatnonzero(scale == 0)
+    rare = np.flatnonzero(scale == 0) if len(x) > SURVEYED_ROWS else np.empty(0, np.int64)
     for columns in np.split(rare, range(GATHERED_COLUMNS, len(rare), GATHERED_COLUMNS)):
         entries = x[:, torch.from_numpy(columns).to(x.device)].T.contiguous()
         differing = entries != torch.from_numpy(middle[columns]).to(entries).unsqueeze(1)

@@ -5,7 +5,6 @@ A position is the index of a row in the data set. `held` is the range of positio
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -14,8 +13,6 @@ from torch import Tensor
 from mcl_kernels.kmeans.rows import ChunkedRows, Extremes, Rows
 from mcl_kernels.kmeans.team import Team
 from mcl_kernels.normalize import compute_dtype
-
-COMPARED_ROWS = 4096  # rows copied at a time
 
 
 class Dataset:
@@ -33,32 +30,17 @@ class Dataset:
         self.n = ends[-1]
         self.held = range(ends[team.rank] - int(counts[team.rank]), ends[team.rank])
 
-    def survey(self) -> tuple[Tensor, Tensor]:
-        """Returns the smallest and the largest entry of each column, [width] each.
+    def survey(self, middle: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns the smallest and the largest entry of each column, and the smallest nonzero distance to `middle`.
 
-        Raises a ValueError that names the first row that is not finite.
+        [width] each. The distance is infinite if all entries are equal, and for a column whose value in `middle` is
+        NaN. Raises a ValueError that names the first row that is not finite.
         """
-        bounds = torch.zeros(self.team.size, 2, self.width, dtype=self.rows.dtype, device=self.device)
+        found = torch.zeros(self.team.size, 3, self.width, dtype=self.centers_like.dtype, device=self.device)
         with self.team.keeping_errors():
-            _, low, high = self.rows.survey(self.extremes)
-            bounds[self.team.rank] = torch.stack((low, high))
-        (bounds,) = self.team.total(bounds)
-        return bounds[:, 0].amin(0), bounds[:, 1].amax(0)
-
-    def smallest_distances(self, columns: Tensor, middle: Tensor) -> Tensor:
-        """Smallest nonzero distance of an entry of each of these columns to its value in `middle`; one pass.
-
-        It is infinite for a column without another value.
-        """
-        smallest = torch.zeros(self.team.size, len(columns), dtype=middle.dtype, device=self.device)
-        smallest[self.team.rank] = math.inf
-        for _, chunk in self.chunks():
-            for begin in range(0, len(chunk), COMPARED_ROWS):
-                distances = (chunk[begin : begin + COMPARED_ROWS, columns] - middle).abs()
-                distances = torch.where(distances > 0, distances, math.inf)
-                smallest[self.team.rank] = torch.minimum(smallest[self.team.rank], distances.amin(0))
-        (smallest,) = self.team.total(smallest)
-        return smallest.amin(0)
+            found[self.team.rank] = torch.stack(self.rows.survey(self.extremes, middle)[1:])
+        (found,) = self.team.total(found)
+        return found[:, 0].amin(0), found[:, 1].amax(0), found[:, 2].amin(0)
 
     def chunks(self) -> Iterator[tuple[slice, Tensor]]:
         """Yields the rows of this process in chunks, each with its slice of these rows."""

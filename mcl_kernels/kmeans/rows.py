@@ -16,21 +16,50 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from numbers import Real
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mcl_kernels._validate import check_embeddings
+from mcl_kernels.normalize import compute_dtype
 
 CHUNK_BYTES = 1 << 26
 CHUNK_MULTIPLE = 1024  # rows; chunks of a multiple of it are complete tiles for every implementation
+COMPARED_ROWS = 4096  # rows copied at a time
 
 Array = np.ndarray[Any, Any]
-Extremes = Callable[[Tensor], Tensor]
+Extremes = Callable[[Tensor, "Tensor | None"], Tensor]
 
 _log = logging.getLogger(__name__)
+
+
+class Survey(NamedTuple):
+    """What one read of rows shows of each column, [width] in the dtype of centres."""
+
+    rows: int
+    low: Tensor  # the smallest entry
+    high: Tensor  # the largest
+    nearest: Tensor  # the smallest nonzero distance to a given value; infinite without a value, or if all are equal
+
+    def lacks_distances(self, middle: Tensor) -> bool:
+        """Returns whether a column has a distance to its value in `middle` that this survey did not find."""
+        has_distance = ~middle.isnan() & ((self.low != middle) | (self.high != middle))
+        return bool((has_distance & self.nearest.isinf()).any())
+
+
+def find_extremes(x: Tensor, middle: Tensor | None) -> Tensor:
+    """Finds the smallest and the largest entry of each column, and its distance to `middle`, [3, D]: see `Survey`."""
+    low, high = x.amin(0).to(compute_dtype(x)), x.amax(0).to(compute_dtype(x))
+    nearest = torch.full_like(low, math.inf)
+    columns = (~middle.isnan()).nonzero().squeeze(1) if middle is not None else ()
+    if middle is not None and len(columns):
+        for begin in range(0, len(x), COMPARED_ROWS):
+            distances = (x[begin : begin + COMPARED_ROWS, columns] - middle[columns]).abs()
+            distances = torch.where(distances > 0, distances, math.inf)
+            nearest[columns] = torch.minimum(nearest[columns], distances.amin(0))
+    return torch.stack((low, high, nearest))
 
 
 class Rows:
@@ -43,7 +72,7 @@ class Rows:
     """
 
     n_rows: int | None = None
-    _surveyed: tuple[int, Tensor, Tensor] | None = None
+    _surveyed: Survey | None = None
 
     def __init__(self, name: str, like: Tensor) -> None:
         check_embeddings(name, like)
@@ -69,30 +98,35 @@ class Rows:
 
     def count(self, extremes: Extremes | None = None) -> int:
         """Number of rows; read from the data if it is not known, by a survey."""
-        return self.survey(extremes)[0] if self.n_rows is None else self.n_rows
+        return self.survey(extremes).rows if self.n_rows is None else self.n_rows
 
-    def survey(self, extremes: Extremes | None = None) -> tuple[int, Tensor, Tensor]:
-        """Returns the number of rows, and the smallest and the largest entry of each column.
+    def survey(self, extremes: Extremes | None = None, middle: Tensor | None = None) -> Survey:
+        """Reads all rows, unless an earlier survey found the same.
 
-        Raises a ValueError that names the first row that is not finite. The function `extremes` finds the entries of a
-        chunk, [2, width], NaN for a column that holds NaN; None: PyTorch's operators.
+        Raises a ValueError that names the first row that is not finite.
+
+        Args:
+            extremes: finds the smallest and the largest entries of a chunk, NaN for a column that holds NaN, and the
+                smallest distances. None: `find_extremes`.
+            middle: [width], a value of each column whose nonzero distances are of interest, NaN for other columns.
         """
-        if self._surveyed is None:
-            self._surveyed = self._survey(extremes or (lambda chunk: torch.stack((chunk.amin(0), chunk.amax(0)))))
+        if self._surveyed is None or (middle is not None and self._surveyed.lacks_distances(middle)):
+            self._surveyed = self._survey(extremes or find_extremes, middle)
         return self._surveyed
 
-    def _survey(self, extremes: Extremes) -> tuple[int, Tensor, Tensor]:
-        rows, low = 0, torch.full((self.width,), math.inf, dtype=self.dtype, device=self.device)
-        high = -low
+    def _survey(self, extremes: Extremes, middle: Tensor | None) -> Survey:
+        rows, low = 0, torch.full((self.width,), math.inf, dtype=compute_dtype(self.like), device=self.device)
+        high, nearest = -low, low
         for chunk in self.chunks():
             if len(chunk):
-                chunk_low, chunk_high = extremes(chunk)
+                chunk_low, chunk_high, chunk_nearest = extremes(chunk, middle)
                 # Both propagate NaN.
                 low, high = torch.minimum(low, chunk_low), torch.maximum(high, chunk_high)
+                nearest = torch.minimum(nearest, chunk_nearest)
                 if not bool((high - low).isfinite().all()):
                     self.refuse_not_finite(chunk, rows)
             rows += len(chunk)
-        return rows, low, high
+        return Survey(rows, low, high, nearest)
 
     def refuse_not_finite(self, chunk: Tensor, first: int) -> None:
         """Raises if a row of the chunk is not finite; the error names it. `first` is the position of the chunk."""
