@@ -389,13 +389,17 @@ bool check_clusters(int64_t size, int64_t width, int64_t count, bool cosine) {
       error = std::max(error, std::abs(sum - expected[at]) / (1 + std::abs(expected[at])));
     }
   // A pass that sets bounds, one that leaves out rows after small shifts, and one that finds all distances again.
-  clusters.groups = count <= mcl::FEW ? 1 : std::clamp<int64_t>(count / 32, 1, mcl::MAX_GROUPS);
+  clusters.groups = count <= mcl::FEW ? 1 : std::clamp<int64_t>((count + 31) / 32, 1, mcl::MAX_GROUPS);
+  std::vector<int32_t> order(count);
+  for (int64_t j = 0; j < count; j++) order[j] = int32_t(count - 1 - j);
+  clusters.order = count <= mcl::FEW ? nullptr : order.data();
   std::vector<float> upper(size, INFINITY), lower(size * clusters.groups), shifts(count, 1e-5f);
   clusters.upper = upper.data();
   clusters.lower = lower.data();
   clusters.labels = nullptr;
   for (int pass = 0; pass < 3; pass++) {
     clusters.shifts = pass > 0 ? shifts.data() : nullptr;
+    kernels.pack_centers(clusters, centers.data(), offset.data(), packed);
     clusters.every_distance = pass == 2;
     std::fill(distances.begin(), distances.end(), NAN);
     on_threads(2, [&](int64_t thread) {

@@ -31,25 +31,13 @@ template <class T>
 void find_labels(const Clusters<T>& clusters, const PackedCenters<T>& centers, const ClusterBlock<T>& block,
                  int64_t first) {
   using V = Vector<T>;
-  // Rows become lanes.
-  T scores[LANES<T> * LANES<T>], seconds[LANES<T> * LANES<T>], labels[LANES<T> * LANES<T>];
-  transpose_square(block.score + first * LANES<T>, LANES<T>, scores, LANES<T>);
-  transpose_square(block.second + first * LANES<T>, LANES<T>, seconds, LANES<T>);
-  transpose_square(reinterpret_cast<const T*>(block.center + first * LANES<T>), LANES<T>, labels, LANES<T>);
-  V lowest = load<V>(scores), second = load<V>(seconds);
-  Mask<T> label = load<Mask<T>>(labels);
-  for (int64_t lane = 1; lane < LANES<T>; lane++) {
-    const V s = load<V>(scores + lane * LANES<T>), next = load<V>(seconds + lane * LANES<T>);
-    const Mask<T> center = load<Mask<T>>(labels + lane * LANES<T>);
-    label = (s < lowest) | ((s == lowest) & (center < label)) ? center : label;
-    take_lowest(s, lowest, second);
-    second = next < second ? next : second;
-  }
+  const LowestScores<T> found = reduce_scores(block, first);
   const ScoreErrors<T> error = score_errors(centers, clusters.width, load<V>(block.squares + first));
-  const V limit = lowest + error(lowest);
+  const V limit = found.lowest + error(found.lowest);
   store(block.limit + first, limit);
-  const Mask<T> decided = second - error(second) > limit;
-  for (int64_t i = 0; i < LANES<T>; i++) block.labels[first + i] = decided[i] ? int64_t(label[i]) : UNDECIDED;
+  const Mask<T> decided = found.second - error(found.second) > limit;
+  for (int64_t i = 0; i < LANES<T>; i++)
+    block.labels[first + i] = decided[i] ? int64_t(centers.center_of[found.column[i]]) : UNDECIDED;
 }
 
 // Finds the centres with the lowest score |c|^2 / 2 - <x, c>.
@@ -60,7 +48,7 @@ void find_nearest(const Clusters<T>& clusters, const PackedCenters<T>& centers, 
   for (int64_t first = 0; first < centers.columns; first += TILE) {
     const int64_t columns = smaller(TILE, centers.columns - first);
     multiply_tile(clusters, centers, block, 0, round_up(rows, GROUP), first, columns);
-    for (int64_t i = 0; i < rows; i++) take_scores(centers, block, i, first, columns);
+    for (int64_t i = 0; i < rows; i++) take_scores(centers, block, i, first, first, first + columns);
   }
   for (int64_t i = 0; i < rows; i += LANES<T>) find_labels(clusters, centers, block, i);
 }
@@ -90,7 +78,7 @@ void decide(const Clusters<T>& clusters, const PackedCenters<T>& centers, const 
         const Mask<T> far = score - error(score) > block.limit[i];
         if (every_lane<T>(far)) continue;
         for (int64_t lane = 0; lane < smaller(LANES<T>, clusters.centers - tile - j); lane++)
-          if (!far[lane]) nearest[u].compare(clusters, centers, tile + j + lane);
+          if (!far[lane]) nearest[u].compare(clusters, centers, centers.center_of[tile + j + lane]);
       }
     }
   }
@@ -100,8 +88,8 @@ void decide(const Clusters<T>& clusters, const PackedCenters<T>& centers, const 
 // Loads rows into the block until it is full, from number `next` of the `count` selected rows on. Leaves out those that
 // keep their label, as their bounds prove with the distance to its centre. Returns the number of rows in the block.
 template <class T>
-int64_t load_block(const Clusters<T>& clusters, const PackedCenters<T>& centers, const Groups<T>& groups,
-                   const ClusterBlock<T>& block, int64_t& next, int64_t count) {
+int64_t load_block(const Clusters<T>& clusters, const PackedCenters<T>& centers, const ClusterBlock<T>& block,
+                   int64_t& next, int64_t count) {
   int64_t rows = 0;
   for (; next < count && rows < CLUSTER_ROWS; next++) {
     const int64_t row = block.selected[next];
@@ -109,10 +97,10 @@ int64_t load_block(const Clusters<T>& clusters, const PackedCenters<T>& centers,
       prefetch_row(clusters.rows, block.selected[next + PREFETCH_ROWS], clusters.width);
     T* x = block.rows + rows * centers.stride;
     const T squares = load_cluster_row(clusters, row, centers, x);
-    block.needed[rows] = (uint32_t(1) << groups.groups) - 1;
+    block.needed[rows] = (uint32_t(1) << clusters.groups) - 1;
     if (clusters.shifts && clusters.followed[row] >= 0) {
       const T distance = distance_to_center(clusters, centers, row, x, squares, clusters.followed[row], block.exact);
-      block.needed[rows] = tighten_bounds(clusters, centers, groups, row, squares, distance);
+      block.needed[rows] = tighten_bounds(clusters, centers, row, squares, distance);
       if (!block.needed[rows]) {
         clusters.distances[row] = distance;
         continue;
@@ -133,24 +121,24 @@ void cluster_rows(const Clusters<T>& clusters, char* packed, int64_t begin, int6
                   char* workspace) {
   Arena center_arena(packed), block_arena(workspace);
   const PackedCenters<T> centers(center_arena, clusters.width, clusters.centers);
-  const GroupShifts<T> shifts(clusters, centers.columns);
   if (clusters.centers <= FEW) {
-    cluster_rows_to_few(clusters, centers, shifts, FewBlock<T>(block_arena, centers.stride), begin, end, sums, counts);
+    cluster_rows_to_few(clusters, centers, FewBlock<T>(block_arena, centers.stride), begin, end, sums, counts);
     return;
   }
   const ClusterBlock<T> block(block_arena, centers.stride);
   for (int64_t first = begin; first < end; first += SELECTED_ROWS) {
-    const int64_t count = select_rows(clusters, shifts, first, smaller(end, first + SELECTED_ROWS), block.selected);
+    const int64_t count = select_rows(clusters, *centers.shifts, first, smaller(end, first + SELECTED_ROWS), block.selected);
     for (int64_t next = 0; next < count;) {
-      const int64_t rows = load_block(clusters, centers, shifts.groups, block, next, count);
+      const int64_t rows = load_block(clusters, centers, block, next, count);
+      NextRows ahead{clusters.rows, block.selected + next, smaller(count - next, CLUSTER_ROWS),
+                     clusters.width * element_bytes(clusters.rows)};
       if (clusters.upper)
-        find_nearest_in_groups(clusters, centers, shifts.groups, block, rows);
+        find_nearest_in_groups(clusters, centers, block, ahead, rows);
       else
         find_nearest(clusters, centers, block, rows);
       for (int64_t i = 0; i < rows; i += GROUP) decide(clusters, centers, block, i, smaller(GROUP, rows - i));
       for (int64_t i = 0; i < rows; i++) {
-        // A pass is memory-bound: prefetch the next block while this one is computed.
-        if (next + i < count) prefetch_row(clusters.rows, block.selected[next + i], clusters.width);
+        ahead.prefetch(ahead.row_bytes / 64 + 1);
         const int64_t row = block.positions[i], label = block.labels[i];
         const T* x = block.rows + i * centers.stride;
         const T distance = distance_to_center(clusters, centers, row, x, block.squares[i], label, block.exact);

@@ -39,6 +39,24 @@ struct ClusterBlock {
         group_scores(arena.take<T>(CLUSTER_ROWS * MAX_GROUPS)) {}
 };
 
+// Rows of the next block, which are prefetched into the second-level cache while this one is computed.
+struct NextRows {
+  const Matrix& rows;
+  const int64_t* selected;
+  int64_t count, row_bytes;
+  int64_t next = 0, byte = 0;
+
+  void prefetch(int64_t lines) {
+    for (; lines > 0 && next < count; lines--) {
+      __builtin_prefetch(address_of(rows, selected[next]) + byte, 0, 2);
+      byte += 64;
+      if (byte >= row_bytes) byte = 0, next++;
+    }
+  }
+};
+
+constexpr int64_t PREFETCHED_LINES = 32;  // with each call of a micro-kernel
+
 // Forgets the lowest scores of a row.
 template <class T>
 void clear_scores(const ClusterBlock<T>& block, int64_t row) {
@@ -47,24 +65,51 @@ void clear_scores(const ClusterBlock<T>& block, int64_t row) {
   store(block.center + row * LANES<T>, Mask<T>{});
 }
 
-// Updates the lowest scores of a row, |c|^2 / 2 - <x, c>, with centres first .. first + columns - 1, whose products are
-// in the same row.
+// Updates the lowest scores of a row, |c|^2 / 2 - <x, c>, with columns first .. end - 1 of the centres. The products of
+// the row begin with those of column `tile`.
 template <class T>
-void take_scores(const PackedCenters<T>& centers, const ClusterBlock<T>& block, int64_t row, int64_t first,
-                 int64_t columns) {
+void take_scores(const PackedCenters<T>& centers, const ClusterBlock<T>& block, int64_t row, int64_t tile,
+                 int64_t first, int64_t end) {
   using V = Vector<T>;
   Mask<T> lanes;
   for (int64_t lane = 0; lane < LANES<T>; lane++) lanes[lane] = Index<T>(lane);
   V score = load<V>(block.score + row * LANES<T>), second = load<V>(block.second + row * LANES<T>);
   Mask<T> center = load<Mask<T>>(block.center + row * LANES<T>);
-  for (int64_t j = 0; j < columns; j += LANES<T>) {
-    const V s = load<V>(centers.half_norms + first + j) - load<V>(block.products + row * TILE_STRIDE<T> + j);
-    center = s < score ? lanes + Index<T>(first + j) : center;
+  for (int64_t j = first; j < end; j += LANES<T>) {
+    const V s = load<V>(centers.half_norms + j) - load<V>(block.products + row * TILE_STRIDE<T> + j - tile);
+    center = s < score ? lanes + Index<T>(j) : center;
     take_lowest(s, score, second);
   }
   store(block.score + row * LANES<T>, score);
   store(block.second + row * LANES<T>, second);
   store(block.center + row * LANES<T>, center);
+}
+
+// The two lowest scores of LANES rows, a row in each lane, and the column of the lowest: the first one of equal scores.
+template <class T>
+struct LowestScores {
+  Vector<T> lowest, second;
+  Mask<T> column;
+};
+
+// Reduces the scores of rows first .. first + LANES - 1 of the block.
+template <class T>
+LowestScores<T> reduce_scores(const ClusterBlock<T>& block, int64_t first) {
+  using V = Vector<T>;
+  // Rows become lanes.
+  T scores[LANES<T> * LANES<T>], seconds[LANES<T> * LANES<T>], columns[LANES<T> * LANES<T>];
+  transpose_square(block.score + first * LANES<T>, LANES<T>, scores, LANES<T>);
+  transpose_square(block.second + first * LANES<T>, LANES<T>, seconds, LANES<T>);
+  transpose_square(reinterpret_cast<const T*>(block.center + first * LANES<T>), LANES<T>, columns, LANES<T>);
+  LowestScores<T> found = {load<V>(scores), load<V>(seconds), load<Mask<T>>(columns)};
+  for (int64_t lane = 1; lane < LANES<T>; lane++) {
+    const V s = load<V>(scores + lane * LANES<T>), next = load<V>(seconds + lane * LANES<T>);
+    const Mask<T> column = load<Mask<T>>(columns + lane * LANES<T>);
+    found.column = (s < found.lowest) | ((s == found.lowest) & (column < found.column)) ? column : found.column;
+    take_lowest(s, found.lowest, found.second);
+    found.second = next < found.second ? next : found.second;
+  }
+  return found;
 }
 
 constexpr int64_t UNDECIDED = -1;  // the label of a row if another one is possible within rounding

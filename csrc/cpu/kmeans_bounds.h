@@ -8,47 +8,14 @@
 
 namespace mcl::MCL_INSTRUCTION_SET {
 
-constexpr int64_t SELECTED_ROWS = 768;                       // rows that are selected at a time
+constexpr int64_t SELECTED_ROWS = 3072;                      // rows that are selected at a time
 constexpr float ABOVE = 1 + 0x1p-21f, BELOW = 1 - 0x1p-21f;  // factors past the rounding of a bound
 constexpr float MIN_GAP = 0x1p-100f;                         // past the rounding of the smallest bounds
 constexpr float MAX_BOUND = 0x1p127f;
 
-// The columns of the packed centres in groups: whole panels, or halves of them.
-template <class T>
-struct Groups {
-  int64_t columns, groups, unit, units;
-
-  Groups(int64_t columns, int64_t groups)
-      : columns(columns),
-        groups(groups),
-        unit(columns >= groups * PANEL<T> ? PANEL<T> : PANEL<T> / 2),
-        units((columns + unit - 1) / unit) {}
-
-  int64_t begin(int64_t group) const { return smaller((group * units + groups - 1) / groups * unit, columns); }
-  int64_t of(int64_t center) const { return center / unit * groups / units; }
-};
-
-// For each group of centres the largest shift, the centre that has it, and the largest shift of the other centres.
-template <class T>
-struct GroupShifts {
-  Groups<T> groups;
-  float largest[MAX_GROUPS], other[MAX_GROUPS];
-  int64_t farthest[MAX_GROUPS];
-
-  GroupShifts(const Clusters<T>& clusters, int64_t columns) : groups(columns, larger<int64_t>(clusters.groups, 1)) {
-    for (int64_t g = 0; g < clusters.groups; g++) largest[g] = other[g] = 0, farthest[g] = -1;
-    for (int64_t j = 0; clusters.shifts && j < clusters.centers; j++) {
-      const int64_t g = groups.of(j);
-      const float shift = clusters.shifts[j];
-      other[g] = larger(other[g], smaller(shift, largest[g]));
-      if (shift > largest[g]) largest[g] = shift, farthest[g] = j;
-    }
-  }
-};
-
 // Moves the bounds of a row by the shifts of the centres. Returns whether they prove that it keeps its label.
 template <class T>
-bool move_bounds(const Clusters<T>& clusters, const GroupShifts<T>& shifts, int64_t row) {
+bool move_bounds(const Clusters<T>& clusters, const GroupShifts& shifts, int64_t row) {
   const int64_t label = clusters.followed[row];
   if (label < 0) return false;
   const float upper = (clusters.upper[row] + clusters.shifts[label]) * ABOVE;
@@ -65,7 +32,7 @@ bool move_bounds(const Clusters<T>& clusters, const GroupShifts<T>& shifts, int6
 // Writes those of rows begin .. end - 1 to `selected` whose distances have to be found, and NaN to the distances of the
 // others. Returns their number.
 template <class T>
-int64_t select_rows(const Clusters<T>& clusters, const GroupShifts<T>& shifts, int64_t begin, int64_t end,
+int64_t select_rows(const Clusters<T>& clusters, const GroupShifts& shifts, int64_t begin, int64_t end,
                     int64_t* selected) {
   int64_t count = 0;
   for (int64_t row = begin; row < end; row++) {
@@ -109,15 +76,15 @@ float lower_bound(const Clusters<T>& clusters, const BoundErrors& errors, T squa
 // Lowers the upper bound of a row to its distance from the centre of its label. Returns a bit for each group of centres
 // that may then be nearer, and for that of the label; 0 if the row keeps its label.
 template <class T>
-uint32_t tighten_bounds(const Clusters<T>& clusters, const PackedCenters<T>& centers, const Groups<T>& groups,
-                        int64_t row, T squares, T distance) {
+uint32_t tighten_bounds(const Clusters<T>& clusters, const PackedCenters<T>& centers, int64_t row, T squares,
+                        T distance) {
   const float upper =
       upper_bound(clusters, BoundErrors::of(clusters, centers, squares), squares, distance, T(0));
   clusters.upper[row] = upper;
   uint32_t needed = 0;
   for (int64_t g = 0; g < clusters.groups; g++)
     if (!(upper + MIN_GAP < clusters.lower[row * clusters.groups + g])) needed |= uint32_t(1) << g;
-  return needed ? needed | uint32_t(1) << groups.of(clusters.followed[row]) : 0;
+  return needed ? needed | uint32_t(1) << centers.group_of[clusters.followed[row]] : 0;
 }
 
 }  // namespace mcl::MCL_INSTRUCTION_SET

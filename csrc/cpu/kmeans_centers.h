@@ -9,6 +9,26 @@ namespace mcl::MCL_INSTRUCTION_SET {
 
 constexpr int64_t FEW_AT_ONCE = MCL_PANEL_VECTORS == 4 ? 5 : 4;  // centres that kmeans_few.h multiplies at a time
 
+// Columns of the packed centres in groups, of whole panels if there are enough of these, else of parts of them.
+template <class T>
+struct Groups {
+  int64_t columns, groups, unit, units;
+
+  Groups(int64_t columns, int64_t groups) : columns(columns), groups(larger<int64_t>(groups, 1)), unit(PANEL<T>) {
+    while (unit > LANES<T> && columns < groups * unit) unit /= 2;
+    units = (columns + unit - 1) / unit;
+  }
+
+  int64_t begin(int64_t group) const { return smaller((group * units + groups - 1) / groups * unit, columns); }
+  int64_t of(int64_t column) const { return column / unit * groups / units; }
+};
+
+// For each group of centres the largest shift, the centre that has it, and the largest shift of the other centres.
+struct GroupShifts {
+  float largest[MAX_GROUPS], other[MAX_GROUPS];
+  int64_t farthest[MAX_GROUPS];
+};
+
 // The centres relative to `offset`, as rows and as columns of a product. Without the offset of the data, products lose
 // no digits to it.
 template <class T>
@@ -18,7 +38,11 @@ struct PackedCenters {
   T *rows, *panels;         // rows: zeros after the last centre
   T* half_norms;            // [columns], |c|^2 / 2, or 0 for cosine; infinite after the last centre: never the nearest
   T* largest_norm;          // [1], the largest |c|
-  double* inverse_norms;    // [columns], 1 / |c|
+  double *norms, *inverse_norms;  // [columns], |c|^2, 1 / |c|
+  int32_t* center_of;       // [columns]: the centre of a column of `panels` and `half_norms`
+  int32_t* group_of;        // [columns]: the group of a centre
+  GroupShifts* shifts;      // [1]
+  T* gathered;              // [LANES, stride]: rows of a vector of columns
 
   PackedCenters(Arena& arena, int64_t width, int64_t centers)
       : stride(padded_width<T>(width)),
@@ -29,7 +53,12 @@ struct PackedCenters {
         panels(arena.take<T>(round_up(columns, PANEL<T>) * stride)),
         half_norms(arena.take<T>(columns)),
         largest_norm(arena.take<T>(1)),
-        inverse_norms(arena.take<double>(columns)) {}
+        norms(arena.take<double>(columns)),
+        inverse_norms(arena.take<double>(columns)),
+        center_of(arena.take<int32_t>(columns)),
+        group_of(arena.take<int32_t>(columns)),
+        shifts(arena.take<GroupShifts>(1)),
+        gathered(arena.take<T>(LANES<T> * stride)) {}
 };
 
 template <class T>
@@ -37,6 +66,18 @@ int64_t packed_centers_bytes(int64_t width, int64_t centers) {
   Arena arena(nullptr);
   PackedCenters<T>(arena, width, centers);
   return arena.bytes();
+}
+
+template <class T>
+void find_group_shifts(const Clusters<T>& clusters, const PackedCenters<T>& packed) {
+  GroupShifts& shifts = *packed.shifts;
+  for (int64_t g = 0; g < MAX_GROUPS; g++) shifts.largest[g] = shifts.other[g] = 0, shifts.farthest[g] = -1;
+  for (int64_t j = 0; clusters.shifts && j < clusters.centers; j++) {
+    const int64_t g = packed.group_of[j];
+    const float shift = clusters.shifts[j];
+    shifts.other[g] = larger(shifts.other[g], smaller(shift, shifts.largest[g]));
+    if (shift > shifts.largest[g]) shifts.largest[g] = shift, shifts.farthest[g] = j;
+  }
 }
 
 template <class T>
@@ -48,7 +89,7 @@ void pack_centers(const Clusters<T>& clusters, const T* centers, const T* offset
     packed.offset[d] = d < width ? offset[d] : T(0);
     packed.zeros[d] = 0;
   }
-  double largest = 0;
+  double largest = 0, *norms = packed.norms;
   for (int64_t j = 0; j < packed.columns + FEW_AT_ONCE; j++) {
     T* row = packed.rows + j * packed.stride;
     double norm = 0;
@@ -58,11 +99,24 @@ void pack_centers(const Clusters<T>& clusters, const T* centers, const T* offset
     }
     largest = norm <= largest ? largest : norm;
     if (j >= packed.columns) continue;
-    packed.half_norms[j] = j >= count ? T(__builtin_inf()) : clusters.cosine ? T(0) : T(norm / 2);
+    norms[j] = norm;
     packed.inverse_norms[j] = norm > 0 ? 1 / __builtin_sqrt(norm) : 0;
   }
   *packed.largest_norm = T(__builtin_sqrt(largest));
-  pack_panels(packed.rows, packed.columns, width, packed.stride, packed.panels);
+  const Groups<T> groups(packed.columns, clusters.groups);
+  for (int64_t first = 0; first < packed.columns; first += LANES<T>) {
+    for (int64_t j = first; j < first + LANES<T>; j++) {
+      const int64_t center = clusters.order && j < count ? clusters.order[j] : j;
+      packed.center_of[j] = int32_t(center);
+      packed.group_of[center] = int32_t(groups.of(j));
+      packed.half_norms[j] = center >= count ? T(__builtin_inf()) : clusters.cosine ? T(0) : T(norms[center] / 2);
+      __builtin_memcpy(packed.gathered + (j - first) * packed.stride, packed.rows + center * packed.stride,
+                       packed.stride * sizeof(T));
+    }
+    pack_panels(packed.gathered, LANES<T>, width, packed.stride,
+                packed.panels + first / PANEL<T> * PANEL<T> * packed.stride + first % PANEL<T>);
+  }
+  find_group_shifts(clusters, packed);
 }
 
 // Returns whether rows are multiplied as they are stored: in the type of the products, and not divided by their norms.
@@ -233,7 +287,7 @@ T distance_to_center(const Clusters<T>& clusters, const PackedCenters<T>& center
   return T(exact_distance(clusters, centers, exact_row(clusters, row, memory), label));
 }
 
-// Finds the nearest centre of a row whose label depends on rounding. Centres are compared in ascending order.
+// Finds the nearest centre of a row whose label depends on rounding; the first of equally near ones.
 template <class T>
 struct Nearest {
   ExactRow<T> exact;
@@ -250,7 +304,7 @@ struct Nearest {
     const double error = 4 * roundings * in_t + (2 * __builtin_sqrt(2 * in_t) + operand_error) * operand_error;
     if (in_t - error > lowest && (!clusters.cosine || centers.inverse_norms[center] != 0)) return;
     const double distance = exact_distance(clusters, centers, exact, center);
-    if (distance < lowest) lowest = distance, label = center;
+    if (distance < lowest || (distance == lowest && center < label)) lowest = distance, label = center;
   }
 };
 

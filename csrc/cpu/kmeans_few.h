@@ -201,11 +201,12 @@ void cluster_few(const Clusters<T>& clusters, const PackedCenters<T>& centers, c
 
 // Assigns and adds rows like cluster_rows, with at most FEW centres.
 template <class T>
-void cluster_rows_to_few(const Clusters<T>& clusters, const PackedCenters<T>& centers, const GroupShifts<T>& shifts,
-                         const FewBlock<T>& block, int64_t begin, int64_t end, double* sums, int64_t* counts) {
+void cluster_rows_to_few(const Clusters<T>& clusters, const PackedCenters<T>& centers, const FewBlock<T>& block,
+                         int64_t begin, int64_t end, double* sums, int64_t* counts) {
   for (int64_t first = begin; first < end; first += SELECTED_ROWS) {
     const int64_t last = smaller(end, first + SELECTED_ROWS);
-    const int64_t count = clusters.shifts ? select_rows(clusters, shifts, first, last, block.selected) : last - first;
+    const int64_t count =
+        clusters.shifts ? select_rows(clusters, *centers.shifts, first, last, block.selected) : last - first;
     // Nearly all rows are read faster in place.
     if (4 * count > 3 * (last - first))
       cluster_few(clusters, centers, block, nullptr, first, last, sums, counts);

@@ -38,7 +38,7 @@ inline void multiply_group(bool accumulate, int64_t depth, const T* const* rows,
 // of the list at row i. The list is padded to GROUP. The order of each sum is that of multiply_tile.
 template <class T>
 void multiply_listed(const Clusters<T>& clusters, const PackedCenters<T>& centers, const ClusterBlock<T>& block,
-                     int64_t count, int64_t first, int64_t end) {
+                     NextRows& ahead, int64_t count, int64_t first, int64_t end) {
   const int64_t passes = (clusters.width + DEPTH - 1) / DEPTH;
   for (int64_t pass = 0; pass < passes; pass++) {
     const int64_t k = clusters.width * pass / passes, depth = clusters.width * (pass + 1) / passes - k;
@@ -49,6 +49,7 @@ void multiply_listed(const Clusters<T>& clusters, const PackedCenters<T>& center
         const T* rows[GROUP];
         for (int64_t r = 0; r < GROUP; r++) rows[r] = block.rows + block.listed[i + r] * centers.stride + k;
         T* c = block.products + i * TILE_STRIDE<T> + j - first;
+        ahead.prefetch(PREFETCHED_LINES);
         switch (columns / LANES<T>) {
           case 1: multiply_group<T, 1>(pass > 0, depth, rows, b, c); break;
           case 2: multiply_group<T, 2>(pass > 0, depth, rows, b, c); break;
@@ -70,58 +71,70 @@ struct TwoLowest {
   int64_t center;
 };
 
-// Reduces the lanes of a row, which visited their centres in ascending order.
+// Compares all rows of the block with the groups that nearly all of them need: such groups that follow one another are
+// multiplied at once. Returns a bit for each of these groups.
 template <class T>
-TwoLowest<T> reduce_lanes(const T* scores, const T* seconds, const Index<T>* centers) {
-  TwoLowest<T> found = {T(__builtin_inf()), T(__builtin_inf()), 0};
-  for (int64_t lane = 0; lane < LANES<T>; lane++) {
-    const T s = scores[lane];
-    if (s < found.lowest || (s == found.lowest && centers[lane] < found.center)) {
-      found.second = smaller(found.lowest, found.second);
-      found.lowest = s;
-      found.center = centers[lane];
-    } else {
-      found.second = smaller(found.second, s);
-    }
-    found.second = smaller(found.second, seconds[lane]);
+uint32_t widen_needed(const ClusterBlock<T>& block, int64_t groups, int64_t rows) {
+  uint32_t everywhere = 0;
+  for (int64_t g = 0; g < groups; g++) {
+    int64_t count = 0;
+    for (int64_t i = 0; i < rows; i++) count += block.needed[i] >> g & 1;
+    if (4 * count > 3 * rows) everywhere |= uint32_t(1) << g;
   }
-  return found;
+  for (int64_t i = 0; i < rows; i++) block.needed[i] |= everywhere;
+  return everywhere;
+}
+
+// Lists the rows of the block that are compared with a group, padded to GROUP. Returns their number.
+template <class T>
+int64_t list_rows(const ClusterBlock<T>& block, int64_t group, int64_t rows) {
+  int64_t count = 0;
+  for (int64_t i = 0; i < rows; i++)
+    if (block.needed[i] >> group & 1) block.listed[count++] = i;
+  for (int64_t p = count; p < round_up(count, GROUP); p++) block.listed[p] = block.listed[count - 1];
+  return count;
 }
 
 // Finds the labels of the block's rows, UNDECIDED if one depends on rounding, each from the groups of `needed`; and the
 // lower bounds of these groups.
 template <class T>
-void find_nearest_in_groups(const Clusters<T>& clusters, const PackedCenters<T>& centers, const Groups<T>& groups,
-                            const ClusterBlock<T>& block, int64_t rows) {
+void find_nearest_in_groups(const Clusters<T>& clusters, const PackedCenters<T>& centers, const ClusterBlock<T>& block,
+                            NextRows& ahead, int64_t rows) {
+  const Groups<T> groups(centers.columns, clusters.groups);
   TwoLowest<T> nearest[CLUSTER_ROWS];
   T second_in_group[CLUSTER_ROWS];
   for (int64_t i = 0; i < rows; i++) {
     nearest[i] = {T(__builtin_inf()), T(__builtin_inf()), 0};
     second_in_group[i] = T(__builtin_inf());
   }
+  const uint32_t everywhere = widen_needed(block, groups.groups, rows);
+  int64_t tile = 0, tile_end = 0;  // the columns whose products are in the block
   for (int64_t g = 0; g < groups.groups; g++) {
-    int64_t count = 0;
-    for (int64_t i = 0; i < rows; i++)
-      if (block.needed[i] >> g & 1) block.listed[count++] = i;
+    const int64_t count = list_rows(block, g, rows), begin = groups.begin(g), end = groups.begin(g + 1);
     if (count == 0) continue;
-    for (int64_t p = count; p < round_up(count, GROUP); p++) block.listed[p] = block.listed[count - 1];
-    for (int64_t p = 0; p < count; p++) clear_scores(block, p);
-    const int64_t end = groups.begin(g + 1);
-    for (int64_t first = groups.begin(g); first < end; first += TILE) {
-      const int64_t columns = smaller(TILE, end - first);
-      multiply_listed(clusters, centers, block, round_up(count, GROUP), first, first + columns);
-      for (int64_t p = 0; p < count; p++) take_scores(centers, block, p, first, columns);
+    int64_t run = g + 1;
+    while (run < groups.groups && everywhere >> g & everywhere >> run & 1) run++;
+    for (int64_t p = 0; p < round_up(count, LANES<T>); p++) clear_scores(block, p);
+    for (int64_t first = begin; first < end; first = smaller(end, tile_end)) {
+      if (first >= tile_end) {
+        tile = first;
+        tile_end = smaller(groups.begin(run), first + TILE);
+        multiply_listed(clusters, centers, block, ahead, round_up(count, GROUP), tile, tile_end);
+      }
+      for (int64_t p = 0; p < count; p++) take_scores(centers, block, p, tile, first, smaller(end, tile_end));
     }
-    for (int64_t p = 0; p < count; p++) {
-      const int64_t i = block.listed[p];
-      const TwoLowest<T> found =
-          reduce_lanes<T>(block.score + p * LANES<T>, block.second + p * LANES<T>, block.center + p * LANES<T>);
-      block.group_scores[i * MAX_GROUPS + g] = found.lowest;
-      if (found.lowest < nearest[i].lowest) {
-        second_in_group[i] = found.second;
-        nearest[i] = {found.lowest, smaller(nearest[i].lowest, found.second), found.center};
-      } else {
-        nearest[i].second = smaller(nearest[i].second, found.lowest);
+    for (int64_t p = 0; p < count; p += LANES<T>) {
+      const LowestScores<T> found = reduce_scores(block, p);
+      for (int64_t lane = 0; lane < smaller(LANES<T>, count - p); lane++) {
+        const int64_t i = block.listed[p + lane];
+        const T lowest = found.lowest[lane], second = found.second[lane];
+        block.group_scores[i * MAX_GROUPS + g] = lowest;
+        if (lowest < nearest[i].lowest) {
+          second_in_group[i] = second;
+          nearest[i] = {lowest, smaller(nearest[i].lowest, second), centers.center_of[found.column[lane]]};
+        } else {
+          nearest[i].second = smaller(nearest[i].second, lowest);
+        }
       }
     }
   }
@@ -131,7 +144,7 @@ void find_nearest_in_groups(const Clusters<T>& clusters, const PackedCenters<T>&
     const bool decided = nearest[i].second - error(nearest[i].second) > block.limit[i];
     block.labels[i] = decided ? nearest[i].center : UNDECIDED;
     T* scores = block.group_scores + i * MAX_GROUPS;
-    if (decided) scores[groups.of(nearest[i].center)] = second_in_group[i];
+    if (decided) scores[centers.group_of[nearest[i].center]] = second_in_group[i];
     const BoundErrors errors = BoundErrors::of(clusters, centers, block.squares[i]);
     float* lower = clusters.lower + block.positions[i] * clusters.groups;
     for (int64_t g = 0; g < groups.groups; g++)

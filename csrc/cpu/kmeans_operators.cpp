@@ -20,7 +20,7 @@ namespace {
 
 using ClusterPass = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
-constexpr int64_t PART_ROWS = 8 * 96;  // rows that a thread takes at a time: a multiple of CLUSTER_ROWS
+constexpr int64_t PART_ROWS = 32 * 96;  // rows that a thread takes at a time: a multiple of CLUSTER_ROWS
 
 // Sums and counts for each thread, to which it adds its rows; none if sums are not requested. Sums are exact, so their
 // total has the same bits for any number of threads.
@@ -66,7 +66,7 @@ struct ThreadSums {
 
 // Labels of an earlier pass, and what bounds a row's distances.
 struct Earlier {
-  OptionalTensor labels, upper, lower, shifts;
+  OptionalTensor labels, upper, lower, order, shifts;
 };
 
 template <class T>
@@ -82,6 +82,10 @@ void set_earlier(const Earlier& earlier, int64_t n, int64_t k, Clusters<T>& clus
     return x->mutable_data_ptr<float>();
   };
   TORCH_CHECK(!earlier.labels || earlier.labels->is_contiguous(), "followed must be contiguous");
+  TORCH_CHECK(!earlier.order || (earlier.order->is_contiguous() && earlier.order->numel() == k &&
+                                 earlier.order->scalar_type() == at::kInt && earlier.lower && k > FEW),
+              "order must be contiguous, int32, and of all centres, with bounds of groups");
+  clusters.order = earlier.order ? earlier.order->const_data_ptr<int32_t>() : nullptr;
   TORCH_CHECK(earlier.upper.has_value() == earlier.lower.has_value() && (earlier.labels || !earlier.upper) &&
                   (earlier.upper || !earlier.shifts),
               "shifts need bounds, and bounds followed labels");
@@ -162,10 +166,10 @@ Tensor survey_rows(const Tensor& x, const OptionalTensor& middle) {
 
 ClusterPass assign_clusters(const Tensor& x, at::TensorList centers, bool cosine, bool with_sums,
                             const OptionalTensor& followed, const OptionalTensor& upper, const OptionalTensor& lower,
-                            const OptionalTensor& shifts) {
+                            const OptionalTensor& order, const OptionalTensor& shifts) {
   TORCH_CHECK(centers.size() == 3, "centers must be [centers, offset, rounding]: got ", centers.size(), " tensors");
   const Tensor &points = centers[0], &offset = centers[1], &rounding = centers[2];
-  const Earlier earlier = {followed, upper, lower, shifts};
+  const Earlier earlier = {followed, upper, lower, order, shifts};
   return points.scalar_type() == at::kDouble
              ? assign<double>(x, points, offset, rounding, cosine, with_sums, earlier)
              : assign<float>(x, points, offset, rounding, cosine, with_sums, earlier);

@@ -25,6 +25,7 @@ struct Clusters {
   float *upper, *lower;    // [N], [N, groups], or null: bounds of the distance to the centre of the label, and to the
                            // other centres of each group
   int64_t groups;          // at most MAX_GROUPS; 1 for at most FEW centres, 0 without bounds
+  const int32_t* order;    // [K], the centres in the order of the groups; null: ascending
   const float* shifts;     // [K], bounds of the distances that the centres moved since; null: only set the bounds
   bool every_distance;     // find the distances of rows that keep their label, too
 };

@@ -31,7 +31,8 @@ std::tuple<Tensor, Tensor> unit_rows(const Tensor& view_a, const OptionalTensor&
 std::tuple<Tensor, Tensor> unit_rows_backward(const Tensor& view_a, const OptionalTensor& view_b,
                                               const Tensor& grad_rows, const Tensor& grad_cosine);
 
-// The smallest and the largest entry of each column, [2, D] in the dtype of x; NaN for a column that holds NaN.
+// The smallest and the largest entry of each column, NaN for one that holds NaN, and its smallest nonzero distance to
+// `middle`, [D], infinite where that is NaN: [3, D] in the dtype of products.
 Tensor survey_rows(const Tensor& x, const OptionalTensor& middle);
 
 // One pass of k-means. `centers` is [centers, offset, rounding]. Returns labels, distances, sums and counts: the sums,
@@ -39,13 +40,13 @@ Tensor survey_rows(const Tensor& x, const OptionalTensor& middle);
 // overwritten by those of this pass. Then sums and counts are the changes, and no labels are returned.
 //
 // `upper`, fp32 [N], and `lower`, fp32 [N, groups], for followed labels: bounds of the distance to the centre of the
-// label and to the other centres of each group, which are overwritten too. `shifts`, fp32 [K]: bounds of the distances
-// that the centres moved since the pass that set the bounds. With it rows that keep their label, as the bounds prove,
+// label and to the other centres of each group, which are overwritten too. `order`, int32 [K]: the centres in the order
+// of the groups. `shifts`, fp32 [K]: bounds of the distances that the centres moved since the pass that set the bounds. With it rows that keep their label, as the bounds prove,
 // are not read, and their distance is NaN; without sums the distances of all rows are found.
 std::tuple<Tensor, Tensor, Tensor, Tensor> assign_clusters(const Tensor& x, at::TensorList centers, bool cosine,
                                                            bool with_sums, const OptionalTensor& followed,
                                                            const OptionalTensor& upper, const OptionalTensor& lower,
-                                                           const OptionalTensor& shifts);
+                                                           const OptionalTensor& order, const OptionalTensor& shifts);
 
 // Rows relative to the offset as int8 codes, [N, D rounded up], and the constants of each code, [N, 3].
 std::tuple<Tensor, Tensor> code_rows(const Tensor& x, const Tensor& offset);

@@ -43,7 +43,7 @@ class KMeans(Estimator, Saveable):
     On a CPU an iteration reads the rows whose label may change. Sums over the data are fp64 and exact: the same for any
     number of threads and any chunks. Random numbers come from a separate generator, so that the same seed gives the
     same clusters and PyTorch's global random state does not change. Memory beyond the data: N labels twice, of 4 and 8
-    bytes; bounds of 8 bytes for each row, above K = 63 of 4 (1 + K / 32), at most 64; two copies of the sample for the
+    bytes; bounds of 8 bytes for each row, above K = 32 of 4 (1 + K / 32), at most 64; two copies of the sample for the
     initialisation and a quarter of one, a copy more for cosine; two chunks of 64 MiB if the data is not a tensor or an
     array; N labels and distances more if a cluster is empty.
 

@@ -47,6 +47,7 @@ MIN_EXPONENT = -960
 MIN_FP32_DIFFERENCE = 2.0**-40  # fp32 still resolves the squares of such differences
 FEW_CENTERS = 16  # have one group: FEW of csrc/cpu
 GROUPED_CENTERS, MAX_GROUPS = 32, 15  # centres of a group of bounds, unless there would be too many groups
+DIRECTION_STEPS = 3  # of the power method
 NEAR = 2.0**-12  # squared distances of unit rows below it are affected by the rounding of the rows
 
 
@@ -68,17 +69,40 @@ class Bounds(NamedTuple):
 
     upper: Tensor  # fp32 [N], at least the distance to the centre of the label; infinite: unknown
     lower: Tensor  # fp32 [N, groups], at most the distance to any other centre of a group
+    order: Tensor | None  # int32 [K], the centres in the order of the groups; None for a single group
 
     @classmethod
-    def unknown(cls, rows: int, clusters: int, device: torch.device) -> Bounds:
-        """Returns bounds that prove nothing."""
-        groups = max(1, min(clusters // GROUPED_CENTERS, MAX_GROUPS)) if clusters > FEW_CENTERS else 1
-        upper = torch.full((rows,), math.inf, dtype=torch.float32, device=device)
-        return cls(upper, torch.zeros(rows, groups, dtype=torch.float32, device=device))
+    def unknown(cls, rows: int, points: Tensor) -> Bounds:
+        """Returns bounds that prove nothing, with groups of centres near `points`."""
+        groups = min(-(-len(points) // GROUPED_CENTERS), MAX_GROUPS) if len(points) > FEW_CENTERS else 1
+        upper = torch.full((rows,), math.inf, dtype=torch.float32, device=points.device)
+        lower = torch.zeros(rows, groups, dtype=torch.float32, device=points.device)
+        return cls(upper, lower, _near_together(points) if groups > 1 else None)
 
     def of(self, rows: slice) -> Bounds:
         """Returns the bounds of a chunk of rows."""
-        return Bounds(self.upper[rows], self.lower[rows])
+        return Bounds(self.upper[rows], self.lower[rows], self.order)
+
+
+def _near_together(points: Tensor) -> Tensor:
+    """Orders centres so that near ones follow one another, int32 [K].
+
+    They are halved again and again, along the direction in which they differ most.
+    """
+    points, order, parts = points.double(), [], [torch.arange(len(points), device=points.device)]
+    while parts:
+        part = parts.pop()
+        if len(part) <= GROUPED_CENTERS:
+            order.append(part)
+            continue
+        relative = points[part] - points[part].mean(0)
+        direction = relative[relative.square().sum(1).argmax()]
+        for _ in range(DIRECTION_STEPS):
+            direction = relative.T @ (relative @ (direction / direction.abs().max().clamp(min=1e-300)))
+        part = part[(relative @ direction).argsort(stable=True)]
+        middle = -(-len(part) // (2 * GROUPED_CENTERS)) * GROUPED_CENTERS
+        parts += [part[middle:], part[:middle]]
+    return torch.cat(order).int()
 
 
 class Centers(NamedTuple):

@@ -62,8 +62,8 @@ def _pass(
     shifts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tensors = [centers.points, centers.offset, centers.rounding]
-    upper, lower = bounds or (None, None)
+    upper, lower, order = bounds or (None, None, None)
     found: tuple[Tensor, Tensor, Tensor, Tensor] = ops().assign_clusters(
-        x, tensors, centers.cosine, with_sums, labels, upper, lower, shifts
+        x, tensors, centers.cosine, with_sums, labels, upper, lower, order, shifts
     )
     return found

@@ -65,9 +65,7 @@ class Partition:
         self.centers: Centers | None = None  # of the last pass
         measures = torch.tensor(hasattr(problem.implementation, "measure"), dtype=torch.int64, device="cpu")
         self.measures = int(data.team.total(measures)[0]) == data.team.size
-        self.bounds: Bounds | None = None
-        if self.measures and problem.bounds:
-            self.bounds = Bounds.unknown(len(data.held), n_clusters, data.device)
+        self.bounds: Bounds | None = None  # set by the first pass
         self.squares: float | None = None  # None: unknown, or too large for the digits of the objective
         self.measured = 0.0  # the objective of the pass that `squares` comes from
         self.is_measured = True  # the last objective comes from distances
@@ -75,7 +73,9 @@ class Partition:
     def update(self, centers: Centers) -> None:
         """Assigns all rows to the centres, in one pass."""
         shifts = None
-        if self.bounds is not None and self.centers is not None and self.squares is not None:
+        if self.measures and self.problem.bounds and self.bounds is None:
+            self.bounds = Bounds.unknown(len(self.problem.data.held), centers.points)
+        elif self.bounds is not None and self.centers is not None and self.squares is not None:
             shifts = centers.shifts(self.centers)
         objective, sums, counts = 0.0, None, torch.zeros_like(self.counts)
         rows_read = torch.zeros((), dtype=torch.int64, device="cpu")
