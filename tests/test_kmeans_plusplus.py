@@ -11,10 +11,10 @@ from torch import Tensor
 
 from mcl_kernels.backends import native
 from mcl_kernels.kmeans import initial
-from mcl_kernels.kmeans.centers import Summary
 from mcl_kernels.kmeans.dataset import Dataset
 from mcl_kernels.kmeans.initial import initial_centers
 from mcl_kernels.kmeans.passes import Problem
+from mcl_kernels.kmeans.summary import Summary
 from tests.conftest import use_instruction_set
 from tests.kmeans_cases import blobs, normal
 

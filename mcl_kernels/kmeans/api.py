@@ -13,7 +13,6 @@ from torch import Tensor
 
 from mcl_kernels._validate import check_same_width
 from mcl_kernels.kmeans.assign import check_range, load_implementation
-from mcl_kernels.kmeans.centers import SURVEYED_ROWS, summarize, survey_columns
 from mcl_kernels.kmeans.dataset import Dataset
 from mcl_kernels.kmeans.estimator import Estimator, column_names
 from mcl_kernels.kmeans.files import Saveable
@@ -22,6 +21,7 @@ from mcl_kernels.kmeans.lloyd import Restart, lloyd, mini_batches
 from mcl_kernels.kmeans.passes import Problem
 from mcl_kernels.kmeans.rows import ChunkedRows, Rows, RowsLike, open_rows
 from mcl_kernels.kmeans.settings import Settings, check_settings
+from mcl_kernels.kmeans.summary import SURVEYED_ROWS, summarize, survey_columns
 from mcl_kernels.kmeans.team import Team, open_with_group
 from mcl_kernels.normalize import compute_dtype
 

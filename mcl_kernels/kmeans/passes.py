@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mcl_kernels.kmeans.centers import Bounds, Centers, Summary, prepare, serial_parts, serial_sum, unit_rows
+from mcl_kernels.kmeans.centers import Bounds, Centers, prepare, serial_parts, serial_sum, unit_rows
 from mcl_kernels.kmeans.dataset import Dataset
+from mcl_kernels.kmeans.summary import Summary
 
 FAR_CENTERS = 1024  # ratio of the objective to the squares of the rows
 # The objective is measured again when it has fallen by this factor since, and when it is a smaller share than this of
