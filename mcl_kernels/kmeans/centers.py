@@ -2,7 +2,7 @@
 
     assign(x, centers)           labels int64 [N], distances [N] in the dtype of the centres
     assign_and_sum(x, centers)   the same, and for each centre the sum of its rows relative to the offset, fp64 [K, D],
-                                 and their count, int64 [K]
+                                 and their count, int64 [K]; with `follow` it takes `weights`, too
     follow(x, centers, labels)   optional, for iterations: distances, and the changes of sums and counts since an
                                  earlier pass with the same offset. The labels of that pass, int32 [N], -1 for none,
                                  are updated in place
@@ -12,6 +12,9 @@
                                  shifts all rows are read. The bounds are updated in place
     measure(x, centers, labels, bounds, shifts)
                                  optional, with `bounds`: updates labels and bounds alike, and returns all distances
+
+`follow` takes `weights`, fp64 [N] or None: rows are summed times their weights, those of weight 0 are not counted, and
+sums have a column more, the sums of the weights. Without `follow`, rows with weights are summed by `Centers.sum_rows`.
 
 Sums are exact, so that adding up their changes gives the bits of a sum of all rows.
 
@@ -26,6 +29,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mcl_kernels.kmeans.summary import Summary, fits
@@ -75,25 +79,35 @@ class Centers(NamedTuple):
     offset: Tensor  # [D], 0 for cosine
     cosine: bool
     largest: Tensor  # fp64 [D], as in `Summary`; 0 if nothing is summed
-    rounding: Tensor  # fp64 [levels, D], 1.5 * 2^e, where 2^e is a bound of the sums of a level's entries
+    # fp64 [levels, columns], 1.5 * 2^e, where 2^e is a bound of the sums of a level's entries. Weighted sums have D + 1
+    # columns, the last one of the weights.
+    rounding: Tensor
 
-    def rounded(self, x: Tensor) -> Tensor:
-        """Returns rows as they are summed, fp64 [levels, N, D]."""
+    def rounded(self, x: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Returns rows as they are summed, times their weights if given, fp64 [levels, N, columns]."""
         x = x.to(self.points.dtype)  # as in the kernels
         left = (unit_rows(x) if self.cosine else x - self.offset).double()
+        if weights is not None:
+            left = F.pad(left, (0, 1), value=1.0) * weights.unsqueeze(1)
         levels = []
         for rounding in self.rounding:
             levels.append((left + rounding) - rounding)
             left = left - levels[-1]
         return torch.stack(levels)
 
-    def sum_rows(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the sums [levels, K, D] and the counts [K] of rows with known labels."""
-        sums = self.offset.new_zeros(len(self.rounding), *self.points.shape, dtype=torch.float64)
+    def sum_rows(self, x: Tensor, labels: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Returns the sums [levels, K, columns] and the counts [K] of rows with known labels."""
+        levels, columns = self.rounding.shape
+        sums = self.offset.new_zeros(levels, len(self.points), columns, dtype=torch.float64)
         for start in range(0, len(x), SUMMED_ROWS):
             rows = slice(start, start + SUMMED_ROWS)
-            sums.index_add_(1, labels[rows], self.rounded(x[rows]))
-        return sums, torch.bincount(labels, minlength=len(self.points))
+            sums.index_add_(1, labels[rows], self.rounded(x[rows], None if weights is None else weights[rows]))
+        return sums, torch.bincount(labels if weights is None else labels[weights > 0], minlength=len(self.points))
+
+    def split(self, sums: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the sums of rows, [levels, K, D], and of their weights, [K]: the counts if none were given."""
+        width = self.points.shape[1]
+        return sums[..., :width], sums[..., width].sum(0) if sums.shape[2] > width else counts
 
     def shifts(self, before: Centers) -> Tensor:
         """Bounds of the distances by which these centres moved from earlier ones, fp32 [K]."""
@@ -113,11 +127,12 @@ class Centers(NamedTuple):
         return directions
 
     def along(self, sums: Tensor, counts: Tensor) -> Tensor:
-        """2 <S_k, c_k> - n_k |c_k|^2 of the sums [levels, K, D] and centres relative to the offset, fp64 [K].
+        """2 <S_k, c_k> - n_k |c_k|^2 of the sums [levels, K, columns] and centres relative to the offset, fp64 [K].
 
         The squared distances of a centre's rows are the sum of their squares less this; for cosine halved.
         """
         along, offset = torch.empty(len(counts), dtype=torch.float64, device=counts.device), self.offset.double()
+        sums, counts = self.split(sums, counts)
         for part in serial_parts(self.points):
             points = self.points[part].double() - offset
             along[part] = 2 * (sums[:, part].sum(0) * points).sum(1) - counts[part] * points.square().sum(1)
@@ -126,9 +141,11 @@ class Centers(NamedTuple):
     def means(self, sums: Tensor, counts: Tensor) -> Tensor:
         """Returns the new centres [K, D], of unit length for cosine; a centre without rows does not move."""
         means, offset = torch.empty_like(self.points), self.offset.double()
+        sums, sizes = self.split(sums, counts)
         for part in serial_parts(means):
-            part_means = offset + sums[:, part].sum(0) / counts[part].clamp(min=1).unsqueeze(1)
-            part_means = torch.where(counts[part].unsqueeze(1) > 0, part_means, self.points[part].double())
+            part_sizes = sizes[part].unsqueeze(1)
+            part_means = offset + sums[:, part].sum(0) / torch.where(part_sizes > 0, part_sizes, 1)
+            part_means = torch.where(part_sizes > 0, part_means, self.points[part].double())
             means[part] = (normalize_rows(part_means) if self.cosine else part_means).to(means.dtype)
         return means
 
@@ -258,8 +275,9 @@ def _evenly_spaced(x: Tensor, limit: int) -> Tensor:
     return x[:: -(-len(x) // limit)] if len(x) > limit else x
 
 
-def serial_sum(x: Tensor) -> float:
-    """Sum of a vector in fp64, in the same order for any number of threads."""
+def serial_sum(x: Tensor, weights: Tensor | None = None) -> float:
+    """Sum of a vector in fp64, times weights if given, in the same order for any number of threads."""
+    x = x if weights is None else x * weights
     if x.device.type != "cpu":
         return float(x.sum(dtype=torch.float64))
     starts = range(0, len(x), SERIAL_ELEMENTS)

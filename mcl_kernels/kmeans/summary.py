@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mcl_kernels.kmeans.weights import Weights
+
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
 SURVEYED_ROWS = 256  # enough for the offset and the scale of each column
@@ -27,7 +29,13 @@ class Summary(NamedTuple):
     dtype: torch.dtype  # of products and distances; fp64 for fp32 rows whose squares leave the range of fp32
     offset: Tensor  # [D] in that dtype, about the middle of the data; 0 for cosine
     largest: Tensor  # fp64 [D], a bound of the magnitude of entries relative to the offset
-    rounding: Tensor  # fp64 [levels, D], see `Centers`
+    scale: Tensor  # fp64 [D], of `survey_columns`; 1 for cosine
+    rounding: Tensor  # fp64 [levels, D], see `Centers`; with weights [levels, D + 1]
+
+    def for_sums(self, rows: int, weights: Weights | None) -> Summary:
+        """Returns the summary for sums of as many rows, times their weights if there are any."""
+        rounding = _levels(rows, self.largest.cpu().numpy(), self.scale.cpu().numpy(), weights)
+        return self._replace(rounding=torch.from_numpy(rounding).to(self.largest.device))
 
 
 def survey_columns(x: Tensor, metric: str) -> Tensor:
@@ -56,7 +64,14 @@ def survey_columns(x: Tensor, metric: str) -> Tensor:
 
 
 def summarize(
-    rows: int, low: Tensor, high: Tensor, middle: Tensor, scale: Tensor, metric: str, init: Tensor | str = ""
+    rows: int,
+    low: Tensor,
+    high: Tensor,
+    middle: Tensor,
+    scale: Tensor,
+    metric: str,
+    init: Tensor | str = "",
+    weights: Weights | None = None,
 ) -> Summary:
     """Returns the summary of `rows` rows.
 
@@ -64,6 +79,7 @@ def summarize(
         low, high: smallest and largest entry of each column, [D] each.
         middle, scale: offset and scale of each column, [D] each, of `survey_columns`; 0 is the scale of equal entries.
         init: initial centres, if given; their distances have to be in the range of the dtype too.
+        weights: weights of the rows, if given.
     """
     largest = torch.maximum(high.double() - middle.double(), middle.double() - low.double())
     farthest, dtype = float(largest.max()), middle.dtype
@@ -73,8 +89,7 @@ def summarize(
         dtype = torch.float64
     if metric == "cosine":
         largest, scale = torch.ones_like(largest), torch.ones_like(largest)
-    rounding = _levels(rows, largest.cpu().numpy(), scale.double().cpu().numpy())
-    return Summary(dtype, middle.to(dtype), largest, torch.from_numpy(rounding).to(middle.device))
+    return Summary(dtype, middle.to(dtype), largest, scale.double(), largest.unsqueeze(0)).for_sums(rows, weights)
 
 
 def fits(largest: float, scale: float, width: int, dtype: torch.dtype) -> bool:
@@ -86,14 +101,22 @@ def fits(largest: float, scale: float, width: int, dtype: torch.dtype) -> bool:
     )
 
 
-def _levels(rows: int, largest: Array, scale: Array) -> Array:
-    """Constants that round the entries of each level of sums, fp64 [levels, D]: see `Centers.rounding`."""
-    is_far = largest > scale * min(max(2.0 ** (52 - SCALE_BITS) / rows, MIN_FAR), MAX_FAR)
+def _levels(rows: int, largest: Array, scale: Array, weights: Weights | None) -> Array:
+    """Constants that round the entries of each level of sums, fp64 [levels, D]: see `Centers.rounding`.
+
+    Entries times weights are at most the largest entry times the largest weight, and their sum is at most as large as
+    that of `terms` such entries. The column of the weights themselves has entries of 1.
+    """
+    terms: float = rows
+    if weights is not None:
+        largest, scale = np.append(largest, 1.0) * weights.largest, np.append(scale, 1.0) * weights.smallest
+        terms = max(weights.total / weights.largest, 2.0)
+    is_far = largest > scale * min(max(2.0 ** (52 - SCALE_BITS) / terms, MIN_FAR), MAX_FAR)
     levels, bound = [], largest
     while True:
-        exponents = np.maximum(np.frexp(bound * rows)[1], MIN_EXPONENT)
+        exponents = np.maximum(np.frexp(bound * terms)[1], MIN_EXPONENT)
         levels.append(np.ldexp(1.5, exponents))
         step = np.ldexp(1.0, exponents - 52)  # entries of this level are rounded to multiples of it
         if not (is_far & (step > np.ldexp(scale, -SCALE_BITS)) & (exponents > MIN_EXPONENT)).any():
             return np.stack(levels)
-        bound = step / 2
+        bound, terms = step / 2, rows
