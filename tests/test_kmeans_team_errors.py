@@ -130,7 +130,7 @@ ERRORS = {
         "OtherRankError: rank LAST of the group met an error: ValueError: sample_weight must be finite and at least 0",
         "ValueError: sample_weight must be finite and at least 0: got -1.0 in row 5",
     ),
-    "zero sample_weight": ("ValueError: sample_weight must have a positive weight: got ",),
+    "zero sample_weight": ("ValueError: sample_weight must be positive for a row: got zero for all ",),
     "width": (
         "ValueError: x must be alike on every rank of the group: got [rows, 12] float32 on rank 0 and [rows, 11]",
     ),

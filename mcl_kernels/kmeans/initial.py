@@ -107,7 +107,7 @@ def initial_centers(problem: Problem, sample: Sample, n_clusters: int, init: str
 class _NativeSteps:
     """Steps of greedy k-means++ by the C++ kernels, which skip rows that no candidate is nearer to."""
 
-    def __init__(self, x: Tensor, offset: Tensor, coded: bool, weights: Tensor | None) -> None:
+    def __init__(self, x: Tensor, offset: Tensor, coded: bool, weights: Tensor | None = None) -> None:
         self.nearest = torch.full((len(x),), torch.inf, dtype=torch.float64, device="cpu")  # squared distances
         codes = native.ops().code_rows(x, offset) if coded else ()
         self._rows = x, offset, codes
@@ -125,7 +125,7 @@ class _NativeSteps:
 class _TorchSteps:
     """The same steps in PyTorch, for GPUs and machines without a compiler."""
 
-    def __init__(self, x: Tensor, offset: Tensor, weights: Tensor | None) -> None:
+    def __init__(self, x: Tensor, offset: Tensor, weights: Tensor | None = None) -> None:
         self.nearest = x.new_full((len(x),), torch.inf, dtype=torch.float64)
         self.weights = None if weights is None else weights.to(x.device)
         self._squared_distances = _squared_distances_among(x, offset)

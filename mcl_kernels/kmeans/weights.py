@@ -39,7 +39,7 @@ class Weights(NamedTuple):
         """
         largest = float(given.max()) if len(given) else 0.0
         if largest == 0:
-            raise ValueError(f"sample_weight must have a positive weight: got {len(given)} weights of 0")
+            raise ValueError(f"sample_weight must be positive for a row: got zero for all {len(given)} rows")
         unit = math.ldexp(1.0, math.frexp(largest)[1] - 1)
         every = given / unit
         every[every < MIN_RATIO] = 0
