@@ -277,8 +277,10 @@ def _evenly_spaced(x: Tensor, limit: int) -> Tensor:
 
 def serial_sum(x: Tensor, weights: Tensor | None = None) -> float:
     """Sum of a vector in fp64, times weights if given, in the same order for any number of threads."""
-    x = x if weights is None else x * weights
-    if x.device.type != "cpu":
-        return float(x.sum(dtype=torch.float64))
-    starts = range(0, len(x), SERIAL_ELEMENTS)
-    return math.fsum(float(x[start : start + SERIAL_ELEMENTS].sum(dtype=torch.float64)) for start in starts)
+    step = SERIAL_ELEMENTS if x.device.type == "cpu" else max(len(x), 1)
+    sums = []
+    for start in range(0, len(x), step):
+        part = x[start : start + step]
+        part = part if weights is None else part * weights[start : start + step]
+        sums.append(float(part.sum(dtype=torch.float64)))
+    return math.fsum(sums)

@@ -56,8 +56,8 @@ def _draw_weighted_sample(data: Dataset, weights: Tensor, size: int, generator: 
     The rows with the highest priorities w_i / u_i are drawn, where u_i is uniform. A drawn row has its weight, or the
     highest priority of the others if that is more. Rows of weight 0 are never drawn.
     """
-    priorities = weights / (1 - torch.rand(data.n, dtype=torch.float64, generator=generator, device="cpu"))
-    highest = priorities.topk(size + 1)
+    uniform = torch.rand(data.n, dtype=torch.float64, generator=generator, device="cpu")
+    highest = torch.from_numpy(weights.numpy() / (1 - uniform.numpy())).topk(size + 1)  # in one thread
     drawn = highest.indices[:size].sort().values
     drawn = drawn[weights[drawn] > 0]
     return Sample(data.take(drawn), weights[drawn].clamp(min=float(highest.values[size])))

@@ -37,15 +37,17 @@ class Weights(NamedTuple):
             held: positions of the rows of this process.
             device: device of the rows.
         """
-        largest = float(given.max()) if len(given) else 0.0
+        weights = given.numpy()  # computes in one thread: the same total for any number of them
+        largest = float(weights.max(initial=0))
         if largest == 0:
-            raise ValueError(f"sample_weight must be positive for a row: got zero for all {len(given)} rows")
+            raise ValueError(f"sample_weight must be positive for a row: got zero for all {len(weights)} rows")
         unit = math.ldexp(1.0, math.frexp(largest)[1] - 1)
-        every = given / unit
-        every[every < MIN_RATIO] = 0
-        positive = every[every > 0]
-        total = float(positive.numpy().sum())  # in one thread: the same for any number of them
-        return cls(every, every[held].to(device), unit, total, largest / unit, float(positive.min()), len(positive))
+        weights = weights / unit
+        weights[weights < MIN_RATIO] = 0
+        smallest = float(weights.min(initial=math.inf, where=weights > 0))
+        every = torch.from_numpy(weights)
+        n_positive = int(np.count_nonzero(weights))
+        return cls(every, every[held].to(device), unit, float(weights.sum()), largest / unit, smallest, n_positive)
 
 
 def as_weights(sample_weight: object, rows: int, rows_name: str) -> Tensor:
@@ -56,9 +58,9 @@ def as_weights(sample_weight: object, rows: int, rows_name: str) -> Tensor:
     if len(weights) != rows:
         raise ValueError(f"sample_weight must have a weight per row of {rows_name}: got {len(weights)} for {rows} rows")
     weights = weights.detach().to("cpu", torch.float64)
-    is_bad = ~(weights.isfinite() & (weights >= 0))
-    if bool(is_bad.any()):
-        row = int(is_bad.nonzero()[0])
+    is_good = np.isfinite(weights.numpy()) & (weights.numpy() >= 0)
+    if not is_good.all():
+        row = int(is_good.argmin())
         raise ValueError(f"sample_weight must be finite and at least 0: got {float(weights[row])} in row {row}")
     return weights
 
