@@ -42,18 +42,19 @@ class KMeans(Estimator, Saveable):
     others. If rounding could decide which centre is nearest, distances are computed from differences in fp64. All
     distances are computed in fp64 if their squares would leave the range of fp32.
 
-    On a CPU an iteration reads the rows whose label may change. Sums over the data are fp64 and exact: the same for any
-    number of threads and any chunks. Random numbers come from a separate generator, so that the same seed gives the
-    same clusters and PyTorch's global random state does not change. Memory beyond the data: N labels twice, of 4 and 8
-    bytes; bounds of 8 bytes for each row, above K = 63 of 4 (1 + K / 32), at most 64; two copies of the sample for the
-    initialisation and a quarter of one, a copy more for cosine; two chunks of 64 MiB if the data is not a tensor or an
-    array; N labels and distances more if a cluster is empty.
+    On a CPU an iteration reads the rows whose label may change. Sums over the data are fp64 and exact: the same for
+    any number of threads and any chunks. Random numbers come from a separate generator, so that the same seed gives
+    the same clusters and PyTorch's global random state does not change. Memory beyond the data: N labels twice, of
+    4 and 8 bytes; bounds of 8 bytes for each row, above K = 63 of 4 (1 + K / 32), at most 64; two copies of the
+    sample for the initialisation and a quarter of one, a copy more for cosine; 8 bytes for each weight; two chunks
+    of 64 MiB if the data is not a tensor or an array; N labels and distances more if a cluster is empty.
 
     With a `group`, each rank passes its shard of the rows, and all ranks fit together. The clusters are those of one
     process with the shards one after the other and the same seed, bit for bit if the ranks run the same build on the
     same kind of CPU or GPU; objectives and inertia are equal to rounding. An iteration is usually one all-reduce of K D
     + K + 3 fp64 elements (one for each mini-batch) and at most three broadcasts of one. In the memory above, N is then
-    the rows of the shard. Every rank holds the sample, but only the first one computes with it.
+    the rows of the shard. Every rank holds the sample and the weights of all rows, but only the first one computes with
+    the sample.
 
     Args:
         n_clusters: K, from 1 to the number of rows. If fewer rows differ, fewer clusters are found, with a warning.
