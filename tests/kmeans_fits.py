@@ -58,10 +58,10 @@ class Fitted(NamedTuple):
     warnings: list[str]
 
 
-def fit(kmeans: KMeans, x: Any) -> Fitted:
+def fit(kmeans: KMeans, x: Any, sample_weight: Any = None) -> Fitted:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        kmeans.fit(x)
+        kmeans.fit(x, sample_weight=sample_weight)
     history = {key: [step[key] for step in kmeans.history_] for key in ("splits", "shift", "objective")}
     return Fitted(
         kmeans.cluster_centers_.numpy(), kmeans.labels_.numpy(), kmeans.inertia_, kmeans.n_iter_, kmeans.init_rows_,
@@ -93,23 +93,25 @@ def as_form(x: Tensor, form: str, path: str) -> Any:
 
 
 def fit_shard(x: Any, ends: list[int], form: str, path: str, options: dict[str, Any]) -> Fitted:
-    x = torch.as_tensor(x).to(options.pop("dtype", torch.float32))
+    x, weights = torch.as_tensor(x).to(options.pop("dtype", torch.float32)), options.pop("sample_weight", None)
     rank = dist.get_rank()
     here = slice(ends[rank], ends[rank + 1])
+    weights = None if weights is None else weights[here]
     with small_sizes():
         if form == "part of a file":
-            return fit(KMeans(**options, group=dist.group.WORLD), np.load(path, mmap_mode="r")[here])
+            return fit(KMeans(**options, group=dist.group.WORLD), np.load(path, mmap_mode="r")[here], weights)
         shard = as_form(x[here], form, f"{path}.{rank}.npy")
-        return fit(KMeans(**options, group=dist.group.WORLD), shard)
+        return fit(KMeans(**options, group=dist.group.WORLD), shard, weights)
 
 
 def check_is_one_process(
     ranks: RankPool, x: Tensor, ends: list[int], form: str = "tensor", path: str = "", **options: Any
 ) -> Fitted:
     """Asserts the bits of one process, except for sums of distances, whose order differs. Returns its results."""
-    dtype = options.get("dtype", torch.float32)
+    dtype, weights = options.get("dtype", torch.float32), options.get("sample_weight")
     with small_sizes():
-        expected = fit(KMeans(**{k: v for k, v in options.items() if k != "dtype"}), x.to(dtype))
+        arguments = {k: v for k, v in options.items() if k not in ("dtype", "sample_weight")}
+        expected = fit(KMeans(**arguments), x.to(dtype), weights)
     parts = ranks.run(fit_shard, x.numpy(), ends, form, path, options)
     for rank, part in enumerate(parts):
         assert len(part.labels) == ends[rank + 1] - ends[rank]

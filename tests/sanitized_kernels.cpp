@@ -311,7 +311,7 @@ bool check_unit_rows(int64_t width, bool paired) {
 }
 
 // Checks one pass of k-means by two threads against a loop over all centres in double precision.
-bool check_clusters(int64_t size, int64_t width, int64_t count, bool cosine) {
+bool check_clusters(int64_t size, int64_t width, int64_t count, bool cosine, bool weighted = false) {
   std::mt19937 random(7);
   std::normal_distribution<float> normal;
   std::vector<float> rows(size * width), centers(count * width), distances(size), offset(width, cosine ? 0 : 3);
@@ -336,10 +336,14 @@ bool check_clusters(int64_t size, int64_t width, int64_t count, bool cosine) {
   clusters.cosine = cosine;
   clusters.points = centers.data();
   // Two levels of sums: the second one sums what the first one rounds off.
-  std::vector<double> rounding(2 * width, 1.5 * std::ldexp(1.0, 40));
-  std::fill_n(rounding.begin() + width, width, 1.5);
+  const int64_t columns = width + weighted;
+  std::vector<double> rounding(2 * columns, 1.5 * std::ldexp(1.0, 40));
+  std::fill_n(rounding.begin() + columns, columns, 1.5);
   clusters.levels = 2;
   clusters.rounding = rounding.data();
+  std::vector<double> weights(size, 1);
+  for (int64_t i = 0; i < size && weighted; i++) weights[i] = i % 3 / 2.0;
+  clusters.weights = weighted ? weights.data() : nullptr;
   std::vector<int32_t> before(size);
   for (int64_t i = 0; i < size; i++) before[i] = int32_t(i % (count + 1)) - 1;
   std::vector<int32_t> followed = before;
@@ -351,7 +355,7 @@ bool check_clusters(int64_t size, int64_t width, int64_t count, bool cosine) {
   const int64_t bytes = round_up(kernels.cluster_workspace_bytes(width));
   char* workspace = static_cast<char*>(std::aligned_alloc(64, 2 * bytes));
   kernels.pack_centers(clusters, centers.data(), offset.data(), packed);
-  const int64_t level = count * width;
+  const int64_t level = count * columns;
   std::vector<double> sums(2 * 2 * level);  // two threads, two levels
   std::vector<int64_t> counts(2 * count);
   on_threads(2, [&](int64_t thread) {
@@ -359,7 +363,7 @@ bool check_clusters(int64_t size, int64_t width, int64_t count, bool cosine) {
                          &counts[thread * count], workspace + thread * bytes);
   });
 
-  std::vector<double> expected(count * width);
+  std::vector<double> expected(count * width), sizes(count);
   double error = 0;
   for (int64_t i = 0; i < size; i++) {
     double norm = 0, nearest = INFINITY, own = 0;
@@ -377,16 +381,21 @@ bool check_clusters(int64_t size, int64_t width, int64_t count, bool cosine) {
     if (followed[i] != labels[i]) error = INFINITY;
     error = std::max({error, std::abs(own - nearest), std::abs(distances[i] - nearest) / (1 + nearest)});
     for (int64_t d = 0; d < width; d++) {
-      expected[labels[i] * width + d] += factor * rows[i * width + d];
-      if (before[i] >= 0) expected[before[i] * width + d] -= factor * rows[i * width + d];
+      const double entry = weights[i] * factor * rows[i * width + d];
+      expected[labels[i] * width + d] += entry;
+      if (before[i] >= 0) expected[before[i] * width + d] -= entry;
     }
+    sizes[labels[i]] += weights[i];
+    if (before[i] >= 0) sizes[before[i]] -= weights[i];
   }
   for (int64_t j = 0; j < count; j++)
-    for (int64_t d = 0; d < width; d++) {
-      const int64_t at = j * width + d;
-      const double relative_sum = sums[at] + sums[level + at] + sums[2 * level + at] + sums[3 * level + at];
-      const double sum = relative_sum + double(counts[j] + counts[count + j]) * offset[d];
-      error = std::max(error, std::abs(sum - expected[at]) / (1 + std::abs(expected[at])));
+    for (int64_t d = 0; d < columns; d++) {
+      const int64_t at = j * columns + d;
+      double sum = sums[at] + sums[level + at] + sums[2 * level + at] + sums[3 * level + at];
+      const double wanted = d < width ? expected[j * width + d] : sizes[j];
+      if (d < width) sum += sizes[j] * offset[d];
+      error = std::max(error, std::abs(sum - wanted) / (1 + std::abs(wanted)));
+      if (!weighted && sizes[j] != double(counts[j] + counts[count + j])) error = INFINITY;
     }
   // A pass that sets bounds, one that leaves out rows after small shifts, and one that finds all distances again.
   clusters.groups = count <= mcl::FEW ? 1 : std::clamp<int64_t>((count + 31) / 32, 1, mcl::MAX_GROUPS);
@@ -416,8 +425,8 @@ bool check_clusters(int64_t size, int64_t width, int64_t count, bool cosine) {
     std::free(memory);
   }
   const bool good = error <= 1e-5;
-  std::printf("%-8s %3d clusters of %3d rows of %3d%s: error %.1g, %s\n", mcl::instruction_set().c_str(), int(count),
-              int(size), int(width), cosine ? ", cosine" : "", error, good ? "good" : "WRONG");
+  std::printf("%-8s %3d clusters of %3d rows of %3d%s%s: error %.1g, %s\n", mcl::instruction_set().c_str(),
+              int(count), int(size), int(width), cosine ? ", cosine" : "", weighted ? ", weighted" : "", error, good ? "good" : "WRONG");
   return good;
 }
 
@@ -536,6 +545,8 @@ int main() {
       good &= check_clusters(5, 1, 1, cosine);
       good &= check_clusters(250, 33, 17, cosine);
       good &= check_clusters(400, 130, 200, cosine);
+      good &= check_clusters(250, 37, 17, cosine, true);
+      good &= check_clusters(301, 48, 10, cosine, true);
       good &= check_clusters(301, 48, 10, cosine);  // rows that are read in place, and an incomplete last block
     }
   }

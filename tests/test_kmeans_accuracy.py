@@ -17,8 +17,9 @@ from torch import Tensor
 
 from mcl_kernels import KMeans
 from mcl_kernels.kmeans.assign import find_nearest
-from mcl_kernels.kmeans.centers import survey_columns, unit_rows
+from mcl_kernels.kmeans.centers import unit_rows
 from mcl_kernels.kmeans.initial import _squared_distances_among
+from mcl_kernels.kmeans.summary import survey_columns
 from tests import kmeans_cases
 from tests.conftest import EMULATED, Backend, use_instruction_set
 from tests.hypothesis_settings import examples

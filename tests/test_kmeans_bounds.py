@@ -44,9 +44,12 @@ KINDS: dict[str, Any] = {
 REPEATED = ("grid", "few distinct", "sparse", "zero rows")  # rows too few of which differ for many clusters
 
 
-def assert_same_fit(x: Tensor, k: int, **options: Any) -> KMeans:
+def assert_same_fit(x: Tensor, k: int, sample_weight: Tensor | None = None, **options: Any) -> KMeans:
     """Returns the fit with bounds."""
-    bounded, plain = (KMeans(k, bounds=bounds, impl="native", **options).fit(x) for bounds in (True, False))
+    bounded, plain = (
+        KMeans(k, bounds=bounds, impl="native", **options).fit(x, sample_weight=sample_weight)
+        for bounds in (True, False)
+    )
     assert torch.equal(bounded.labels_, plain.labels_)
     assert torch.equal(bounded.cluster_centers_, plain.cluster_centers_)
     assert bounded.inertia_ == plain.inertia_
@@ -72,7 +75,8 @@ def test_every_bit_is_that_of_a_fit_without_bounds(
         x = x.to(dtype)
     metric, max_iter = data.draw(st.sampled_from(["euclidean", "cosine"])), data.draw(st.sampled_from([2, 5, 30]))
     init = x[torch.randperm(n, generator=generator)[:k]]
-    assert_same_fit(x, k, metric=metric, init=init, max_iter=max_iter, tol=0)
+    weights = data.draw(st.sampled_from([None, torch.rand(n, generator=generator), torch.arange(n) % 4]))
+    assert_same_fit(x, k, weights, metric=metric, init=init, max_iter=max_iter, tol=0)
 
 
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
@@ -90,8 +94,9 @@ def test_few_rows_are_read_when_few_move(backend: Backend, k: int, metric: str) 
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
 def test_clusters_that_are_filled(metric: str) -> None:
     x = torch.cat((grid_rows(900), blobs(300, 2, torch.Generator().manual_seed(1))))
-    fitted = assert_same_fit(x, 7, metric=metric, init=torch.from_numpy(far_centers(x)), tol=0)
-    assert sum(entry["splits"] for entry in fitted.history_) > 0
+    for weights in (None, torch.arange(1200) % 3):
+        fitted = assert_same_fit(x, 7, weights, metric=metric, init=torch.from_numpy(far_centers(x)), tol=0)
+        assert sum(entry["splits"] for entry in fitted.history_) > 0
 
 
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])

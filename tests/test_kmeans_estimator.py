@@ -18,6 +18,7 @@ ARRAYS = "results are tensors, whose dtype is PyTorch's"
 MESSAGES = "the error has another text: it names the argument, what came and what was expected"
 LISTS = "a list is an iterable of chunks; a dtype, and so the precision, is the caller's choice"
 UNFITTED = "the error is a RuntimeError: scikit-learn, and with it NotFittedError, is optional"
+DRAWS = "k-means++ draws other centres from repeated rows; below with given ones"
 LEFT_OUT = {
     "check_complex_data": MESSAGES,
     "check_do_not_raise_errors_in_init_or_set_params": "arguments are checked where they are given",
@@ -31,6 +32,9 @@ LEFT_OUT = {
     "check_fit2d_predict1d": MESSAGES,
     "check_fit_idempotent": ARRAYS,
     "check_n_features_in_after_fitting": MESSAGES,
+    "check_sample_weight_equivalence_on_dense_data": DRAWS,
+    "check_sample_weights_not_an_array": LISTS,
+    "check_sample_weights_shape": LISTS,
     "check_set_params": "without torch.distributed any group raises a RuntimeError",
     "check_transformer_data_not_an_array": LISTS,
     "check_transformer_preserve_dtypes": ARRAYS,
@@ -61,6 +65,9 @@ def test_checks_of_scikit_learn(metric: str) -> None:
     assert len(outcomes) > 40
     # Only for subclasses of scikit-learn's mixins.
     checks.check_clusterer_compute_labels_predict("KMeans", kmeans)
+    if "check_sample_weight_equivalence_on_dense_data" in outcomes:
+        given = KMeans(3, metric=metric, init=np.random.default_rng(0).random((3, 30)), tol=0)
+        checks.check_sample_weight_equivalence_on_dense_data("KMeans", given)
 
 
 def test_left_out_for_its_tensors_a_second_fit_gives_the_same() -> None:

@@ -11,8 +11,9 @@ from torch import Tensor
 from mcl_kernels import KMeans, assign_clusters
 from mcl_kernels.kmeans import gpu_common, reference
 from mcl_kernels.kmeans.assign import find_nearest, load_implementation
-from mcl_kernels.kmeans.centers import Summary, prepare, summarize, survey_columns
+from mcl_kernels.kmeans.centers import prepare
 from mcl_kernels.kmeans.rows import find_extremes
+from mcl_kernels.kmeans.summary import Summary, summarize, survey_columns
 from mcl_kernels.kmeans.triton import tile_table
 from mcl_kernels.normalize import compute_dtype
 from tests import kmeans_cases

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from mcl_kernels.backends import native
 from mcl_kernels.kmeans import initial
-from mcl_kernels.kmeans.centers import Summary
 from mcl_kernels.kmeans.dataset import Dataset
-from mcl_kernels.kmeans.initial import initial_centers
+from mcl_kernels.kmeans.initial import Sample, initial_centers
 from mcl_kernels.kmeans.passes import Problem
+from mcl_kernels.kmeans.summary import Summary
 from tests.conftest import use_instruction_set
 from tests.kmeans_cases import blobs, normal
 
@@ -49,9 +49,9 @@ def choose(x: Tensor, n_clusters: int, seed: int = 0) -> Tensor:
     """Returns the centres for rows whose offset is their mean."""
     offset, zeros = x.double().mean(0).to(x.dtype), torch.zeros(1, x.shape[1], dtype=torch.float64)
     problem = Problem(
-        Dataset.__new__(Dataset), Summary(x.dtype, offset, zeros[0], zeros), "euclidean", native, bounds=True
+        Dataset.__new__(Dataset), Summary(x.dtype, offset, zeros[0], zeros[0], zeros), "euclidean", native, bounds=True
     )
-    return initial_centers(problem, x, n_clusters, "k-means++", torch.Generator().manual_seed(seed))
+    return initial_centers(problem, Sample(x, None), n_clusters, "k-means++", torch.Generator().manual_seed(seed))
 
 
 def definition(x: Tensor, n_clusters: int, seed: int = 0) -> Tensor:

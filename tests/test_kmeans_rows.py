@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -363,12 +364,14 @@ class Counted(TensorRows):
 def test_reads_of_a_fit(x: Tensor, impl: str, metric: str, max_iter: int, tol: float) -> None:
     x = torch.cat((x, torch.zeros(len(x), 1)), dim=1)
     x[-1, -1] = 1.0  # a column that no sample shows to vary costs no read
-    for init in (x[:K], "k-means++"):
+    for init, weights in itertools.product((x[:K], "k-means++"), (None, 1 + torch.arange(len(x)) % 3)):
         rows = Counted(x)
+        kmeans = KMeans(K, init=init, max_iter=max_iter, tol=tol, metric=metric, impl=impl)
         with mock.patch.object(initial, "SAMPLE_ROWS", 1000):
-            fitted = KMeans(K, init=init, max_iter=max_iter, tol=tol, metric=metric, impl=impl).fit(rows)
+            fitted = kmeans.fit(rows, sample_weight=weights)
         assert sum(entry["splits"] for entry in fitted.history_) == 0
-        assert rows.reads <= fitted.n_iter_ + 3
+        # With weights the variance is not that of the first pass.
+        assert rows.reads <= fitted.n_iter_ + 3 + (weights is not None and tol > 0)
 
 
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
@@ -404,6 +407,9 @@ def test_the_variance_of_the_first_pass(x: Tensor, metric: str, shift: float) ->
         return variances[-1]
 
     with mock.patch.object(Partition, "mean_variance", recorded):
-        KMeans(K, init=x[:K] + shift, max_iter=1, metric=metric).fit(x)
+        for weights in (None, torch.arange(len(x)) % 2):  # which do not change it
+            KMeans(K, init=x[:K] + shift, max_iter=1, metric=metric).fit(x, sample_weight=weights)
+    expected = float(rows.var(0, correction=0).mean())
     rounding = FAR_CENTERS * 2.0**-24  # of fp32 distances
-    assert variances[-1] == pytest.approx(float(rows.var(0, correction=0).mean()), rel=rounding)
+    assert variances == pytest.approx([expected] * len(variances), rel=rounding)
+    assert len(variances) >= 2

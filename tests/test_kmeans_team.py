@@ -46,6 +46,47 @@ def test_is_k_means_of_one_process(ranks: RankPool, metric: str, init: str, cut:
     assert fitted.init_rows == (0 if init == "centres" else 1000)
 
 
+def drawn_weights(n: int = N) -> Any:
+    """Weights, a third of them 0, and one that needs several levels of sums; an array, as a pipe carries it."""
+    weights = np.random.default_rng(0).integers(0, 3, n) * np.linspace(0.5, 2, n)
+    weights[n // 2] = 1e-9
+    return weights
+
+
+@pytest.mark.parametrize("cut", ["uneven", "empty"])
+@pytest.mark.parametrize("form", ["tensor", "chunks", "part of a file"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"metric": "cosine", "init": "random", "n_init": 2},
+        {"impl": "reference", "dtype": torch.float64},
+        {"batch_size": 150},
+    ],
+    ids=str,
+)
+def test_weights_of_the_rows(ranks: RankPool, tmp_path: Path, cut: str, form: str, options: dict[str, Any]) -> None:
+    x = rows_without_structure()
+    if form != "tensor" and "dtype" in options:
+        pytest.skip("the file has fp32 rows")
+    form = "tensor" if form == "chunks" and "batch_size" in options else form
+    np.save(tmp_path / "x.npy", x.numpy())
+    check_is_one_process(
+        ranks, x, ends_of(ranks, cut), form, str(tmp_path / "x.npy"),
+        n_clusters=K, max_iter=3, sample_weight=drawn_weights(), **options,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("data", [rows_without_structure, grid_rows])
+def test_empty_clusters_take_rows_with_a_weight(ranks: RankPool, data: Callable[[], Tensor]) -> None:
+    x = data()
+    fitted = check_is_one_process(
+        ranks, x, ends_of(ranks, "uneven"),
+        n_clusters=7, init=far_centers(x), max_iter=3, sample_weight=drawn_weights(),
+    )  # fmt: skip
+    assert fitted.splits[0] >= 5
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
 def test_dtypes(ranks: RankPool, dtype: torch.dtype) -> None:
     x = rows_without_structure()

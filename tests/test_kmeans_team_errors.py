@@ -70,6 +70,10 @@ def error_of_fit(case: str, path: str) -> str:
     if case == "large":
         x = x.double()
         x[5, 5] = 1e160 if last else 0
+    sample_weight: Any = None
+    if "sample_weight" in case and (last or case != "sample_weight"):
+        sample_weight = torch.zeros(200) if case == "zero sample_weight" else torch.ones(200)
+        sample_weight[5] = -1 if last and case == "negative sample_weight" else sample_weight[5]
     kmeans = KMeans(**options, group=dist.group.WORLD)
     if case == "start" and rank == 0:
         mock.patch.object(api, "initial_centers", mock.Mock(side_effect=RuntimeError("out of memory"))).start()
@@ -94,7 +98,7 @@ def error_of_fit(case: str, path: str) -> str:
             mock.patch.object(Dataset, "survey", survey_and_truncate).start()
     try:
         with mock.patch.object(initial, "SAMPLE_ROWS", 50 if case == "file of batches" else 1 << 16):
-            kmeans.fit(x)
+            kmeans.fit(x, sample_weight=sample_weight)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     finally:
@@ -119,6 +123,14 @@ ERRORS = {
     "tol": ("ValueError: tol must be alike on every rank of the group: got 0.0001 on rank 0 and 0.5 on rank LAST",),
     "batch_size": ("ValueError: batch_size must be alike on every rank of the group: got None on rank 0 and 9",),
     "seed": ("ValueError: seed must be alike on every rank of the group: got 0 on rank 0 and 9 on rank LAST",),
+    "sample_weight": (
+        "ValueError: sample_weight must be alike on every rank of the group: got None on rank 0 and 'given' on rank",
+    ),
+    "negative sample_weight": (
+        "OtherRankError: rank LAST of the group met an error: ValueError: sample_weight must be finite and at least 0",
+        "ValueError: sample_weight must be finite and at least 0: got -1.0 in row 5",
+    ),
+    "zero sample_weight": ("ValueError: sample_weight must be positive for a row: got zero for all ",),
     "width": (
         "ValueError: x must be alike on every rank of the group: got [rows, 12] float32 on rank 0 and [rows, 11]",
     ),

@@ -324,26 +324,35 @@ inline double rounded(T x, double rounding) {
 }
 
 // Adds a loaded row to the sum of its label, and subtracts it from the sum of its previous label. A row that keeps its
-// label is skipped. With several levels, [levels, K, D], each level sums what rounding left over from the one before.
+// label is skipped, and one of weight 0 is in no sum. With several levels, [levels, K, D], each level sums what rounding
+// left over from the one before.
 template <class T>
 void follow_row(const Clusters<T>& clusters, int64_t row, int64_t label, const T* __restrict x,
                 double* __restrict sums, int64_t* counts) {
   const int64_t width = clusters.width, before = clusters.followed ? clusters.followed[row] : -1;
   if (label == before) return;
+  if (clusters.followed) clusters.followed[row] = int32_t(label);
+  const double weight = clusters.weights ? clusters.weights[row] : 1;
+  if (weight == 0) return;
+  const int64_t columns = width + (clusters.weights != nullptr);
   const double* __restrict rounding = clusters.rounding;
-  double* __restrict to = sums + label * width;
-  double* __restrict from = sums + before * width;
-  if (clusters.levels > 1) {
-    const int64_t step = clusters.centers * width;
-    for (int64_t d = 0; d < width; d++) {
-      double left = x[d];
+  double* __restrict to = sums + label * columns;
+  double* __restrict from = sums + before * columns;
+  if (clusters.weights || clusters.levels > 1) {
+    const auto follow_entries = [&]<class V>(int64_t d, V left) {
       for (int64_t level = 0; level < clusters.levels; level++) {
-        const double entry = rounded(left, rounding[level * width + d]);
-        to[level * step + d] += entry;
-        if (before >= 0) from[level * step + d] -= entry;
+        const V level_rounding = load<V>(rounding + level * columns + d);
+        const V entry = (left + level_rounding) - level_rounding;
+        const int64_t at = level * clusters.centers * columns + d;
+        store(to + at, load<V>(to + at) + entry);
+        if (before >= 0) store(from + at, load<V>(from + at) - entry);
         left -= entry;
       }
-    }
+    };
+    int64_t d = 0;
+    for (; d + LANES<double> <= width; d += LANES<double>) follow_entries(d, weight * load_wide(x + d));
+    for (; d < width; d++) follow_entries(d, weight * double(x[d]));
+    if (clusters.weights) follow_entries(width, weight);
   } else if (before < 0) {
     for (int64_t d = 0; d < width; d++) to[d] += rounded(x[d], rounding[d]);
   } else {
@@ -355,7 +364,6 @@ void follow_row(const Clusters<T>& clusters, int64_t row, int64_t label, const T
   }
   if (before >= 0) counts[before]--;
   counts[label]++;
-  if (clusters.followed) clusters.followed[row] = int32_t(label);
 }
 
 }  // namespace mcl::MCL_INSTRUCTION_SET

@@ -28,11 +28,11 @@ struct ThreadSums {
   int64_t threads, centers, size;  // size: elements of a thread's sums
   Tensor sums, counts;
 
-  ThreadSums(int64_t threads, int64_t levels, int64_t centers, int64_t width, const at::TensorOptions& options)
+  ThreadSums(int64_t threads, int64_t levels, int64_t centers, int64_t columns, const at::TensorOptions& options)
       : threads(threads),
         centers(centers),
-        size(levels * centers * width),
-        sums(at::empty({threads * levels * centers, width}, options.dtype(at::kDouble))),
+        size(levels * centers * columns),
+        sums(at::empty({threads * levels * centers, columns}, options.dtype(at::kDouble))),
         counts(at::empty({threads * centers}, options.dtype(at::kLong))) {}
 
   // Sets the sums and counts of a thread to 0, by that thread: at::zeros would open a parallel region of its own.
@@ -97,11 +97,13 @@ void set_earlier(const Earlier& earlier, int64_t n, int64_t k, Clusters<T>& clus
 
 template <class T>
 ClusterPass assign(const Tensor& x, const Tensor& points, const Tensor& offset, const Tensor& rounding, bool cosine,
-                   bool with_sums, const Earlier& earlier) {
+                   bool with_sums, const Earlier& earlier, const OptionalTensor& weights) {
   const Kernels<T> kernels = choose_kernels<T>(false);
   const Tensor rows = with_dense_rows(x), dense_points = points.contiguous(), dense_offset = offset.contiguous();
   const Tensor dense_rounding = rounding.contiguous();
-  const int64_t n = x.size(0), width = x.size(1), k = points.size(0);
+  const int64_t n = x.size(0), width = x.size(1), k = points.size(0), columns = rounding.size(1);
+  TORCH_CHECK(!with_sums || columns == width + weights.has_value(), "weighted sums have a column more: got ", columns);
+  TORCH_CHECK(!weights || (weights->is_contiguous() && weights->numel() == n), "weights must be dense, one for each row");
   Tensor labels = at::empty({earlier.labels ? 0 : n}, x.options().dtype(at::kLong));
   Tensor distances = at::empty({n}, points.options());
 
@@ -113,6 +115,7 @@ ClusterPass assign(const Tensor& x, const Tensor& points, const Tensor& offset, 
   clusters.points = dense_points.const_data_ptr<T>();
   clusters.levels = rounding.size(0);
   clusters.rounding = dense_rounding.const_data_ptr<double>();
+  clusters.weights = weights ? weights->const_data_ptr<double>() : nullptr;
   clusters.labels = earlier.labels ? nullptr : labels.mutable_data_ptr<int64_t>();
   clusters.distances = distances.mutable_data_ptr<T>();
   clusters.every_distance = !with_sums;
@@ -124,7 +127,7 @@ ClusterPass assign(const Tensor& x, const Tensor& points, const Tensor& offset, 
   const int64_t threads = std::max<int64_t>(std::min(thread_count(), parts), 1);
   const int64_t bytes = (kernels.cluster_workspace_bytes(width) + 63) / 64 * 64;  // a thread's, aligned
   const Workspace workspace(threads * bytes);
-  ThreadSums sums(with_sums ? threads : 0, clusters.levels, k, width, points.options());
+  ThreadSums sums(with_sums ? threads : 0, clusters.levels, k, columns, points.options());
   std::atomic<int64_t> next{0};
   parallel_for(threads, [&](int64_t thread) {
     sums.clear(thread);
@@ -166,13 +169,14 @@ Tensor survey_rows(const Tensor& x, const OptionalTensor& middle) {
 
 ClusterPass assign_clusters(const Tensor& x, at::TensorList centers, bool cosine, bool with_sums,
                             const OptionalTensor& followed, const OptionalTensor& upper, const OptionalTensor& lower,
-                            const OptionalTensor& order, const OptionalTensor& shifts) {
+                            const OptionalTensor& order, const OptionalTensor& shifts,
+                            const OptionalTensor& weights) {
   TORCH_CHECK(centers.size() == 3, "centers must be [centers, offset, rounding]: got ", centers.size(), " tensors");
   const Tensor &points = centers[0], &offset = centers[1], &rounding = centers[2];
   const Earlier earlier = {followed, upper, lower, order, shifts};
   return points.scalar_type() == at::kDouble
-             ? assign<double>(x, points, offset, rounding, cosine, with_sums, earlier)
-             : assign<float>(x, points, offset, rounding, cosine, with_sums, earlier);
+             ? assign<double>(x, points, offset, rounding, cosine, with_sums, earlier, weights)
+             : assign<float>(x, points, offset, rounding, cosine, with_sums, earlier, weights);
 }
 
 }  // namespace mcl

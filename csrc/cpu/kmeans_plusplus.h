@@ -282,6 +282,7 @@ SeedingCounts compare_with_candidates(const Seeding<T>& seeding, int64_t begin, 
     const char* next = reinterpret_cast<const char*>(row_address(smaller(r + 2, left.count - 1)));
     for (int64_t byte = 0; byte < seeding.width * int64_t(sizeof(T)); byte += 64) __builtin_prefetch(next + byte);
     const double nearest = seeding.nearest[left.rows[r]];
+    const double weight = seeding.weights ? seeding.weights[left.rows[r]] : 1;
     double* to = distances + counts.nearer * candidates;
     for (int64_t j = 0; j < candidates; j++) to[j] = __builtin_inf();
     bool any = false;
@@ -293,7 +294,7 @@ SeedingCounts compare_with_candidates(const Seeding<T>& seeding, int64_t begin, 
       for (int64_t i = 0; i < group; i++) {
         if (!(found[i] < nearest)) continue;
         to[index[i]] = found[i];
-        gains[index[i]] += nearest - found[i];
+        gains[index[i]] += (nearest - found[i]) * weight;
         any = true;
       }
     }

@@ -64,7 +64,7 @@ struct NearerRows {
 template <class T>
 std::tuple<int64_t, int64_t> add_best(const Tensor& x, const Tensor& offset, at::TensorList codes,
                                       const Tensor& candidates, const Tensor& centers, const Tensor& nearest,
-                                      const Tensor& labels, int64_t compared) {
+                                      const Tensor& labels, int64_t compared, const OptionalTensor& weights) {
   const Kernels<T> kernels = choose_kernels<T>(false);
   const Tensor rows = with_dense_rows(x), dense_offset = offset.contiguous();
   const int64_t n = x.size(0), count = candidates.size(0), blocks = (n + SEEDING_ROWS - 1) / SEEDING_ROWS;
@@ -82,6 +82,7 @@ std::tuple<int64_t, int64_t> add_best(const Tensor& x, const Tensor& offset, at:
     seeding.row_codes = reinterpret_cast<const RowCode<T>*>(codes[1].const_data_ptr<T>());
   }
   seeding.centers = centers.size(0);
+  seeding.weights = weights ? weights->const_data_ptr<double>() : nullptr;
   seeding.nearest = nearest_data;
   seeding.labels = label_data;
   seeding.candidates = count;
@@ -131,10 +132,10 @@ std::tuple<Tensor, Tensor> code_rows(const Tensor& x, const Tensor& offset) {
 
 std::tuple<int64_t, int64_t> add_center(const Tensor& x, const Tensor& offset, at::TensorList codes,
                                         const Tensor& candidates, const Tensor& centers, const Tensor& nearest,
-                                        const Tensor& labels, int64_t compared) {
+                                        const Tensor& labels, int64_t compared, const OptionalTensor& weights) {
   return x.scalar_type() == at::kDouble
-             ? add_best<double>(x, offset, codes, candidates, centers, nearest, labels, compared)
-             : add_best<float>(x, offset, codes, candidates, centers, nearest, labels, compared);
+             ? add_best<double>(x, offset, codes, candidates, centers, nearest, labels, compared, weights)
+             : add_best<float>(x, offset, codes, candidates, centers, nearest, labels, compared, weights);
 }
 
 }  // namespace mcl

@@ -18,6 +18,8 @@ struct Clusters {
   const T* points;         // [K, D]: the centres
   int64_t levels;          // of sums
   const double* rounding;  // [levels, D]: 1.5 * 2^e, where no sum of a level's entries is above 2^e
+  const double* weights;   // [N], or null: rows are summed times their weights. Sums then have D + 1 columns, as has
+                           // `rounding`: the last one is the sum of the weights
   int64_t* labels;         // [N], or null
   int32_t* followed;       // [N], or null: labels of an earlier pass, -1 for none. Replaced by the labels of this pass;
                            // sums and counts then are the changes since the earlier pass
@@ -45,6 +47,7 @@ struct Seeding {
   const RowCode<T>* row_codes;  // [N]
   int64_t code_stride;
   int64_t centers, candidates;  // K, L
+  const double* weights;        // [N], or null: of the rows in the gains
   const double* nearest;        // [N]: squared distance to the nearest centre, infinite without one
   const int32_t* labels;        // [N]: that centre, 0 without one
   int64_t stride;               // from one candidate to the next

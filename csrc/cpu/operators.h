@@ -41,12 +41,17 @@ Tensor survey_rows(const Tensor& x, const OptionalTensor& middle);
 //
 // `upper`, fp32 [N], and `lower`, fp32 [N, groups], for followed labels: bounds of the distance to the centre of the
 // label and to the other centres of each group, which are overwritten too. `order`, int32 [K]: the centres in the order
-// of the groups. `shifts`, fp32 [K]: bounds of the distances that the centres moved since the pass that set the bounds. With it rows that keep their label, as the bounds prove,
-// are not read, and their distance is NaN; without sums the distances of all rows are found.
+// of the groups. `shifts`, fp32 [K]: bounds of the distances that the centres moved since the pass that set the bounds.
+// With it rows that keep their label, as the bounds prove, are not read, and their distance is NaN; without sums the
+// distances of all rows are found.
+//
+// `weights`, fp64 [N]: rows are summed times their weights, in sums [levels K, D + 1] whose last column is the sum of
+// the weights, and whose rounding has that column too. Rows of weight 0 are not counted.
 std::tuple<Tensor, Tensor, Tensor, Tensor> assign_clusters(const Tensor& x, at::TensorList centers, bool cosine,
                                                            bool with_sums, const OptionalTensor& followed,
                                                            const OptionalTensor& upper, const OptionalTensor& lower,
-                                                           const OptionalTensor& order, const OptionalTensor& shifts);
+                                                           const OptionalTensor& order, const OptionalTensor& shifts,
+                                                           const OptionalTensor& weights);
 
 // Rows relative to the offset as int8 codes, [N, D rounded up], and the constants of each code, [N, 3].
 std::tuple<Tensor, Tensor> code_rows(const Tensor& x, const Tensor& offset);
@@ -54,9 +59,10 @@ std::tuple<Tensor, Tensor> code_rows(const Tensor& x, const Tensor& offset);
 // One step of greedy k-means++. `codes` is empty or the result of code_rows; `candidates` [L] and `centers` [K] are
 // indices of rows. Finds the candidate that as centre K lowers the sum of the nearest distances most, and updates
 // `nearest`, fp64 [N], and `labels`, int32 [N]. Returns the position of the candidate, and the number of rows that were
-// compared. `compared` is that of the step before: the number of threads follows from it.
+// compared. `compared` is that of the step before: the number of threads follows from it. `weights`, fp64 [N]: of the
+// rows in the sum.
 std::tuple<int64_t, int64_t> add_center(const Tensor& x, const Tensor& offset, at::TensorList codes,
                                         const Tensor& candidates, const Tensor& centers, const Tensor& nearest,
-                                        const Tensor& labels, int64_t compared);
+                                        const Tensor& labels, int64_t compared, const OptionalTensor& weights);
 
 }  // namespace mcl

@@ -13,15 +13,15 @@ from torch import Tensor
 
 from mcl_kernels._validate import check_same_width
 from mcl_kernels.kmeans.assign import check_range, load_implementation
-from mcl_kernels.kmeans.centers import SURVEYED_ROWS, summarize, survey_columns
 from mcl_kernels.kmeans.dataset import Dataset
 from mcl_kernels.kmeans.estimator import Estimator, column_names
 from mcl_kernels.kmeans.files import Saveable
-from mcl_kernels.kmeans.initial import draw_sample, initial_centers, sample_size
+from mcl_kernels.kmeans.initial import Sample, draw_sample, initial_centers, sample_size
 from mcl_kernels.kmeans.lloyd import Restart, lloyd, mini_batches
 from mcl_kernels.kmeans.passes import Problem
 from mcl_kernels.kmeans.rows import ChunkedRows, Rows, RowsLike, open_rows
 from mcl_kernels.kmeans.settings import Settings, check_settings
+from mcl_kernels.kmeans.summary import SURVEYED_ROWS, summarize, survey_columns
 from mcl_kernels.kmeans.team import Team, open_with_group
 from mcl_kernels.normalize import compute_dtype
 
@@ -33,25 +33,28 @@ if TYPE_CHECKING:
 class KMeans(Estimator, Saveable):
     """Lloyd's k-means, named as in scikit-learn, for data in memory or larger than memory.
 
-        inertia = sum_i min_k |x_i - c_k|^2                             metric="euclidean"
-        inertia = sum_i min_k (1 - <x_i, c_k> / (|x_i| |c_k|))          metric="cosine" (spherical k-means)
+        inertia = sum_i w_i min_k |x_i - c_k|^2                         metric="euclidean"
+        inertia = sum_i w_i min_k (1 - <x_i, c_k> / (|x_i| |c_k|))      metric="cosine" (spherical k-means)
+
+    The weights w_i are 1, unless `fit` is given others.
 
     Labels are correct for any data: of magnitudes from 1e-30 to 1e30, far from 0, with rows or centres far from the
     others. If rounding could decide which centre is nearest, distances are computed from differences in fp64. All
     distances are computed in fp64 if their squares would leave the range of fp32.
 
-    On a CPU an iteration reads the rows whose label may change. Sums over the data are fp64 and exact: the same for any
-    number of threads and any chunks. Random numbers come from a separate generator, so that the same seed gives the
-    same clusters and PyTorch's global random state does not change. Memory beyond the data: N labels twice, of 4 and 8
-    bytes; bounds of 8 bytes for each row, above K = 32 of 4 (1 + K / 32), at most 64; two copies of the sample for the
-    initialisation and a quarter of one, a copy more for cosine; two chunks of 64 MiB if the data is not a tensor or an
-    array; N labels and distances more if a cluster is empty.
+    On a CPU an iteration reads the rows whose label may change. Sums over the data are fp64 and exact: the same for
+    any number of threads and any chunks. Random numbers come from a separate generator, so that the same seed gives
+    the same clusters and PyTorch's global random state does not change. Memory beyond the data: N labels twice, of
+    4 and 8 bytes; bounds of 8 bytes for each row, above K = 32 of 4 (1 + K / 32), at most 64; two copies of the
+    sample for the initialisation and a quarter of one, a copy more for cosine; 8 bytes for each weight; two chunks
+    of 64 MiB if the data is not a tensor or an array; N labels and distances more if a cluster is empty.
 
     With a `group`, each rank passes its shard of the rows, and all ranks fit together. The clusters are those of one
     process with the shards one after the other and the same seed, bit for bit if the ranks run the same build on the
     same kind of CPU or GPU; objectives and inertia are equal to rounding. An iteration is usually one all-reduce of K D
     + K + 3 fp64 elements (one for each mini-batch) and at most three broadcasts of one. In the memory above, N is then
-    the rows of the shard. Every rank holds the sample, but only the first one computes with it.
+    the rows of the shard. Every rank holds the sample and the weights of all rows, but only the first one computes with
+    the sample.
 
     Args:
         n_clusters: K, from 1 to the number of rows. If fewer rows differ, fewer clusters are found, with a warning.
@@ -139,7 +142,7 @@ class KMeans(Estimator, Saveable):
         self.group = group
         check_settings(self)  # the arguments stay as they were given, since scikit-learn's `clone` compares them
 
-    def fit(self, x: RowsLike, y: object = None) -> Self:
+    def fit(self, x: RowsLike, y: object = None, sample_weight: object = None) -> Self:
         """Clusters the rows of x, [N, D], and sets the attributes.
 
         Args:
@@ -149,15 +152,19 @@ class KMeans(Estimator, Saveable):
                 and has to yield the same rows in the same order every time. With a group, the shard of this rank,
                 which may have no rows: [0, D].
             y: ignored; for a `Pipeline` of scikit-learn.
+            sample_weight: None, or the weights w_i of the rows, [N]: finite numbers of at least 0 in a tensor, an
+                array, a list or a Series, on any device. A row of weight 0 has a label but is in no mean, and so is one
+                below 2^-100 of the largest weight. With a group, the weights of the shard of this rank.
 
         Returns:
             This object.
 
         Raises:
-            TypeError, ValueError: rows that the class lists.
+            TypeError, ValueError: rows that the class lists; a `sample_weight` of another type or length, with a weight
+                that is negative or not finite, or with fewer positive weights than clusters.
         """
         settings, names = check_settings(self), column_names(x)
-        rows, team = _open(x, settings)
+        rows, team = _open(x, settings, sample_weight is not None)
         if isinstance(settings.init, Tensor):
             check_same_width("init", settings.init, rows.name, rows.like)
             check_range("init", settings.init.to(compute_dtype(rows.like)))
@@ -168,6 +175,11 @@ class KMeans(Estimator, Saveable):
             if data.n < settings.n_clusters:
                 message = f"got {settings.n_clusters} for {data.n} rows"
                 raise ValueError(f"n_clusters must be at most the number of rows: {message}")
+            if sample_weight is not None:
+                data.set_weights(sample_weight)
+            if data.weights is not None and data.weights.n_positive < settings.n_clusters:
+                message = f"got {settings.n_clusters} for {data.weights.n_positive} of {data.n} rows"
+                raise ValueError(f"n_clusters must be at most the number of rows of positive weight: {message}")
             generator = torch.Generator().manual_seed(settings.seed)
             problem, sample = _prepare(data, settings, implementation, generator)
             restarts = (_run(problem, settings, sample, generator) for _ in range(settings.n_restarts))
@@ -179,10 +191,12 @@ class KMeans(Estimator, Saveable):
                 "too few rows differ",
                 stacklevel=2,
             )
-        self.cluster_centers_, self.labels_, self.inertia_, self.history_ = best
+        unit = 1.0 if data.weights is None else data.weights.unit
+        self.cluster_centers_, self.labels_, self.inertia_ = best.centers, best.labels, best.inertia * unit
+        self.history_ = [entry | {"objective": entry["objective"] * unit} for entry in best.history]
         self.n_iter_ = len(self.history_)
         self._dtype = problem.summary.dtype
-        self.init_rows_ = 0 if isinstance(settings.init, Tensor) else len(sample)
+        self.init_rows_ = 0 if isinstance(settings.init, Tensor) else len(sample.rows)
         if names is not None:
             self.feature_names_in_ = names
         elif hasattr(self, "feature_names_in_"):  # of an earlier fit
@@ -190,7 +204,7 @@ class KMeans(Estimator, Saveable):
         return self
 
 
-def _open(x: RowsLike, settings: Settings) -> tuple[Rows, Team]:
+def _open(x: RowsLike, settings: Settings, is_weighted: bool) -> tuple[Rows, Team]:
     """Opens the rows of this process, for a fit alone or by all ranks of the group."""
     if settings.ranks is None:
         return open_rows("x", x), Team()
@@ -204,28 +218,29 @@ def _open(x: RowsLike, settings: Settings) -> tuple[Rows, Team]:
 
     names = ("n_clusters", "metric", "n_init", "max_iter", "tol", "batch_size", "empty", "seed", "bounds")
     arguments = {"init": _described_init(settings.init), **{name: getattr(settings, name) for name in names}}
+    arguments["sample_weight"] = "given" if is_weighted else None
     return open_with_group(open_local, settings.ranks, arguments)
 
 
 def _prepare(
     data: Dataset, settings: Settings, implementation: ModuleType, generator: torch.Generator
-) -> tuple[Problem, Tensor]:
+) -> tuple[Problem, Sample]:
     """Surveys the data; returns the problem that restarts solve, and the sample that initialisations draw from."""
     has_centers = isinstance(settings.init, Tensor)
     size = SURVEYED_ROWS if has_centers else sample_size(settings.n_clusters, data.width)
     sample = draw_sample(data, size, generator)
-    middle, scale = data.compute_on_first(lambda: survey_columns(sample, settings.metric).to(compute_dtype(sample)))
+    middle, scale = data.compute_on_first(lambda: survey_columns(sample.rows, settings.metric).to(data.centers_like))
     # The sample holds only one value of a column of scale 0, which other rows may vary.
     low, high, nearest = data.survey(torch.where(scale == 0, middle, math.nan))
     check_range(data.name, torch.stack((low, high)))
     scale = torch.where(nearest.isinf(), scale, nearest)
-    summary = summarize(data.n, low, high, middle, scale, settings.metric, settings.init)
+    summary = summarize(data.n, low, high, middle, scale, settings.metric, settings.init, data.weights)
     return Problem(data, summary, settings.metric, implementation, settings.bounds), sample
 
 
-def _run(problem: Problem, settings: Settings, sample: Tensor, generator: torch.Generator) -> Restart:
+def _run(problem: Problem, settings: Settings, sample: Sample, generator: torch.Generator) -> Restart:
     """Runs one restart."""
-    public_dtype = compute_dtype(sample)
+    public_dtype = problem.data.centers_like.dtype
 
     def start() -> Tensor:
         if isinstance(settings.init, Tensor):

@@ -2,7 +2,7 @@
 
     assign(x, centers)           labels int64 [N], distances [N] in the dtype of the centres
     assign_and_sum(x, centers)   the same, and for each centre the sum of its rows relative to the offset, fp64 [K, D],
-                                 and their count, int64 [K]
+                                 and their count, int64 [K]; with `follow` it takes `weights`, too
     follow(x, centers, labels)   optional, for iterations: distances, and the changes of sums and counts since an
                                  earlier pass with the same offset. The labels of that pass, int32 [N], -1 for none,
                                  are updated in place
@@ -12,6 +12,9 @@
                                  shifts all rows are read. The bounds are updated in place
     measure(x, centers, labels, bounds, shifts)
                                  optional, with `bounds`: updates labels and bounds alike, and returns all distances
+
+`follow` takes `weights`, fp64 [N] or None: rows are summed times their weights, those of weight 0 are not counted, and
+sums have a column more, the sums of the weights. Without `follow`, rows with weights are summed by `Centers.sum_rows`.
 
 Sums are exact, so that adding up their changes gives the bits of a sum of all rows.
 
@@ -23,41 +26,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from mcl_kernels.kmeans.summary import Summary, fits
 from mcl_kernels.normalize import normalize_rows
-
-Array = np.ndarray[Any, np.dtype[np.float64]]
 
 SUMMED_ROWS = 1024  # rows copied at a time
 COMPARED_ENTRIES = 1 << 22  # fp64 distances at a time
 SERIAL_ELEMENTS = 1 << 14  # PyTorch sums this many elements in one thread
-SURVEYED_ROWS = 256  # enough for the offset and the scale of each column
 SURVEYED_CENTERS = 64
-GATHERED_COLUMNS = 64  # columns copied at a time
-SCALE_BITS = 24  # bits of a column's scale that sums keep, as many as fp32 has
-# Ratios of a column's largest entry to its scale. Up to MIN_FAR one level of sums is enough for any number of rows. For
-# few rows it is enough up to MAX_FAR, above which the fixed point of GPUs would lose bits of the scale.
-MIN_FAR, MAX_FAR = 2.0**8, 2.0**11
-MIN_EXPONENT = -960
-MIN_FP32_DIFFERENCE = 2.0**-40  # fp32 still resolves the squares of such differences
 FEW_CENTERS = 16  # have one group: FEW of csrc/cpu
 GROUPED_CENTERS, MAX_GROUPS = 32, 15  # centres of a group of bounds, unless there would be too many groups
 DIRECTION_STEPS = 3  # of the power method
 NEAR = 2.0**-12  # squared distances of unit rows below it are affected by the rounding of the rows
-
-
-class Summary(NamedTuple):
-    """Statistics of the data set that make sums exact, however it is chunked."""
-
-    dtype: torch.dtype  # of products and distances; fp64 for fp32 rows whose squares leave the range of fp32
-    offset: Tensor  # [D] in that dtype, about the middle of the data; 0 for cosine
-    largest: Tensor  # fp64 [D], a bound of the magnitude of entries relative to the offset
-    rounding: Tensor  # fp64 [levels, D], see `Centers`
 
 
 class Bounds(NamedTuple):
@@ -118,25 +103,35 @@ class Centers(NamedTuple):
     offset: Tensor  # [D], 0 for cosine
     cosine: bool
     largest: Tensor  # fp64 [D], as in `Summary`; 0 if nothing is summed
-    rounding: Tensor  # fp64 [levels, D], 1.5 * 2^e, where 2^e is a bound of the sums of a level's entries
+    # fp64 [levels, columns], 1.5 * 2^e, where 2^e is a bound of the sums of a level's entries. Weighted sums have D + 1
+    # columns, the last one of the weights.
+    rounding: Tensor
 
-    def rounded(self, x: Tensor) -> Tensor:
-        """Returns rows as they are summed, fp64 [levels, N, D]."""
+    def rounded(self, x: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Returns rows as they are summed, times their weights if given, fp64 [levels, N, columns]."""
         x = x.to(self.points.dtype)  # as in the kernels
         left = (unit_rows(x) if self.cosine else x - self.offset).double()
+        if weights is not None:
+            left = F.pad(left, (0, 1), value=1.0) * weights.unsqueeze(1)
         levels = []
         for rounding in self.rounding:
             levels.append((left + rounding) - rounding)
             left = left - levels[-1]
         return torch.stack(levels)
 
-    def sum_rows(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the sums [levels, K, D] and the counts [K] of rows with known labels."""
-        sums = self.offset.new_zeros(len(self.rounding), *self.points.shape, dtype=torch.float64)
+    def sum_rows(self, x: Tensor, labels: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Returns the sums [levels, K, columns] and the counts [K] of rows with known labels."""
+        levels, columns = self.rounding.shape
+        sums = self.offset.new_zeros(levels, len(self.points), columns, dtype=torch.float64)
         for start in range(0, len(x), SUMMED_ROWS):
             rows = slice(start, start + SUMMED_ROWS)
-            sums.index_add_(1, labels[rows], self.rounded(x[rows]))
-        return sums, torch.bincount(labels, minlength=len(self.points))
+            sums.index_add_(1, labels[rows], self.rounded(x[rows], None if weights is None else weights[rows]))
+        return sums, torch.bincount(labels if weights is None else labels[weights > 0], minlength=len(self.points))
+
+    def split(self, sums: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the sums of rows, [levels, K, D], and of their weights, [K]: the counts if none were given."""
+        width = self.points.shape[1]
+        return sums[..., :width], sums[..., width].sum(0) if sums.shape[2] > width else counts
 
     def shifts(self, before: Centers) -> Tensor:
         """Bounds of the distances by which these centres moved from earlier ones, fp32 [K]."""
@@ -156,11 +151,12 @@ class Centers(NamedTuple):
         return directions
 
     def along(self, sums: Tensor, counts: Tensor) -> Tensor:
-        """2 <S_k, c_k> - n_k |c_k|^2 of the sums [levels, K, D] and centres relative to the offset, fp64 [K].
+        """2 <S_k, c_k> - n_k |c_k|^2 of the sums [levels, K, columns] and centres relative to the offset, fp64 [K].
 
         The squared distances of a centre's rows are the sum of their squares less this; for cosine halved.
         """
         along, offset = torch.empty(len(counts), dtype=torch.float64, device=counts.device), self.offset.double()
+        sums, counts = self.split(sums, counts)
         for part in serial_parts(self.points):
             points = self.points[part].double() - offset
             along[part] = 2 * (sums[:, part].sum(0) * points).sum(1) - counts[part] * points.square().sum(1)
@@ -169,9 +165,11 @@ class Centers(NamedTuple):
     def means(self, sums: Tensor, counts: Tensor) -> Tensor:
         """Returns the new centres [K, D], of unit length for cosine; a centre without rows does not move."""
         means, offset = torch.empty_like(self.points), self.offset.double()
+        sums, sizes = self.split(sums, counts)
         for part in serial_parts(means):
-            part_means = offset + sums[:, part].sum(0) / counts[part].clamp(min=1).unsqueeze(1)
-            part_means = torch.where(counts[part].unsqueeze(1) > 0, part_means, self.points[part].double())
+            part_sizes = sizes[part].unsqueeze(1)
+            part_means = offset + sums[:, part].sum(0) / torch.where(part_sizes > 0, part_sizes, 1)
+            part_means = torch.where(part_sizes > 0, part_means, self.points[part].double())
             means[part] = (normalize_rows(part_means) if self.cosine else part_means).to(means.dtype)
         return means
 
@@ -275,78 +273,6 @@ def unit_rows(x: Tensor) -> Tensor:
     return torch.where(is_unit, x, scaled / torch.where(norm > 0, norm, 1.0))
 
 
-def survey_columns(x: Tensor, metric: str) -> Tensor:
-    """Median of each column, and its scale, [2, D]: the median of the nonzero distances to that median.
-
-    A few far rows change neither. For cosine the median is replaced by 0. The scale is 0 if all entries of the column
-    are equal.
-    """
-    if len(x) > SURVEYED_ROWS:
-        drawn = torch.randint(len(x), (SURVEYED_ROWS,), generator=torch.Generator().manual_seed(0), device="cpu")
-        rows = x[drawn.to(x.device)].double().cpu().numpy()
-    else:
-        rows = x.double().cpu().numpy()
-    middle = np.partition(rows, len(rows) // 2, axis=0)[len(rows) // 2]
-    if metric == "cosine":
-        middle = np.zeros_like(middle)
-    distances = np.sort(np.ascontiguousarray(np.abs(rows - middle).T), axis=1)
-    zeros = (distances == 0).sum(1)
-    scale = np.take_along_axis(distances, (zeros + len(rows) - 1)[:, None] // 2, axis=1).squeeze(1)
-    # The drawn rows hold only the median: take the scale from all rows.
-    rare = np.flatnonzero(scale == 0) if len(x) > SURVEYED_ROWS else np.empty(0, np.int64)
-    for columns in np.split(rare, range(GATHERED_COLUMNS, len(rare), GATHERED_COLUMNS)):
-        entries = x[:, torch.from_numpy(columns).to(x.device)].T.contiguous()
-        differing = entries != torch.from_numpy(middle[columns]).to(entries).unsqueeze(1)
-        for column, values, differs in zip(columns, entries, differing, strict=True):
-            column_distances = (values[differs].double() - middle[column]).abs().cpu().numpy()
-            scale[column] = np.median(column_distances) if len(column_distances) else 0.0
-    return torch.from_numpy(np.stack((middle, scale))).to(x.device)
-
-
-def summarize(
-    rows: int, low: Tensor, high: Tensor, middle: Tensor, scale: Tensor, metric: str, init: Tensor | str = ""
-) -> Summary:
-    """Returns the summary of `rows` rows.
-
-    Args:
-        low, high: smallest and largest entry of each column, [D] each.
-        middle, scale: offset and scale of each column, [D] each, of `survey_columns`; 0 is the scale of equal entries.
-        init: initial centres, if given; their distances have to be in the range of the dtype too.
-    """
-    largest = torch.maximum(high.double() - middle.double(), middle.double() - low.double())
-    farthest, dtype = float(largest.max()), middle.dtype
-    if isinstance(init, Tensor):
-        farthest = max(farthest, float((init.double() - middle.double()).abs().max()))
-    if not _fits(farthest, float(scale.max()), len(middle), dtype):
-        dtype = torch.float64
-    if metric == "cosine":
-        largest, scale = torch.ones_like(largest), torch.ones_like(largest)
-    rounding = _levels(rows, largest.cpu().numpy(), scale.double().cpu().numpy())
-    return Summary(dtype, middle.to(dtype), largest, torch.from_numpy(rounding).to(middle.device))
-
-
-def _fits(largest: float, scale: float, width: int, dtype: torch.dtype) -> bool:
-    """Returns whether sums of `width` squares, and squares of differences of the scale, are in the range of a dtype."""
-    if dtype == torch.float64:
-        return True
-    return (
-        largest <= math.sqrt(torch.finfo(dtype).max / (8 * width)) and (scale or largest or 1.0) >= MIN_FP32_DIFFERENCE
-    )
-
-
-def _levels(rows: int, largest: Array, scale: Array) -> Array:
-    """Constants that round the entries of each level of sums, fp64 [levels, D]: see `Centers.rounding`."""
-    is_far = largest > scale * min(max(2.0 ** (52 - SCALE_BITS) / rows, MIN_FAR), MAX_FAR)
-    levels, bound = [], largest
-    while True:
-        exponents = np.maximum(np.frexp(bound * rows)[1], MIN_EXPONENT)
-        levels.append(np.ldexp(1.5, exponents))
-        step = np.ldexp(1.0, exponents - 52)  # entries of this level are rounded to multiples of it
-        if not (is_far & (step > np.ldexp(scale, -SCALE_BITS)) & (exponents > MIN_EXPONENT)).any():
-            return np.stack(levels)
-        bound = step / 2
-
-
 def prepare(points: Tensor, metric: str, summary: Summary | None = None, dtype: torch.dtype | None = None) -> Centers:
     """Returns centres for passes over data of that summary.
 
@@ -362,7 +288,7 @@ def prepare(points: Tensor, metric: str, summary: Summary | None = None, dtype: 
     offset = torch.zeros_like(middle) if cosine else middle
     if dtype is None:
         dtype, largest = points.dtype, float((points.double() - offset.double()).abs().max())
-        dtype = dtype if cosine or largest == 0 or _fits(largest, largest, len(middle), dtype) else torch.float64
+        dtype = dtype if cosine or largest == 0 or fits(largest, largest, len(middle), dtype) else torch.float64
     points, offset = points.to(dtype), offset.to(dtype)
     zeros = torch.zeros_like(offset, dtype=torch.float64)
     return Centers(unit_rows(points) if cosine else points, offset, cosine, zeros, zeros.unsqueeze(0))
@@ -373,9 +299,12 @@ def _evenly_spaced(x: Tensor, limit: int) -> Tensor:
     return x[:: -(-len(x) // limit)] if len(x) > limit else x
 
 
-def serial_sum(x: Tensor) -> float:
-    """Sum of a vector in fp64, in the same order for any number of threads."""
-    if x.device.type != "cpu":
-        return float(x.sum(dtype=torch.float64))
-    starts = range(0, len(x), SERIAL_ELEMENTS)
-    return math.fsum(float(x[start : start + SERIAL_ELEMENTS].sum(dtype=torch.float64)) for start in starts)
+def serial_sum(x: Tensor, weights: Tensor | None = None) -> float:
+    """Sum of a vector in fp64, times weights if given, in the same order for any number of threads."""
+    step = SERIAL_ELEMENTS if x.device.type == "cpu" else max(len(x), 1)
+    sums = []
+    for start in range(0, len(x), step):
+        part = x[start : start + step]
+        part = part if weights is None else part * weights[start : start + step]
+        sums.append(float(part.sum(dtype=torch.float64)))
+    return math.fsum(sums)

@@ -6,17 +6,21 @@ A position is the index of a row in the data set. `held` is the range of positio
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from copy import copy
 
 import torch
 from torch import Tensor
 
 from mcl_kernels.kmeans.rows import ChunkedRows, Extremes, Rows
 from mcl_kernels.kmeans.team import Team
+from mcl_kernels.kmeans.weights import Weights, as_weights
 from mcl_kernels.normalize import compute_dtype
 
 
 class Dataset:
-    """Rows [N, width]. All processes call each method together, `chunks` excepted."""
+    """Rows [N, width]. All processes call each method together, `chunks` and `weights_of` excepted."""
+
+    weights: Weights | None = None
 
     def __init__(self, rows: Rows, team: Team, extremes: Extremes | None = None) -> None:
         self.rows, self.team, self.extremes = rows, team, extremes
@@ -29,6 +33,30 @@ class Dataset:
         ends = counts.cumsum(0).tolist()
         self.n = ends[-1]
         self.held = range(ends[team.rank] - int(counts[team.rank]), ends[team.rank])
+
+    def set_weights(self, sample_weight: object) -> None:
+        """Gives each row of this process a weight."""
+        every = torch.zeros(self.n, dtype=torch.float64, device="cpu")
+        held = slice(self.held.start, self.held.stop)
+        with self.team.keeping_errors():
+            every[held] = as_weights(sample_weight, len(self.held), self.name)
+        (every,) = self.team.total(every)
+        self.weights = Weights.of(every, held, self.device)
+
+    def weights_of(self, here: slice) -> Tensor | None:
+        """Returns the weights of a slice of this process's rows, fp64; None without weights."""
+        return None if self.weights is None else self.weights.held[here]
+
+    def without_weights(self) -> Dataset:
+        """Returns the same rows without weights."""
+        data = copy(self)
+        data.weights = None
+        return data
+
+    @property
+    def total_weight(self) -> float:
+        """Sum of the weights of all rows, each 1 if none are given."""
+        return self.n if self.weights is None else self.weights.total
 
     def survey(self, middle: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Returns the smallest and the largest entry of each column, and the smallest nonzero distance to `middle`.
@@ -62,19 +90,24 @@ class Dataset:
             rows = self.rows.load()
         return self.team.join(rows, self._is_held(torch.arange(self.n, device="cpu")))
 
-    def batches(self, size: int, generator: torch.Generator) -> Iterator[Tensor]:
-        """Yields batches of `size` rows, N rows in all; of each batch the rows that this process holds.
+    def batches(self, size: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Yields batches of `size` rows, N rows in all: the rows of each that this process holds, and their weights.
 
         Rows are drawn at random with replacement, by the generator of the first process. Chunks of an iterable come in
         their order instead.
         """
         if isinstance(self.rows, ChunkedRows):
-            yield from self.rows.chunks_of(min(size, self.n))
+            begin = 0
+            for chunk in self.rows.chunks_of(min(size, self.n)):
+                yield chunk, self.weights_of(slice(begin, begin + len(chunk)))
+                begin += len(chunk)
             return
         generator.set_state(self.team.broadcast(generator.get_state()))
         for begin in range(0, self.n, size):
             index = torch.randint(self.n, (min(size, self.n - begin),), generator=generator, device="cpu")
-            yield self._take_held(index.sort().values)
+            index = index.sort().values
+            weights = None if self.weights is None else self.weights.every[index[self._is_held(index)]].to(self.device)
+            yield self._take_held(index), weights
 
     def compute_on_first(self, compute: Callable[[], Tensor]) -> Tensor:
         """Computes rows in the dtype of centres on the first process; returns these, bit for bit, on every process."""

@@ -47,6 +47,8 @@ def _assign(problem: Problem, centers: Centers) -> _Assignment:
     distances = torch.empty(len(data.held), dtype=centers.points.dtype, device=data.device)
     for here, chunk in data.chunks():
         labels[here], distances[here] = problem.implementation.assign(chunk, centers)
+    if data.weights is not None:
+        distances[data.weights.held == 0] = 0.0  # as rows that are equal to their centre, which cannot be moved
     # Directions of centres are rounded to their public dtype, so that the distance of an equal row may exceed 0.
     rounding = torch.finfo(data.centers_like.dtype).eps
     return _Assignment(labels, distances, (4 * rounding) ** 2 if centers.cosine else 0.0)
@@ -104,6 +106,8 @@ def _apply_moves(partition: Partition, centers: Centers, moves: list[Move], posi
     """Moves the rows, in ascending order of their positions."""
     in_order = sorted(zip(positions, moves, strict=True))
     index = torch.tensor([position for position, _ in in_order], dtype=torch.int64, device="cpu")
-    rows = centers.rounded(partition.problem.data.take(index))
+    data = partition.problem.data
+    weights = None if data.weights is None else data.weights.every[index].to(data.device)
+    rows = centers.rounded(data.take(index), weights)
     for row, (position, move) in zip(rows.unbind(1), in_order, strict=True):
         partition.move(position, row, *move)

@@ -12,7 +12,8 @@ from torch import Tensor
 from mcl_kernels.kmeans.assign import find_nearest, nearest_by_chunk
 from mcl_kernels.kmeans.centers import serial_sum
 from mcl_kernels.kmeans.distances import distances_to_all
-from mcl_kernels.kmeans.rows import Array, RowsLike
+from mcl_kernels.kmeans.rows import Array, RowsLike, open_rows
+from mcl_kernels.kmeans.weights import as_weights
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -31,7 +32,7 @@ class Estimator:
     feature_names_in_: Array
     _dtype: torch.dtype  # of products; `predict` uses the same, so that even labels of ties are the same
 
-    def fit(self, x: RowsLike, y: object = None) -> Self:
+    def fit(self, x: RowsLike, y: object = None, sample_weight: object = None) -> Self:
         raise NotImplementedError
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
@@ -96,10 +97,10 @@ class Estimator:
         self._check_fitted(x)
         return distances_to_all(x, self.cluster_centers_, self.metric)
 
-    def score(self, x: RowsLike, y: object = None) -> float:
+    def score(self, x: RowsLike, y: object = None, sample_weight: object = None) -> float:
         """Returns minus the inertia of x (anything that `fit` takes), so that a higher score is better. y is ignored.
 
-        Ranks of a group call it independently.
+        Ranks of a group call it independently. `sample_weight` is as in `fit`; all weights may be 0.
 
         Raises:
             RuntimeError, TypeError, ValueError: as `predict`.
@@ -110,16 +111,22 @@ class Estimator:
             -9.0
         """
         self._check_fitted(x)
-        chunks = nearest_by_chunk(x, self.cluster_centers_, self.metric, self.impl, self._dtype)
-        return -sum(serial_sum(distances) for _, distances in chunks)
+        rows, weights, inertia, begin = open_rows("x", x), None, 0.0, 0
+        if sample_weight is not None:
+            weights = as_weights(sample_weight, rows.count(), rows.name).to(rows.device)
+        for _, distances in nearest_by_chunk(rows, self.cluster_centers_, self.metric, self.impl, self._dtype):
+            here = slice(begin, begin + len(distances))
+            inertia += serial_sum(distances, None if weights is None else weights[here])
+            begin = here.stop
+        return -inertia
 
-    def fit_predict(self, x: RowsLike, y: object = None) -> Tensor:
-        """Returns `fit(x).labels_`."""
-        return self.fit(x).labels_
+    def fit_predict(self, x: RowsLike, y: object = None, sample_weight: object = None) -> Tensor:
+        """Returns `fit(x, y, sample_weight).labels_`."""
+        return self.fit(x, y, sample_weight).labels_
 
-    def fit_transform(self, x: RowsLike, y: object = None) -> Tensor:
-        """Returns `fit(x).transform(x)`."""
-        return self.fit(x).transform(x)
+    def fit_transform(self, x: RowsLike, y: object = None, sample_weight: object = None) -> Tensor:
+        """Returns `fit(x, y, sample_weight).transform(x)`."""
+        return self.fit(x, y, sample_weight).transform(x)
 
     def _check_fitted(self, x: object) -> None:
         """Raises if `fit` was not called, or had columns of other names than x has."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,48 +25,78 @@ MIN_CODED_WIDTH, MIN_CODED_CLUSTERS = 64, 16
 _log = logging.getLogger(__name__)
 
 
+class Sample(NamedTuple):
+    """Rows that an initialisation draws from."""
+
+    rows: Tensor
+    weights: Tensor | None  # fp64, on the CPU
+
+
 def sample_size(n_clusters: int, width: int) -> int:
     """Number of rows that an initialisation draws from, of a larger data set."""
     return max(SAMPLE_ROWS_PER_CLUSTER * n_clusters, min(SAMPLE_ROWS, SAMPLE_ELEMENTS // width))
 
 
-def draw_sample(data: Dataset, size: int, generator: torch.Generator) -> Tensor:
+def draw_sample(data: Dataset, size: int, generator: torch.Generator) -> Sample:
     """Returns `size` distinct rows drawn at random, in order; all rows of a smaller data set."""
     if data.n <= size:
-        return data.load()
+        return Sample(data.load(), None if data.weights is None else data.weights.every)
+    if data.weights is not None:
+        return _draw_weighted_sample(data, data.weights.every, size, generator)
     drawn = torch.empty(0, dtype=torch.int64, device="cpu")
     while len(drawn) < size:
         more = torch.randint(data.n, (size - len(drawn),), generator=generator, device="cpu")
         drawn = torch.unique(torch.cat((drawn, more)))
-    return data.take(drawn)
+    return Sample(data.take(drawn), None)
 
 
-def initial_centers(problem: Problem, sample: Tensor, n_clusters: int, init: str, generator: torch.Generator) -> Tensor:
+def _draw_weighted_sample(data: Dataset, weights: Tensor, size: int, generator: torch.Generator) -> Sample:
+    """Draws rows by priority sampling (Duffield, Lund and Thorup 2007), which keeps the expected weight of any rows.
+
+    The rows with the highest priorities w_i / u_i are drawn, where u_i is uniform. A drawn row has its weight, or the
+    highest priority of the others if that is more. Rows of weight 0 are never drawn.
+    """
+    uniform = torch.rand(data.n, dtype=torch.float64, generator=generator, device="cpu")
+    highest = torch.from_numpy(weights.numpy() / (1 - uniform.numpy())).topk(size + 1)  # in one thread
+    drawn = highest.indices[:size].sort().values
+    drawn = drawn[weights[drawn] > 0]
+    return Sample(data.take(drawn), weights[drawn].clamp(min=float(highest.values[size])))
+
+
+def initial_centers(problem: Problem, sample: Sample, n_clusters: int, init: str, generator: torch.Generator) -> Tensor:
     """Returns rows of the sample as centres: random ones for "random", else those of greedy k-means++.
 
     k-means++ draws each next centre with probability proportional to the squared distance to the nearest centre so
-    far. The greedy form draws 2 + log K candidates and keeps the best, as scikit-learn does. If fewer than `n_clusters`
-    rows differ, it returns fewer centres.
+    far, times the weight of the row. The greedy form draws 2 + log K candidates and keeps the best, as scikit-learn
+    does. If fewer than `n_clusters` rows differ, it returns fewer centres.
     """
     if init == "random":
-        chosen = torch.randperm(len(sample), generator=generator, device="cpu")[:n_clusters]
-        return problem.as_points(sample[chosen.to(sample.device)])
-    x = problem.as_points(sample)
+        if sample.weights is None:
+            chosen = torch.randperm(len(sample.rows), generator=generator, device="cpu")[:n_clusters]
+        else:
+            chosen = torch.multinomial(sample.weights, n_clusters, generator=generator)
+        return problem.as_points(sample.rows[chosen.to(sample.rows.device)])
+    x = problem.as_points(sample.rows)
     steps: _NativeSteps | _TorchSteps
     if native.unavailable_reason(x.device) is None:
         coded = x.shape[1] >= MIN_CODED_WIDTH and n_clusters >= MIN_CODED_CLUSTERS
-        steps = _NativeSteps(x, problem.summary.offset, coded)
+        steps = _NativeSteps(x, problem.summary.offset, coded, sample.weights)
     else:
-        steps = _TorchSteps(x, problem.summary.offset)
+        steps = _TorchSteps(x, problem.summary.offset, sample.weights)
     n_candidates = 2 + int(math.log(n_clusters))
-    centers = torch.randint(len(x), (1,), generator=generator, device="cpu").to(x.device)
+    if sample.weights is None:
+        centers = torch.randint(len(x), (1,), generator=generator, device="cpu")
+    else:
+        centers = torch.multinomial(sample.weights, 1, generator=generator)
+    centers = centers.to(x.device)
     steps.add_best(centers, centers[:0])
     while len(centers) < n_clusters:
         _log.info("k-means++: %d of %d centres", len(centers), n_clusters)
-        cumulative = steps.nearest.cumsum(0).cpu()
+        nearest = steps.nearest if steps.weights is None else steps.nearest * steps.weights
+        cumulative = nearest.cumsum(0).cpu()
         if cumulative[-1] == 0:
             break
-        # side="right" never draws a row of distance 0, which is a centre already.
+        # side="right" never draws a row of distance 0, which is a centre already, or of weight 0.
         drawn = torch.rand(n_candidates, dtype=torch.float64, generator=generator, device="cpu") * cumulative[-1]
         candidates = torch.searchsorted(cumulative, drawn, right=True).clamp(max=len(x) - 1).to(x.device)
         best = steps.add_best(candidates, centers)
@@ -76,17 +107,17 @@ def initial_centers(problem: Problem, sample: Tensor, n_clusters: int, init: str
 class _NativeSteps:
     """Steps of greedy k-means++ by the C++ kernels, which skip rows that no candidate is nearer to."""
 
-    def __init__(self, x: Tensor, offset: Tensor, coded: bool) -> None:
+    def __init__(self, x: Tensor, offset: Tensor, coded: bool, weights: Tensor | None = None) -> None:
         self.nearest = torch.full((len(x),), torch.inf, dtype=torch.float64, device="cpu")  # squared distances
         codes = native.ops().code_rows(x, offset) if coded else ()
         self._rows = x, offset, codes
         self._labels = torch.zeros(len(x), dtype=torch.int32, device="cpu")
-        self._compared = len(x)
+        self._compared, self.weights = len(x), weights
 
     def add_best(self, candidates: Tensor, centers: Tensor) -> int:
         """Adds the candidate that lowers the sum of `nearest` most to the centres; returns its position."""
         best, self._compared = native.ops().add_center(
-            *self._rows, candidates, centers, self.nearest, self._labels, self._compared
+            *self._rows, candidates, centers, self.nearest, self._labels, self._compared, self.weights
         )
         return int(best)
 
@@ -94,14 +125,15 @@ class _NativeSteps:
 class _TorchSteps:
     """The same steps in PyTorch, for GPUs and machines without a compiler."""
 
-    def __init__(self, x: Tensor, offset: Tensor) -> None:
+    def __init__(self, x: Tensor, offset: Tensor, weights: Tensor | None = None) -> None:
         self.nearest = x.new_full((len(x),), torch.inf, dtype=torch.float64)
+        self.weights = None if weights is None else weights.to(x.device)
         self._squared_distances = _squared_distances_among(x, offset)
 
     def add_best(self, candidates: Tensor, centers: Tensor) -> int:
         """As above; the centres so far are in `nearest`."""
         reachable = torch.minimum(self.nearest, self._squared_distances(candidates))
-        best = int(reachable.sum(1).argmin())
+        best = int((reachable if self.weights is None else reachable * self.weights).sum(1).argmin())
         self.nearest = reachable[best]
         return best
 

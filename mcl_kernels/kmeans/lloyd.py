@@ -42,10 +42,10 @@ def lloyd(problem: Problem, points: Tensor, max_iter: int, tol: float) -> Restar
         partition.update(centers)
         if tol and not history:
             largest_shift = tol * partition.mean_variance(centers)
-        largest_count = int(partition.counts.max())
+        largest = float(centers.split(partition.sums, partition.counts)[1].max())
         splits = fill_empty(partition, centers)
         new_points = centers.means(partition.sums, partition.counts)
-        entry = _record(started, problem, points, new_points, partition.objective, largest_count, splits)
+        entry = _record(started, problem, points, new_points, partition.objective, largest, splits)
         history.append(entry | {"read": partition.rows_read / problem.data.n})
         has_moved = splits > 0 or not torch.equal(new_points, points)
         points = new_points
@@ -66,23 +66,25 @@ def mini_batches(
     """
     largest_shift = tol * mean_variance(problem) if tol else 0.0
     history: list[dict[str, Any]] = []
-    sums = points.new_zeros(len(problem.summary.rounding), *points.shape, dtype=torch.float64)
-    counts = points.new_zeros(len(points), dtype=torch.int64)
+    levels, columns = problem.summary.rounding.shape
+    sums = points.new_zeros(levels, len(points), columns, dtype=torch.float64)
+    counts = sizes = points.new_zeros(len(points), dtype=torch.int64)
     for _ in _with_bar(max_iter, problem.data.team):
-        started, before, before_counts = time.perf_counter(), points, counts.clone()
+        started, before, sizes_before = time.perf_counter(), points, sizes
         objective = 0.0
-        for batch in problem.data.batches(batch_size, generator):
+        for batch, weights in problem.data.batches(batch_size, generator):
             centers = problem.prepare(points)
-            distances, batch_sums, batch_counts = sum_clusters(problem.implementation, batch, centers)
+            distances, batch_sums, batch_counts = sum_clusters(problem.implementation, batch, centers, weights)
             batch_objective, batch_sums, batch_counts = problem.data.team.total(
-                as_scalar(serial_sum(distances)), batch_sums, batch_counts
+                as_scalar(serial_sum(distances, weights)), batch_sums, batch_counts
             )
             sums += batch_sums
             counts += batch_counts
             points = centers.means(sums, counts)
             objective += float(batch_objective)
-        largest_count = int((counts - before_counts).max())
-        history.append(_record(started, problem, before, points, objective, largest_count, 0) | {"read": 1.0})
+        sizes = centers.split(sums, counts)[1].clone()
+        largest = float((sizes - sizes_before).max())
+        history.append(_record(started, problem, before, points, objective, largest, 0) | {"read": 1.0})
         if problem.data.team.decide(history[-1]["shift"] <= largest_shift):
             break
     return _finish(problem, points, history)
@@ -100,14 +102,14 @@ def _with_bar(max_iter: int, team: Team) -> Iterator[int]:
 
 
 def _record(
-    started: float, problem: Problem, before: Tensor, after: Tensor, objective: float, largest_count: int, splits: int
+    started: float, problem: Problem, before: Tensor, after: Tensor, objective: float, largest: float, splits: int
 ) -> dict[str, Any]:
-    """Entry of the history for one iteration, which began at time `started`."""
+    """Entry of the history for one iteration, which began at time `started`; `largest` is a cluster's size."""
     return {
         "objective": objective,
         "shift": float(squared_shifts(after, before).sum()),
         "seconds": time.perf_counter() - started,
-        "imbalance": largest_count * len(after) / problem.data.n,
+        "imbalance": largest * len(after) / problem.data.total_weight,
         "splits": splits,
     }
 

@@ -24,20 +24,25 @@ def assign(x: Tensor, centers: Centers) -> tuple[Tensor, Tensor]:
     return labels, distances
 
 
-def assign_and_sum(x: Tensor, centers: Centers) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def assign_and_sum(x: Tensor, centers: Centers, weights: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`assign`, and in the same pass the sum of each centre's rows relative to the offset, and their count."""
-    return _pass(x, centers, True)
+    return _pass(x, centers, True, weights=weights)
 
 
 def follow(
-    x: Tensor, centers: Centers, labels: Tensor, bounds: Bounds | None = None, shifts: Tensor | None = None
+    x: Tensor,
+    centers: Centers,
+    labels: Tensor,
+    bounds: Bounds | None = None,
+    shifts: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Updates the labels of an earlier pass, int32 [N]; returns distances, and the changes of sums and counts since.
 
     With `shifts` of the centres since the pass that set the `bounds`, fp32 [K], rows are read whose label may change.
     The distances of the others are NaN.
     """
-    _, distances, sums, counts = _pass(x, centers, True, labels, bounds, shifts)
+    _, distances, sums, counts = _pass(x, centers, True, labels, bounds, shifts, weights)
     return distances, sums, counts
 
 
@@ -60,10 +65,11 @@ def _pass(
     labels: Tensor | None = None,
     bounds: Bounds | None = None,
     shifts: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tensors = [centers.points, centers.offset, centers.rounding]
     upper, lower, order = bounds or (None, None, None)
     found: tuple[Tensor, Tensor, Tensor, Tensor] = ops().assign_clusters(
-        x, tensors, centers.cosine, with_sums, labels, upper, lower, order, shifts
+        x, tensors, centers.cosine, with_sums, labels, upper, lower, order, shifts, weights
     )
     return found

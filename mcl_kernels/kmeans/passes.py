@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mcl_kernels.kmeans.centers import Bounds, Centers, Summary, prepare, serial_parts, serial_sum, unit_rows
+from mcl_kernels.kmeans.centers import Bounds, Centers, prepare, serial_parts, serial_sum, unit_rows
 from mcl_kernels.kmeans.dataset import Dataset
+from mcl_kernels.kmeans.summary import Summary
 
 FAR_CENTERS = 1024  # ratio of the objective to the squares of the rows
 # The objective is measured again when it has fallen by this factor since, and when it is a smaller share than this of
@@ -32,6 +33,11 @@ class Problem(NamedTuple):
         """Returns centres for passes with sums."""
         return prepare(points, self.metric, self.summary)
 
+    def without_weights(self) -> Problem:
+        """Returns the problem of the same rows, each with a weight of 1."""
+        data = self.data.without_weights()
+        return self._replace(data=data, summary=self.summary.for_sums(data.n, None))
+
     def as_points(self, x: Tensor) -> Tensor:
         """Returns rows as centres, in the dtype of products; of unit length for the cosine metric."""
         x = x.to(self.summary.dtype)
@@ -39,8 +45,9 @@ class Problem(NamedTuple):
 
 
 class Partition:
-    """Clusters of the rows as of the last pass: sums [levels, K, D], counts [K] and the objective, of all processes.
+    """Clusters of the rows as of the last pass: sums, counts [K] and the objective, of all processes.
 
+    The sums are [levels, K, D], or with weights [levels, K, D + 1]; then rows of weight 0 are not counted.
     `labels` are int32, of this process's rows. They are stored only if later passes add up changes alone, since the
     implementation has `follow` or since the sums have several levels. Otherwise `labels` is None. `rows_read` is the
     number of rows that the last pass read.
@@ -55,8 +62,8 @@ class Partition:
 
     def __init__(self, problem: Problem, n_clusters: int) -> None:
         self.problem = problem
-        data, (levels, width) = problem.data, problem.summary.rounding.shape
-        self.sums = torch.zeros(levels, n_clusters, width, dtype=torch.float64, device=data.device)
+        data, (levels, columns) = problem.data, problem.summary.rounding.shape
+        self.sums = torch.zeros(levels, n_clusters, columns, dtype=torch.float64, device=data.device)
         self.counts = torch.zeros(n_clusters, dtype=torch.int64, device=data.device)
         self.objective, self.rows_read = 0.0, 0
         self.labels: Tensor | None = None
@@ -81,15 +88,16 @@ class Partition:
         rows_read = torch.zeros((), dtype=torch.int64, device="cpu")
         implementation, data = self.problem.implementation, self.problem.data
         for here, chunk in data.chunks():
+            weights = data.weights_of(here)
             if self.labels is None:
-                distances, chunk_sums, chunk_counts = sum_clusters(implementation, chunk, centers)
+                distances, chunk_sums, chunk_counts = sum_clusters(implementation, chunk, centers, weights)
             else:
                 bounds = None if self.bounds is None else self.bounds.of(here)
                 distances, chunk_sums, chunk_counts = _sum_changes(
-                    implementation, chunk, centers, self.labels[here], bounds, shifts
+                    implementation, chunk, centers, self.labels[here], bounds, shifts, weights
                 )
             rows_read += len(chunk) if shifts is None else len(chunk) - int(np.isnan(distances.numpy()).sum())
-            objective += serial_sum(distances) if shifts is None else 0.0
+            objective += serial_sum(distances, weights) if shifts is None else 0.0
             sums = chunk_sums if sums is None else _add(sums, chunk_sums)
             counts += chunk_counts
         sums = torch.zeros_like(self.sums) if sums is None else sums
@@ -112,7 +120,7 @@ class Partition:
             distances = self.problem.implementation.measure(
                 chunk, centers, self.labels[here], self.bounds.of(here), shifts
             )
-            total += serial_sum(distances)
+            total += serial_sum(distances, data.weights_of(here))
         self.centers = centers
         return float(data.team.total(as_scalar(total))[0])
 
@@ -143,8 +151,11 @@ class Partition:
         """Variance of each column, averaged over the columns, after a pass with `centers`; for cosine of unit rows.
 
         The squares of all rows come from the objective, sum_i |x_i - c_i|^2, unless the centres are so far from the
-        rows that digits would be lost: then from one more pass.
+        rows that digits would be lost: then from one more pass. So they do with weights, since the variance, as in
+        scikit-learn, is of the rows without them.
         """
+        if self.problem.data.weights is not None:
+            return mean_variance(self.problem.without_weights())
         n, total = self.problem.data.n, self.sums.sum(0)
         mean_square = 1.0
         if not centers.cosine:
@@ -154,7 +165,7 @@ class Partition:
         return max(mean_square - float((total.sum(0) / n).square().sum()), 0.0) / self.problem.data.width
 
     def move(self, position: int, row: Tensor, source: int, target: int) -> None:
-        """Moves one row of the data set, [levels, D] as `Centers.rounded` gives it, to another cluster."""
+        """Moves one row of the data set, [levels, columns] as `Centers.rounded` gives it, to another cluster."""
         self.sums[:, source] -= row
         self.sums[:, target] += row
         self.counts[source] -= 1
@@ -169,19 +180,24 @@ class Partition:
 
 
 def _add(sums: Tensor, more: Tensor) -> Tensor:
-    """Adds sums [levels, K, D] to others, in place."""
+    """Adds sums [levels, K, columns] to others, in place."""
     for part in serial_parts(sums):
         sums[:, part] += more[:, part]
     return sums
 
 
-def sum_clusters(implementation: ModuleType, x: Tensor, centers: Centers) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns distances [N], sums [levels, K, D] and counts [K] of one chunk."""
-    if hasattr(implementation, "follow") or len(centers.rounding) == 1:
+def sum_clusters(
+    implementation: ModuleType, x: Tensor, centers: Centers, weights: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns distances [N], sums [levels, K, columns] and counts [K] of one chunk."""
+    if hasattr(implementation, "follow"):
+        _, distances, sums, counts = implementation.assign_and_sum(x, centers, weights)
+    elif weights is None and len(centers.rounding) == 1:
         _, distances, sums, counts = implementation.assign_and_sum(x, centers)
-        return distances, _by_level(sums, centers), counts
-    labels, distances = implementation.assign(x, centers)
-    return distances, *centers.sum_rows(x, labels)
+    else:
+        labels, distances = implementation.assign(x, centers)
+        sums, counts = centers.sum_rows(x, labels, weights)
+    return distances, _by_level(sums, centers), counts
 
 
 def _sum_changes(
@@ -191,28 +207,31 @@ def _sum_changes(
     labels: Tensor,
     bounds: Bounds | None,
     shifts: Tensor | None,
+    weights: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Computes `sum_clusters` minus the sums and counts by earlier `labels`, int32 [N], which are updated in place."""
     if hasattr(implementation, "follow"):
         more = () if bounds is None else (bounds, shifts)
-        distances, sums, counts = implementation.follow(x, centers, labels, *more)
+        distances, sums, counts = implementation.follow(x, centers, labels, *more, weights=weights)
         return distances, _by_level(sums, centers), counts
     new_labels, distances = implementation.assign(x, centers)
     changed = (new_labels != labels).nonzero().squeeze(1)
-    sums, counts = centers.sum_rows(x[changed], new_labels[changed])
     left = changed[labels[changed] >= 0]
-    sums_before, counts_before = centers.sum_rows(x[left], labels[left].long())
+    changed_weights, left_weights = (None, None) if weights is None else (weights[changed], weights[left])
+    sums, counts = centers.sum_rows(x[changed], new_labels[changed], changed_weights)
+    sums_before, counts_before = centers.sum_rows(x[left], labels[left].long(), left_weights)
     labels.copy_(new_labels)
     return distances, sums - sums_before, counts - counts_before
 
 
 def _by_level(sums: Tensor, centers: Centers) -> Tensor:
-    """Returns the sums of an implementation, which has no dimension for a single level, as [levels, K, D]."""
-    return sums.view(len(centers.rounding), *centers.points.shape)
+    """Returns the sums of an implementation, which has no dimension for a single level, as [levels, K, columns]."""
+    levels, columns = centers.rounding.shape
+    return sums.view(levels, len(centers.points), columns)
 
 
 def label_rows(problem: Problem, centers: Centers, partition: Partition | None = None) -> tuple[Tensor, float, Tensor]:
-    """Returns the labels of this process's rows, int64; inertia and cluster sizes [K] of all rows.
+    """Returns the labels of this process's rows, int64; inertia and counts [K] of all rows.
 
     The bounds of a partition, if there is one, save comparisons with all centres.
     """
@@ -220,15 +239,21 @@ def label_rows(problem: Problem, centers: Centers, partition: Partition | None =
     if partition is not None and partition.bounds is not None and partition.labels is not None:
         inertia = partition.measure(centers)
         labels = partition.labels.long()
-        (counts,) = data.team.total(torch.bincount(labels, minlength=len(centers.points)))
+        (counts,) = data.team.total(_count(data, labels, len(centers.points)))
         return labels, inertia, counts
     labels = torch.empty(len(data.held), dtype=torch.int64, device=data.device)
     inertia = 0.0
     for here, chunk in data.chunks():
         labels[here], distances = problem.implementation.assign(chunk, centers)
-        inertia += serial_sum(distances)
-    total, counts = data.team.total(as_scalar(inertia), torch.bincount(labels, minlength=len(centers.points)))
+        inertia += serial_sum(distances, data.weights_of(here))
+    total, counts = data.team.total(as_scalar(inertia), _count(data, labels, len(centers.points)))
     return labels, float(total), counts
+
+
+def _count(data: Dataset, labels: Tensor, n_clusters: int) -> Tensor:
+    """Returns the counts [K] of this process's rows, without those of weight 0."""
+    weights = data.weights_of(slice(None))
+    return torch.bincount(labels if weights is None else labels[weights > 0], minlength=n_clusters)
 
 
 def as_scalar(x: float) -> Tensor:
