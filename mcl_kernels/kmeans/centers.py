@@ -26,8 +26,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -42,7 +43,10 @@ SURVEYED_CENTERS = 64
 FEW_CENTERS = 16  # have one group: FEW of csrc/cpu
 GROUPED_CENTERS, MAX_GROUPS = 32, 15  # centres of a group of bounds, unless there would be too many groups
 DIRECTION_STEPS = 3  # of the power method
+TINY = 1e-300  # below the squares of entries of fp32
 NEAR = 2.0**-12  # squared distances of unit rows below it are affected by the rounding of the rows
+
+quietly = np.errstate(over="ignore", invalid="ignore")  # sums may overflow, as in PyTorch
 
 
 class Bounds(NamedTuple):
@@ -69,25 +73,29 @@ class Bounds(NamedTuple):
         return Bounds(self.upper[rows], self.lower[rows], self.order)
 
 
+@quietly
 def _near_together(points: Tensor) -> Tensor:
     """Orders centres so that near ones follow one another, int32 [K].
 
     They are halved again and again, along the direction in which they differ most.
     """
-    points, order, parts = points.double(), [], [torch.arange(len(points), device=points.device)]
+    order, parts = [], [np.arange(len(points))]
+    x = in_fp64(points.cpu())
+    x = x / max(np.abs(x).max(), TINY)
     while parts:
         part = parts.pop()
-        if len(part) <= GROUPED_CENTERS:
+        if len(part) <= max(GROUPED_CENTERS // 2, len(points) // (4 * MAX_GROUPS)):
             order.append(part)
             continue
-        relative = points[part] - points[part].mean(0)
-        direction = relative[relative.square().sum(1).argmax()]
+        relative = x[part] - x[part].mean(0)
+        direction = relative[np.einsum("kd,kd->k", relative, relative).argmax()]
         for _ in range(DIRECTION_STEPS):
-            direction = relative.T @ (relative @ (direction / direction.abs().max().clamp(min=1e-300)))
-        part = part[(relative @ direction).argsort(stable=True)]
-        middle = -(-len(part) // (2 * GROUPED_CENTERS)) * GROUPED_CENTERS
+            direction = np.einsum("kd,k->d", relative, np.einsum("kd,d->k", relative, direction))
+            direction /= max(np.abs(direction).max(), TINY)
+        part = part[np.einsum("kd,d->k", relative, direction).argsort(kind="stable")]
+        middle = -(-len(part) // GROUPED_CENTERS) * (GROUPED_CENTERS // 2)
         parts += [part[middle:], part[:middle]]
-    return torch.cat(order).int()
+    return torch.from_numpy(np.concatenate(order).astype(np.int32)).to(points.device)
 
 
 class Centers(NamedTuple):
@@ -150,46 +158,50 @@ class Centers(NamedTuple):
             directions[part] = (self.points[part] != 0).any(1)
         return directions
 
+    @quietly
     def along(self, sums: Tensor, counts: Tensor) -> Tensor:
         """2 <S_k, c_k> - n_k |c_k|^2 of the sums [levels, K, columns] and centres relative to the offset, fp64 [K].
 
         The squared distances of a centre's rows are the sum of their squares less this; for cosine halved.
         """
-        along, offset = torch.empty(len(counts), dtype=torch.float64, device=counts.device), self.offset.double()
-        sums, counts = self.split(sums, counts)
-        for part in serial_parts(self.points):
-            points = self.points[part].double() - offset
-            along[part] = 2 * (sums[:, part].sum(0) * points).sum(1) - counts[part] * points.square().sum(1)
-        return along / 2 if self.cosine else along
+        sums, sizes = map(in_fp64, self.split(sums, counts))
+        points = in_fp64(self.points) - in_fp64(self.offset)
+        along = 2 * (sums.sum(0) * points).sum(1) - sizes * (points * points).sum(1)
+        return torch.as_tensor(along / 2 if self.cosine else along)
 
+    @quietly
     def means(self, sums: Tensor, counts: Tensor) -> Tensor:
         """Returns the new centres [K, D], of unit length for cosine; a centre without rows does not move."""
-        means, offset = torch.empty_like(self.points), self.offset.double()
-        sums, sizes = self.split(sums, counts)
+        sums, sizes = map(in_fp64, self.split(sums, counts))
+        is_empty = sizes == 0
+        found = in_fp64(self.offset) + sums.sum(0) / (sizes + is_empty)[:, None]
+        found[is_empty] = in_fp64(self.points)[is_empty]
+        means, found = torch.empty_like(self.points), torch.as_tensor(found)
         for part in serial_parts(means):
-            part_sizes = sizes[part].unsqueeze(1)
-            part_means = offset + sums[:, part].sum(0) / torch.where(part_sizes > 0, part_sizes, 1)
-            part_means = torch.where(part_sizes > 0, part_means, self.points[part].double())
-            means[part] = (normalize_rows(part_means) if self.cosine else part_means).to(means.dtype)
+            means[part] = normalize_rows(found[part]) if self.cosine else found[part]
         return means
 
 
-def serial_parts(x: Tensor) -> Iterator[slice]:
-    """Yields slices of rows so small that PyTorch computes each in one thread; one slice on a GPU.
+def in_fp64(x: Tensor) -> Any:
+    """Returns x in fp64 as a tensor, or if it is on a CPU as an array, with which NumPy computes in one thread.
 
     A parallel region costs little on idle cores, but milliseconds if another process has one of them.
     """
+    return x.numpy().astype(np.float64, copy=False) if x.device.type == "cpu" else x.double()
+
+
+def serial_parts(x: Tensor) -> Iterator[slice]:
+    """Yields slices of rows so small that PyTorch computes each in one thread; one slice on a GPU."""
     step = max(SERIAL_ELEMENTS // x.shape[-1], 1) if x.device.type == "cpu" else max(x.shape[-2], 1)
     for begin in range(0, x.shape[-2], step):
         yield slice(begin, begin + step)
 
 
+@quietly
 def squared_shifts(points: Tensor, before: Tensor) -> Tensor:
     """|c_k - b_k|^2 of centres and earlier ones, fp64 [K]."""
-    shifts = torch.empty(len(points), dtype=torch.float64, device=points.device)
-    for part in serial_parts(points):
-        shifts[part] = (points[part].double() - before[part].double()).square().sum(1)
-    return shifts
+    differences = in_fp64(points) - in_fp64(before)
+    return torch.as_tensor((differences * differences).sum(1))
 
 
 def undecided_rows(gap: Tensor, bound: Tensor, width: int) -> Tensor:

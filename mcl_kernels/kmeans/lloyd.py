@@ -47,11 +47,10 @@ def lloyd(problem: Problem, points: Tensor, max_iter: int, tol: float) -> Restar
         new_points = centers.means(partition.sums, partition.counts)
         entry = _record(started, problem, points, new_points, partition.objective, largest, splits)
         history.append(entry | {"read": partition.rows_read / problem.data.n})
-        has_moved = splits > 0 or not torch.equal(new_points, points)
-        points = new_points
+        points, before = new_points, points
         if problem.data.team.decide(splits == 0 and history[-1]["shift"] <= largest_shift):
             break
-    is_settled = not has_moved and int(partition.counts.min()) > 0
+    is_settled = splits == 0 and torch.equal(points, before) and int(partition.counts.min()) > 0
     return _finish(problem, points, history, partition, is_settled=is_settled)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mcl_kernels.kmeans.centers import Bounds, Centers, prepare, serial_parts, serial_sum, unit_rows
+from mcl_kernels.kmeans.centers import Bounds, Centers, in_fp64, prepare, serial_sum, unit_rows
 from mcl_kernels.kmeans.dataset import Dataset
 from mcl_kernels.kmeans.summary import Summary
 
@@ -181,8 +181,8 @@ class Partition:
 
 def _add(sums: Tensor, more: Tensor) -> Tensor:
     """Adds sums [levels, K, columns] to others, in place."""
-    for part in serial_parts(sums):
-        sums[:, part] += more[:, part]
+    total = in_fp64(sums)
+    total += in_fp64(more)
     return sums
 
 
