@@ -426,7 +426,8 @@ bool check_clusters(int64_t size, int64_t width, int64_t count, bool cosine, boo
   }
   const bool good = error <= 1e-5;
   std::printf("%-8s %3d clusters of %3d rows of %3d%s%s: error %.1g, %s\n", mcl::instruction_set().c_str(),
-              int(count), int(size), int(width), cosine ? ", cosine" : "", weighted ? ", weighted" : "", error, good ? "good" : "WRONG");
+              int(count), int(size), int(width), cosine ? ", cosine" : "", weighted ? ", weighted" : "", error,
+              good ? "good" : "WRONG");
   return good;
 }
 

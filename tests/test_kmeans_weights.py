@@ -142,6 +142,24 @@ def test_a_pass_of_every_implementation_has_the_same_sums(backend: Backend, metr
 
 
 @METRICS
+@pytest.mark.parametrize("impl", ["native", "reference"])
+def test_sums_have_the_same_bits_in_any_order_of_rows(impl: str, metric: str) -> None:
+    """One row has nearly all the weight: its sums bound little of what the others leave over."""
+    x, weights = weighted_rows(9000)
+    weights *= 2.0**-56
+    weights[0] = 1
+    summary = summarize(
+        9000, x.amin(0), x.amax(0), *survey_columns(x, metric).float(), metric,
+        weights=Weights.of(weights, slice(9000), x.device),
+    )  # fmt: skip
+    centers, module = prepare(x[:5], metric, summary), load_implementation(impl, x.device)
+    _, sums, counts = sum_clusters(module, x, centers, weights)
+    _, reversed_sums, reversed_counts = sum_clusters(module, x.flip(0), centers, weights.flip(0))
+    assert torch.equal(sums, reversed_sums)
+    assert torch.equal(counts, reversed_counts)
+
+
+@METRICS
 @pytest.mark.parametrize("smallest", [0.1, 1e-12])
 def test_any_number_of_threads_gives_the_same_bits(metric: str, smallest: float) -> None:
     x, weights = weighted_rows(9000)
@@ -165,9 +183,12 @@ def test_rows_of_small_weights_have_an_exact_mean(impl: str, device: str, small:
     x, weights = weighted_rows(600)
     weights = torch.where(torch.arange(600) < 200, small * (1 + weights), 1 + weights)
     x[:200] += 20
-    fitted = KMeans(2, init=x[[0, 300]], impl=impl).fit(x.to(device), sample_weight=weights)
-    assert fitted.labels_.tolist() == [0] * 200 + [1] * 400
-    for part, center in zip((slice(200), slice(200, None)), fitted.cluster_centers_.cpu(), strict=True):
+    fitted = KMeans(2, init=x[:2], impl=impl).fit(x.to(device), sample_weight=weights)
+    assert fitted.n_iter_ > 2  # many rows change their label
+    first, second = fitted.labels_[[0, -1]].tolist()
+    assert fitted.labels_.tolist() == [first] * 200 + [second] * 400
+    for part, label in ((slice(200), first), (slice(200, None), second)):
+        center = fitted.cluster_centers_[label].cpu()
         expected = (weights[part, None] * x[part].double()).sum(0) / weights[part].sum()
         torch.testing.assert_close(center, expected.float(), rtol=1e-6, atol=1e-7)
 
@@ -236,6 +257,24 @@ def test_an_empty_cluster_takes_a_row_with_a_weight(monkeypatch: pytest.MonkeyPa
     torch.testing.assert_close(centers, expected.float(), rtol=1e-5, atol=1e-5)
 
 
+def test_a_cluster_whose_last_rows_have_no_weight_is_filled() -> None:
+    """The update moves the two outer centres to the rows of the middle one, which keeps the row of weight 0."""
+    x = torch.tensor([[0.0], [2.0], [10.0], [12.0], [6.0]])
+    fitted = KMeans(3, init=torch.tensor([[-3.0], [6.0], [15.0]]), max_iter=1)
+    fitted.fit(x, sample_weight=[1, 1, 1, 1, 0])
+    assert fitted.history_[0]["splits"] == 1
+    assert fitted.labels_[:4].unique().tolist() == [0, 1, 2]
+
+
+def test_weights_far_below_the_largest_count_as_0() -> None:
+    x = torch.tensor([[0.0], [4.0], [9.0]])
+    assert KMeans(1).fit(x, sample_weight=[1.0, 1.0, 2.0**-101]).cluster_centers_.item() == 2
+    assert KMeans(3, init=x).fit(x, sample_weight=[1.0, 1.0, 2.0**-100]).cluster_centers_.tolist() == x.tolist()
+    message = "n_clusters must be at most the number of rows of positive weight: got 3 for 2 of 3 rows"
+    with pytest.raises(ValueError, match=message):
+        KMeans(3).fit(x, sample_weight=[1.0, 1.0, 2.0**-101])
+
+
 def test_a_batch_moves_a_centre_by_the_weights_of_its_rows() -> None:
     x, weights = weighted_rows()
     chunks = x.split(300)
@@ -247,6 +286,10 @@ def test_a_batch_moves_a_centre_by_the_weights_of_its_rows() -> None:
         masses.index_add_(0, labels, chunk_weights)
         centers = sums / masses.unsqueeze(1)
     torch.testing.assert_close(fitted.cluster_centers_, centers.float(), rtol=1e-5, atol=1e-6)
+    assert fitted.history_[0]["imbalance"] == pytest.approx(float(3 * masses.max() / weights.sum()))
+    once, twice = (KMeans(3, batch_size=300, tol=0, max_iter=n).fit(chunks).history_[-1] for n in (1, 2))
+    assert 1 <= once["imbalance"] <= 3
+    assert 1 <= twice["imbalance"] <= 3
 
 
 def test_drawn_batches_have_the_weights_of_their_rows() -> None:

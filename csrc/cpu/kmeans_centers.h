@@ -324,8 +324,8 @@ inline double rounded(T x, double rounding) {
 }
 
 // Adds a loaded row to the sum of its label, and subtracts it from the sum of its previous label. A row that keeps its
-// label is skipped, and one of weight 0 is in no sum. With several levels, [levels, K, D], each level sums what rounding
-// left over from the one before.
+// label is skipped, and one of weight 0 is in no sum. With several levels, [levels, K, columns], each level sums what
+// rounding left over from the one before.
 template <class T>
 void follow_row(const Clusters<T>& clusters, int64_t row, int64_t label, const T* __restrict x,
                 double* __restrict sums, int64_t* counts) {

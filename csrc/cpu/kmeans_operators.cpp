@@ -103,7 +103,8 @@ ClusterPass assign(const Tensor& x, const Tensor& points, const Tensor& offset, 
   const Tensor dense_rounding = rounding.contiguous();
   const int64_t n = x.size(0), width = x.size(1), k = points.size(0), columns = rounding.size(1);
   TORCH_CHECK(!with_sums || columns == width + weights.has_value(), "weighted sums have a column more: got ", columns);
-  TORCH_CHECK(!weights || (weights->is_contiguous() && weights->numel() == n), "weights must be dense, one for each row");
+  TORCH_CHECK(!weights || (weights->is_contiguous() && weights->numel() == n),
+              "weights must be contiguous, one for each row");
   Tensor labels = at::empty({earlier.labels ? 0 : n}, x.options().dtype(at::kLong));
   Tensor distances = at::empty({n}, points.options());
 

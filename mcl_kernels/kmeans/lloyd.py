@@ -67,7 +67,8 @@ def mini_batches(
     history: list[dict[str, Any]] = []
     levels, columns = problem.summary.rounding.shape
     sums = points.new_zeros(levels, len(points), columns, dtype=torch.float64)
-    counts = sizes = points.new_zeros(len(points), dtype=torch.int64)
+    counts = points.new_zeros(len(points), dtype=torch.int64)
+    sizes = counts.clone()
     for _ in _with_bar(max_iter, problem.data.team):
         started, before, sizes_before = time.perf_counter(), points, sizes
         objective = 0.0
