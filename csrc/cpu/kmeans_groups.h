@@ -6,34 +6,6 @@
 
 namespace mcl::MCL_INSTRUCTION_SET {
 
-// Multiplies GROUP rows by VECTORS vectors of columns, or adds the products.
-template <class T, int VECTORS>
-inline void multiply_group(bool accumulate, int64_t depth, const T* const* rows, const T* b, T* c) {
-  using V = Vector<T>;
-  V sums[GROUP][VECTORS] = {};
-  const T* a[GROUP];
-#pragma GCC unroll 6
-  for (int i = 0; i < GROUP; i++) a[i] = rows[i];
-  for (int64_t k = 0; k < depth; k++) {
-    V row[VECTORS];
-#pragma GCC unroll 4
-    for (int v = 0; v < VECTORS; v++) row[v] = load<V>(b + k * PANEL<T> + v * LANES<T>);
-#pragma GCC unroll 6
-    for (int i = 0; i < GROUP; i++) {
-      const V factor = broadcast(a[i][k]);
-#pragma GCC unroll 4
-      for (int v = 0; v < VECTORS; v++) sums[i][v] += factor * row[v];
-    }
-  }
-#pragma GCC unroll 6
-  for (int i = 0; i < GROUP; i++)
-#pragma GCC unroll 4
-    for (int v = 0; v < VECTORS; v++) {
-      T* to = c + i * TILE_STRIDE<T> + v * LANES<T>;
-      store(to, accumulate ? load<V>(to) + sums[i][v] : sums[i][v]);
-    }
-}
-
 // Multiplies the listed rows of the block by columns first .. end - 1, at most TILE of them, into its products: row i
 // of the list at row i. The list is padded to GROUP. The order of each sum is that of multiply_tile.
 template <class T>
@@ -48,16 +20,9 @@ void multiply_listed(const Clusters<T>& clusters, const PackedCenters<T>& center
       for (int64_t i = 0; i < count; i += GROUP) {
         const T* rows[GROUP];
         for (int64_t r = 0; r < GROUP; r++) rows[r] = block.rows + block.listed[i + r] * centers.stride + k;
-        T* c = block.products + i * TILE_STRIDE<T> + j - first;
         ahead.prefetch(PREFETCHED_LINES);
-        switch (columns / LANES<T>) {
-          case 1: multiply_group<T, 1>(pass > 0, depth, rows, b, c); break;
-          case 2: multiply_group<T, 2>(pass > 0, depth, rows, b, c); break;
-#if MCL_PANEL_VECTORS == 4
-          case 3: multiply_group<T, 3>(pass > 0, depth, rows, b, c); break;
-          case 4: multiply_group<T, 4>(pass > 0, depth, rows, b, c); break;
-#endif
-        }
+        multiply_group<T>(columns / LANES<T>, pass > 0, depth, [rows](int row, int64_t d) { return rows[row][d]; }, b,
+                          PANEL<T>, block.products + i * TILE_STRIDE<T> + j - first, TILE_STRIDE<T>);
       }
       j += columns;
     }

@@ -28,11 +28,11 @@ struct Operands {
   bool accumulate;  // else C = A B
 };
 
-// Computes GROUP rows and VECTORS vectors of C. The sums of a pass start at zero, so that their rounding errors do not
-// grow with the values already in C.
-template <class T, int VECTORS, bool TRANSPOSED>
-inline void micro_kernel(bool accumulate, int64_t depth, const T* a, int64_t a_stride, const T* b, int64_t b_stride,
-                         T* c, int64_t c_stride) {
+// Computes GROUP rows and VECTORS vectors of C; a(i, k) is the element of A. The sums of a pass start at zero, so that
+// their rounding errors do not grow with the values already in C.
+template <class T, int VECTORS, class Elements>
+inline void micro_kernel(bool accumulate, int64_t depth, const Elements& a, const T* b, int64_t b_stride, T* c,
+                         int64_t c_stride) {
   using V = Vector<T>;
   V sums[GROUP][VECTORS] = {};
 #pragma GCC unroll 6
@@ -45,7 +45,7 @@ inline void micro_kernel(bool accumulate, int64_t depth, const T* a, int64_t a_s
     for (int v = 0; v < VECTORS; v++) row[v] = load<V>(b + k * b_stride + v * LANES<T>);
 #pragma GCC unroll 6
     for (int i = 0; i < GROUP; i++) {
-      const V factor = broadcast(TRANSPOSED ? a[k * a_stride + i] : a[i * a_stride + k]);
+      const V factor = broadcast(a(i, k));
 #pragma GCC unroll 4
       for (int v = 0; v < VECTORS; v++) sums[i][v] += factor * row[v];
     }
@@ -57,6 +57,19 @@ inline void micro_kernel(bool accumulate, int64_t depth, const T* a, int64_t a_s
       T* to = c + i * c_stride + v * LANES<T>;
       store(to, accumulate ? load<V>(to) + sums[i][v] : sums[i][v]);
     }
+}
+
+template <class T, class Elements>
+inline void multiply_group(int64_t vectors, bool accumulate, int64_t depth, const Elements& a, const T* b,
+                           int64_t b_stride, T* c, int64_t c_stride) {
+  switch (vectors) {
+    case 1: micro_kernel<T, 1>(accumulate, depth, a, b, b_stride, c, c_stride); break;
+    case 2: micro_kernel<T, 2>(accumulate, depth, a, b, b_stride, c, c_stride); break;
+#if MCL_PANEL_VECTORS == 4
+    case 3: micro_kernel<T, 3>(accumulate, depth, a, b, b_stride, c, c_stride); break;
+    case 4: micro_kernel<T, 4>(accumulate, depth, a, b, b_stride, c, c_stride); break;
+#endif
+  }
 }
 
 template <class T, bool TRANSPOSED>
@@ -71,20 +84,12 @@ void multiply_add(const Operands<T>& o, Band band = {}) {
         const int64_t first = larger(k_begin, band.first + i), end = smaller(k_end, band.last + i + GROUP);
         if (first >= end) continue;
         const T* a = TRANSPOSED ? o.a + first * o.a_stride + i : o.a + i * o.a_stride + first;
-        const T* b = b_panel + first * o.b_stride;
-        T* c = o.c + i * o.c_stride + j;
-        const bool accumulate = o.accumulate || pass > 0;
-        const auto run = [&](auto kernel) {
-          kernel(accumulate, end - first, a, o.a_stride, b, o.b_stride, c, o.c_stride);
+        const int64_t stride = o.a_stride;
+        const auto elements = [a, stride](int row, int64_t k) {
+          return TRANSPOSED ? a[k * stride + row] : a[row * stride + k];
         };
-        switch (vectors) {
-          case 1: run(micro_kernel<T, 1, TRANSPOSED>); break;
-          case 2: run(micro_kernel<T, 2, TRANSPOSED>); break;
-#if MCL_PANEL_VECTORS == 4
-          case 3: run(micro_kernel<T, 3, TRANSPOSED>); break;
-          case 4: run(micro_kernel<T, 4, TRANSPOSED>); break;
-#endif
-        }
+        multiply_group<T>(vectors, o.accumulate || pass > 0, end - first, elements, b_panel + first * o.b_stride,
+                          o.b_stride, o.c + i * o.c_stride + j, o.c_stride);
       }
     }
   }
