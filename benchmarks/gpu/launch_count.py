@@ -3,8 +3,8 @@
     python -m benchmarks.gpu.launch_count      # prints and writes launches.csv
 
 Counted on CPU tensors with impl="triton": a launch is recorded and computes nothing. An operator counts if it starts a
-kernel on a GPU: views and allocations do not. The host's time is that of the Python and C++ code around the launches.
-It includes neither Triton's handling of a launch's arguments nor the launch itself.
+kernel on a GPU: views and allocations do not. The host's time is that of all code up to Triton's launcher, with the
+dispatch of launches or what replaces it (`mcl_kernels/backends/triton_launch.py`): kernels are stubs that do nothing.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_leaves
 from benchmarks import peers
 from benchmarks.cases import own_nt_xent, ten_clusters
 from benchmarks.conditions import conditions
+from benchmarks.gpu.stand_in import dispatch
 from benchmarks.measure import Row, write_rows
 from mcl_kernels import _traced, clip_loss, masked_info_nce
 from mcl_kernels.backends import table
@@ -156,7 +157,7 @@ def count_case(case: Case, n: int) -> Row:
     """Row of a case: counts of both losses and the host's times."""
     operators, launches = count(case.step(case.ours))
     eager, _ = count(case.step(case.eager))
-    with recorded_launches():
+    with dispatch(), patch.object(device_plan, "_is_built", lambda device: False):
         times = host_seconds({"ours": case.step(case.ours), "eager": case.step(case.eager)})
     return {
         "loss": case.name, "labels": "yes" if any(not x.is_floating_point() for x in case.arguments) else "no", "n": n,

@@ -14,6 +14,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
+from itertools import count
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -24,6 +26,7 @@ from mcl_kernels.backends import table
 
 MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}  # of an A100, a H200 and a B200
 L2_BYTES = {80: 40 << 20, 90: 60 << 20, 100: 126 << 20}
+_devices = count(1000)  # of `dispatch`
 
 
 class Launch(NamedTuple):
@@ -102,6 +105,7 @@ def stand_in(architecture: int = 90, device: int = 0) -> Iterator[None]:
     for modules in table.TABLE["triton"].modules:
         table.load(modules, "triton")
     from mcl_kernels.backends import triton as policy
+    from mcl_kernels.backends import triton_launch
     from mcl_kernels.kmeans import gpu_common
 
     properties = SimpleNamespace(
@@ -112,6 +116,7 @@ def stand_in(architecture: int = 90, device: int = 0) -> Iterator[None]:
     before = driver._active
     with ExitStack() as stack:
         stack.enter_context(patch.dict(table.TABLE, {"triton": available}))
+        stack.enter_context(patch.dict(triton_launch._kept, clear=True))
         stack.enter_context(patch("torch.cuda.get_device_properties", lambda device=None: properties))
         _replace_everywhere(stack, policy.compute_capability, lambda device: divmod(architecture, 10))
         if hasattr(policy, "multiprocessors"):
@@ -168,4 +173,44 @@ def fill_cache(architecture: int = 90) -> Iterator[None]:
         return run(self, *args, grid=grid, warmup=True, **kwargs)
 
     with stand_in(architecture), patch.object(JITFunction, "run", compile_launch):
+        yield
+
+
+class StubKernel:
+    """A kernel that is not compiled, whose launches are recorded by `dispatch`."""
+
+    function, packed_metadata = 0, ()
+
+    def __init__(self, name: str, specialisation: tuple[Any, ...], record: Callable[..., None] | None) -> None:
+        self.name, self.specialisation = name, specialisation
+        self.run = self._run = _ignore if record is None else partial(record, self)
+
+    def launch_metadata(self, *arguments: Any) -> None:
+        """Metadata for hooks: none."""
+
+
+def _ignore(*arguments: Any) -> None:
+    """Launches nothing."""
+
+
+@contextmanager
+def dispatch(architecture: int = 90, record: Callable[..., None] | None = None) -> Iterator[None]:
+    """Dispatches the launches of the block as Triton does, to kernels that are not compiled and do nothing.
+
+    Args:
+        architecture: of the GPU.
+        record: is called with the StubKernel and the arguments of its launcher: the grid, the stream, three fields
+            about the kernel, two hooks, then all arguments of the kernel.
+    """
+    from triton.runtime.jit import JITFunction
+
+    def find(
+        self: Any, key: Any, signature: Any, device: int, constants: Any, options: Any, attributes: Any, warmup: bool
+    ) -> StubKernel:
+        specialisation = self, signature, constants, attributes, options
+        kernel = self.device_caches[device][0][key] = StubKernel(self.fn.__name__, specialisation, record)
+        return kernel
+
+    # A device of its own, so that stubs are used by this context alone.
+    with stand_in(architecture, device=next(_devices)), patch.object(JITFunction, "_do_compile", find):
         yield

@@ -5,7 +5,9 @@ Results, refusals and what autograd saves are those of the operators in `ops.py`
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +15,8 @@ from torch import Tensor
 
 from mcl_kernels.backends.table import load
 from mcl_kernels.logsumexp.inputs import Inputs, LseGradients, Saved, Wanted
+
+Gradients = Callable[[], tuple[Tensor | None, ...]]
 
 
 def logsumexp(inputs: Inputs, impl: str) -> tuple[Tensor, Tensor]:
@@ -24,7 +28,7 @@ def logsumexp(inputs: Inputs, impl: str) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def count_above(inputs: Inputs, threshold: Tensor, impl: str) -> Tensor:
     """Number of kept keys of each query with not (<q_i, k_j> <= threshold_i): NaN counts as above; int64 [N]."""
-    with _without_autocast(inputs.query):
+    with without_autocast(inputs.query):
         count: Tensor = load("logsumexp", impl).count_above(inputs, threshold)
         return count
 
@@ -34,7 +38,7 @@ class _LogSumExp(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         *flat, ctx.impl = arguments
         inputs = Inputs.unflatten(flat)
-        with _without_autocast(inputs.query):
+        with without_autocast(inputs.query):
             saved = load("logsumexp", ctx.impl).forward(inputs)
         tensors = inputs.tensors()
         ctx.options = flat[len(tensors) :]
@@ -52,11 +56,8 @@ class _LogSumExp(torch.autograd.Function):
             torch.zeros_like(saved.column_lse) if grad_column is None else grad_column,
         )
         wanted = Wanted(*ctx.needs_input_grad[:3])
-        if torch.is_grad_enabled():
-            arguments = inputs, saved, grads, wanted, ctx.impl
-            gradients = _Backward.apply(arguments, *grads, *inputs[:3])  # type: ignore[no-untyped-call]
-        else:
-            gradients = _gradients(inputs, saved, grads, wanted, ctx.impl)
+        compute = partial(_gradients, inputs, saved, grads, wanted, ctx.impl)
+        gradients = refusing_derivatives(compute, *grads, *inputs[:3]) if torch.is_grad_enabled() else compute()
         differentiable = [grad if needed else None for grad, needed in zip(gradients, wanted, strict=True)]
         return *differentiable, *(None,) * (len(ctx.needs_input_grad) - len(wanted))
 
@@ -65,16 +66,22 @@ class _Backward(torch.autograd.Function):
     """The backward pass in a graph of second derivatives, which it refuses."""
 
     @staticmethod
-    def forward(ctx: Any, arguments: Any, *differentiable: Tensor | None) -> tuple[Tensor, ...]:  # type: ignore[override]
-        return _gradients(*arguments)
+    def forward(ctx: Any, compute: Gradients, *differentiable: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return compute()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> None:  # type: ignore[override]
         refuse_double_backward(ctx, *grads)
 
 
+def refusing_derivatives(compute: Gradients, *differentiable: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Gradients as computed, in a graph that refuses second derivatives by the tensors of which they are functions."""
+    gradients: tuple[Tensor | None, ...] = _Backward.apply(compute, *differentiable)  # type: ignore[no-untyped-call]
+    return gradients
+
+
 def _gradients(inputs: Inputs, saved: Saved, grads: LseGradients, wanted: Wanted, impl: str) -> tuple[Tensor, ...]:
-    with _without_autocast(inputs.query):
+    with without_autocast(inputs.query):
         gradients: tuple[Tensor, ...] = load("logsumexp", impl).backward(inputs, saved, grads, wanted)
         return gradients
 
@@ -87,7 +94,7 @@ def refuse_double_backward(ctx: Any, *grads: Tensor) -> None:
     )
 
 
-def _without_autocast(x: Tensor) -> AbstractContextManager[None]:
+def without_autocast(x: Tensor) -> AbstractContextManager[None]:
     """Context without autocast; entering torch's own takes longer than this question."""
     device = x.device.type
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()

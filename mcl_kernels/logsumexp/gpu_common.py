@@ -96,6 +96,23 @@ def backward(
     run: RunBackward, inputs: Inputs, saved: Saved, grads: LseGradients, wanted: Wanted
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and scale; [0] for one that is not wanted (and for the key of the self form)."""
+    grad_query, grad_key, grad_scale = launch_backward(run, inputs, saved, grads, wanted)
+    if wanted.scale:
+        grad_scale = sum_scale(grad_scale, inputs)
+    return grad_query, grad_key, grad_scale
+
+
+def sum_scale(grad_scale: Tensor, inputs: Inputs) -> Tensor:
+    """Gradient of the scale from each query's share."""
+    grad_scale = grad_scale.sum_to_size(inputs.scale.shape)
+    # In the self form every pair was computed from both its rows, with the terms of both.
+    return grad_scale / 2 if inputs.key is None else grad_scale
+
+
+def launch_backward(
+    run: RunBackward, inputs: Inputs, saved: Saved, grads: LseGradients, wanted: Wanted
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query and key, and each query's share of that of the scale, [N]; [0] for one that is not wanted."""
     query, key, scale, pairs, bidirectional = inputs
     plan, wants_key = saved.plan, wanted.key and key is not None
     queries, keys = _sides(inputs, plan)
@@ -124,10 +141,6 @@ def backward(
         terms = Terms(key_term, (saved.row_lse, grad_row), scale if varies else None, fp16_scale)
         rows = _rows_of_keys(queries, keys, pairs, plan)
         run(rows, queries, scale.new_ones(()) if varies else scale, pairs.negatives, terms, grad_key, None)
-    if wanted.scale:
-        grad_scale = grad_scale.sum_to_size(scale.shape)
-        if key is None:
-            grad_scale = grad_scale / 2  # every pair was computed from both its rows, with the terms of both
     return grad_query, grad_key, grad_scale
 
 

@@ -90,6 +90,10 @@ def clip_loss(
         if has_default_ids:
             pairs = pairs.with_default_ids()
         impl = resolve("logsumexp", impl, image_features.device)
+        if ranks is None and per_anchor.is_whole(objective, impl, pairs, image_features, text_features, logit_scale):
+            scale = _check_logit_scale(logit_scale, image_features, compute_dtype(image_features, text_features))
+            loss = per_anchor.whole_bidirectional(image_features, text_features, scale, pairs, normalize=normalize)
+            return options.reduce(loss)
         if normalize:
             image_features, text_features = normalize_rows(image_features, impl), normalize_rows(text_features, impl)
         scale = _check_logit_scale(logit_scale, image_features, compute_dtype(image_features, text_features))

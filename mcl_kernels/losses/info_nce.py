@@ -112,6 +112,11 @@ def masked_info_nce(
         options.check()
         pairs = check_query_key(query, key, positive, labels, key_labels, ids, key_ids, negatives, ranks)
         impl = resolve("logsumexp", impl, query.device)
+        if ranks is None and per_anchor.is_whole(objective, impl, pairs, query, key, positive, temperature):
+            rows = (query, key) if positive is None else (query, key, positive)
+            scale = inverse_temperature(temperature, query, compute_dtype(*rows))
+            loss = per_anchor.whole_query_to_key(query, key, positive, scale, pairs, normalize=normalize)
+            return options.reduce(loss)
         query, key, positive = query_key_positive(query, key, positive, normalize, impl)
         scale = inverse_temperature(temperature, query, compute_dtype(query, key, positive))
     inputs = Inputs(query, key, scale, pairs)

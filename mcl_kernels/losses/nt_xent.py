@@ -85,6 +85,11 @@ def nt_xent(
         if has_default_ids:
             sample_pairs = sample_pairs.with_default_ids()
         impl = resolve("logsumexp", impl, view_a.device)
+        has_one_scale = not isinstance(temperature, Tensor) or is_one or temperature.ndim == 0
+        is_plain = ranks is None and normalize and has_one_scale and view_a.dtype == view_b.dtype
+        if is_plain and per_anchor.is_whole(objective, impl, sample_pairs, view_a, view_b, temperature):
+            scale = inverse_temperature(temperature, view_a, compute_dtype(view_a))
+            return options.reduce(per_anchor.whole_views(view_a, view_b, scale, sample_pairs))
         rows, cosine = unit_views(view_a, view_b, impl) if normalize else joined_views(view_a, view_b)
         scale = inverse_temperature(temperature, rows, compute_dtype(rows))
     if ranks is None:

@@ -9,11 +9,12 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from mcl_kernels._traced import is_traced
 from mcl_kernels.logsumexp.inputs import Inputs
 from mcl_kernels.logsumexp.ops import compute
-from mcl_kernels.logsumexp.pairs import count_kept
+from mcl_kernels.logsumexp.pairs import Pairs, count_kept, repeat
 from mcl_kernels.losses.lonely import watch
 from mcl_kernels.normalize import row_dot
 from mcl_kernels.objectives import ObjectiveLike, info_nce, needs_of
@@ -71,6 +72,43 @@ def bidirectional(inputs: Inputs, objective: ObjectiveLike, impl: str) -> Tensor
     row_loss = _anchor_losses(objective, positive_logit, row_lse, row_counts, inputs.scale)
     column_loss = _anchor_losses(objective, positive_logit, column_lse, column_counts, inputs.scale)
     return (row_loss + column_loss) / 2
+
+
+def is_whole(objective: ObjectiveLike, impl: str, pairs: Pairs, *arguments: Tensor | float | None) -> bool:
+    """Returns whether `whole_query_to_key` and the like compute a loss, from rows that are not normalised yet."""
+    if impl != "triton" or objective is not info_nce or forward_ad._current_level >= 0:
+        return False
+    return not is_traced(*pairs[:4], *(x for x in arguments if isinstance(x, Tensor)))
+
+
+def whole_query_to_key(
+    query: Tensor, key: Tensor, positive: Tensor | None, scale: Tensor, pairs: Pairs, *, normalize: bool
+) -> Tensor:  # fmt: skip
+    """`query_to_key`, normalisation included."""
+    loss, lse = _whole_loss().whole_loss(query, key, positive, scale, pairs, normalize=normalize)
+    watch(lse, pairs, is_queue=positive is not None)
+    return loss  # type: ignore[no-any-return]
+
+
+def whole_views(view_a: Tensor, view_b: Tensor, scale: Tensor, pairs: Pairs) -> Tensor:
+    """`views`, normalisation included; labels and ids are those of the samples."""
+    labels, _, ids, _, negatives, n_views = pairs
+    pairs = Pairs(repeat(labels, 2), None, repeat(ids, 2), None, negatives, 2 * n_views)
+    loss, lse = _whole_loss().whole_loss(view_a, view_b, None, scale, pairs, is_joined=True)
+    watch(lse, pairs)
+    return loss  # type: ignore[no-any-return]
+
+
+def whole_bidirectional(query: Tensor, key: Tensor, scale: Tensor, pairs: Pairs, *, normalize: bool) -> Tensor:
+    """`bidirectional`, normalisation included."""
+    loss, lse = _whole_loss().whole_loss(query, key, None, scale, pairs, bidirectional=True, normalize=normalize)
+    watch(lse, pairs)
+    return loss  # type: ignore[no-any-return]
+
+
+@cache
+def _whole_loss() -> ModuleType:
+    return import_module("mcl_kernels.losses.triton.whole_loss")
 
 
 def _has_kernel(objective: ObjectiveLike, impl: str, *tensors: Tensor) -> bool:

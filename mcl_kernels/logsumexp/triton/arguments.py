@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from mcl_kernels.backends.triton_launch import launch
 from mcl_kernels.logsumexp import gpu_common
 from mcl_kernels.logsumexp.gpu_common import Rows, Side, Terms
 from mcl_kernels.logsumexp.triton.copies import RangeArguments, SourceArguments, VectorArguments, copy_kernel
@@ -112,14 +113,16 @@ def prepare(
                 vectors.copied_scale, fp16_scale,
             )  # fmt: skip
     constants = {"ROWS": tiles.rows, "COLUMNS": tiles.columns, "WIDTH": tiles.width, "SPLITS": tiles.splits}
-    copy_kernel[blocks + (0 if is_self else column_blocks),](
+    launch(
+        copy_kernel, (blocks + (0 if is_self else column_blocks),),
         rows=source, columns=column_source, ranges=ranges, vectors=vectors, n=n, m=m, width=side.x.shape[1],
         SKIPS_TILES=skips_tiles, CHUNK=tiles.copied, **constants, enable_fp_fusion=True,
     )  # fmt: skip
     prefix = side.order.new_empty(row_tiles + 1)
     work = WorkArguments(prefix, first, hole_begin, hole, new(2, dtype=torch.float32))
-    sum_units_kernel[1,](
-        units, copy.largest, column_copy.largest, None if vectors is None else vectors.exponent, prefix, work.limits,
+    launch(
+        sum_units_kernel, (1,), units, copy.largest, column_copy.largest,
+        None if vectors is None else vectors.exponent, prefix, work.limits,
         row_tiles, blocks, column_blocks, COUNTED=COUNTED, enable_fp_fusion=True,
     )  # fmt: skip
     drops = rows.drop_begin, rows.drop_end

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mcl_kernels.backends.triton import compute_capability, current_device
 from mcl_kernels.backends.triton_device import multiply_rounded, rounded
+from mcl_kernels.backends.triton_launch import launch
 from mcl_kernels.logsumexp.gpu_common import Rows, Side, Terms
 from mcl_kernels.logsumexp.triton.arguments import Copies, prepare
 from mcl_kernels.logsumexp.triton.copies import blocks_of
@@ -260,8 +261,9 @@ def run_backward(
             "partial": partial, "width": width, "SCALE_STRIDE": scale.ndim, "ROWS": tiles.rows,
             "ACCUMULATOR": prepared.arguments["ACCUMULATOR"], "GRADIENTS": tiles.gradients, "SUMS": sums,
         }  # fmt: skip
-        backward_kernel[programs, tiles.parts](**{**prepared.arguments, **shared}, OPERAND=operand_of(tiles))
-        join_backward_kernel[prepared.row_tiles, tiles.rows // tiles.piece, tiles.parts](
+        launch(backward_kernel, (programs, tiles.parts), **{**prepared.arguments, **shared}, OPERAND=operand_of(tiles))
+        launch(
+            join_backward_kernel, (prepared.row_tiles, tiles.rows // tiles.piece, tiles.parts),
             **shared, prefix=prepared.work.prefix, n=n, row_tiles=prepared.row_tiles, programs=programs,
             PIECE=tiles.piece, JOINED=tiles.joined, enable_fp_fusion=True,
         )  # fmt: skip

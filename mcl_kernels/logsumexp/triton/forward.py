@@ -8,6 +8,7 @@ from torch import Tensor
 
 from mcl_kernels.backends.triton import compute_capability, current_device
 from mcl_kernels.backends.triton_device import multiply_rounded
+from mcl_kernels.backends.triton_launch import launch
 from mcl_kernels.logsumexp.gpu_common import Rows, Side
 from mcl_kernels.logsumexp.triton.arguments import Copies, prepare
 from mcl_kernels.logsumexp.triton.copies import blocks_of
@@ -176,8 +177,9 @@ def run_forward(
             partial = scale.new_empty(2 * programs, 2, tiles.rows)
         else:
             partial = result.new_empty(2 * programs, tiles.rows)
-        forward_kernel[programs,](**prepared.arguments, threshold=threshold, result=result, partial=partial)
-        join_forward_kernel[prepared.row_tiles,](
-            rows.side.order, prepared.work.prefix, threshold, result, partial, x.shape[0], prepared.row_tiles, programs,
+        launch(forward_kernel, (programs,), **prepared.arguments, threshold=threshold, result=result, partial=partial)
+        launch(
+            join_forward_kernel, (prepared.row_tiles,), rows.side.order, prepared.work.prefix, threshold, result,
+            partial, x.shape[0], prepared.row_tiles, programs,
             ROWS=tiles.rows, JOINED=tiles.joined, enable_fp_fusion=True,
         )  # fmt: skip

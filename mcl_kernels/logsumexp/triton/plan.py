@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mcl_kernels.backends.triton import compute_capability, current_device
+from mcl_kernels.backends.triton_launch import launch
 from mcl_kernels.logsumexp.pairs import Pairs, Plan, Ranges
 
 COLUMNS = 128  # of a tile
@@ -139,12 +140,12 @@ def count_plan(query: Tensor, key: Tensor | None, pairs: Pairs, bidirectional: b
     labels, key_labels, ids, key_ids, *_ = pairs
     queries = _empty_side(query, labels, ids, pairs.drops())
     if key is None:
-        _launch(queries, query.shape[0], None, 0, pairs)
+        _plan(queries, query.shape[0], None, 0, pairs)
         return Plan(queries.order, query.new_empty(0, dtype=torch.int64), *queries[3:])
     keys = _empty_side(key, key_labels, key_ids, pairs.drops())
     if not bidirectional:
         keys = PlanSide(*keys[:3], None, None, None, None)
-    _launch(queries, query.shape[0], keys, key.shape[0], pairs)
+    _plan(queries, query.shape[0], keys, key.shape[0], pairs)
     return Plan(queries.order, keys.order, *queries[3:], *keys[3:])
 
 
@@ -153,7 +154,7 @@ def count_ranges(query: Tensor, key: Tensor, pairs: Pairs) -> Ranges:
     labels, key_labels, ids, key_ids, *_ = pairs
     keys = _empty_side(key, key_labels, key_ids, pairs.drops())
     queries = PlanSide(labels, ids, None, None, None, None, None)
-    _launch(keys._replace(order=None), key.shape[0], queries, query.shape[0], pairs, plans_both=False)
+    _plan(keys._replace(order=None), key.shape[0], queries, query.shape[0], pairs, plans_both=False)
     return Ranges(*keys[3:])
 
 
@@ -164,7 +165,7 @@ def _empty_side(x: Tensor, labels: Tensor | None, ids: Tensor | None, drops: boo
     return PlanSide(labels, ids, order, begin, end, drop_begin, drop_end)
 
 
-def _launch(own: PlanSide, n: int, other: PlanSide | None, m: int, pairs: Pairs, *, plans_both: bool = True) -> None:
+def _plan(own: PlanSide, n: int, other: PlanSide | None, m: int, pairs: Pairs, *, plans_both: bool = True) -> None:
     views = max(pairs.views, 1)
     n, m = n // views, m // views
     rows = INTERPRETED_ROWS if compute_capability(own.begin.device) is None else ROWS
@@ -172,7 +173,7 @@ def _launch(own: PlanSide, n: int, other: PlanSide | None, m: int, pairs: Pairs,
     grid = tiles + (-(-m // rows) if plans_both else 0)
     if grid:
         with current_device(own.begin):
-            plan_kernel[(grid,)](
-                own, own if other is None else other, n, m, tiles,
+            launch(
+                plan_kernel, (grid,), own, own if other is None else other, n, m, tiles,
                 IS_SELF=other is None, VIEWS=views, NEGATIVES=pairs.negatives, ROWS=rows, COLUMNS=COLUMNS, num_warps=4,
             )  # fmt: skip

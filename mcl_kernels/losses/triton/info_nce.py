@@ -8,6 +8,7 @@ The rows of V views share their positive products: row i has that of sample i mo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from mcl_kernels.backends.triton import current_device
 from mcl_kernels.backends.triton_device import load_features, rounded
+from mcl_kernels.backends.triton_launch import launch
 from mcl_kernels.losses.triton.unit_rows import tile_of, view_of
 
 SAMPLES = 256  # of a program
@@ -170,30 +172,51 @@ class _InfoNCE(torch.autograd.Function):
         scale, row_lse, column_lse = (None if x is None else x.contiguous() for x in rest)
         assert scale is not None
         assert row_lse is not None
-        product = torch.empty_like(row_lse) if product is None else product.contiguous()
-        loss = torch.empty_like(row_lse)
+        loss, product = losses_and_products(query, positive, product, scale, row_lse, column_lse)
         ctx.save_for_backward(query, positive, product, scale, row_lse, column_lse)
-        _launch(info_nce_kernel, (), query, positive, (product, scale, row_lse, column_lse, loss), product)
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        query, positive, product, scale, row_lse, column_lse = ctx.saved_tensors
-        wanted = ctx.needs_input_grad
-        grad_query = query.new_empty(query.shape) if wanted[0] else None
-        grad_positive = positive.new_empty(positive.shape) if wanted[1] else None
-        grad_product = torch.empty_like(product) if wanted[2] else None
-        grad_scale = torch.empty_like(row_lse) if wanted[3] else None
-        grad_row_lse = torch.empty_like(row_lse)
-        grad_column_lse = None if column_lse is None else torch.empty_like(column_lse)
-        arguments = (
-            product, scale, row_lse, column_lse, grad_query, grad_positive, grad_product, grad_scale, grad_row_lse,
-            grad_column_lse,
-        )  # fmt: skip
-        _launch(info_nce_backward_kernel, (grad_loss, grad_loss.stride(0)), query, positive, arguments, product)
+        *grads, grad_scale, grad_row, grad_column = gradients(
+            grad_loss, *ctx.saved_tensors, wanted=ctx.needs_input_grad
+        )
         if grad_scale is not None:
-            grad_scale = grad_scale.sum_to_size(scale.shape)
-        return grad_query, grad_positive, grad_product, grad_scale, grad_row_lse, grad_column_lse
+            grad_scale = grad_scale.sum_to_size(ctx.saved_tensors[3].shape)
+        return *grads, grad_scale, grad_row, grad_column
+
+
+def losses_and_products(
+    query: Tensor | None, positive: Tensor | None, product: Tensor | None, scale: Tensor, row_lse: Tensor,
+    column_lse: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The loss of each row, and the products of the samples: those given, or those of the rows; without a graph."""
+    product = torch.empty_like(row_lse) if product is None else product.contiguous()
+    loss = torch.empty_like(row_lse)
+    _launch(info_nce_kernel, (), query, positive, (product, scale, row_lse, column_lse, loss), product)
+    return loss, product
+
+
+def gradients(
+    grad_loss: Tensor, query: Tensor | None, positive: Tensor | None, product: Tensor, scale: Tensor, row_lse: Tensor,
+    column_lse: Tensor | None, *, wanted: Sequence[bool],
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Gradients of query, positive, product and each row's share of that of the scale, and of both log-sum-exps.
+
+    Of the first four None for one that is not wanted.
+    """
+    grad_query = query.new_empty(query.shape) if query is not None and wanted[0] else None
+    grad_positive = positive.new_empty(positive.shape) if positive is not None and wanted[1] else None
+    grad_product = torch.empty_like(product) if wanted[2] else None
+    grad_scale = torch.empty_like(row_lse) if wanted[3] else None
+    grad_row_lse = torch.empty_like(row_lse)
+    grad_column_lse = None if column_lse is None else torch.empty_like(column_lse)
+    arguments = (
+        product, scale, row_lse, column_lse, grad_query, grad_positive, grad_product, grad_scale, grad_row_lse,
+        grad_column_lse,
+    )  # fmt: skip
+    _launch(info_nce_backward_kernel, (grad_loss, grad_loss.stride(0)), query, positive, arguments, product)
+    return grad_query, grad_positive, grad_product, grad_scale, grad_row_lse, grad_column_lse
 
 
 def _launch(
@@ -209,7 +232,7 @@ def _launch(
         rows, width = (view_of(query), view_of(positive)), query.shape[1]
         samples, features = tile_of(width)
     with current_device(product):
-        kernel[(-(-n // samples),)](
-            *first, *rows, *rest, n, width, SCALE_STRIDE=scale.ndim, VIEWS=row_lse.shape[0] // n, SAMPLES=samples,
-            FEATURES=features, num_warps=4, enable_fp_fusion=True,
+        launch(
+            kernel, (-(-n // samples),), *first, *rows, *rest, n, width, SCALE_STRIDE=scale.ndim,
+            VIEWS=row_lse.shape[0] // n, SAMPLES=samples, FEATURES=features, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip

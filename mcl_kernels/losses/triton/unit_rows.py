@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mcl_kernels.backends.triton import current_device, padded_edge
 from mcl_kernels.backends.triton_device import load_features, rounded
+from mcl_kernels.backends.triton_launch import launch
 from mcl_kernels.normalize import composed_gradients, compute_dtype
 
 TILE = 1024  # elements of a program
@@ -151,41 +152,45 @@ def unit_rows(view_a: Tensor, view_b: Tensor | None) -> tuple[Tensor, Tensor]:
 class _UnitRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, view_a: Tensor, view_b: Tensor | None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        rows, cosine = _forward(view_a, view_b)
+        rows, cosine = normalize_views(view_a, view_b)
         ctx.save_for_backward(view_a, view_b, rows)
         return rows, cosine
 
     @staticmethod
     def backward(ctx: Any, grad_rows: Tensor, grad_cosine: Tensor) -> tuple[Tensor, Tensor | None]:  # type: ignore[override]
         view_a, view_b, rows = ctx.saved_tensors
-        gradients = composed_gradients if torch.is_grad_enabled() else _backward
+        gradients = composed_gradients if torch.is_grad_enabled() else unit_rows_gradients
         return gradients(view_a, view_b, rows, grad_rows, grad_cosine)
 
 
-def _forward(view_a: Tensor, view_b: Tensor | None) -> tuple[Tensor, Tensor]:
+def normalize_views(view_a: Tensor, view_b: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Unit rows and cosines, as `unit_rows` returns them, without a graph."""
     n, width = view_a.shape
     rows = view_a.new_empty(n if view_b is None else 2 * n, width)
     cosine = view_a.new_empty(0) if view_b is None else view_a.new_empty(n, dtype=compute_dtype(view_a))
     if n:
         constants = _constants(view_a)
         with current_device(view_a):
-            unit_rows_kernel[(-(-n // constants["ROWS"]),)](
-                view_of(view_a), None if view_b is None else view_of(view_b), rows, cosine, n, width, **constants
-            )
+            launch(
+                unit_rows_kernel, (-(-n // constants["ROWS"]),), view_of(view_a),
+                None if view_b is None else view_of(view_b), rows, cosine, n, width, **constants,
+            )  # fmt: skip
     return rows, cosine
 
 
-def _backward(
+def unit_rows_gradients(
     view_a: Tensor, view_b: Tensor | None, rows: Tensor, grad_rows: Tensor, grad_cosine: Tensor
 ) -> tuple[Tensor, Tensor | None]:
+    """Gradients of the views from those of the unit rows and of the cosines."""
     n, width = view_a.shape
     grad_a = view_a.new_empty(n, width)
     grad_b = None if view_b is None else view_b.new_empty(n, width)
     if n:
         constants = _constants(view_a)
         with current_device(view_a):
-            unit_rows_backward_kernel[(-(-n // constants["ROWS"]),)](
-                view_of(view_a), None if view_b is None else view_of(view_b), rows, grad_rows.contiguous(),
+            launch(
+                unit_rows_backward_kernel, (-(-n // constants["ROWS"]),), view_of(view_a),
+                None if view_b is None else view_of(view_b), rows, grad_rows.contiguous(),
                 grad_cosine.contiguous(), grad_a, grad_b, n, width, **constants,
             )  # fmt: skip
     return grad_a, grad_b
