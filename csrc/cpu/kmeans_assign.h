@@ -98,6 +98,7 @@ int64_t load_block(const Clusters<T>& clusters, const PackedCenters<T>& centers,
     T* x = block.rows + rows * centers.stride;
     const T squares = load_cluster_row(clusters, row, centers, x);
     block.needed[rows] = (uint32_t(1) << clusters.groups) - 1;
+    block.known_label[rows] = UNDECIDED;
     if (clusters.shifts && clusters.followed[row] >= 0) {
       const T distance = distance_to_center(clusters, centers, row, x, squares, clusters.followed[row], block.exact);
       block.needed[rows] = tighten_bounds(clusters, centers, row, squares, distance);
@@ -105,6 +106,8 @@ int64_t load_block(const Clusters<T>& clusters, const PackedCenters<T>& centers,
         clusters.distances[row] = distance;
         continue;
       }
+      block.known_label[rows] = clusters.followed[row];
+      block.known_distance[rows] = distance;
     }
     block.positions[rows] = row;
     block.squares[rows++] = squares;
@@ -141,7 +144,10 @@ void cluster_rows(const Clusters<T>& clusters, char* packed, int64_t begin, int6
         ahead.prefetch(ahead.row_bytes / 64 + 1);
         const int64_t row = block.positions[i], label = block.labels[i];
         const T* x = block.rows + i * centers.stride;
-        const T distance = distance_to_center(clusters, centers, row, x, block.squares[i], label, block.exact);
+        const T distance =
+            label == block.known_label[i]
+                ? block.known_distance[i]
+                : distance_to_center(clusters, centers, row, x, block.squares[i], label, block.exact);
         clusters.distances[row] = distance;
         if (clusters.upper)
           clusters.upper[row] = upper_bound(clusters, BoundErrors::of(clusters, centers, block.squares[i]),
