@@ -17,6 +17,7 @@ from mcl_kernels import (
     KMeans,
     MaskedInfoNCE,
     NTXentLoss,
+    SupConLoss,
     assign_clusters,
     cached_backward,
     clip_loss,
@@ -28,6 +29,7 @@ from mcl_kernels import (
     nt_xent,
     objectives,
     positive_ranks,
+    supcon_loss,
 )
 
 X, Y = torch.randn(256, 8), torch.randn(256, 8)
@@ -219,6 +221,23 @@ CASES: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: cached_backward(None, [X], nt_xent), TypeError, "encode must be a function or a module: got NoneType"),
     (lambda: cached_backward(abs, [X], X), TypeError, "loss must be a function or a module: got Tensor"),
     (lambda: cached_backward(abs, 3, nt_xent), TypeError, "batches must be an iterable: got int"),
+    # several positives
+    (lambda: supcon_loss(X), ValueError, "features [samples, features] need targets, or give views [samples, views, features]"),
+    (lambda: supcon_loss(X[0], LABELS), ValueError, "features must have shape [samples, features] or [samples, views, features]: got [8]"),
+    (lambda: supcon_loss(X.tolist(), LABELS), TypeError, "features must be a tensor: got list"),
+    (lambda: supcon_loss(X[:, None, :0]), ValueError, "features must have at least one feature: got shape [256, 1, 0]"),
+    (lambda: supcon_loss(X[:, :0], LABELS), ValueError, "features must have at least one feature: got shape [256, 0]"),
+    (lambda: supcon_loss(X.long(), LABELS), TypeError, "features must be float16, bfloat16, float32 or float64: got torch.int64"),
+    (lambda: supcon_loss(X, LABELS.float()), TypeError, "targets must be an integer tensor: got torch.float32"),
+    (lambda: supcon_loss(X, LABELS[:9]), ValueError, "targets must have one entry per row of features: got 9 targets for 256 rows"),
+    (lambda: supcon_loss(X, LABELS, LABELS[:9]), ValueError, "labels must have one entry per row of features: got 9 labels for 256 rows"),
+    (lambda: supcon_loss(X, LABELS, ids=LABELS.bool()), TypeError, "ids must be an integer tensor: got torch.bool"),
+    (lambda: supcon_loss(X, LABELS, negatives="different"), ValueError, "negatives='different' needs labels: got labels=None"),
+    (lambda: supcon_loss(X, LABELS, positives="max"), ValueError, "positives must be one of 'mean', 'sum': got 'max'"),
+    (lambda: SupConLoss(positives=None), TypeError, "positives must be one of 'mean', 'sum': got NoneType"),
+    (lambda: supcon_loss(X, LABELS, temperature=torch.ones(256)), ValueError, "temperature must be one number: got shape [256]"),
+    (lambda: supcon_loss(X, LABELS, temperature=0), ValueError, "temperature must be positive: got 0"),
+    (lambda: SupConLoss(temperature=torch.ones(256)), ValueError, "temperature must be one number: got shape [256]"),
     (lambda: ClusterBatchSampler(LABELS, 4).load_state_dict(None), TypeError, "state must be what state_dict() returned: got NoneType"),
 ]  # fmt: skip
 

@@ -21,6 +21,7 @@ from mcl_kernels import (
     nt_xent,
     objectives,
     positive_ranks,
+    supcon_loss,
 )
 from mcl_kernels.logsumexp import ops
 from mcl_kernels.logsumexp.pairs import Plan
@@ -326,6 +327,8 @@ EXPORTED: dict[str, Callable[..., Any]] = {
     ),
     "count_negatives": lambda x, y, labels: count_negatives(labels),
     "positive_ranks": positive_ranks,
+    "supcon_loss": lambda x, y, labels: supcon_loss(x, labels, labels % 2),
+    "supcon_loss, views": lambda x, y, labels: supcon_loss(torch.stack((x, y), 1), labels=labels, positives="sum"),
 }
 EXPORTED |= {
     f"{name}, {objective.id}": partial(EXPORTED[name], objective=objective.values[0])

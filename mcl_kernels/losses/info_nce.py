@@ -102,7 +102,7 @@ def masked_info_nce(
         >>> masked_info_nce(query, key, labels=torch.tensor([0, 0, 1, 1]), temperature=1.0)
         tensor(0.3133)
     """
-    options = Options(negatives, objective, normalize, reduction, impl, group, exchange)
+    options = Options(negatives, normalize, reduction, impl, group, exchange, objective)
     ranks, is_queue = None if group is None else ranks_of(group), positive is not None
     agreed = options.agreed_call(
         ranks, "masked_info_nce", query=query, key=key, labels=labels, key_labels=key_labels, positive=positive,
