@@ -35,9 +35,8 @@ class Groups(NamedTuple):
 def mean_of_others(x: Tensor, groups: Groups) -> Tensor:
     """Mean of the other rows of each row's group, [N, D]; 0 for a row that has its group to itself."""
     # A compiler does not take the forward mode of a Function.
-    if torch.compiler.is_compiling():
-        return _operator(x, *groups)
-    means: Tensor = _MeanOfOthers.apply(x, *groups)  # type: ignore[no-untyped-call]
+    function = _operator if torch.compiler.is_compiling() else _MeanOfOthers.apply
+    means: Tensor = function(x, *groups)  # type: ignore[no-untyped-call]
     return means
 
 

@@ -111,7 +111,9 @@ def check_include(include: object, *, is_queue: bool = False) -> None:
     if "qk" not in include:
         raise ValueError(f"include must hold 'qk', queries against keys: got {tuple(include)}")
     if is_queue and ("kq" in include or "kk" in include):
-        raise ValueError(f"include needs positives among the keys for 'kq' and 'kk': got {tuple(include)} and positive")
+        raise ValueError(
+            f"include must not hold 'kq' or 'kk' with positive, which is not among the keys: got {tuple(include)}"
+        )
 
 
 def check_private(hard_negatives: Tensor | None, hard_mask: Tensor | None, query: Tensor) -> None:
