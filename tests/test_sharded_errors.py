@@ -77,7 +77,12 @@ REFUSED: dict[str, list[dict[str, Any]]] = {
         {"include": ("qk", "kd")},
     ],
     "supcon_loss": [
-        *(changed for changed in REFUSED_BY_ALL if "objective" not in changed),
+        # It has no objective, and no second side that fixes the number of features.
+        *(
+            changed
+            for changed in REFUSED_BY_ALL
+            if "objective" not in changed and getattr(changed.get("first"), "shape", ()) != (6, 5)
+        ),
         *({"temperature": value} for value in TEMPERATURES),
         {"targets": IDS[:-1]},
         {"targets": LABELS.float()},
