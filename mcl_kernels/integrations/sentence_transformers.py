@@ -150,6 +150,8 @@ class CachedMultipleNegativesRankingLoss(host.CachedMultipleNegativesRankingLoss
         SentenceTransformerTrainer(model=model, train_dataset=dataset, loss=loss).train()
     """
 
+    loss: MultipleNegativesRankingLoss
+
     def __init__(self, *args: Any, cluster_labels: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         settings = {name: getattr(self.loss, name) for name in self._delegated_to_wrapped_loss}
