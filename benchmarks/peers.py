@@ -91,6 +91,26 @@ def metric_learning_nt_xent(view_a: Tensor, view_b: Tensor, labels: Tensor) -> T
     return NTXentLoss(temperature=TEMPERATURE)(torch.cat((view_a, view_b)), indices_tuple=(*positive, *negative))
 
 
+def dense_supcon(rows: Tensor, targets: Tensor) -> Tensor:
+    """Loss by SupContrast's formula: a matrix of equal targets, the logits, and the mean of each row's positives."""
+    z, n = F.normalize(rows, dim=1), len(rows)
+    alike = (targets[:, None] == targets).to(z.dtype)
+    logits = z @ z.T / TEMPERATURE
+    logits = logits - logits.max(dim=1, keepdim=True).values.detach()
+    others = torch.ones_like(alike).fill_diagonal_(0)
+    alike = alike * others
+    log_prob = logits - (logits.exp() * others).sum(1, keepdim=True).log()
+    positives = alike.sum(1)
+    return -((alike * log_prob).sum(1) / torch.where(positives < 1, 1, positives)).sum() / n
+
+
+def metric_learning_supcon(rows: Tensor, targets: Tensor) -> Tensor:
+    """Loss of the library; its mean is that of the losses above 0, which are all where each row has a positive."""
+    from pytorch_metric_learning.losses import SupConLoss
+
+    return SupConLoss(temperature=TEMPERATURE)(rows, targets)
+
+
 def dense_moco(query: Tensor, positive: Tensor, queue: Tensor) -> Tensor:
     """Loss by MoCo's code; positive and queue are normalised already."""
     query = F.normalize(query, dim=1)
@@ -158,6 +178,10 @@ COMPILED = Contender("torch.compile, dense mask", compiled_nt_xent, missing=_no_
 LIGHTLY = Contender("lightly", lightly_nt_xent, missing=_package("lightly.loss"))
 METRIC_LEARNING = Contender(
     "pytorch-metric-learning", metric_learning_nt_xent, missing=_package("pytorch_metric_learning.losses")
+)
+SUPCONTRAST = Contender("SupContrast, eager", dense_supcon)
+METRIC_LEARNING_SUPCON = Contender(
+    "pytorch-metric-learning", metric_learning_supcon, missing=_package("pytorch_metric_learning.losses")
 )
 LOOP_LOGSUMEXP = Contender("eager, loop over clusters", loop_logsumexp)
 MOCO = Contender("eager, dense", dense_moco)

@@ -1,7 +1,7 @@
 """Fast, exact contrastive learning with clusters.
 
-`masked_info_nce`, `nt_xent` and `clip_loss` are drop-in losses whose negatives come from the anchor's own
-cluster; `KMeans` finds the clusters; `MultistageRunner` runs the stages.
+`masked_info_nce`, `nt_xent`, `clip_loss` and `supcon_loss` are drop-in losses whose negatives come from the anchor's
+own cluster; `KMeans` finds the clusters; `MultistageRunner` runs the stages.
 """
 
 from mcl_kernels import objectives
@@ -9,7 +9,16 @@ from mcl_kernels.backends.table import capabilities
 from mcl_kernels.distributed import ExchangePlan, plan_exchange
 from mcl_kernels.kmeans import KMeans, assign_clusters
 from mcl_kernels.logsumexp import count_negatives, masked_logsumexp
-from mcl_kernels.losses import ClipLoss, MaskedInfoNCE, NTXentLoss, clip_loss, masked_info_nce, nt_xent
+from mcl_kernels.losses import (
+    ClipLoss,
+    MaskedInfoNCE,
+    NTXentLoss,
+    SupConLoss,
+    clip_loss,
+    masked_info_nce,
+    nt_xent,
+    supcon_loss,
+)
 from mcl_kernels.losses.gradient_cache import cached_backward
 from mcl_kernels.losses.labelled_queue import LabelledQueue
 from mcl_kernels.losses.positive_ranks import positive_ranks
@@ -30,6 +39,7 @@ __all__ = [
     "MaskedInfoNCE",
     "MultistageRunner",
     "NTXentLoss",
+    "SupConLoss",
     "assign_clusters",
     "cached_backward",
     "capabilities",
@@ -43,4 +53,5 @@ __all__ = [
     "objectives",
     "plan_exchange",
     "positive_ranks",
+    "supcon_loss",
 ]

@@ -81,15 +81,16 @@ def check_dense(name: str, x: Tensor) -> None:
         raise TypeError(f"{name} must be a dense tensor: got layout {x.layout}; use {name}.to_dense()")
 
 
-def check_embeddings(name: str, x: object) -> None:
-    """Raises unless x is a 2-d floating point tensor, one row per sample, of at least one feature."""
+def check_embeddings(name: str, x: object, *shapes: str) -> None:
+    """Raises unless x is a floating point tensor of one of the shapes, by default [rows, features], features > 0."""
+    shapes = shapes or ("[rows, features]",)
     use_one_thread_if_forked()
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor: got {type(x).__name__}")
     check_dense(name, x)
-    if x.ndim != 2:
-        raise ValueError(f"{name} must have shape [rows, features]: got {list(x.shape)}")
-    if x.shape[1] == 0:
+    if x.ndim not in [shape.count(",") + 1 for shape in shapes]:
+        raise ValueError(f"{name} must have shape {' or '.join(shapes)}: got {list(x.shape)}")
+    if x.shape[-1] == 0:
         raise ValueError(f"{name} must have at least one feature: got shape {list(x.shape)}")
     if x.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64: got {x.dtype}")

@@ -69,3 +69,46 @@ def moco_cross_entropy(query: Tensor, positive: Tensor, queue: Tensor, temperatu
     q, p = F.normalize(query, dim=1), F.normalize(positive, dim=1)
     logits = torch.cat(((q * p).sum(1, keepdim=True), q @ queue.T), dim=1) / temperature
     return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long))
+
+
+def supcontrast(features: Tensor, targets: Tensor | None, temperature: float) -> Tensor:
+    """The formula of SupContrast's SupConLoss for features [N, V, D], before its factor and mean: [V N]."""
+    n, views, _ = features.shape
+    rows = torch.cat(features.unbind(1))
+    alike = torch.eye(n) if targets is None else (targets[:, None] == targets).double()
+    others = 1 - torch.eye(n * views)
+    alike, others = (x.to(rows.dtype) for x in (alike.repeat(views, views) * others, others))
+    logits = rows @ rows.T / temperature
+    logits = logits - logits.max(1, keepdim=True).values.detach()
+    log_prob = logits - (others * logits.exp()).sum(1, keepdim=True).log()
+    return -(alike * log_prob).sum(1) / alike.sum(1).clamp(min=1)
+
+
+def solo_simclr(rows: Tensor, indexes: Tensor, temperature: float) -> Tensor:
+    """The formula of solo-learn's simclr_loss_func for rows of any number of views, before its mean: [N]."""
+    similarity = (F.normalize(rows) @ F.normalize(rows).T / temperature).exp()
+    positive = (indexes[:, None] == indexes).fill_diagonal_(False)
+    negative = indexes[:, None] != indexes
+    positives = (similarity * positive).sum(1)
+    return -(positives / (positives + (similarity * negative).sum(1))).log()
+
+
+def supcon_by_hand(
+    rows: Tensor, scale: float, positives: list[list[int]], negatives: list[list[int]], *, mean: bool
+) -> list[float]:
+    """-log of the share of the positives in all exponentials, in Python floats; 0 without positives."""
+
+    def logit(i: int, j: int) -> float:
+        return scale * math.fsum(float(x) * float(y) for x, y in zip(rows[i], rows[j], strict=True))
+
+    losses = []
+    for i, (alike, others) in enumerate(zip(positives, negatives, strict=True)):
+        if not alike:
+            losses.append(0.0)
+            continue
+        every = math.log(math.fsum(math.exp(logit(i, j)) for j in (*alike, *others)))
+        if mean:
+            losses.append(math.fsum(every - logit(i, j) for j in alike) / len(alike))
+        else:
+            losses.append(every - math.log(math.fsum(math.exp(logit(i, j)) for j in alike)))
+    return losses

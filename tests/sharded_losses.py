@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mcl_kernels import clip_loss, masked_info_nce, nt_xent
+from mcl_kernels import clip_loss, masked_info_nce, nt_xent, supcon_loss
 from mcl_kernels.objectives import ObjectiveLike
 
 N, M, D = 60, 84, 8
@@ -52,6 +52,8 @@ def make_batch(labels: str, temperature: str = "learned", dtype: torch.dtype = t
     batch: dict[str, Any] = {"a": a.to(dtype), "b": b.to(dtype), "key": key.to(dtype)}
     batch |= {"labels": make_labels(labels, N, 0), "text_labels": make_labels(labels, N, 1)}
     batch |= {"key_labels": make_labels(labels, M, 2), "ids": torch.arange(N) % 50, "key_ids": torch.arange(M)}
+    batch |= {"targets": torch.arange(N) % 7 - 1, "hard_mask": torch.arange(3) < torch.arange(N)[:, None] % 4}
+    batch |= {"hard": (a[:, None] + torch.randn(N, 3, D, generator=generator, dtype=torch.float64)).to(dtype)}
     if temperature != "vector":
         return {**batch, "temperature": torch.tensor(0.3 if temperature == "learned" else [0.3], dtype=dtype)}
     temperature_a, temperature_b = 0.2 + torch.rand(2, N, generator=generator).to(dtype)
@@ -105,33 +107,70 @@ def _info_nce_with_extra_keys(batch: dict[str, Any], **options: Any) -> Tensor:
     return masked_info_nce(batch["a"], key, labels, key_labels, temperature=_temperature(batch, "a"), **options)
 
 
+def _private(batch: dict[str, Any], **options: Any) -> Tensor:
+    return _info_nce(batch, hard_negatives=batch["hard"], hard_mask=batch["hard_mask"], **options)
+
+
+def _blocks(batch: dict[str, Any], **options: Any) -> Tensor:
+    return _private(batch, include=("qk", "qq", "kq", "kk"), **options)
+
+
 def _queue(batch: dict[str, Any], **options: Any) -> Tensor:
     query, positive, key = batch["a"], batch["b"], batch["key"]
     labels, temperature = (batch["labels"], batch["key_labels"]), _temperature(batch, "a")
     return masked_info_nce(query, key, *labels, positive=positive, temperature=temperature, **options)
 
 
+def _queue_and_queries(batch: dict[str, Any], **options: Any) -> Tensor:
+    return _queue(batch, include=("qk", "qq"), **options)
+
+
 def _queue_with_ids(batch: dict[str, Any], **options: Any) -> Tensor:
     return _queue(batch, ids=batch["ids"], key_ids=batch["key_ids"], **options)
 
 
-LOSSES: dict[str, Callable[..., Tensor]] = {
+def _supcon(batch: dict[str, Any], **options: Any) -> Tensor:
+    return supcon_loss(batch["a"], batch["targets"], batch["labels"], temperature=batch["temperature"], **options)
+
+
+def _supcon_of_views(batch: dict[str, Any], **options: Any) -> Tensor:
+    """Samples with the same id have the same target."""
+    features, ids = torch.stack((batch["a"], batch["b"]), dim=1), batch["ids"]
+    options = {"temperature": batch["temperature"], "ids": ids, "positives": "sum", **options}
+    return supcon_loss(features, ids % 10 - 5, batch["labels"], **options)
+
+
+def _supcon_without_targets(batch: dict[str, Any], **options: Any) -> Tensor:
+    features = torch.stack((batch["a"], batch["b"]), dim=1)
+    return supcon_loss(features, labels=batch["labels"], temperature=batch["temperature"], **options)
+
+
+WITH_OBJECTIVE: dict[str, Callable[..., Tensor]] = {
     "nt_xent": _nt_xent,
     "nt_xent, ids": _nt_xent_with_ids,
     "clip_loss": _clip,
     "clip_loss, text_labels": _clip_with_text_labels,
     "masked_info_nce": _info_nce,
+    "masked_info_nce, private": _private,
     "masked_info_nce, extra keys": _info_nce_with_extra_keys,
     "masked_info_nce, queue": _queue,
     "masked_info_nce, queue, ids": _queue_with_ids,
 }
+LOSSES = {
+    **WITH_OBJECTIVE,
+    "supcon_loss": _supcon,
+    "supcon_loss, views": _supcon_of_views,
+    "supcon_loss, no targets": _supcon_without_targets,
+}
+# Losses that gather alone.
+BLOCKS = {"masked_info_nce, blocks": _blocks, "masked_info_nce, queue and queries": _queue_and_queries}
 
 
 def value_and_gradients(loss: str, batch: dict[str, Any], **options: Any) -> tuple[Tensor, dict[str, Tensor]]:
     """Value of a loss, and its gradients by the name of the argument; rows of an unreduced loss get unequal weights."""
     floating = {name: x for name, x in batch.items() if x is not None and x.is_floating_point()}
     leaves = {name: x.clone().requires_grad_() for name, x in floating.items()}
-    value = LOSSES[loss]({**batch, **leaves}, **options)
+    value = {**LOSSES, **BLOCKS}[loss]({**batch, **leaves}, **options)
     if value.ndim:
         weight = torch.cat([batch["ids"] + 1.0] * (len(value) // max(len(batch["ids"]), 1)))
         (value * weight).sum().backward()

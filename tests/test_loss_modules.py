@@ -8,7 +8,17 @@ import inspect
 import pytest
 import torch
 
-from mcl_kernels import ClipLoss, MaskedInfoNCE, NTXentLoss, clip_loss, masked_info_nce, nt_xent, objectives
+from mcl_kernels import (
+    ClipLoss,
+    MaskedInfoNCE,
+    NTXentLoss,
+    SupConLoss,
+    clip_loss,
+    masked_info_nce,
+    nt_xent,
+    objectives,
+    supcon_loss,
+)
 from tests.conftest import Backend
 from tests.loss_cases import pair
 
@@ -24,6 +34,11 @@ def test_modules_are_the_functions(backend: Backend) -> None:
     )
     assert torch.equal(
         ClipLoss(**options)(x, y, torch.tensor(3.0), labels), clip_loss(x, y, labels, logit_scale=3.0, **options)
+    )
+    options = {"positives": "sum", "reduction": "sum", "impl": backend.impl}
+    assert torch.equal(
+        SupConLoss(0.2, **options)(x, labels, labels % 2),
+        supcon_loss(x, labels, labels % 2, temperature=0.2, **options),
     )
 
 
@@ -48,6 +63,9 @@ def test_modules_learn_a_temperature() -> None:
         (ClipLoss(normalize=True, reduction="sum"), "ClipLoss(normalize=True, reduction=sum)"),
         (MaskedInfoNCE(objective=objectives.decoupled), "MaskedInfoNCE(temperature=0.07, objective=decoupled)"),
         (ClipLoss(objective=objectives.ifm()), "ClipLoss(objective=ifm(eps=0.1, alpha=1.0))"),
+        (SupConLoss(), "SupConLoss(temperature=0.07)"),
+        (SupConLoss(positives="sum", normalize=False), "SupConLoss(temperature=0.07, normalize=False, positives=sum)"),
+        (MaskedInfoNCE(include=("qk", "qq")), "MaskedInfoNCE(temperature=0.07, include=('qk', 'qq'))"),
     ],
 )
 def test_modules_print_their_temperature_and_what_differs_from_the_defaults(
@@ -57,10 +75,11 @@ def test_modules_print_their_temperature_and_what_differs_from_the_defaults(
     assert repr(copy.deepcopy(module)) == expected
 
 
-@pytest.mark.parametrize("module", [MaskedInfoNCE, NTXentLoss, ClipLoss])
+@pytest.mark.parametrize("module", [MaskedInfoNCE, NTXentLoss, ClipLoss, SupConLoss])
 def test_modules_list_the_options_of_their_function(module: type[torch.nn.Module]) -> None:
     """Defaults are equal; all other parameters of the function are tensors, which `forward` takes."""
-    function = {MaskedInfoNCE: masked_info_nce, NTXentLoss: nt_xent, ClipLoss: clip_loss}[module]
+    functions = {MaskedInfoNCE: masked_info_nce, NTXentLoss: nt_xent, ClipLoss: clip_loss, SupConLoss: supcon_loss}
+    function = functions[module]  # type: ignore[index]
     function_parameters = dict(inspect.signature(function).parameters)
     module_parameters = inspect.signature(module).parameters
     forward_parameters = inspect.signature(module.forward).parameters

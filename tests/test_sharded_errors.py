@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mcl_kernels import cached_backward, clip_loss, masked_info_nce, nt_xent, objectives
+from mcl_kernels import cached_backward, clip_loss, masked_info_nce, nt_xent, objectives, supcon_loss
 from mcl_kernels.backends.table import TABLE
 from tests.process_pool import RankPool
 from tests.sharded_losses import D, make_batch, shard_of, value_and_gradients
@@ -72,6 +72,23 @@ REFUSED: dict[str, list[dict[str, Any]]] = {
         {"key_labels": None},
         {"key_ids": KEY_IDS},
         {"key_labels": KEY_IDS[:-1]},
+        {"hard_negatives": X},
+        {"hard_mask": IDS > 2},
+        {"include": ("qk", "kd")},
+    ],
+    "supcon_loss": [
+        # It has no objective, and no second side that fixes the number of features.
+        *(
+            changed
+            for changed in REFUSED_BY_ALL
+            if "objective" not in changed and getattr(changed.get("first"), "shape", ()) != (6, 5)
+        ),
+        *({"temperature": value} for value in TEMPERATURES),
+        {"targets": IDS[:-1]},
+        {"targets": LABELS.float()},
+        {"targets": None},
+        {"positives": "max"},
+        {"temperature": torch.ones(6)},
     ],
 }
 
@@ -84,6 +101,8 @@ def small_loss(loss: str, **changed: Any) -> Tensor:
         return nt_xent(first, options.pop("view_b", Y), **options)
     if loss == "clip_loss":
         return clip_loss(first, options.pop("text_features", Y), **{"logit_scale": 2.0, **options})
+    if loss == "supcon_loss":
+        return supcon_loss(first, options.pop("targets", IDS % 3), **options)
     return masked_info_nce(first, options.pop("key", KEYS), **{"key_labels": KEY_IDS % 2, **options})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -14,7 +15,10 @@ from mcl_kernels.objectives import ObjectiveLike, needs_of
 from tests.cases import OBJECTIVES
 from tests.process_pool import RankPool
 from tests.sharded_losses import (
+    BLOCKS,
     LOSSES,
+    SHARDS,
+    WITH_OBJECTIVE,
     D,
     N,
     check_equals_one_process,
@@ -37,7 +41,7 @@ def test_loss_and_gradients_are_those_of_one_process(
 
 
 @pytest.mark.parametrize("exchange", ["gather", "cluster"])
-@pytest.mark.parametrize("loss", [loss for loss in LOSSES if "clip" not in loss])
+@pytest.mark.parametrize("loss", [loss for loss in WITH_OBJECTIVE if "clip" not in loss])
 def test_a_temperature_for_each_row_travels_with_it(ranks: RankPool, loss: str, exchange: str) -> None:
     ranks.run(partial(check_equals_one_process, temperature="vector"), loss, "zipf", "uneven", exchange)
 
@@ -51,7 +55,7 @@ def test_a_temperature_of_shape_1_is_a_scalar(ranks: RankPool, loss: str, exchan
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES[1:])
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", WITH_OBJECTIVE)
 def test_every_objective_is_that_of_one_process(ranks: RankPool, loss: str, objective: ObjectiveLike) -> None:
     check = partial(check_equals_one_process, objective=objective)
     ranks.run(check, loss, "zipf", "uneven", "auto")
@@ -71,12 +75,22 @@ def test_options_that_need_more_than_a_cluster_are_gathered(
     ranks: RankPool, loss: str, options: dict[str, str]
 ) -> None:
     ranks.run(partial(check_equals_one_process, **options), loss, "zipf", "uneven", "auto")
-    ranks.run(check_cluster_is_refused, loss, options)
+    if loss in WITH_OBJECTIVE:
+        ranks.run(check_cluster_is_refused, loss, options)
+
+
+@pytest.mark.parametrize("temperature", ["learned", "vector"])
+@pytest.mark.parametrize("loss", BLOCKS)
+def test_blocks_are_gathered(ranks: RankPool, loss: str, temperature: str) -> None:
+    for labels, shards in (("zipf", "uneven"), ("none", "empty")):
+        check = partial(check_equals_one_process, temperature=temperature, objective=objectives.hard_negative())
+        ranks.run(check, loss, labels, shards, "auto")
+    ranks.run(check_cluster_is_refused, loss, {})
 
 
 def check_cluster_is_refused(loss: str, options: dict[str, str]) -> None:
     with pytest.raises(ValueError, match="exchange='cluster' keeps each cluster by itself: "):
-        LOSSES[loss](make_batch("balanced"), group=dist.group.WORLD, exchange="cluster", **options)
+        {**LOSSES, **BLOCKS}[loss](make_batch("balanced"), group=dist.group.WORLD, exchange="cluster", **options)
 
 
 @pytest.mark.parametrize("exchange", ["gather", "cluster"])
@@ -225,3 +239,54 @@ def check_subgroup() -> None:
 
 def test_a_group_of_some_ranks(ranks: RankPool) -> None:
     ranks.run(check_subgroup)
+
+
+MISTAKES = {
+    "gradient of the own graph": "each rank has the loss of all rows, and the gradient through its own rows alone",
+    "detached keys": "rows of other ranks have no gradient",
+    "labels in another order": "labels are gathered in another order than rows",
+    "mean of the ranks' means": "shards of different lengths weigh alike",
+}
+
+
+def gradient_with(mistake: str, loss: str, batch: dict[str, Any], bounds: list[int]) -> torch.Tensor:
+    """The gradients of both views, [2N, D], that DDP would average to if ranks with these shards made a mistake."""
+    shards = [slice(begin, end) for begin, end in pairwise(bounds)]
+    labels, total = batch["labels"], torch.zeros(2 * N, D, dtype=torch.float64)
+    if mistake == "labels in another order":
+        labels = torch.cat([labels[shard] for shard in reversed(shards)])
+    for shard in shards:
+        a, b = (batch[name].clone().requires_grad_() for name in ("a", "b"))
+        own = torch.zeros(N, dtype=torch.bool)
+        own[shard] = True
+        seen_a, seen_b = a, b
+        if mistake in ("gradient of the own graph", "detached keys"):
+            seen_a, seen_b = (torch.where(own[:, None], x, x.detach()) for x in (a, b))
+        each = LOSSES[loss]({**batch, "a": seen_a, "b": seen_b, "labels": labels}, reduction="none").view(-1, N)
+        if mistake == "gradient of the own graph":
+            value = each.mean() / len(shards)
+        elif mistake == "mean of the ranks' means":
+            value = each[:, shard].mean() / len(shards)
+        else:
+            value = each[:, shard].sum() / each.numel()
+        total += torch.cat(torch.autograd.grad(value, (a, b)))
+    return total
+
+
+def check_against_mistakes(loss: str) -> None:
+    batch, world_size = make_batch("zipf"), dist.get_world_size()
+    _, grads = value_and_gradients(loss, shard_of(batch, "uneven"), group=dist.group.WORLD)
+    _, expected = value_and_gradients(loss, batch)
+    for name, own in shard_of({"a": expected["a"], "b": expected["b"]}, "uneven").items():
+        torch.testing.assert_close(grads[name] / world_size, own)
+    exact = torch.cat((expected["a"], expected["b"]))
+    for mistake in MISTAKES:
+        wrong = gradient_with(mistake, loss, batch, SHARDS[world_size]["uneven"])
+        error = (wrong - exact).norm() / exact.norm()
+        assert error > 0.05, f"{mistake} would pass: error {error:.2g}"
+
+
+@pytest.mark.parametrize("loss", ["nt_xent", "clip_loss", "masked_info_nce", "supcon_loss, no targets"])
+def test_gradients_are_none_of_those_found_in_training_libraries(ranks: RankPool, loss: str) -> None:
+    """Each mistake would change this gradient by more than 5 %; ours is that of one process."""
+    ranks.run(check_against_mistakes, loss)

@@ -29,7 +29,13 @@ def logsumexp(inputs: Inputs) -> tuple[Tensor, Tensor]:
         keep = kept_pairs(pairs)
         if keep is not None:
             logits = logits.masked_fill(~keep, -math.inf)
-        return logits.logsumexp(1), logits.logsumexp(0) if bidirectional else logits.new_empty(0)
+        return log_sum_exp(logits, 1), log_sum_exp(logits, 0) if bidirectional else logits.new_empty(0)
+
+
+def log_sum_exp(logits: Tensor, dim: int) -> Tensor:
+    """Log of the summed exponentials along a dimension; -inf, with derivatives of 0, where all logits are -inf."""
+    nothing = (logits == -math.inf).all(dim, keepdim=True)
+    return logits.masked_fill(nothing, 0.0).logsumexp(dim).masked_fill(nothing.squeeze(dim), -math.inf)
 
 
 def count_above(inputs: Inputs, threshold: Tensor) -> Tensor:

@@ -70,7 +70,7 @@ def clip_loss(
         >>> clip_loss(features, features, labels=torch.tensor([0, 0, 1, 1]), logit_scale=1.0)
         tensor(0.3133)
     """
-    options = Options(negatives, objective, normalize, reduction, impl, group, exchange)
+    options = Options(negatives, normalize, reduction, impl, group, exchange, objective)
     ranks = None if group is None else ranks_of(group)
     agreed = options.agreed_call(
         ranks, "clip_loss", image_features=image_features, text_features=text_features, labels=labels,

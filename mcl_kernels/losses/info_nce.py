@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -13,6 +14,15 @@ from mcl_kernels.logsumexp.api import check_pairs
 from mcl_kernels.logsumexp.inputs import Inputs
 from mcl_kernels.logsumexp.pairs import Pairs
 from mcl_kernels.losses import per_anchor, sharded
+from mcl_kernels.losses.negatives import (
+    Negatives,
+    Private,
+    Side,
+    check_include,
+    check_private,
+    further_blocks,
+    private_rows,
+)
 from mcl_kernels.losses.options import LossModule, Options, check_module_temperature, inverse_temperature
 from mcl_kernels.normalize import compute_dtype, normalize_rows
 from mcl_kernels.objectives import ObjectiveLike, info_nce
@@ -31,6 +41,9 @@ def masked_info_nce(
     positive: Tensor | None = None,
     ids: Tensor | None = None,
     key_ids: Tensor | None = None,
+    hard_negatives: Tensor | None = None,
+    hard_mask: Tensor | None = None,
+    include: Sequence[str] = ("qk",),
     negatives: str = "same",
     objective: ObjectiveLike = info_nce,
     normalize: bool = True,
@@ -63,6 +76,12 @@ def masked_info_nce(
             keys must have its query's id**, or it is its own negative too. Default: query i and key i share one,
             keys past N share none; in the queue form nothing is excluded.
         key_ids: identity of the keys' samples, integers [M].
+        hard_negatives: H rows for each query, [N, H, D], that are its negatives alone, whatever labels and ids say; as
+            many for every rank with `group`. A query that has these alone has a loss.
+        hard_mask: bool [N, H], false where a query has fewer than H; these rows may hold any values.
+        include: blocks of negatives, in one log-sum-exp: "qk", query i against keys, always; "qq", against queries;
+            "kq" and "kk", its positive, key i, against queries and against keys, under the labels and ids of key i and
+            the temperature of query i, not with `positive`. By default ids are row indices in "qq", too.
         negatives: "same", "different" or "all": see `masked_logsumexp`.
         objective: a function of `mcl_kernels.objectives`, or your own.
         normalize: L2-normalise all three in fp32, rounded once to the dtype they came in.
@@ -82,8 +101,8 @@ def masked_info_nce(
         exchange: "cluster" sends the rows of each cluster to the rank that compares them, or to several ranks if the
             cluster is large; with many clusters each rank receives about as many rows as its own batch has. "gather"
             sends all keys to all ranks. "auto" picks the exchange with the lower estimated time (`plan_exchange`), and
-            gathers where an anchor needs more than its cluster: other `negatives`, `reduction="none"`, an objective
-            that mixes anchors.
+            gathers where an anchor needs more than its cluster: other `negatives`, more blocks than "qk",
+            `reduction="none"`, an objective that mixes anchors.
 
     Returns:
         A scalar, or [N] with `reduction="none"`; fp32, or fp64 where an input is fp64.
@@ -95,39 +114,61 @@ def masked_info_nce(
         RuntimeError: an implementation that is not available; a rank that has ended, or has not called the loss within
             the group's timeout.
 
-    Source: "Learning the Unlearned" (ECCV 2024, arXiv 2402.11816), the loss L_j of stage j.
+    Source: "Learning the Unlearned" (ECCV 2024, arXiv 2402.11816), the loss L_j of stage j. The blocks are those of Li
+        et al. 2023 (arXiv 2308.03281), equation 2.
 
     Example:
         >>> query, key = torch.eye(4), torch.eye(4)
         >>> masked_info_nce(query, key, labels=torch.tensor([0, 0, 1, 1]), temperature=1.0)
         tensor(0.3133)
     """
-    options = Options(negatives, objective, normalize, reduction, impl, group, exchange)
+    options = Options(negatives, normalize, reduction, impl, group, exchange, objective)
     ranks, is_queue = None if group is None else ranks_of(group), positive is not None
     agreed = options.agreed_call(
         ranks, "masked_info_nce", query=query, key=key, labels=labels, key_labels=key_labels, positive=positive,
-        ids=ids, key_ids=key_ids, temperature=temperature,
+        ids=ids, key_ids=key_ids, temperature=temperature, hard_negatives=hard_negatives, hard_mask=hard_mask,
+        include=include,
     )  # fmt: skip
     with agreed:
         options.check()
+        check_include(include, is_queue=is_queue)
         pairs = check_query_key(query, key, positive, labels, key_labels, ids, key_ids, negatives, ranks)
+        check_private(hard_negatives, hard_mask, query)
         impl = resolve("logsumexp", impl, query.device)
-        if ranks is None and per_anchor.is_whole(objective, impl, pairs, query, key, positive, temperature):
+        is_plain = ranks is None and hard_negatives is None and len(include) == 1
+        if is_plain and per_anchor.is_whole(objective, impl, pairs, query, key, positive, temperature):
             rows = (query, key) if positive is None else (query, key, positive)
             scale = inverse_temperature(temperature, query, compute_dtype(*rows))
             loss = per_anchor.whole_query_to_key(query, key, positive, scale, pairs, normalize=normalize)
             return options.reduce(loss)
         query, key, positive = query_key_positive(query, key, positive, normalize, impl)
-        scale = inverse_temperature(temperature, query, compute_dtype(query, key, positive))
+        private = private_rows(hard_negatives, hard_mask, normalize, impl)
+        dtype = compute_dtype(query, key, positive, *([] if private is None else [private.rows]))
+        scale = inverse_temperature(temperature, query, dtype)
     inputs = Inputs(query, key, scale, pairs)
     if ranks is None:
-        return options.reduce(per_anchor.query_to_key(inputs, positive, objective, impl, is_queue=is_queue))
+        every = _negatives(inputs, include, private)
+        return options.reduce(per_anchor.query_to_key(every, positive, objective, impl, is_queue=is_queue))
     if isinstance(temperature, Tensor) and temperature.ndim:
         # On a rank with one row [1] may be its part of a vector [N], so every rank sends a scale with each row.
         inputs = Inputs(query, key, scale.expand(query.shape[0]), pairs)
-    call = sharded.Call(objective, impl, ranks, options.needed_exchange())
-    loss, anchors = sharded.query_to_key(inputs, positive, call, is_queue=is_queue)
+    call = sharded.Call(objective, impl, ranks, options.needed_exchange(include))
+    loss, anchors = sharded.query_to_key(inputs, positive, call, is_queue=is_queue, include=include, private=private)
     return options.reduce(loss, ranks, anchors)
+
+
+def _negatives(inputs: Inputs, include: Sequence[str], private: Private | None) -> Negatives:
+    """Negatives of the queries among the rows of this process."""
+    if len(include) == 1:
+        return Negatives(inputs, private=private)
+    query, key, scale, pairs, _ = inputs
+    # With one temperature the log-sum-exps of keys against queries come from the pass of queries against keys.
+    by_column = "kq" in include and scale.ndim == 0
+    queries, keys = Side(query, pairs.labels, pairs.ids), Side(inputs.keys, pairs.key_labels, pairs.key_ids)
+    own = queries, keys.first(query.shape[0])
+    others = [block for block in include if not (by_column and block == "kq")]
+    blocks = further_blocks(others, own, (queries, keys), scale, pairs.negatives)
+    return Negatives(Inputs(query, key, scale, pairs, bidirectional=by_column), blocks, private)
 
 
 def check_query_key(
@@ -177,7 +218,7 @@ class MaskedInfoNCE(LossModule):
     Args:
         temperature: t > 0, a float, a tensor [] or [1], or a vector [N]. A Parameter is learned. The values of a tensor
             are not checked.
-        negatives, objective, normalize, reduction, impl, group, exchange: as in `masked_info_nce`.
+        include, negatives, objective, normalize, reduction, impl, group, exchange: as in `masked_info_nce`.
 
     Raises:
         TypeError, ValueError: an option of the wrong type or value, in the constructor. `forward` raises as
@@ -197,6 +238,7 @@ class MaskedInfoNCE(LossModule):
         self,
         temperature: float | Tensor = 0.07,
         *,
+        include: Sequence[str] = ("qk",),
         negatives: str = "same",
         objective: ObjectiveLike = info_nce,
         normalize: bool = True,
@@ -209,7 +251,9 @@ class MaskedInfoNCE(LossModule):
             negatives=negatives, objective=objective, normalize=normalize, reduction=reduction, impl=impl, group=group,
             exchange=exchange,
         )  # fmt: skip
+        check_include(include)
         check_module_temperature(temperature)
+        self.options["include"] = include
         self.temperature = temperature
 
     def forward(
@@ -222,9 +266,11 @@ class MaskedInfoNCE(LossModule):
         positive: Tensor | None = None,
         ids: Tensor | None = None,
         key_ids: Tensor | None = None,
+        hard_negatives: Tensor | None = None,
+        hard_mask: Tensor | None = None,
     ) -> Tensor:
         """Computes the loss of a batch; the arguments are those of `masked_info_nce`."""
         return masked_info_nce(
             query, key, labels, key_labels, temperature=self.temperature, positive=positive, ids=ids, key_ids=key_ids,
-            **self.options,
+            hard_negatives=hard_negatives, hard_mask=hard_mask, **self.options,
         )  # fmt: skip

@@ -65,7 +65,7 @@ def nt_xent(
         >>> nt_xent(view, view, labels=torch.tensor([0, 0, 1, 1]), temperature=1.0)
         tensor(0.5514)
     """
-    options = Options(negatives, objective, normalize, reduction, impl, group, exchange)
+    options = Options(negatives, normalize, reduction, impl, group, exchange, objective)
     ranks = None if group is None else ranks_of(group)
     # The ranks compare [1] as [], since its description would equal that of a vector [2N] on another rank.
     is_one = isinstance(temperature, Tensor) and temperature.shape == (1,)

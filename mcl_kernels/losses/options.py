@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,7 +17,7 @@ from mcl_kernels.distributed.cost_model import EXCHANGES
 from mcl_kernels.distributed.group import Ranks, agreement, collective_device, ranks_of
 from mcl_kernels.logsumexp.api import check_scale
 from mcl_kernels.logsumexp.pairs import NEGATIVES
-from mcl_kernels.objectives import ObjectiveLike, needs_of
+from mcl_kernels.objectives import ObjectiveLike, info_nce, needs_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -28,12 +29,12 @@ class Options(NamedTuple):
     """Options of a loss. Its function documents each of them."""
 
     negatives: str
-    objective: ObjectiveLike
     normalize: bool
     reduction: str
     impl: str
     group: ProcessGroup | None
     exchange: str
+    objective: ObjectiveLike = info_nce
 
     def check(self) -> None:
         """Raises for an option of the wrong type or value; `resolve` checks `impl`, and `ranks_of` checks `group`."""
@@ -43,9 +44,10 @@ class Options(NamedTuple):
         check_flag("normalize", self.normalize)
         check_objective(self.objective)
 
-    def needed_exchange(self) -> str:
+    def needed_exchange(self, include: Sequence[str] = ()) -> str:
         """Exchange of a call: "gather" if an anchor needs more than its cluster, else the option itself."""
         needing_all = {
+            f"include={tuple(include)!r}": len(include) > 1,
             f"negatives={self.negatives!r}": self.negatives != "same",
             "reduction='none'": self.reduction == "none",
             f"{self.objective}, which mixes anchors,": needs_of(self.objective).mixes_anchors,

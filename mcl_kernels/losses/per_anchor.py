@@ -16,6 +16,7 @@ from mcl_kernels.logsumexp.inputs import Inputs
 from mcl_kernels.logsumexp.ops import compute
 from mcl_kernels.logsumexp.pairs import Pairs, count_kept, repeat
 from mcl_kernels.losses.lonely import watch
+from mcl_kernels.losses.negatives import Negatives
 from mcl_kernels.normalize import row_dot
 from mcl_kernels.objectives import ObjectiveLike, info_nce, needs_of
 
@@ -24,7 +25,7 @@ GatherVectors = Callable[[Sequence[Tensor]], tuple[list[Tensor], slice]]
 
 
 def query_to_key(
-    inputs: Inputs,
+    negatives: Negatives,
     positive: Tensor,
     objective: ObjectiveLike,
     impl: str,
@@ -35,19 +36,21 @@ def query_to_key(
     """The loss of each query, [N].
 
     Args:
-        inputs: queries and keys, one-directional.
+        negatives: queries, keys and further negatives of the queries.
         positive: [N, D].
         objective: loss of each anchor.
         impl: name of a backend.
         is_queue: the positives are not among the keys.
-        gather: gathers vectors of all anchors, for an objective that mixes anchors; None: `inputs` holds all of them.
+        gather: gathers vectors of all anchors, for an objective that mixes anchors; None: these queries are all.
     """
-    lse = [b for b, _ in _log_sum_exps(inputs, objective, impl)]
+    inputs = negatives.inputs
+    lse = [negatives.log_sum_exp(factor, impl) for factor in needs_of(objective).scales or (None,)]
     watch(lse[0], inputs.pairs, is_queue=is_queue)
     if _has_kernel(objective, impl, inputs.query, positive, inputs.scale):
         return _info_nce_kernels().info_nce_of_rows(inputs.query, positive, inputs.scale, lse[0])  # type: ignore[no-any-return]
     positive_logit = inputs.scale * row_dot(inputs.query, positive, inputs.scale.dtype)
-    return _anchor_losses(objective, positive_logit, lse, _counts(inputs, objective), inputs.scale, gather)
+    counts = negatives.counts() if needs_of(objective).counts else None
+    return _anchor_losses(objective, positive_logit, lse, counts, inputs.scale, gather)
 
 
 def views(inputs: Inputs, cosine: Tensor, objective: ObjectiveLike, impl: str) -> Tensor:

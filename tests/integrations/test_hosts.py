@@ -80,7 +80,7 @@ def test_the_page_lists_every_class() -> None:
     classes = set()
     for path in Path(_host.__file__).parent.glob("[!_]*.py"):
         nodes = ast.parse(path.read_text(encoding="utf-8")).body
-        classes |= {(path.stem, node.name) for node in nodes if isinstance(node, ast.ClassDef)}
+        classes |= {(path.stem, node.name) for node in nodes if isinstance(node, ast.ClassDef) and node.name[0] != "_"}
     assert set(LISTED) == classes
     assert SWAPS
 

@@ -14,7 +14,7 @@ from tests.integrations.hosts import assert_same, peak_of, train, views
 pml = pytest.importorskip("pytorch_metric_learning")
 from pytorch_metric_learning import distances, losses, miners, reducers, regularizers  # noqa: E402
 
-from mcl_kernels.integrations.pytorch_metric_learning import NTXentLoss  # noqa: E402
+from mcl_kernels.integrations.pytorch_metric_learning import NTXentLoss, SupConLoss  # noqa: E402
 
 CLUSTERS = (torch.arange(40) % 4).repeat(2)
 IDENTITIES = {
@@ -36,40 +36,58 @@ def pairs_within_clusters(identity: Tensor, clusters: Tensor) -> tuple[Tensor, .
     return (*positive.nonzero(as_tuple=True), *(~equal & same).nonzero(as_tuple=True))
 
 
-@pytest.mark.parametrize("identities", IDENTITIES)
-def test_without_cluster_labels_equals_the_host(identities: str) -> None:
-    labels = IDENTITIES[identities]
-    assert_same(lambda x: NTXentLoss()(x, labels), lambda x: losses.NTXentLoss()(x, labels), (rows(),))
+KINDS = [(NTXentLoss, losses.NTXentLoss), (SupConLoss, losses.SupConLoss)]
+of_each_class = pytest.mark.parametrize(("own", "host"), KINDS, ids=["NTXentLoss", "SupConLoss"])
 
 
+@of_each_class
 @pytest.mark.parametrize("identities", IDENTITIES)
-def test_cluster_labels(identities: str) -> None:
+def test_without_cluster_labels_equals_the_host(identities: str, own: type, host: type) -> None:
+    labels = IDENTITIES[identities] - 7  # the host's labels may be negative
+    assert_same(lambda x: own()(x, labels), lambda x: host()(x, labels), (rows(),))
+
+
+@of_each_class
+@pytest.mark.parametrize("identities", IDENTITIES)
+def test_cluster_labels(identities: str, own: type, host: type) -> None:
     """The expected loss is the host's for the same pairs."""
     labels = IDENTITIES[identities]
     pairs = pairs_within_clusters(labels, CLUSTERS)
     assert_same(
-        lambda x: NTXentLoss(temperature=0.2)(x, labels, cluster_labels=CLUSTERS),
-        lambda x: losses.NTXentLoss(temperature=0.2)(x, indices_tuple=pairs),
+        lambda x: own(temperature=0.2)(x, labels, cluster_labels=CLUSTERS),
+        lambda x: host(temperature=0.2)(x, indices_tuple=pairs),
         (rows(),),
     )
 
 
-def test_reference_embeddings() -> None:
+def test_one_positive_without_negatives_has_loss_0() -> None:
+    """The mean is over the losses above 0, so such an anchor must not count."""
+    labels, clusters = torch.arange(40).repeat(2), torch.arange(40).clamp(max=20).repeat(2)
+    pairs = pairs_within_clusters(labels, clusters)
+    assert_same(
+        lambda x: SupConLoss()(x, labels, cluster_labels=clusters),
+        lambda x: losses.SupConLoss()(x, indices_tuple=pairs),
+        (rows(),),
+    )
+
+
+@of_each_class
+def test_reference_embeddings(own: type, host: type) -> None:
     labels, ref_labels = torch.arange(40), torch.arange(60) % 45
     clusters, ref_clusters = torch.arange(40) % 3, torch.arange(60) % 45 % 3
     ref = views(60, seed=2)[0]
     assert_same(
-        lambda x, y: NTXentLoss()(x, labels, ref_emb=y, ref_labels=ref_labels),
-        lambda x, y: losses.NTXentLoss()(x, labels, ref_emb=y, ref_labels=ref_labels),
+        lambda x, y: own()(x, labels, ref_emb=y, ref_labels=ref_labels),
+        lambda x, y: host()(x, labels, ref_emb=y, ref_labels=ref_labels),
         (views()[0], ref),
     )
     equal, same = labels[:, None] == ref_labels, clusters[:, None] == ref_clusters
     pairs = (*equal.nonzero(as_tuple=True), *(~equal & same).nonzero(as_tuple=True))
     assert_same(
-        lambda x, y: NTXentLoss()(
+        lambda x, y: own()(
             x, labels, ref_emb=y, ref_labels=ref_labels, cluster_labels=clusters, ref_cluster_labels=ref_clusters
         ),
-        lambda x, y: losses.NTXentLoss()(x, indices_tuple=pairs, ref_emb=y),
+        lambda x, y: host()(x, indices_tuple=pairs, ref_emb=y),
         (views()[0], ref),
     )
 
@@ -91,14 +109,15 @@ REFERENCES: dict[str, Callable[[Tensor, Tensor], dict[str, Any]]] = {
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.float32, torch.bool], ids=str)
 @pytest.mark.parametrize("reference", REFERENCES)
-def test_any_reference_equals_the_host(reference: str, dtype: torch.dtype) -> None:
+@of_each_class
+def test_any_reference_equals_the_host(own: type, host: type, reference: str, dtype: torch.dtype) -> None:
     """Row i of both sides is the same sample if both have the same labels object. Labels have any dtype."""
     labels = (torch.arange(80) // 5 / 2).to(dtype)
 
     def loss(kind: type) -> Callable[[Tensor], Tensor]:
         return lambda x: kind(temperature=0.2)(x, labels, **REFERENCES[reference](x, labels))
 
-    assert_same(loss(NTXentLoss), loss(losses.NTXentLoss), (rows(),))
+    assert_same(loss(own), loss(host), (rows(),))
 
 
 def test_the_batch_as_its_own_reference_within_clusters() -> None:
@@ -112,19 +131,20 @@ def test_the_batch_as_its_own_reference_within_clusters() -> None:
     )
 
 
+@of_each_class
 @pytest.mark.parametrize("clusters", [None, CLUSTERS], ids=["no clusters", "clusters"])
-def test_miners(clusters: Tensor | None) -> None:
+def test_miners(clusters: Tensor | None, own: type, host: type) -> None:
     """Pairs and triplets of a miner, with negatives restricted to clusters."""
     x, labels = rows().detach()[:30], IDENTITIES["several positives"][:30]
     clusters = None if clusters is None else clusters[:30]
     for miner in (miners.MultiSimilarityMiner(), miners.TripletMarginMiner(margin=0.3)):
         found = miner(x, labels)
-        got = NTXentLoss()(x, labels, found, cluster_labels=clusters)
+        got = own()(x, labels, found, cluster_labels=clusters)
         pairs = pml.utils.loss_and_miner_utils.convert_to_pairs(found, labels)
         if clusters is not None:
             kept = clusters[pairs[2]] == clusters[pairs[3]]
             pairs = (*pairs[:2], pairs[2][kept], pairs[3][kept])
-        torch.testing.assert_close(got, losses.NTXentLoss()(x, indices_tuple=pairs))
+        torch.testing.assert_close(got, host()(x, indices_tuple=pairs))
 
 
 def test_wrappers_of_the_host() -> None:
@@ -158,12 +178,13 @@ def test_reducers_and_regularizers(options: dict[str, Any]) -> None:
     torch.testing.assert_close(got, expected)
 
 
+@of_each_class
 @pytest.mark.parametrize(
     "labels", [torch.arange(8), torch.zeros(8, dtype=torch.int64)], ids=["no positives", "no negatives"]
 )
-def test_without_pairs_the_loss_is_0(labels: Tensor) -> None:
+def test_without_pairs_the_loss_is_0(labels: Tensor, own: type, host: type) -> None:
     x = views(8)[0]
-    loss = NTXentLoss()(x, labels, cluster_labels=torch.zeros(8, dtype=torch.int64))
+    loss = own()(x, labels, cluster_labels=torch.zeros(8, dtype=torch.int64))
     assert loss == 0
     assert (torch.autograd.grad(loss, x)[0] == 0).all()
 
