@@ -192,7 +192,51 @@ def test_an_input_that_is_given_twice_goes_by_the_dispatch(compiled: list[Interp
     for _ in range(2):
         loss = clip_loss(a, a, logit_scale=torch.tensor(3.0), impl="triton")
     assert not any(kernel.launched for kernel in compiled)
-    assert torch.equal(loss, clip_loss(a, a.clone(), logit_scale=torch.tensor(3.0), impl="triton"))
+    for _ in range(2):  # the layout is not spoiled
+        assert torch.equal(loss, clip_loss(a, a.clone(), logit_scale=torch.tensor(3.0), impl="triton"))
+    assert any(kernel.launched for kernel in compiled)
+
+
+def test_hooks_of_saved_tensors_change_strides(compiled: list[Interpreted]) -> None:
+    """As `torch.autograd.graph.save_on_cpu` does on a GPU."""
+    a, b, scale, labels = make_batch(0, torch.float32)
+    wide = torch.cat((a, torch.full_like(a, 7.0)), dim=1)
+
+    def gradients(unpack: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        leaves = [wide.clone().requires_grad_(), b.clone().requires_grad_()]
+        strided = torch.stack((labels, labels + 9), dim=1)[:, 0]
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: x, unpack):
+            loss = pairs(leaves[0][:, :24], leaves[1], scale, strided, negatives="different", normalize=False)
+            return list(torch.autograd.grad(loss, leaves))
+
+    expected = gradients(lambda x: x)
+    assert_same_bits(gradients(lambda x: x.contiguous()), expected)
+    triton_launch._kept.clear()
+    assert_same_bits(gradients(lambda x: x.contiguous()), expected)
+    assert_same_bits(gradients(lambda x: x), expected)
+
+
+def test_the_precision_of_the_backward_pass_is_that_of_its_time(compiled: list[Interpreted]) -> None:
+    tensors = [x.requires_grad_(x.is_floating_point()) for x in make_batch(0, torch.float32)]
+    before = torch.get_float32_matmul_precision()
+    try:
+        loss = views(*tensors)
+        torch.set_float32_matmul_precision("high")
+        loss.backward()
+    finally:
+        torch.set_float32_matmul_precision(before)
+    loss, recorded = views(*tensors), len(compiled)
+    loss.backward()
+    assert len(compiled) > recorded  # kernels of the other precision are not repeated
+
+
+def test_a_thread_that_finds_another_recording_does_not_record(compiled: list[Interpreted]) -> None:
+    tensors = make_batch(0, torch.float32)
+    with triton_launch._record_lock:
+        expected = results(pairs, tensors, True)
+    assert not triton_launch._kept
+    assert_same_bits(results(pairs, tensors, True), expected)
+    assert triton_launch._kept
 
 
 def test_hooks_of_triton_are_called(compiled: list[Interpreted], monkeypatch: pytest.MonkeyPatch) -> None:

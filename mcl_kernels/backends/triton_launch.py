@@ -86,18 +86,20 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
-        if self.is_launching:
+        if self.is_launching or not self.is_repeatable:
             return result
         if "empty" in function.__name__:
             self.allocated[result.untyped_storage().data_ptr()] = result
         elif not any(x.alias_info is not None and not x.alias_info.is_write for x in function._schema.returns):
-            self.is_repeatable = False  # it is no view
+            self._give_up()  # it is no view
         return result
 
     def add(self, kernel: Any, grid: tuple[int, ...], compiled: Any, arguments: Any, constants: dict[str, Any]) -> None:
         """Records a launch, if Triton has compiled the kernel."""
+        if not self.is_repeatable:
+            return
         if getattr(compiled, "_run", None) is None or kernel.pre_run_hooks:
-            self.is_repeatable = False
+            self._give_up()
             return
         named = {name: value for name, value in constants.items() if name in kernel.signature.parameters}
         bound = kernel.signature.bind(*arguments, **named).arguments
@@ -106,8 +108,15 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         count = is_constant.index(True) if True in is_constant else len(values)
         self.launches.append(Launch(compiled, (*grid, 1, 1)[:3], values[:count], values[count:]))
 
+    def _give_up(self) -> None:
+        """Records no more, and holds no memory longer than the sequence does."""
+        self.is_repeatable = False
+        self.launches.clear()
+        self.allocated.clear()
+
 
 _recording = threading.local()
+_record_lock = threading.Lock()  # modes of PyTorch's dispatch that threads leave in another order stay on
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **named: Any) -> None:
@@ -133,10 +142,7 @@ class Repetition:
         if not recorder.is_repeatable:
             raise NotRepeatableError("an operator, or a kernel that is not compiled")
         self.device = next(x.device for x in inputs if x is not None)
-        given: dict[int, int] = {}  # inputs by address
-        for i, x in enumerate(inputs):
-            if x is not None and x.numel() and given.setdefault(x.data_ptr(), i) != i:
-                raise NotRepeatableError("two inputs have one address")
+        given = {x.data_ptr(): i for i, x in enumerate(inputs) if x is not None and x.numel()}
         self.results: list[int | tuple[torch.Size, torch.dtype] | None] = []  # an input, or a new tensor
         storages: dict[int, tuple[int, int]] = {}  # base and offset of allocated memory, by address
         base = len(inputs)
@@ -297,7 +303,14 @@ def repeated(key: tuple[Hashable, ...], inputs: Tensors, compute: Callable[[], T
     if kept is not None:
         with current_device(first):
             return kept(inputs, addresses)
-    results, found = _record(inputs, compute)
+    given = [address for address in addresses if address]
+    # Two inputs in one place could not be told apart.
+    if len(set(given)) < len(given) or not _record_lock.acquire(blocking=False):
+        return compute()
+    try:
+        results, found = _record(inputs, compute)
+    finally:
+        _record_lock.release()
     if len(_kept) >= MAX_KEPT:
         _kept.clear()
     _kept[key] = found

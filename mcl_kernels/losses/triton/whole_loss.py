@@ -143,9 +143,12 @@ def _gradients(grad_loss: Tensor, tensors: Any, form: Form, wanted: Sequence[boo
     query, key_rows, positive, x, y, z, _, scale, *identities = tensors[:12]
     wants = tuple(wanted[:4])
     with without_autocast(x):
-        layout = _layout(grad_loss), _layout(query), _layout(key_rows), _layout(positive)
+        # Hooks of saved tensors may have changed strides since the forward pass, and a setting the precision.
+        read = (query, key_rows, positive) if form.normalize else (x, y, z)
+        layouts = [_layout(tensor) for tensor in (grad_loss, *read, *identities[:4])]
+        precision = product_precision(x, x if y is None else y, scale)
         found = repeated(
-            ("gradients", *wants, key, *layout),
+            ("gradients", *wants, precision, key, *layouts),
             (grad_loss, *tensors),
             partial(_row_gradients, grad_loss, tensors, form, wants),
         )
