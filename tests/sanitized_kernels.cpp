@@ -462,12 +462,15 @@ bool check_seeding(int64_t size, int64_t width, int64_t count) {
   const int64_t stride = kernels.seeding_stride(width);
   std::vector<int8_t> codes(size * code_stride);
   std::vector<mcl::RowCode<float>> row_codes(size);
-  kernels.code_rows(rows.data(), width, offset.data(), width, code_stride, 0, size, codes.data(), row_codes.data());
+  std::vector<int64_t> positions(size);
+  for (int64_t i = 0; i < size; i++) positions[i] = i;
+  const mcl::SampledRows<float> sampled = {rows.data(), width, positions.data()};
+  kernels.code_rows(sampled, offset.data(), width, code_stride, 0, size, codes.data(), row_codes.data());
   std::vector<float> candidate_rows(padded * stride), relative(padded * stride);
   std::vector<double> squares(padded), norms(padded), limits(2 * count), lowest_limits(2);
   mcl::Seeding<float> seeding{};
-  seeding.rows = rows.data(), seeding.offset = offset.data();
-  seeding.row_stride = seeding.width = width;
+  seeding.rows = sampled, seeding.offset = offset.data();
+  seeding.width = width;
   seeding.centers = 2;
   seeding.nearest = nearest.data(), seeding.labels = labels.data();
   seeding.candidates = count, seeding.stride = stride;

@@ -124,7 +124,7 @@ def test_the_bounds_change_no_bit(native_path: str) -> None:
     """Steps with bounds, and steps that compare every row with every candidate."""
     add_center = native.ops().add_center
     for x in (blobs(3000, k=30, d=70, spread=1.0)[0], normal(3000, 70, "cpu"), hard_data(70)["several far rows"]):
-        steps = initial._NativeSteps(x, x.mean(0), coded=True)
+        steps = initial._NativeSteps(Sample(x, None), x.mean(0), coded=True)
         nearest, labels = steps.nearest.clone(), torch.zeros(len(x), dtype=torch.int32)
         chosen = torch.arange(0)
         for step in range(60):
@@ -140,7 +140,7 @@ def test_the_bounds_change_no_bit(native_path: str) -> None:
 
 def test_rows_far_from_all_candidates_are_skipped(native_path: str) -> None:
     x, _ = blobs(3000, k=30, d=70, spread=0.1)
-    steps = initial._NativeSteps(x, x.mean(0), coded=True)
+    steps = initial._NativeSteps(Sample(x, None), x.mean(0), coded=True)
     for row in range(30):  # a centre in each cluster
         steps.add_best(torch.tensor([row]), torch.arange(row))
     steps.add_best(torch.tensor([30, 31]), torch.arange(30))
@@ -152,7 +152,7 @@ def test_the_same_bits_for_any_number_of_threads(native_path: str, set_threads: 
     results = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        steps = initial._NativeSteps(x, x.mean(0), coded=True)
+        steps = initial._NativeSteps(Sample(x, None), x.mean(0), coded=True)
         chosen = torch.arange(0)
         for step in range(6):
             candidates = torch.randint(len(x), (12,), generator=torch.Generator().manual_seed(step))
@@ -166,7 +166,7 @@ def test_the_same_bits_for_any_number_of_threads(native_path: str, set_threads: 
 def test_distances_beyond_fp64(native_path: str) -> None:
     """A distance that overflows is no bound of others."""
     x = torch.tensor([[0.0], [2.0], [1.1], [1.9]], dtype=torch.float64) * 1e154
-    steps = initial._NativeSteps(x, x[2], coded=False)
+    steps = initial._NativeSteps(Sample(x, None), x[2], coded=False)
     steps.nearest.fill_(torch.inf)
     steps.add_best(torch.tensor([0]), torch.arange(0))
     steps.add_best(torch.tensor([1]), torch.arange(1))

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from mcl_kernels import KMeans, assign_clusters
 from mcl_kernels.kmeans import initial
 from mcl_kernels.kmeans import rows as row_sources
+from mcl_kernels.kmeans.dataset import Dataset
 from mcl_kernels.kmeans.passes import FAR_CENTERS, Partition
 from mcl_kernels.kmeans.rows import FileRows, Rows, TensorRows, open_rows
 
@@ -93,6 +94,25 @@ def test_clusters_do_not_depend_on_the_source(x: Tensor, tmp_path: Path, impl: s
         assert torch.equal(kmeans.predict(rows), expected.labels_), name
         assert kmeans.init_rows_ == N
         assert kmeans.inertia_ == pytest.approx(expected.inertia_, rel=1e-12)
+
+
+@pytest.mark.parametrize("init", ["k-means++", "random"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+def test_a_sample_of_a_tensor_is_that_of_chunks(x: Tensor, metric: str, dtype: torch.dtype, init: str) -> None:
+    """It is not copied, with weights either."""
+    x = torch.cat((x.to(dtype), torch.zeros(N, 1, dtype=dtype)), dim=1)
+    x[::50, -1] = 1  # a column that few rows of the sample show to vary
+    for weights in (None, torch.arange(N) % 3):
+        kmeans = KMeans(K, metric=metric, init=init, max_iter=3)
+        with mock.patch.object(initial, "SAMPLE_ROWS", 400):
+            with mock.patch.object(Dataset, "take", side_effect=AssertionError):
+                labels = kmeans.fit_predict(x, sample_weight=weights)
+            centers = kmeans.cluster_centers_
+            assert kmeans.init_rows_ == 400
+            kmeans.fit(x.split(1000), sample_weight=weights)
+        assert torch.equal(kmeans.cluster_centers_, centers)
+        assert torch.equal(kmeans.labels_, labels)
 
 
 def test_assign_clusters_takes_chunks(x: Tensor, tmp_path: Path) -> None:
@@ -380,7 +400,7 @@ def test_labels_of_a_last_pass_without_moves_are_final(x: Tensor, metric: str) -
     assert converged.history_[-1]["shift"] == 0
     again = KMeans(K, init=converged.cluster_centers_, tol=0, metric=metric).fit(rows := Counted(x))
     assert again.n_iter_ == 1
-    assert rows.reads == 3
+    assert rows.reads == 2  # a survey and one pass: a sample of a tensor is no read
     assert torch.equal(again.labels_, again.predict(x))
     assert again.inertia_ == pytest.approx(float(assign_clusters(x, again.cluster_centers_, metric=metric)[1].sum()))
 

@@ -353,9 +353,9 @@ def test_a_sample_keeps_the_expected_weights() -> None:
     for _ in range(draws):
         sample = draw_sample(data, 20, generator)
         assert sample.weights is not None
-        assert len(sample.rows) == 20
-        assert bool((sample.rows.diff(dim=0) > 0).all())
-        totals[sample.rows.squeeze(1).long()] += sample.weights * data.weights.unit
+        assert sample.size == 20
+        assert bool((sample.take().diff(dim=0) > 0).all())
+        totals[sample.take().squeeze(1).long()] += sample.weights * data.weights.unit
     assert totals[0] == 0
     for part in (slice(20), slice(20, 40), slice(40, 50), slice(50, 60)):
         assert float(totals[part].sum() / draws) == pytest.approx(float(weights[part].sum()), rel=0.2)
@@ -369,7 +369,7 @@ def test_a_sample_of_few_rows_with_a_weight_holds_all_of_them() -> None:
     data.set_weights(weights)
     sample = draw_sample(data, 20, torch.Generator().manual_seed(0))
     assert data.weights is not None
-    assert sample.rows.squeeze(1).tolist() == [3.0, 50.0, 99.0]
+    assert sample.take().squeeze(1).tolist() == [3.0, 50.0, 99.0]
     assert torch.equal(sample.weights, data.weights.every[[3, 50, 99]])
 
 

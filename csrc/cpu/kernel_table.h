@@ -27,8 +27,8 @@ struct Kernels {
                        int64_t* counts, char* workspace);
 
   // k-means++
-  void (*code_rows)(const T* rows, int64_t row_stride, const T* offset, int64_t width, int64_t code_stride,
-                    int64_t begin, int64_t end, int8_t* codes, RowCode<T>* constants);
+  void (*code_rows)(const SampledRows<T>& rows, const T* offset, int64_t width, int64_t code_stride, int64_t begin,
+                    int64_t end, int8_t* codes, RowCode<T>* constants);
   int64_t (*seeding_stride)(int64_t width);
   void (*begin_seeding_step)(const Seeding<T>& seeding, const int64_t* candidate_rows, const int64_t* center_rows);
   SeedingCounts (*compare_with_candidates)(const Seeding<T>& seeding, int64_t begin, int64_t end, int64_t* nearer,

@@ -121,10 +121,10 @@ void code_row(const T* x, const T* offset, int64_t width, Index<T>* words, RowCo
 }
 
 template <class T>
-void code_rows(const T* rows, int64_t row_stride, const T* offset, int64_t width, int64_t code_stride, int64_t begin,
+void code_rows(const SampledRows<T>& rows, const T* offset, int64_t width, int64_t code_stride, int64_t begin,
                int64_t end, int8_t* codes, RowCode<T>* constants) {
   for (int64_t i = begin; i < end; i++)
-    code_row(rows + i * row_stride, offset, width, reinterpret_cast<Index<T>*>(codes + i * code_stride), constants[i]);
+    code_row(rows.at(i), offset, width, reinterpret_cast<Index<T>*>(codes + i * code_stride), constants[i]);
 }
 
 // The codes in byte `byte` of words, as T: or-ed into the last bits of a power of two whose last bit has value 1.
@@ -183,7 +183,7 @@ void begin_seeding_step(const Seeding<T>& seeding, const int64_t* candidate_rows
   const int64_t width = seeding.width, count = seeding.candidates, stride = seeding.stride;
   for (int64_t j = 0; j < round_up(count, 8); j++) {
     T *to = seeding.stored + j * stride, *relative = seeding.relative + j * stride;
-    const T* from = seeding.rows + candidate_rows[smaller(j, count - 1)] * seeding.row_stride;
+    const T* from = seeding.rows.at(candidate_rows[smaller(j, count - 1)]);
     double squares = 0;
     for (int64_t d = 0; d < stride; d++) {
       to[d] = d < width ? from[d] : T(0);
@@ -196,7 +196,7 @@ void begin_seeding_step(const Seeding<T>& seeding, const int64_t* candidate_rows
   }
   const double margin = 1 + 16 * sum_rounding<T>(width);  // of two computed distances
   for (int64_t c = 0; c < seeding.centers; c++) {
-    const T* center = seeding.rows + center_rows[c] * seeding.row_stride;
+    const T* center = seeding.rows.at(center_rows[c]);
     double *limits = seeding.limits + c * count, lowest = __builtin_inf();
     for (int64_t j = 0; j < count; j += CANDIDATES_AT_ONCE) {
       const int64_t index[CANDIDATES_AT_ONCE] = {j, j + 1, j + 2, j + 3};
@@ -277,9 +277,8 @@ SeedingCounts compare_with_candidates(const Seeding<T>& seeding, int64_t begin, 
   }
   SeedingCounts counts{left.count, 0};
   if (seeding.codes) left = compare_codes(seeding, left);
-  const auto row_address = [&](int64_t r) { return seeding.rows + left.rows[r] * seeding.row_stride; };
   for (int64_t r = 0; r < left.count; r++) {
-    const char* next = reinterpret_cast<const char*>(row_address(smaller(r + 2, left.count - 1)));
+    const char* next = reinterpret_cast<const char*>(seeding.rows.at(left.rows[smaller(r + 2, left.count - 1)]));
     for (int64_t byte = 0; byte < seeding.width * int64_t(sizeof(T)); byte += 64) __builtin_prefetch(next + byte);
     const double nearest = seeding.nearest[left.rows[r]];
     const double weight = seeding.weights ? seeding.weights[left.rows[r]] : 1;
@@ -290,7 +289,7 @@ SeedingCounts compare_with_candidates(const Seeding<T>& seeding, int64_t begin, 
       int64_t index[CANDIDATES_AT_ONCE], group = 0;
       for (; bits && group < CANDIDATES_AT_ONCE; bits &= bits - 1) index[group++] = __builtin_ctzll(bits);
       double found[CANDIDATES_AT_ONCE];
-      seeding_distances(seeding, row_address(r), index, group, found);
+      seeding_distances(seeding, seeding.rows.at(left.rows[r]), index, group, found);
       for (int64_t i = 0; i < group; i++) {
         if (!(found[i] < nearest)) continue;
         to[index[i]] = found[i];

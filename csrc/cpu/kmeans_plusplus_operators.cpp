@@ -14,20 +14,27 @@ namespace {
 
 constexpr int64_t MIN_CODED = 1 << 20, MIN_COMPARED = 1 << 25;  // elements of a thread: about a millisecond
 
+// `rows` and `positions` outlive the result. Positions come from the caller's own draw, and are not checked.
 template <class T>
-std::tuple<Tensor, Tensor> code(const Tensor& x, const Tensor& offset) {
+SampledRows<T> sampled_rows(const Tensor& rows, const OptionalTensor& positions) {
+  return {rows.const_data_ptr<T>(), rows.stride(0), positions ? positions->const_data_ptr<int64_t>() : nullptr};
+}
+
+template <class T>
+std::tuple<Tensor, Tensor> code(const Tensor& x, const Tensor& offset, const OptionalTensor& positions) {
   const Kernels<T> kernels = choose_kernels<T>(false);
   const Tensor rows = with_dense_rows(x), dense_offset = offset.contiguous();
-  const int64_t n = x.size(0), width = x.size(1), stride = (width + 63) / 64 * 64;
+  const SampledRows<T> sampled = sampled_rows<T>(rows, positions);
+  const int64_t n = positions ? positions->size(0) : x.size(0), width = x.size(1), stride = (width + 63) / 64 * 64;
   Tensor codes = at::empty({n, stride}, x.options().dtype(at::kChar));
   Tensor constants = at::empty({n, int64_t(sizeof(RowCode<T>) / sizeof(T))}, x.options());
-  const T *row_data = rows.const_data_ptr<T>(), *offset_data = dense_offset.const_data_ptr<T>();
+  const T* offset_data = dense_offset.const_data_ptr<T>();
   int8_t* code_data = codes.mutable_data_ptr<int8_t>();
   auto* constant_data = reinterpret_cast<RowCode<T>*>(constants.mutable_data_ptr<T>());
   const int64_t threads = std::max<int64_t>(std::min(thread_count(), n * width / MIN_CODED), 1);
   parallel_for(threads, [&](int64_t thread) {
-    kernels.code_rows(row_data, rows.stride(0), offset_data, width, stride, n * thread / threads,
-                      n * (thread + 1) / threads, code_data, constant_data);
+    kernels.code_rows(sampled, offset_data, width, stride, n * thread / threads, n * (thread + 1) / threads, code_data,
+                      constant_data);
   });
   return {codes, constants};
 }
@@ -64,17 +71,17 @@ struct NearerRows {
 template <class T>
 std::tuple<int64_t, int64_t> add_best(const Tensor& x, const Tensor& offset, at::TensorList codes,
                                       const Tensor& candidates, const Tensor& centers, const Tensor& nearest,
-                                      const Tensor& labels, int64_t compared, const OptionalTensor& weights) {
+                                      const Tensor& labels, int64_t compared, const OptionalTensor& weights,
+                                      const OptionalTensor& positions) {
   const Kernels<T> kernels = choose_kernels<T>(false);
   const Tensor rows = with_dense_rows(x), dense_offset = offset.contiguous();
-  const int64_t n = x.size(0), count = candidates.size(0), blocks = (n + SEEDING_ROWS - 1) / SEEDING_ROWS;
+  const int64_t n = nearest.size(0), count = candidates.size(0), blocks = (n + SEEDING_ROWS - 1) / SEEDING_ROWS;
   double* nearest_data = nearest.mutable_data_ptr<double>();
   int32_t* label_data = labels.mutable_data_ptr<int32_t>();
 
   Seeding<T> seeding{};
-  seeding.rows = rows.const_data_ptr<T>();
+  seeding.rows = sampled_rows<T>(rows, positions);
   seeding.offset = dense_offset.const_data_ptr<T>();
-  seeding.row_stride = rows.stride(0);
   seeding.width = x.size(1);
   if (!codes.empty()) {
     seeding.codes = codes[0].const_data_ptr<int8_t>();
@@ -126,16 +133,17 @@ std::tuple<int64_t, int64_t> add_best(const Tensor& x, const Tensor& offset, at:
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> code_rows(const Tensor& x, const Tensor& offset) {
-  return x.scalar_type() == at::kDouble ? code<double>(x, offset) : code<float>(x, offset);
+std::tuple<Tensor, Tensor> code_rows(const Tensor& x, const Tensor& offset, const OptionalTensor& positions) {
+  return x.scalar_type() == at::kDouble ? code<double>(x, offset, positions) : code<float>(x, offset, positions);
 }
 
 std::tuple<int64_t, int64_t> add_center(const Tensor& x, const Tensor& offset, at::TensorList codes,
                                         const Tensor& candidates, const Tensor& centers, const Tensor& nearest,
-                                        const Tensor& labels, int64_t compared, const OptionalTensor& weights) {
+                                        const Tensor& labels, int64_t compared, const OptionalTensor& weights,
+                                        const OptionalTensor& positions) {
   return x.scalar_type() == at::kDouble
-             ? add_best<double>(x, offset, codes, candidates, centers, nearest, labels, compared, weights)
-             : add_best<float>(x, offset, codes, candidates, centers, nearest, labels, compared, weights);
+             ? add_best<double>(x, offset, codes, candidates, centers, nearest, labels, compared, weights, positions)
+             : add_best<float>(x, offset, codes, candidates, centers, nearest, labels, compared, weights, positions);
 }
 
 }  // namespace mcl

@@ -38,11 +38,22 @@ struct RowCode {
   T squares, scale, error;  // squares: at most |x|^2 of the relative row; error: at least |e| and what products round
 };
 
+// Rows [N, D]: all rows of a matrix, or those at some positions.
+template <class T>
+struct SampledRows {
+  const T* rows;
+  int64_t row_stride;
+  const int64_t* positions;  // [N], or null
+
+  const T* at(int64_t i) const { return rows + (positions ? positions[i] : i) * row_stride; }
+};
+
 // A step of k-means++ over rows [N, D], after K centres, with L candidates for the next one, which all are rows.
 template <class T>
 struct Seeding {
-  const T *rows, *offset;
-  int64_t row_stride, width;    // width: D
+  SampledRows<T> rows;
+  const T* offset;
+  int64_t width;                // D
   const int8_t* codes;          // [N, code_stride], or null
   const RowCode<T>* row_codes;  // [N]
   int64_t code_stride;

@@ -22,10 +22,10 @@ TORCH_LIBRARY(mcl_kernels_native, library) {
       "assign_clusters(Tensor x, Tensor[] centers, bool cosine, bool with_sums, Tensor(a!)? followed, "
       "Tensor(b!)? upper, Tensor(c!)? lower, Tensor? order, Tensor? shifts, Tensor? weights) "
       "-> (Tensor, Tensor, Tensor, Tensor)");
-  library.def("code_rows(Tensor x, Tensor offset) -> (Tensor, Tensor)");
+  library.def("code_rows(Tensor x, Tensor offset, Tensor? positions=None) -> (Tensor, Tensor)");
   library.def(
       "add_center(Tensor x, Tensor offset, Tensor[] codes, Tensor candidates, Tensor centers, Tensor(a!) nearest, "
-      "Tensor(b!) labels, int compared, Tensor? weights=None) -> (int, int)");
+      "Tensor(b!) labels, int compared, Tensor? weights=None, Tensor? positions=None) -> (int, int)");
   library.def("instruction_set() -> str", &mcl::instruction_set);
 }
 

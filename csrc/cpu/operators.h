@@ -53,8 +53,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> assign_clusters(const Tensor& x, at::
                                                            const OptionalTensor& order, const OptionalTensor& shifts,
                                                            const OptionalTensor& weights);
 
-// Rows relative to the offset as int8 codes, [N, D rounded up], and the constants of each code, [N, 3].
-std::tuple<Tensor, Tensor> code_rows(const Tensor& x, const Tensor& offset);
+// Rows relative to the offset as int8 codes, [N, D rounded up], and the constants of each code, [N, 3]. With `positions`,
+// int64 [N], the rows are those of x there; in add_center too.
+std::tuple<Tensor, Tensor> code_rows(const Tensor& x, const Tensor& offset, const OptionalTensor& positions);
 
 // One step of greedy k-means++. `codes` is empty or the result of code_rows; `candidates` [L] and `centers` [K] are
 // indices of rows. Finds the candidate that as centre K lowers the sum of the nearest distances most, and updates
@@ -63,6 +64,7 @@ std::tuple<Tensor, Tensor> code_rows(const Tensor& x, const Tensor& offset);
 // rows in the sum.
 std::tuple<int64_t, int64_t> add_center(const Tensor& x, const Tensor& offset, at::TensorList codes,
                                         const Tensor& candidates, const Tensor& centers, const Tensor& nearest,
-                                        const Tensor& labels, int64_t compared, const OptionalTensor& weights);
+                                        const Tensor& labels, int64_t compared, const OptionalTensor& weights,
+                                        const OptionalTensor& positions);
 
 }  // namespace mcl

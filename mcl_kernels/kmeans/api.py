@@ -45,9 +45,10 @@ class KMeans(Estimator, Saveable):
     On a CPU an iteration reads the rows whose label may change. Sums over the data are fp64 and exact: the same for
     any number of threads and any chunks. Random numbers come from a separate generator, so that the same seed gives
     the same clusters and PyTorch's global random state does not change. Memory beyond the data: N labels twice, of
-    4 and 8 bytes; bounds of 8 bytes for each row, above K = 32 of 4 (1 + K / 32), at most 64; two copies of the
-    sample for the initialisation and a quarter of one, a copy more for cosine; 8 bytes for each weight; two chunks
-    of 64 MiB if the data is not a tensor or an array; N labels and distances more if a cluster is empty.
+    4 and 8 bytes; bounds of 8 bytes for each row, above K = 32 of 4 (1 + K / 32), at most 64; a quarter of the sample
+    for the initialisation, and two copies of it for cosine or if the data is not a tensor or an array; 8 bytes for
+    each weight; two chunks of 64 MiB if the data is not a tensor or an array; N labels and distances more if a cluster
+    is empty.
 
     With a `group`, each rank passes its shard of the rows, and all ranks fit together. The clusters are those of one
     process with the shards one after the other and the same seed, bit for bit if the ranks run the same build on the
@@ -196,7 +197,7 @@ class KMeans(Estimator, Saveable):
         self.history_ = [entry | {"objective": entry["objective"] * unit} for entry in best.history]
         self.n_iter_ = len(self.history_)
         self._dtype = problem.summary.dtype
-        self.init_rows_ = 0 if isinstance(settings.init, Tensor) else len(sample.rows)
+        self.init_rows_ = 0 if isinstance(settings.init, Tensor) else sample.size
         if names is not None:
             self.feature_names_in_ = names
         elif hasattr(self, "feature_names_in_"):  # of an earlier fit
@@ -229,7 +230,9 @@ def _prepare(
     has_centers = isinstance(settings.init, Tensor)
     size = SURVEYED_ROWS if has_centers else sample_size(settings.n_clusters, data.width)
     sample = draw_sample(data, size, generator)
-    middle, scale = data.compute_on_first(lambda: survey_columns(sample.rows, settings.metric).to(data.centers_like))
+    middle, scale = data.compute_on_first(
+        lambda: survey_columns(sample.rows, settings.metric, sample.positions).to(data.centers_like)
+    )
     # The sample holds only one value of a column of scale 0, which other rows may vary.
     low, high, nearest = data.survey(torch.where(scale == 0, middle, math.nan))
     check_range(data.name, torch.stack((low, high)))

@@ -167,7 +167,7 @@ class Centers(NamedTuple):
         sums, sizes = map(in_fp64, self.split(sums, counts))
         points = in_fp64(self.points) - in_fp64(self.offset)
         along = 2 * (sums.sum(0) * points).sum(1) - sizes * (points * points).sum(1)
-        return torch.as_tensor(along / 2 if self.cosine else along)
+        return torch.as_tensor(along / 2 if self.cosine else along, device=self.points.device)
 
     @quietly
     def means(self, sums: Tensor, counts: Tensor) -> Tensor:
@@ -176,7 +176,7 @@ class Centers(NamedTuple):
         is_empty = sizes == 0
         found = in_fp64(self.offset) + sums.sum(0) / (sizes + is_empty)[:, None]
         found[is_empty] = in_fp64(self.points)[is_empty]
-        means, found = torch.empty_like(self.points), torch.as_tensor(found)
+        means, found = torch.empty_like(self.points), torch.as_tensor(found, device=self.points.device)
         for part in serial_parts(means):
             means[part] = normalize_rows(found[part]) if self.cosine else found[part]
         return means
@@ -201,7 +201,7 @@ def serial_parts(x: Tensor) -> Iterator[slice]:
 def squared_shifts(points: Tensor, before: Tensor) -> Tensor:
     """|c_k - b_k|^2 of centres and earlier ones, fp64 [K]."""
     differences = in_fp64(points) - in_fp64(before)
-    return torch.as_tensor((differences * differences).sum(1))
+    return torch.as_tensor((differences * differences).sum(1), device=points.device)
 
 
 def undecided_rows(gap: Tensor, bound: Tensor, width: int) -> Tensor:

@@ -11,7 +11,7 @@ from copy import copy
 import torch
 from torch import Tensor
 
-from mcl_kernels.kmeans.rows import ChunkedRows, Extremes, Rows
+from mcl_kernels.kmeans.rows import ChunkedRows, Extremes, Rows, TensorRows
 from mcl_kernels.kmeans.team import Team
 from mcl_kernels.kmeans.weights import Weights, as_weights
 from mcl_kernels.normalize import compute_dtype
@@ -82,6 +82,10 @@ class Dataset:
     def take(self, index: Tensor) -> Tensor:
         """Returns the rows at ascending positions, on every process."""
         return self.team.join(self._take_held(index), self._is_held(index))
+
+    def in_memory(self) -> Tensor | None:
+        """Returns all rows if this process has them as a tensor, whose rows are not copied."""
+        return self.rows.x if isinstance(self.rows, TensorRows) and self.team.size == 1 else None
 
     def load(self) -> Tensor:
         """Returns all rows, on every process."""

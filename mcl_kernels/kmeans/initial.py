@@ -26,10 +26,22 @@ _log = logging.getLogger(__name__)
 
 
 class Sample(NamedTuple):
-    """Rows that an initialisation draws from."""
+    """Rows that an initialisation draws from: all of `rows`, or those at `positions`, which are not copied."""
 
     rows: Tensor
     weights: Tensor | None  # fp64, on the CPU
+    positions: Tensor | None = None  # int64, ascending, on the CPU
+
+    @property
+    def size(self) -> int:
+        """Number of rows."""
+        return len(self.rows if self.positions is None else self.positions)
+
+    def take(self, index: Tensor | None = None) -> Tensor:
+        """Returns the rows at an index into the sample, on any device; by default all rows."""
+        if self.positions is not None:
+            index = self.positions if index is None else self.positions[index.to(self.positions.device)]
+        return self.rows if index is None else self.rows[index.to(self.rows.device)]
 
 
 def sample_size(n_clusters: int, width: int) -> int:
@@ -47,7 +59,7 @@ def draw_sample(data: Dataset, size: int, generator: torch.Generator) -> Sample:
     while len(drawn) < size:
         more = torch.randint(data.n, (size - len(drawn),), generator=generator, device="cpu")
         drawn = torch.unique(torch.cat((drawn, more)))
-    return Sample(data.take(drawn), None)
+    return _sample_at(data, drawn, None)
 
 
 def _draw_weighted_sample(data: Dataset, weights: Tensor, size: int, generator: torch.Generator) -> Sample:
@@ -60,7 +72,12 @@ def _draw_weighted_sample(data: Dataset, weights: Tensor, size: int, generator: 
     highest = torch.from_numpy(weights.numpy() / (1 - uniform.numpy())).topk(size + 1)  # in one thread
     drawn = highest.indices[:size].sort().values
     drawn = drawn[weights[drawn] > 0]
-    return Sample(data.take(drawn), weights[drawn].clamp(min=float(highest.values[size])))
+    return _sample_at(data, drawn, weights[drawn].clamp(min=float(highest.values[size])))
+
+
+def _sample_at(data: Dataset, drawn: Tensor, weights: Tensor | None) -> Sample:
+    x = data.in_memory()
+    return Sample(data.take(drawn), weights) if x is None else Sample(x, weights, drawn)
 
 
 def initial_centers(problem: Problem, sample: Sample, n_clusters: int, init: str, generator: torch.Generator) -> Tensor:
@@ -72,23 +89,26 @@ def initial_centers(problem: Problem, sample: Sample, n_clusters: int, init: str
     """
     if init == "random":
         if sample.weights is None:
-            chosen = torch.randperm(len(sample.rows), generator=generator, device="cpu")[:n_clusters]
+            chosen = torch.randperm(sample.size, generator=generator, device="cpu")[:n_clusters]
         else:
             chosen = torch.multinomial(sample.weights, n_clusters, generator=generator)
-        return problem.as_points(sample.rows[chosen.to(sample.rows.device)])
-    x = problem.as_points(sample.rows)
+        return problem.as_points(sample.take(chosen))
+    is_native = native.unavailable_reason(sample.rows.device) is None
+    if not is_native or problem.metric == "cosine" or sample.rows.dtype != problem.summary.dtype:
+        sample = Sample(problem.as_points(sample.take()), sample.weights)
     steps: _NativeSteps | _TorchSteps
-    if native.unavailable_reason(x.device) is None:
-        coded = x.shape[1] >= MIN_CODED_WIDTH and n_clusters >= MIN_CODED_CLUSTERS
-        steps = _NativeSteps(x, problem.summary.offset, coded, sample.weights)
+    if is_native:
+        coded = sample.rows.shape[1] >= MIN_CODED_WIDTH and n_clusters >= MIN_CODED_CLUSTERS
+        steps = _NativeSteps(sample, problem.summary.offset, coded)
     else:
-        steps = _TorchSteps(x, problem.summary.offset, sample.weights)
+        steps = _TorchSteps(sample.rows, problem.summary.offset, sample.weights)
     n_candidates = 2 + int(math.log(n_clusters))
     if sample.weights is None:
-        centers = torch.randint(len(x), (1,), generator=generator, device="cpu")
+        centers = torch.randint(sample.size, (1,), generator=generator, device="cpu")
     else:
         centers = torch.multinomial(sample.weights, 1, generator=generator)
-    centers = centers.to(x.device)
+    device = sample.rows.device
+    centers = centers.to(device)
     steps.add_best(centers, centers[:0])
     while len(centers) < n_clusters:
         _log.info("k-means++: %d of %d centres", len(centers), n_clusters)
@@ -98,26 +118,33 @@ def initial_centers(problem: Problem, sample: Sample, n_clusters: int, init: str
             break
         # side="right" never draws a row of distance 0, which is a centre already, or of weight 0.
         drawn = torch.rand(n_candidates, dtype=torch.float64, generator=generator, device="cpu") * cumulative[-1]
-        candidates = torch.searchsorted(cumulative, drawn, right=True).clamp(max=len(x) - 1).to(x.device)
+        candidates = torch.searchsorted(cumulative, drawn, right=True).clamp(max=sample.size - 1).to(device)
         best = steps.add_best(candidates, centers)
         centers = torch.cat((centers, candidates[best : best + 1]))
-    return x[centers]
+    return sample.take(centers)
 
 
 class _NativeSteps:
     """Steps of greedy k-means++ by the C++ kernels, which skip rows that no candidate is nearer to."""
 
-    def __init__(self, x: Tensor, offset: Tensor, coded: bool, weights: Tensor | None = None) -> None:
-        self.nearest = torch.full((len(x),), torch.inf, dtype=torch.float64, device="cpu")  # squared distances
-        codes = native.ops().code_rows(x, offset) if coded else ()
-        self._rows = x, offset, codes
-        self._labels = torch.zeros(len(x), dtype=torch.int32, device="cpu")
-        self._compared, self.weights = len(x), weights
+    def __init__(self, sample: Sample, offset: Tensor, coded: bool) -> None:
+        self.nearest = torch.full((sample.size,), torch.inf, dtype=torch.float64, device="cpu")  # squared distances
+        codes = native.ops().code_rows(sample.rows, offset, sample.positions) if coded else ()
+        self._rows, self._positions, self.weights = (sample.rows, offset, codes), sample.positions, sample.weights
+        self._labels = torch.zeros(sample.size, dtype=torch.int32, device="cpu")
+        self._compared = sample.size
 
     def add_best(self, candidates: Tensor, centers: Tensor) -> int:
         """Adds the candidate that lowers the sum of `nearest` most to the centres; returns its position."""
         best, self._compared = native.ops().add_center(
-            *self._rows, candidates, centers, self.nearest, self._labels, self._compared, self.weights
+            *self._rows,
+            candidates,
+            centers,
+            self.nearest,
+            self._labels,
+            self._compared,
+            self.weights,
+            self._positions,
         )
         return int(best)
 

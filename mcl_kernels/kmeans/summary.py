@@ -38,17 +38,17 @@ class Summary(NamedTuple):
         return self._replace(rounding=torch.from_numpy(rounding).to(self.largest.device))
 
 
-def survey_columns(x: Tensor, metric: str) -> Tensor:
+def survey_columns(x: Tensor, metric: str, positions: Tensor | None = None) -> Tensor:
     """Median of each column, and its scale, [2, D]: the median of the nonzero distances to that median.
 
-    A few far rows change neither. For cosine the median is replaced by 0. The scale is 0 if all entries of the column
-    are equal.
+    They are of all rows, or of those at `positions`, int64. A few far rows change neither. For cosine the median is
+    replaced by 0. The scale is 0 if all entries of the column are equal.
     """
-    if len(x) > SURVEYED_ROWS:
-        drawn = torch.randint(len(x), (SURVEYED_ROWS,), generator=torch.Generator().manual_seed(0), device="cpu")
-        rows = x[drawn.to(x.device)].double().cpu().numpy()
-    else:
-        rows = x.double().cpu().numpy()
+    drawn = every = torch.arange(len(x), device="cpu") if positions is None else positions
+    if len(every) > SURVEYED_ROWS:
+        generator = torch.Generator().manual_seed(0)
+        drawn = every[torch.randint(len(every), (SURVEYED_ROWS,), generator=generator, device="cpu")]
+    rows = x[drawn.to(x.device)].double().cpu().numpy()
     middle = np.partition(rows, len(rows) // 2, axis=0)[len(rows) // 2]
     if metric == "cosine":
         middle = np.zeros_like(middle)
@@ -56,9 +56,9 @@ def survey_columns(x: Tensor, metric: str) -> Tensor:
     zeros = (distances == 0).sum(1)
     scale = np.take_along_axis(distances, (zeros + len(rows) - 1)[:, None] // 2, axis=1).squeeze(1)
     # The drawn rows hold only the median: take the scale from all rows.
-    rare = np.flatnonzero(scale == 0) if len(x) > SURVEYED_ROWS else np.empty(0, np.int64)
+    rare = np.flatnonzero(scale == 0) if len(every) > SURVEYED_ROWS else np.empty(0, np.int64)
     for columns in np.split(rare, range(GATHERED_COLUMNS, len(rare), GATHERED_COLUMNS)):
-        entries = x[:, torch.from_numpy(columns).to(x.device)].T.contiguous()
+        entries = x[every.to(x.device).unsqueeze(1), torch.from_numpy(columns).to(x.device)].T.contiguous()
         differing = entries != torch.from_numpy(middle[columns]).to(entries).unsqueeze(1)
         for column, values, differs in zip(columns, entries, differing, strict=True):
             column_distances = (values[differs].double() - middle[column]).abs().cpu().numpy()
