@@ -75,8 +75,10 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         yield backend
 
 
-# For what is composed of the operation in PyTorch, as objectives are: emulated kernels add no code path to it.
-composed = pytest.mark.parametrize("backend", [x for x in BACKENDS if x not in EMULATED], ids=str, indirect=True)
+# For what is composed of the operation in PyTorch, as objectives are: emulated kernels and further instruction sets add
+# no code path to it.
+COMPOSED = [x for x in BACKENDS if x not in EMULATED and x.instruction_set in ("", "avx2")]
+composed = pytest.mark.parametrize("backend", COMPOSED, ids=str, indirect=True)
 
 
 def use_instruction_set(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
