@@ -153,7 +153,7 @@ def test_repeated_launches_have_the_bits_of_recorded_ones(
     assert_same_bits(got, results(loss, make_batch(1, torch.float32), labelled, **options))
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", [views, *(pytest.param(loss, marks=pytest.mark.slow) for loss in LOSSES[1:])])
 def test_each_layout_is_recorded_by_itself(compiled: list[Interpreted], loss: Callable[..., Tensor]) -> None:
     """A call takes no kernel that was recorded for another dtype, size, stride, negatives or wanted gradient."""
     strided = [x.t().contiguous().t() if x.ndim == 2 else x for x in make_batch(2, torch.float32)]

@@ -71,7 +71,9 @@ def make_inputs(form: str, m: int | None, negatives: str, labels: Tensor | None 
     return Inputs(case.query, case.key, torch.tensor(5.0), pairs, form == "both")
 
 
-@pytest.mark.parametrize("negatives", ["same", "different", "all"])
+@pytest.mark.parametrize(
+    "negatives", ["same", *(pytest.param(x, marks=pytest.mark.slow) for x in ("different", "all"))]
+)
 @pytest.mark.parametrize(("form", "m"), FORMS)
 def test_any_number_of_programs(poisoned_memory: None, form: str, m: int | None, negatives: str) -> None:
     """Row tiles of one program, of two and of many; more programs than units, whose slots are never written."""
