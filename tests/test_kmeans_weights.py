@@ -305,7 +305,7 @@ def test_drawn_batches_have_the_weights_of_their_rows() -> None:
 @pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize("init", ["k-means++", "random"])
 def test_centres_are_drawn_in_proportion_to_weights(monkeypatch: pytest.MonkeyPatch, init: str, native: bool) -> None:
-    """Of two initial centres: the first by weight, the second by weight times squared distance, or by weight alone.
+    """The first of two centres is drawn by weight, the second by weight times squared distance, or by weight alone.
 
     With ties among the candidates of k-means++ the greedy choice is that of the largest gain.
     """

@@ -154,7 +154,7 @@ def test_hard_negatives_in_half_precision(backend: Backend, dtype: torch.dtype) 
 @composed
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_gradients(backend: Backend, objective: ObjectiveLike) -> None:
-    """Of private rows, blocks and temperatures, with queries that lack the one, the other or both."""
+    """Gradients of private rows, blocks and temperatures agree; some queries lack private rows, negatives or both."""
     query, key, hard = (x.requires_grad_() for x in (rows(0, 5), rows(1, 5), rows(2, 5, 2)))
     labels, mask = torch.tensor([0, 0, 4, 0, 5]), torch.tensor([[True, False]] * 3 + [[False, False]] * 2)
     temperature = torch.linspace(0.2, 0.8, 5, dtype=torch.float64).requires_grad_()

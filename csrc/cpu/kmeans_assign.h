@@ -130,7 +130,8 @@ void cluster_rows(const Clusters<T>& clusters, char* packed, int64_t begin, int6
   }
   const ClusterBlock<T> block(block_arena, centers.stride);
   for (int64_t first = begin; first < end; first += SELECTED_ROWS) {
-    const int64_t count = select_rows(clusters, *centers.shifts, first, smaller(end, first + SELECTED_ROWS), block.selected);
+    const int64_t last = smaller(end, first + SELECTED_ROWS);
+    const int64_t count = select_rows(clusters, *centers.shifts, first, last, block.selected);
     for (int64_t next = 0; next < count;) {
       const int64_t rows = load_block(clusters, centers, block, next, count);
       NextRows ahead{clusters.rows, block.selected + next, smaller(count - next, CLUSTER_ROWS),

@@ -16,8 +16,8 @@ struct ClusterBlock {
   T *score, *second;   // [rows, LANES]: the two lowest scores of each lane, which visits its centres in ascending order
   Index<T>* center;    // [rows, LANES]: the centre of the lowest score
   T *squares, *limit;  // [rows]: |x|^2; upper bound of the lowest score, rounding included
-  T* known_distance;   // [rows]: to the centre of `known_label`
-  int64_t* known_label;  // [rows]: the label before, UNDECIDED for none
+  T* known_distance;            // [rows]: to the centre of `known_label`
+  int64_t* known_label;         // [rows]: the label before, UNDECIDED for none
   int64_t *labels, *positions;  // [rows]: labels, and which rows of the data they are
   int64_t* selected;            // [SELECTED_ROWS]
   int64_t* listed;              // [rows]: rows of the block that a group of centres is compared with

@@ -68,6 +68,7 @@ int64_t packed_centers_bytes(int64_t width, int64_t centers) {
   return arena.bytes();
 }
 
+// Finds the shifts of the groups, none without shifts of the centres.
 template <class T>
 void find_group_shifts(const Clusters<T>& clusters, const PackedCenters<T>& packed) {
   GroupShifts& shifts = *packed.shifts;
@@ -89,7 +90,7 @@ void pack_centers(const Clusters<T>& clusters, const T* centers, const T* offset
     packed.offset[d] = d < width ? offset[d] : T(0);
     packed.zeros[d] = 0;
   }
-  double largest = 0, *norms = packed.norms;
+  double largest = 0;
   for (int64_t j = 0; j < packed.columns + FEW_AT_ONCE; j++) {
     T* row = packed.rows + j * packed.stride;
     double norm = 0;
@@ -99,7 +100,7 @@ void pack_centers(const Clusters<T>& clusters, const T* centers, const T* offset
     }
     largest = norm <= largest ? largest : norm;
     if (j >= packed.columns) continue;
-    norms[j] = norm;
+    packed.norms[j] = norm;
     packed.inverse_norms[j] = norm > 0 ? 1 / __builtin_sqrt(norm) : 0;
   }
   *packed.largest_norm = T(__builtin_sqrt(largest));
@@ -109,7 +110,8 @@ void pack_centers(const Clusters<T>& clusters, const T* centers, const T* offset
       const int64_t center = clusters.order && j < count ? clusters.order[j] : j;
       packed.center_of[j] = int32_t(center);
       packed.group_of[center] = int32_t(groups.of(j));
-      packed.half_norms[j] = center >= count ? T(__builtin_inf()) : clusters.cosine ? T(0) : T(norms[center] / 2);
+      const T half_norm = clusters.cosine ? T(0) : T(packed.norms[center] / 2);
+      packed.half_norms[j] = center < count ? half_norm : T(__builtin_inf());
       __builtin_memcpy(packed.gathered + (j - first) * packed.stride, packed.rows + center * packed.stride,
                        packed.stride * sizeof(T));
     }

@@ -53,8 +53,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> assign_clusters(const Tensor& x, at::
                                                            const OptionalTensor& order, const OptionalTensor& shifts,
                                                            const OptionalTensor& weights);
 
-// Rows relative to the offset as int8 codes, [N, D rounded up], and the constants of each code, [N, 3]. With `positions`,
-// int64 [N], the rows are those of x there; in add_center too.
+// Rows relative to the offset as int8 codes, [N, D rounded up], and the constants of each code, [N, 3]. With
+// `positions`, int64 [N], the rows are those of x there; in add_center too.
 std::tuple<Tensor, Tensor> code_rows(const Tensor& x, const Tensor& offset, const OptionalTensor& positions);
 
 // One step of greedy k-means++. `codes` is empty or the result of code_rows; `candidates` [L] and `centers` [K] are

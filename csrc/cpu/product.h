@@ -59,6 +59,7 @@ inline void micro_kernel(bool accumulate, int64_t depth, const Elements& a, cons
     }
 }
 
+// The micro-kernel of that many vectors.
 template <class T, class Elements>
 inline void multiply_group(int64_t vectors, bool accumulate, int64_t depth, const Elements& a, const T* b,
                            int64_t b_stride, T* c, int64_t c_stride) {

@@ -22,7 +22,45 @@ from mcl_kernels.normalize import compute_dtype, normalize_rows, row_dot
 from mcl_kernels.objectives import info_nce
 
 
-class NTXentLoss(host.NTXentLoss):  # type: ignore[misc]
+class _WithClusters(host.BaseMetricLossFunction):  # type: ignore[misc]
+    """A loss of the host that takes `cluster_labels`; with the pairs of a miner the host computes it."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if type(self.distance) is not distances.CosineSimilarity or (self.distance.p, self.distance.power) != (2, 1):
+            raise ValueError(f"distance must be CosineSimilarity() with p=2 and power=1: got {self.distance}")
+
+    def forward(
+        self,
+        embeddings: Tensor,
+        labels: Tensor | None = None,
+        indices_tuple: tuple[Tensor, ...] | None = None,
+        ref_emb: Tensor | None = None,
+        ref_labels: Tensor | None = None,
+        cluster_labels: Tensor | None = None,
+        ref_cluster_labels: Tensor | None = None,
+    ) -> Any:
+        """Computes the loss of embeddings [N, D], not normalized, against each other or against ref_emb [M, D].
+
+        Labels are [N], and [M] for ref_emb; cluster labels are integers, the others have any dtype.
+        """
+        batch = _Batch.of(embeddings, labels, ref_emb, ref_labels, cluster_labels, ref_cluster_labels)
+        if indices_tuple is not None:
+            pairs = batch.pairs_of_miner(indices_tuple)
+            return super().forward(embeddings, batch.labels, pairs, ref_emb, batch.ref_labels)
+        self.reset_stats()
+        losses, found = self.zero_losses(), self._losses(batch)
+        if found is not None:
+            losses = {"loss": found}
+        self.add_embedding_regularization_to_loss_dict(losses, embeddings)
+        return self.reducer(losses, embeddings, batch.labels)
+
+    def _losses(self, batch: _Batch) -> dict[str, Any] | None:
+        """Losses as the host's reducer takes them; None: the loss is 0."""
+        raise NotImplementedError
+
+
+class NTXentLoss(_WithClusters, host.NTXentLoss):  # type: ignore[misc]
     """`pytorch_metric_learning.losses.NTXentLoss` with `cluster_labels`, computed by `masked_logsumexp`.
 
     The constructor is the host's; the distance must be its default, the cosine. **`labels` are identities**, as in the
@@ -47,50 +85,22 @@ class NTXentLoss(host.NTXentLoss):  # type: ignore[misc]
 
     def __init__(self, temperature: float = 0.07, **kwargs: Any) -> None:
         super().__init__(temperature=temperature, **kwargs)
-        _check_distance(self.distance)
 
-    def forward(
-        self,
-        embeddings: Tensor,
-        labels: Tensor | None = None,
-        indices_tuple: tuple[Tensor, ...] | None = None,
-        ref_emb: Tensor | None = None,
-        ref_labels: Tensor | None = None,
-        cluster_labels: Tensor | None = None,
-        ref_cluster_labels: Tensor | None = None,
-    ) -> Any:
-        """Computes the loss of embeddings [N, D], not normalized, against each other or against ref_emb [M, D].
-
-        Labels are [N], and [M] for ref_emb; cluster labels are integers, the others have any dtype.
-        """
-        batch = _Batch.of(embeddings, labels, ref_emb, ref_labels, cluster_labels, ref_cluster_labels)
-        if indices_tuple is not None:
-            pairs = batch.pairs_of_miner(indices_tuple)
-            return super().forward(embeddings, batch.labels, pairs, ref_emb, batch.ref_labels)
-        self.reset_stats()
+    def _losses(self, batch: _Batch) -> dict[str, Any] | None:
         identity, ref_identity, excludes_self = batch.identities()
         anchors, positives = _equal_pairs(identity, ref_identity, excludes_self=excludes_self)
-        losses = self.zero_losses()
-        if len(anchors) > 0:
-            query, key = batch.unit_rows()
-            scale = 1.0 / as_scalar(self.temperature)
-            a = scale * row_dot(query[anchors], key[positives], compute_dtype(query, key))
-            b = batch.log_sum_exp(
-                query, key, scale, batch.cluster_labels, batch.ref_cluster_labels, identity, ref_identity
-            )
-            # Without negatives b is -inf: the loss and its gradient are 0.
-            losses = {
-                "loss": {
-                    "losses": info_nce(a, b[anchors]),
-                    "indices": (anchors, positives),
-                    "reduction_type": "pos_pair",
-                }
-            }
-        self.add_embedding_regularization_to_loss_dict(losses, embeddings)
-        return self.reducer(losses, embeddings, batch.labels)
+        if len(anchors) == 0:
+            return None
+        query, key = batch.unit_rows()
+        scale = 1.0 / as_scalar(self.temperature)
+        a = scale * row_dot(query[anchors], key[positives], compute_dtype(query, key))
+        b = batch.log_sum_exp(query, key, scale, batch.cluster_labels, batch.ref_cluster_labels, identity, ref_identity)
+        # Without negatives b is -inf: the loss and its gradient are 0.
+        losses = info_nce(a, b[anchors])
+        return {"losses": losses, "indices": (anchors, positives), "reduction_type": "pos_pair"}
 
 
-class SupConLoss(host.SupConLoss):  # type: ignore[misc]
+class SupConLoss(_WithClusters, host.SupConLoss):  # type: ignore[misc]
     """`pytorch_metric_learning.losses.SupConLoss` with `cluster_labels`, in linear memory.
 
     Arguments, labels and miners are as in `NTXentLoss` here: `labels` are identities, `cluster_labels` restrict the
@@ -110,33 +120,13 @@ class SupConLoss(host.SupConLoss):  # type: ignore[misc]
 
     def __init__(self, temperature: float = 0.1, **kwargs: Any) -> None:
         super().__init__(temperature=temperature, **kwargs)
-        _check_distance(self.distance)
 
-    def forward(
-        self,
-        embeddings: Tensor,
-        labels: Tensor | None = None,
-        indices_tuple: tuple[Tensor, ...] | None = None,
-        ref_emb: Tensor | None = None,
-        ref_labels: Tensor | None = None,
-        cluster_labels: Tensor | None = None,
-        ref_cluster_labels: Tensor | None = None,
-    ) -> Any:
-        """Computes the loss of embeddings [N, D], not normalized, against each other or against ref_emb [M, D].
-
-        Labels are [N], and [M] for ref_emb; cluster labels are integers, the others have any dtype.
-        """
-        batch = _Batch.of(embeddings, labels, ref_emb, ref_labels, cluster_labels, ref_cluster_labels)
-        if indices_tuple is not None:
-            pairs = batch.pairs_of_miner(indices_tuple)
-            return super().forward(embeddings, batch.labels, pairs, ref_emb, batch.ref_labels)
-        self.reset_stats()
-        losses, each = self.zero_losses(), _supcon(batch, as_scalar(self.temperature))
-        if each is not None:
-            indices = torch.arange(len(each), device=each.device)
-            losses = {"loss": {"losses": each, "indices": indices, "reduction_type": "element"}}
-        self.add_embedding_regularization_to_loss_dict(losses, embeddings)
-        return self.reducer(losses, embeddings, batch.labels)
+    def _losses(self, batch: _Batch) -> dict[str, Any] | None:
+        losses = _supcon(batch, as_scalar(self.temperature))
+        if losses is None:
+            return None
+        indices = torch.arange(len(losses), device=losses.device)
+        return {"losses": losses, "indices": indices, "reduction_type": "element"}
 
 
 def _supcon(batch: _Batch, temperature: Any) -> Tensor | None:
@@ -247,11 +237,6 @@ class _Batch(NamedTuple):
         if self.ref_emb is None:  # the self form, in fewer operations
             return masked_logsumexp(query, labels=labels, scale=scale, ids=ids)
         return masked_logsumexp(query, key, labels, key_labels, scale=scale, ids=ids, key_ids=key_ids)
-
-
-def _check_distance(distance: Any) -> None:
-    if type(distance) is not distances.CosineSimilarity or (distance.p, distance.power) != (2, 1):
-        raise ValueError(f"distance must be CosineSimilarity() with p=2 and power=1: got {distance}")
 
 
 def _comparable(labels: Any, ref_labels: Any) -> tuple[Any, Any]:

@@ -142,7 +142,8 @@ def _finish(
         is_occupied = counts > 0
         if bool(is_occupied.all()):
             return Restart(points, labels, inertia, history)
-        partition, centers = Partition(problem, len(points)), problem.prepare(points)
+        # One pass has no use for bounds.
+        partition, centers = Partition(problem._replace(bounds=False), len(points)), problem.prepare(points)
         partition.update(centers)
         if fills_left and (splits := fill_empty(partition, centers)):
             fills_left -= 1

@@ -264,6 +264,6 @@ def as_scalar(x: float) -> Tensor:
 def mean_variance(problem: Problem) -> float:
     """Returns the variance of each column, averaged over the columns; of unit rows for the cosine metric. One pass."""
     center = problem.prepare(problem.summary.offset.unsqueeze(0))
-    partition = Partition(problem, 1)
+    partition = Partition(problem._replace(bounds=False), 1)
     partition.update(center)
     return partition.mean_variance(center)

@@ -36,7 +36,7 @@ _log = logging.getLogger(__name__)
 
 
 class Survey(NamedTuple):
-    """What one read of rows shows of each column, [width] in the dtype of centres."""
+    """Number of rows, and values of each column, [width] in the dtype of centres, which one read finds."""
 
     rows: int
     low: Tensor  # the smallest entry
